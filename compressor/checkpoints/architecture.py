@@ -1,0 +1,161 @@
+"""Which network a checkpoint belongs to: from `--arch`, a config, the file itself, or keys and shapes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.checkpoints.source import Source, TensorInfo
+from compressor.checkpoints.ties import architecture_of
+from compressor.core.errors import CheckpointError, suggestion
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DECODERS = ("ForCausalLM", "LMHeadModel")
+ENCODER_HEADS = (
+    "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification",
+    "ForQuestionAnswering", "ForMultipleChoice",
+)  # fmt: skip
+ENCODER_TYPES = frozenset(
+    "albert bert camembert deberta deberta-v2 distilbert electra ernie eurobert modernbert mpnet nomic_bert "
+    "roberta xlm-roberta".split()
+)
+TOKEN_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network by name. `construct` takes the config and returns the module, with whatever weights."""
+
+    name: str
+    family: str
+    construct: Callable[[dict[str, Any] | None], nn.Module]
+
+
+def resolve(path: Path, source: Source, config: dict[str, Any] | None, reference: str | None) -> Architecture:
+    """The architecture of a checkpoint; where nothing determines it, one that refuses to be built."""
+    if reference is not None:
+        return Architecture(reference, "module", lambda _: call_reference(reference))
+    if config is not None:
+        name = architecture_of(config) or str(config.get("model_type", "unknown"))
+        return Architecture(name, family_of(config), lambda config: build_transformers(path, config or {}))
+    if source.module is not None:
+        return Architecture(type(source.module).__name__, "module", lambda _: _copy(source.module))
+    from compressor.checkpoints.vision import recognise
+
+    known = recognise(source.tensors)
+    if known is not None:
+        return Architecture(known.name, "module", lambda _: known.build())
+    return Architecture("unknown", "module", lambda _: _refuse(path, source.tensors))
+
+
+def family_of(config: dict[str, Any]) -> str:
+    """ "decoder" for causal language models, "encoder" for BERT's kin, "module" for the rest."""
+    name, model_type = architecture_of(config), config.get("model_type")
+    if name.endswith(DECODERS):
+        return "decoder"
+    if model_type in ENCODER_TYPES and (not name or name.endswith((*ENCODER_HEADS, "Model"))):
+        return "encoder"
+    return "encoder" if name.endswith("ForMaskedLM") else "module"
+
+
+def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
+    """The transformers model of a config. Classes come from the installed library only: no remote code."""
+    import transformers
+
+    model_type = config.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{path}: config.json has model_type {model_type!r}, which transformers {transformers.__version__} "
+            "does not know; code inside of checkpoints is never run; give --arch module:callable"
+        )
+    settings = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+    name = architecture_of(config)
+    model_class = getattr(transformers, name, None) if name else None
+    if name and not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"{path}: config.json names architecture '{name}', which transformers {transformers.__version__} "
+            "does not have; code inside of checkpoints is never run; give --arch module:callable"
+        )
+    try:
+        return model_class(settings) if model_class else transformers.AutoModel.from_config(settings)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: config.json does not describe a {name or model_type}; {error}; correct the config"
+        ) from error
+
+
+def call_reference(reference: str) -> nn.Module:
+    """The module that `module:callable` returns; the module is found from the working directory and PYTHONPATH."""
+    from torch import nn
+
+    module_name, _, attribute = reference.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"--arch {reference}: no module named '{error.name}'; looked in {Path.cwd()} and PYTHONPATH; "
+            "write module:callable, or a folder with config.json"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [
+                name for name in vars(found) if not name.startswith("_") and callable(vars(found)[name])
+            ]
+            raise CheckpointError(f"--arch {reference}: '{part}' is not there. {suggestion(part, public)}")
+        found = getattr(found, part)
+    _needs_no_arguments(reference, found)
+    try:
+        module = found()
+    # Somebody else's code: whatever it raises means that this architecture cannot be had.
+    except Exception as error:
+        raise CheckpointError(
+            f"--arch {reference}: the call failed; {type(error).__name__}: {error}; make it return the module"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise CheckpointError(
+            f"--arch {reference}: returned a {type(module).__name__}; a torch.nn.Module was expected"
+        )
+    return module
+
+
+def _needs_no_arguments(reference: str, found: Any) -> None:
+    if not callable(found):
+        raise CheckpointError(f"--arch {reference}: is a {type(found).__name__}; name a function or a class")
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise CheckpointError(
+            f"--arch {reference}: must be callable without arguments; {error}; write a function that fills them in"
+        ) from error
+    except ValueError:
+        return  # built in, without a signature: the call itself will tell
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module)
+
+
+def _refuse(path: Path, tensors: dict[str, TensorInfo]) -> nn.Module:
+    if any(name.endswith(TOKEN_TABLES) for name in tensors):
+        raise CheckpointError(
+            f"{path}: holds the weights of a language model, but its config and tokenizer are missing; head counts "
+            "and rotary bases are not in the weights; put config.json and tokenizer.json beside the file, or give "
+            "--arch DIR with a folder that has them (config.json needs model_type, architectures, "
+            "num_attention_heads, num_key_value_heads and rope_theta)"
+        )
+    first = next(iter(tensors), "none")
+    raise CheckpointError(
+        f"{path}: its architecture is unknown; found {len(tensors)} tensors (the first is '{first}') and no "
+        "config.json; give --arch module:callable, a function that returns the module, or --arch DIR with a config.json"
+    )

@@ -1,0 +1,216 @@
+"""A checkpoint: the tensors of its files by the names of its module, and the module that they belong to.
+
+Nothing here imports torch; methods that need it do so when they are called.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.checkpoints.architecture import Architecture
+from compressor.checkpoints.source import Source, TensorInfo
+from compressor.checkpoints.ties import declared_ties, prefixed
+from compressor.checkpoints.tokenizer import copy_tokenizer
+from compressor.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Checkpoint", "TensorInfo"]
+
+PACKED = (".qweight", ".weight_packed", ".weight_scale_inv", ".SCB", ".absmax", ".g_idx")
+
+
+class Checkpoint:
+    """Weights on disk, a config, a tokenizer, an architecture.
+
+    `tensors` are named as in the state dict of the module that `build` returns; a table with several names is
+    listed once, and `tied` maps its other names to the listed one. For families whose naming is only known to
+    their module, the first `build` or `check` corrects the names and drops what the module does not use, which
+    is then in `skipped`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        source: Source,
+        architecture: Architecture,
+        *,
+        config: dict[str, Any] | None = None,
+        tokenizer_files: Iterable[Path] = (),
+    ):
+        self.path = path
+        self.kind = "huggingface" if config is not None and source.kind != "gguf" else source.kind
+        self.architecture = architecture.name
+        self.family = architecture.family
+        self.config = copy.deepcopy(config)
+        self.tokenizer_files = list(tokenizer_files)
+        self.skipped: list[str] = []
+        self.source = source
+        self._architecture = architecture
+        self._aligned = False
+        self.name_tensors(prefixed(source.tensors, config), declared_ties)
+        _refuse_packed(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({str(self.path)!r}, {self.kind}, {self.architecture}, {len(self.tensors)} tensors)"
+        )
+
+    def name_tensors(self, rename: dict[str, str], ties: Any) -> None:
+        """Set `tensors` and `tied` from stored name -> module name and the declared ties of these names.
+
+        A declared tie whose two tables are both stored and differ is no tie; transformers does the same.
+        """
+        stored = {canonical: name for name, canonical in rename.items()}
+        declared: dict[str, str] = ties(stored, self.config)
+        tied = {rename[alias]: rename[name] for alias, name in self.source.shared.items() if alias in rename}
+        for alias, canonical in declared.items():
+            if alias in stored and canonical in stored and not self._is_same(stored, alias, canonical, tied):
+                self._untie(alias)
+                continue
+            if alias in stored and canonical not in stored:
+                stored[canonical] = stored[alias]
+            if canonical in stored:
+                tied = _join(tied, alias, canonical)
+        self._stored = {name: stored[name] for name in stored if name not in tied}
+        self.tied = dict(sorted(tied.items()))
+        self.tensors = {name: self._info(name) for name in self._stored}
+
+    def _is_same(self, stored: dict[str, str], alias: str, canonical: str, tied: dict[str, str]) -> bool:
+        if tied.get(alias, alias) == tied.get(canonical, canonical):
+            return True
+        return self.source.same(stored[alias], stored[canonical])
+
+    def _untie(self, alias: str) -> None:
+        if self.config is not None and alias.endswith(".weight"):
+            self.config["tie_word_embeddings"] = False
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.source.tensors[self._stored[name]]
+        return TensorInfo(name, info.shape, info.dtype, info.nbytes)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.source.file_of(self._stored[self.tied.get(name, name)])
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by its name or an alias, in its stored dtype (float32 for GGUF); its memory is the caller's.
+
+        Raises:
+            CheckpointError: There is no such tensor, or it holds NaN or infinite values.
+        """
+        import torch
+
+        canonical = self.tied.get(name, name)
+        if canonical not in self.tensors:
+            raise CheckpointError(f"{self.path}: has no tensor '{name}'; it has {len(self.tensors)} others")
+        tensor = self.source.read(self._stored[canonical])
+        if tensor.is_floating_point() and tensor.numel():
+            values = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)
+            bad = int((~torch.isfinite(values)).sum())
+            if bad:
+                raise CheckpointError(
+                    f"{self.file_of(canonical)}: tensor '{canonical}' holds {bad} NaN or infinite values of "
+                    f"{tensor.numel()}; give a checkpoint from before the training diverged"
+                )
+        return tensor
+
+    def build(self, device: str = "meta") -> nn.Module:
+        """The module in eval mode. On "meta" its parameters have no memory; its buffers are real.
+
+        On another device the weights are loaded as well.
+        """
+        from compressor.checkpoints import skeleton
+
+        module = skeleton.construct(self._architecture, self.config)
+        skeleton.align(self, module)
+        if device != "meta":
+            self.check()
+            skeleton.load(self, module, None, device)
+            module.to(device)
+        return module
+
+    def materialise(self, module: nn.Module, names: Iterable[str] | None = None, device: str = "cpu") -> None:
+        """Load the named parameters and persistent buffers (all, by default) of a module from `build`.
+
+        A tied parameter stays one object under all its names.
+        """
+        from compressor.checkpoints import skeleton
+
+        skeleton.load(self, module, names, device)
+
+    def materialise_buffers(self, module: nn.Module) -> None:
+        """Make buffers real that have no memory, by taking them from a freshly built module."""
+        from compressor.checkpoints import skeleton
+
+        skeleton.load_buffers(self, module)
+
+    def check(self) -> None:
+        """Compare names and shapes with the module's; what the module does not use goes to `skipped`.
+
+        Raises:
+            CheckpointError: A tensor is missing, or has the wrong shape.
+        """
+        from compressor.checkpoints import skeleton
+
+        skeleton.check(self, skeleton.construct(self._architecture, self.config))
+
+    def write_tokenizer(self, directory: Path) -> list[Path]:
+        """Write the tokenizer's files into a directory, tokenizer.json without spaces; returns the paths."""
+        if self.kind == "gguf" and not self.tokenizer_files:
+            from compressor.checkpoints.gguf_file import write_gguf_tokenizer
+
+            return write_gguf_tokenizer(self.source.files[0], Path(directory))
+        return copy_tokenizer(self.tokenizer_files, Path(directory))
+
+    def digest(self) -> str:
+        """SHA-256 of the weight files' bytes, in the order of their names."""
+        digest = hashlib.sha256()
+        for path in sorted(self.source.files):
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """A summary for people and JSON."""
+        dtypes: dict[str, int] = {}
+        for info in self.tensors.values():
+            dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "family": self.family,
+            "files": [path.name for path in self.source.files],
+            "file_bytes": sum(path.stat().st_size for path in self.source.files),
+            "n_tensors": len(self.tensors),
+            "n_parameters": sum(info.numel for info in self.tensors.values()),
+            "tensor_bytes": sum(info.nbytes for info in self.tensors.values()),
+            "bytes_by_dtype": dict(sorted(dtypes.items())),
+            "tied": dict(self.tied),
+            "tokenizer_files": [path.name for path in self.tokenizer_files],
+        }
+
+
+def _join(tied: dict[str, str], alias: str, canonical: str) -> dict[str, str]:
+    """The ties with one more; everything that was tied to either of the two is now tied to `canonical`."""
+    roots = {tied.get(name, name) for name in (alias, canonical)}
+    members = {alias, canonical} | roots | {name for name, root in tied.items() if root in roots}
+    rest = {name: root for name, root in tied.items() if name not in members}
+    return rest | {name: canonical for name in sorted(members - {canonical})}
+
+
+def _refuse_packed(checkpoint: Checkpoint) -> None:
+    packed = [name for name in checkpoint.tensors if name.endswith(PACKED)]
+    if packed:
+        raise CheckpointError(
+            f"{checkpoint.path}: is already quantised; found '{packed[0]}' and {len(packed) - 1} more packed tensors; "
+            "give the original checkpoint in float32, float16 or bfloat16"
+        )

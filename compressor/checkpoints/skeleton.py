@@ -1,0 +1,189 @@
+"""Modules without weights: construct one, compare it with a checkpoint, load tensors into it by name."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from compressor.checkpoints.architecture import Architecture
+from compressor.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from compressor.checkpoints.checkpoint import Checkpoint
+
+RANDOM_INIT = ("uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
+               "kaiming_normal_", "orthogonal_")  # fmt: skip
+# Buffers that older files hold and that modules compute themselves.
+COMPUTED = re.compile(
+    r"(^|\.)(position_ids|token_type_ids|inv_freq|cos_cached|sin_cached|masked_bias|num_batches_tracked"
+    r"|(attn|attention)\.bias)$"
+)
+LEGACY = (
+    (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
+    (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
+)
+
+
+@contextlib.contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Parameters that are registered inside go to the meta device; buffers stay real (accelerate's trick).
+
+    A parameter that is on meta already is kept as it is, so that ties hold. Random initialisation is skipped.
+    """
+    register = nn.Module.register_parameter
+    init = {name: getattr(nn.init, name) for name in RANDOM_INIT}
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            module._parameters[name] = _on_meta(parameter)
+
+    nn.Module.register_parameter = register_empty
+    for name in RANDOM_INIT:
+        setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+        for name, function in init.items():
+            setattr(nn.init, name, function)
+
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+
+def construct(architecture: Architecture, config: dict[str, Any] | None) -> nn.Module:
+    """The module of an architecture in eval mode, its parameters on meta, its buffers real."""
+    with empty_parameters():
+        module = architecture.construct(config)
+    for group in parameter_names(module).values():
+        parameter = module.get_parameter(group[0])
+        if parameter.device.type != "meta":
+            _set_parameter(module, group, _on_meta(parameter))
+    return module.eval()
+
+
+def parameter_names(module: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, by its identity, in the module's order; a tied one has several."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return groups
+
+
+def _set_parameter(module: nn.Module, names: Iterable[str], parameter: nn.Parameter) -> None:
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, parameter)
+
+
+def align(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Name the checkpoint's tensors as the module does; tie in the module what is tied in the checkpoint.
+
+    What the module ties but the files hold with different values is untied in a transformers model, as
+    transformers does; in another module it is refused.
+    """
+    if not checkpoint._aligned:
+        _rename(checkpoint, module)
+    for group in parameter_names(module).values():
+        apart = [name for name in group[1:] if name in checkpoint.tensors]
+        for name in apart:
+            _set_parameter(module, [name], _on_meta(module.get_parameter(name)))
+    slots = {name for group in parameter_names(module).values() for name in group}
+    for alias, canonical in checkpoint.tied.items():
+        if alias in slots and canonical in slots:
+            _set_parameter(module, [alias], module.get_parameter(canonical))
+
+
+def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
+    expected = set(module.state_dict(keep_vars=True))
+    prefix = getattr(module, "base_model_prefix", "") or "model"
+    stored = list(checkpoint.source.tensors)
+    rename = {name: _module_name(name, expected, f"{prefix}.") for name in stored}
+    groups = [group for group in parameter_names(module).values() if len(group) > 1]
+
+    def ties(names: Iterable[str], _: Any) -> dict[str, str]:
+        present = set(names)
+        return {alias: group[0] for group in groups if present & set(group) for alias in group[1:]}
+
+    checkpoint.name_tensors({name: target for name, target in rename.items() if target in expected}, ties)
+    _refuse_conflicts(checkpoint, groups)
+    dropped = [name for name in stored if rename[name] not in expected]
+    checkpoint.skipped = [name for name in dropped if not COMPUTED.search(name)]
+    checkpoint._aligned = True
+
+
+def _refuse_conflicts(checkpoint: Checkpoint, groups: list[list[str]]) -> None:
+    for group in groups:
+        for name in group[1:]:
+            if name in checkpoint.tensors and checkpoint.config is None:
+                raise CheckpointError(
+                    f"{checkpoint.path}: '{name}' and '{group[0]}' are one parameter of the module, but their values "
+                    "differ in the file; correct the module of --arch, or the file"
+                )
+
+
+def _module_name(name: str, expected: set[str], prefix: str) -> str:
+    for pattern, replacement in LEGACY:
+        name = pattern.sub(replacement, name)
+    candidates = (name, prefix + name, name.removeprefix(prefix))
+    return next((candidate for candidate in candidates if candidate in expected), name)
+
+
+def check(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Refuse a checkpoint that lacks a tensor of the module, or has it in another shape."""
+    align(checkpoint, module)
+    for name, wanted in module.state_dict(keep_vars=True).items():
+        canonical = checkpoint.tied.get(name, name)
+        if canonical not in checkpoint.tensors:
+            if COMPUTED.search(name) and not isinstance(wanted, nn.Parameter):
+                continue
+            near = f"; not used: {', '.join(checkpoint.skipped[:3])}" if checkpoint.skipped else ""
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor '{name}' of shape {tuple(wanted.shape)} is missing{near}; "
+                f"{checkpoint.architecture} needs it; give the whole checkpoint, or the right config or --arch"
+            )
+        found = checkpoint.tensors[canonical].shape
+        if found != tuple(wanted.shape):
+            raise CheckpointError(
+                f"{checkpoint.file_of(canonical)}: tensor '{name}' has shape {found}; {checkpoint.architecture} needs "
+                f"{tuple(wanted.shape)}; correct the config or --arch"
+            )
+
+
+def load(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str] | None, device: str) -> None:
+    """Load parameters and persistent buffers by name; every name of a tied parameter gets the same object."""
+    groups = {name: group for group in parameter_names(module).values() for name in group}
+    persistent = module.state_dict(keep_vars=True)
+    done: set[str] = set()
+    for name in persistent if names is None else names:
+        if name in done or checkpoint.tied.get(name, name) not in checkpoint.tensors:
+            if name not in persistent:
+                raise CheckpointError(f"{checkpoint.path}: has no tensor '{name}', nor has the module")
+            continue
+        tensor = checkpoint.read(name).to(device)
+        if name in groups:
+            trains = module.get_parameter(name).requires_grad and tensor.is_floating_point()
+            _set_parameter(module, groups[name], nn.Parameter(tensor, requires_grad=trains))
+            done.update(groups[name])
+        else:
+            parent, _, attribute = name.rpartition(".")
+            module.get_submodule(parent)._buffers[attribute] = tensor
+
+
+def load_buffers(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Take buffers that are on meta from a freshly constructed module; persistent ones are then loaded."""
+    empty = [name for name, buffer in module.named_buffers() if buffer.device.type == "meta"]
+    if not empty:
+        return
+    fresh = dict(construct(checkpoint._architecture, checkpoint.config).named_buffers())
+    for name in empty:
+        parent, _, attribute = name.rpartition(".")
+        module.get_submodule(parent)._buffers[attribute] = fresh[name]
+    load(checkpoint, module, [name for name in empty if name in checkpoint.tensors], "cpu")

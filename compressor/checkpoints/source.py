@@ -1,0 +1,103 @@
+"""What every kind of weight file offers: a list of tensors by their stored names, and reading of one."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: `dtype` in safetensors' spelling ("F32"), or the GGUF type ("Q4_1")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Source(ABC):
+    """The weight files of one checkpoint, under the names that are stored in them.
+
+    `shared` maps a name to the earlier name whose storage it shares. `module` is set where the file itself
+    holds a network (a trusted pickle, an exported program).
+    """
+
+    kind: str
+    files: list[Path]
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    module: Any = None
+
+    @abstractmethod
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its own memory; the caller may write to it."""
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same values."""
+        import torch
+
+        return torch.equal(self.read(first), self.read(second))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read; {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: is not valid JSON; {error}; repair the file or fetch it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}; an object was expected")
+    return content
+
+
+def refuse_empty(path: Path) -> None:
+    """Refuse files that were never fetched: empty ones, and Git LFS pointers."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read; {error.strerror}") from error
+    if not start:
+        raise CheckpointError(f"{path}: the file is empty; fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull`")
+
+
+def merge_shards(
+    parts: Mapping[Path, dict[str, TensorInfo]],
+) -> tuple[dict[str, TensorInfo], dict[str, Path]]:
+    """All tensors of several files, and where each lies; a name in two files is refused."""
+    tensors: dict[str, TensorInfo] = {}
+    home: dict[str, Path] = {}
+    for path, infos in parts.items():
+        for name, info in infos.items():
+            if name in home:
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' is already in {home[name].name}; keep one set of shards"
+                )
+            tensors[name], home[name] = info, path
+    return tensors, home

@@ -1,0 +1,205 @@
+"""torch.save files: a state dict, alone or under a usual key; loaded with `weights_only` unless trusted.
+
+A zip archive is opened on the meta device, which yields every tensor's place in the file: nothing but the index
+is in memory, and a tensor is read by its offset. The older pickle format has no index and is loaded whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.checkpoints.safetensors_file import TORCH_NAMES
+from compressor.checkpoints.source import Source, TensorInfo, merge_shards, refuse_empty
+from compressor.core.errors import CheckpointError
+
+USUAL_KEYS = (
+    "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "params_ema", "ema",
+)  # fmt: skip
+PREFIXES = ("module.", "_orig_mod.")
+DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
+REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|whose module (\S+) is blocked|but got (.+?)[>.]")
+READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, OSError,
+               AttributeError, OverflowError)  # fmt: skip
+
+
+@dataclass
+class StateDictSource(Source):
+    """One or several torch.save files."""
+
+    homes: dict[str, Path] = field(default_factory=dict)
+    loaded: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, files: list[Path], *, trust_pickle: bool = False) -> StateDictSource:
+        contents = {path: load_file(path, trust_pickle) for path in files}
+        modules = [found for content in contents.values() if (found := find_module(content)) is not None]
+        dicts = {path: find_state_dict(path, content) for path, content in contents.items()}
+        infos = {path: {n: _info(path, n, t) for n, t in tensors.items()} for path, tensors in dicts.items()}
+        tensors, homes = merge_shards(infos)
+        loaded = {name: tensor for found in dicts.values() for name, tensor in found.items()}
+        shared = find_shared(loaded, homes)
+        kind = "pickle" if modules else "state_dict"
+        return cls(kind, files, tensors, shared, modules[0] if len(modules) == 1 else None, homes, loaded)
+
+    def file_of(self, name: str) -> Path:
+        return self.homes[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self.loaded[name]
+        return (
+            tensor.clone() if tensor.device.type != "meta" else read_at_offset(self.homes[name], name, tensor)
+        )
+
+
+def read_at_offset(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that was opened on meta, whose storage knows its place in the file."""
+    storage = tensor.untyped_storage()
+    raw = torch.empty(storage.nbytes(), dtype=torch.uint8)
+    with path.open("rb") as file:
+        file.seek(storage._checkpoint_offset)
+        present = file.readinto(raw.numpy()) if raw.numel() else 0
+    if present != raw.numel():
+        raise CheckpointError(f"{path}: is truncated inside of tensor '{name}'; fetch it again")
+    flat = raw.view(tensor.dtype)
+    return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).clone()
+
+
+def find_shared(tensors: Mapping[str, torch.Tensor], homes: Mapping[str, Path]) -> dict[str, str]:
+    """Name -> earlier name with the same view of the same storage. Equal values alone are no tie."""
+    first: dict[tuple, str] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        place = storage._checkpoint_offset if tensor.device.type == "meta" else storage.data_ptr()
+        key = (
+            homes[name],
+            place,
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
+        if tensor.numel() and first.setdefault(key, name) != name:
+            shared[name] = first[key]
+    return shared
+
+
+def load_file(path: Path, trust_pickle: bool) -> Any:
+    """The content of a torch.save file; without trust, nothing of it is executed."""
+    refuse_empty(path)
+    zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04" and not zipped:
+        raise CheckpointError(
+            f"{path}: is truncated; it has {path.stat().st_size} bytes and the index at its end is missing; "
+            "fetch it again"
+        )
+    if not zipped and start[:1] != b"\x80":
+        raise CheckpointError(
+            f"{path}: is not a torch.save file; it starts with {start!r}; give a file written by torch.save"
+        )
+    if zipped and is_torchscript(path):
+        from compressor.checkpoints.torchscript import load_torchscript
+
+        return load_torchscript(path)
+    return _load_trusted(path) if trust_pickle else _load_weights(path, "meta" if zipped else "cpu")
+
+
+def is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+
+
+def _load_weights(path: Path, device: str) -> Any:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except READ_ERRORS as error:
+        message = str(error)
+        refused = REFUSED_GLOBAL.search(message)
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            found = next(group for group in refused.groups() if group)
+            raise CheckpointError(
+                f"{path}: is a pickle with code that would be executed; found {found}; nothing of it was run; save "
+                "the state dict alone (torch.save(model.state_dict(), ...)), or give --trust-pickle if you trust "
+                "whoever made the file"
+            ) from error
+        raise _unreadable(path, error) from error
+
+
+def _load_trusted(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (*READ_ERRORS, ImportError) as error:
+        hint = (
+            "put the code of its classes on PYTHONPATH"
+            if isinstance(error, ImportError | AttributeError)
+            else ""
+        )
+        raise _unreadable(path, error, hint) from error
+
+
+def _unreadable(path: Path, error: BaseException, hint: str = "") -> CheckpointError:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(
+        f"{path}: cannot be read, it is truncated or corrupt; found {path.stat().st_size} bytes and {first_line!r}; "
+        f"{hint or 'fetch it again'}"
+    )
+
+
+def find_module(content: Any) -> nn.Module | None:
+    """The network inside of a trusted pickle, if there is one."""
+    if isinstance(content, nn.Module):
+        return content
+    if isinstance(content, Mapping):
+        return next((content[key] for key in USUAL_KEYS if isinstance(content.get(key), nn.Module)), None)
+    return None
+
+
+def find_state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name, from under its usual keys, without wrappers' prefixes."""
+    found = _search(content, depth=3)
+    if found is None:
+        keys = f" with keys {', '.join(map(repr, list(content)[:8]))}" if isinstance(content, Mapping) else ""
+        raise CheckpointError(
+            f"{path}: holds no state dict; found a {type(content).__name__}{keys}; save model.state_dict(), alone "
+            f"or under one of {', '.join(USUAL_KEYS)}"
+        )
+    for _ in PREFIXES:
+        for prefix in PREFIXES:
+            if all(name.startswith(prefix) for name in found):
+                found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _search(content: Any, depth: int) -> dict[str, torch.Tensor] | None:
+    if isinstance(content, nn.Module):
+        return dict(content.state_dict())
+    if not isinstance(content, Mapping) or depth == 0:
+        return None
+    for key in USUAL_KEYS:
+        if isinstance(content.get(key), Mapping | nn.Module):
+            below = _search(content[key], depth - 1)
+            if below is not None:
+                return below
+    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    return tensors if tensors and all(isinstance(key, str) for key in tensors) else None
+
+
+def _info(path: Path, name: str, tensor: torch.Tensor) -> TensorInfo:
+    if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' is {tensor.dtype}, {tensor.layout}; only dense tensors can be compressed; "
+            "give the checkpoint before it was quantised or made sparse"
+        )
+    size = tensor.numel() * tensor.element_size()
+    return TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], size)

@@ -1,0 +1,325 @@
+"""Encodings: how one matrix is stored.
+
+An encoding is of a matrix (rows = outputs, columns = inputs). It can `decode()` to float32, name its packed `parts()`
+and count its `nbytes`; it knows nothing of files, graphs or papers. `Layout` says how the matrix becomes the tensor
+of the network again. The arrays in `parts()` are what the artifact stores, byte for byte.
+
+    Dense      the values, in float32 or float16
+    Affine     ŵ = scale · (code − zero)             2, 3, 4, 8 bits in groups of columns
+    Codebook   ŵ = scale · table[codebook of row, code]   a code stands for `dim` neighbouring columns
+    Binary     ŵ = scale · (±1)
+    Sparse     mask and the encoding of what it keeps
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compressor.ops.packing import pack, pack_plane, plane_widths, unpack, unpack_plane
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a matrix (rows, columns) restores a tensor: transpose if `transposed`, then reshape to `shape`."""
+
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        flat = tensor.reshape(tensor.shape[0], -1)
+        return flat.T if self.transposed else flat
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        return (matrix.T if self.transposed else matrix).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Encoding(ABC):
+    """The base: `shape` is (rows, columns)."""
+
+    kind: ClassVar[str]
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def decode(self) -> Tensor:
+        """The matrix, float32 (rows, columns)."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, Tensor]:
+        """The packed arrays by name; what an artifact stores."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What besides the parts and the shape rebuilds the encoding; plain JSON values."""
+
+    @classmethod
+    @abstractmethod
+    def rebuild(cls, shape: tuple[int, int], settings: dict[str, Any], parts: dict[str, Tensor]) -> Encoding:
+        """The inverse of `parts()` and `settings()`."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.parts().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Dense(Encoding):
+    """The values as they are, in the dtype of `values` (float32 or float16)."""
+
+    kind = "dense"
+    values: Tensor
+
+    def decode(self) -> Tensor:
+        return self.values.float()
+
+    def parts(self) -> dict[str, Tensor]:
+        return {"weight": self.values.contiguous()}
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def rebuild(cls, shape, settings, parts):
+        return cls(shape, parts["weight"])
+
+
+def n_groups(columns: int, group: int) -> int:
+    return -(-columns // group)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Group scales, s (rows, n_groups): float16, or a byte per group times a float16 per row.
+
+    `row` is (rows, 1) float16 when `values` is uint8: s = row · values / 255; None when `values` are the float16 scales.
+    """
+
+    values: Tensor
+    row: Tensor | None = None
+
+    @classmethod
+    def of(cls, scales: Tensor, bits: int = 16) -> Scales:
+        """Rounds float scales (rows, n_groups) to what is stored. Negative scales need 16 bits."""
+        if bits == 16:
+            return cls(scales.half())
+        if bool((scales < 0).any()):
+            raise ValueError("scales of 8 bits cannot be negative")
+        row = scales.amax(dim=1, keepdim=True).half()
+        share = scales / row.float().clamp_min(torch.finfo(torch.float32).tiny)
+        return cls((255 * share).round().clamp(0, 255).to(torch.uint8), row)
+
+    def decode(self) -> Tensor:
+        if self.row is None:
+            return self.values.float()
+        return self.values.float() * (self.row.float() / 255)
+
+    def parts(self) -> dict[str, Tensor]:
+        return {"scales": self.values} if self.row is None else {"scales": self.values, "row_scales": self.row}
+
+    @classmethod
+    def rebuild(cls, parts: dict[str, Tensor]) -> Scales:
+        return cls(parts["scales"], parts.get("row_scales"))
+
+
+def _grouped(matrix: Tensor, group: int) -> Tensor:
+    """(rows, columns) to (rows, n_groups, group), zero-padded."""
+    rows, columns = matrix.shape
+    return torch.nn.functional.pad(matrix, (0, -columns % group)).view(rows, -1, group)
+
+
+def _plane_parts(codes: Tensor, bits: int) -> dict[str, Tensor]:
+    planes = pack(codes, bits)
+    if len(planes) == 1:
+        return {"codes": planes[0]}
+    return {f"codes.{i}": plane for i, plane in enumerate(planes)}
+
+
+def _planes(parts: dict[str, Tensor], bits: int) -> list[Tensor]:
+    if len(plane_widths(bits)) == 1:
+        return [parts["codes"]]
+    return [parts[f"codes.{i}"] for i in range(len(plane_widths(bits)))]
+
+
+@dataclass(frozen=True)
+class Affine(Encoding):
+    """A uniform grid per group of columns: ŵ = s·(q − z), q in 0 … 2**bits − 1.
+
+    codes (rows, n_groups·group) int; padding columns hold the code nearest zero. `zero` is a float (the same for all
+    groups: 2**(bits−1), or that minus a half for levels ±½, ±1½, …) or an integer tensor (rows, n_groups).
+    """
+
+    kind = "affine"
+    bits: int
+    group: int
+    codes: Tensor
+    scales: Scales
+    zero: float | Tensor
+
+    def decode(self) -> Tensor:
+        rows, columns = self.shape
+        zero = self.zero.float().unsqueeze(-1) if isinstance(self.zero, Tensor) else self.zero
+        grouped = self.codes.view(rows, -1, self.group).float()
+        return ((grouped - zero) * self.scales.decode().unsqueeze(-1)).flatten(1)[:, :columns]
+
+    def parts(self) -> dict[str, Tensor]:
+        parts = {**_plane_parts(self.codes, self.bits), **self.scales.parts()}
+        if isinstance(self.zero, Tensor):
+            parts |= {f"zeros{name[5:]}": part for name, part in _plane_parts(self.zero, self.bits).items()}
+        return parts
+
+    def settings(self) -> dict[str, Any]:
+        zero = None if isinstance(self.zero, Tensor) else self.zero
+        return {"bits": self.bits, "group": self.group, "zero": zero}
+
+    @classmethod
+    def rebuild(cls, shape, settings, parts):
+        bits, group, zero = settings["bits"], settings["group"], settings["zero"]
+        groups = n_groups(shape[1], group)
+        if zero is None:
+            zeros = {f"codes{name[5:]}": part for name, part in parts.items() if name.startswith("zeros")}
+            zero = unpack(_planes(zeros, bits), bits, groups)
+        codes = unpack(_planes(parts, bits), bits, groups * group)
+        return cls(shape, bits, group, codes, Scales.rebuild(parts), zero)
+
+
+@dataclass(frozen=True)
+class Codebook(Encoding):
+    """Learned codewords: a code of bits·dim bits names a vector of `dim` neighbouring columns.
+
+    table   (n_codebooks, 2**(bits·dim), dim): int8 on the int4 grid −8 … 7, or float16 (free)
+    codes   (rows, n_groups·group / dim) int, rows in *stored* order
+    scales  (rows, n_groups), rows in stored order
+    counts  rows per codebook: the first counts[0] stored rows use codebook 0, and so on
+    order   (rows,) stored row i is row order[i] of the matrix; None where rows keep their order
+    """
+
+    kind = "codebook"
+    bits: int
+    dim: int
+    group: int
+    codes: Tensor
+    table: Tensor
+    scales: Scales
+    counts: tuple[int, ...]
+    order: Tensor | None = None
+
+    def stored(self) -> Tensor:
+        """The matrix with its rows in stored order, float32."""
+        rows, columns = self.shape
+        book = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
+        flat = self.table.float().flatten(0, 1)
+        index = self.codes.long() + book.unsqueeze(1) * self.table.shape[1]
+        values = flat[index.flatten()].view(rows, -1, self.group)
+        return (values * self.scales.decode().unsqueeze(-1)).flatten(1)[:, :columns]
+
+    def decode(self) -> Tensor:
+        stored = self.stored()
+        if self.order is None:
+            return stored
+        matrix = torch.empty_like(stored)
+        matrix[self.order.long()] = stored
+        return matrix
+
+    @property
+    def on_int4_grid(self) -> bool:
+        return self.table.dtype == torch.int8
+
+    def parts(self) -> dict[str, Tensor]:
+        table = self.table
+        if self.on_int4_grid:
+            table = pack_plane(table.flatten(1).to(torch.int32) + 8, 4)
+        parts = {**_plane_parts(self.codes, self.bits * self.dim), **self.scales.parts(), "table": table}
+        if self.order is not None:
+            parts["order"] = self.order.to(torch.uint16 if self.shape[0] <= 65536 else torch.int32)
+        return parts
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits, "dim": self.dim, "group": self.group,
+            "counts": list(self.counts), "grid": "int4" if self.on_int4_grid else "free",
+        }  # fmt: skip
+
+    @classmethod
+    def rebuild(cls, shape, settings, parts):
+        bits, dim, group = settings["bits"], settings["dim"], settings["group"]
+        width, counts = bits * dim, tuple(settings["counts"])
+        table = parts["table"]
+        if settings["grid"] == "int4":
+            size = 2**width * dim
+            table = (unpack_plane(table, 4, size) - 8).to(torch.int8).view(len(counts), 2**width, dim)
+        codes = unpack(_planes(parts, width), width, n_groups(shape[1], group) * group // dim)
+        return cls(shape, bits, dim, group, codes, table, Scales.rebuild(parts), counts, parts.get("order"))
+
+
+@dataclass(frozen=True)
+class Binary(Encoding):
+    """One bit per weight: ŵ = scale·(+1 where the bit is set, else −1); scale (rows, 1) or (1, 1) float16."""
+
+    kind = "binary"
+    signs: Tensor
+    scale: Tensor
+
+    def decode(self) -> Tensor:
+        return (2.0 * self.signs.float() - 1.0) * self.scale.float()
+
+    def parts(self) -> dict[str, Tensor]:
+        return {"codes": pack_plane(self.signs.to(torch.uint8), 1), "scales": self.scale.half()}
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def rebuild(cls, shape, settings, parts):
+        return cls(shape, unpack_plane(parts["codes"], 1, shape[1]).bool(), parts["scales"])
+
+
+@dataclass(frozen=True)
+class Sparse(Encoding):
+    """A mask (rows, columns) of kept weights and the encoding of the kept values, a matrix of one row."""
+
+    kind = "sparse"
+    mask: Tensor
+    inner: Encoding
+
+    def decode(self) -> Tensor:
+        matrix = torch.zeros(self.shape)
+        matrix[self.mask] = self.inner.decode().flatten()
+        return matrix
+
+    def parts(self) -> dict[str, Tensor]:
+        inner = {f"kept.{name}": part for name, part in self.inner.parts().items()}
+        return {"mask": pack_plane(self.mask.to(torch.uint8), 1), **inner}
+
+    def settings(self) -> dict[str, Any]:
+        return {"kept": describe(self.inner)}
+
+    @classmethod
+    def rebuild(cls, shape, settings, parts):
+        kept = {name[5:]: part for name, part in parts.items() if name.startswith("kept.")}
+        return cls(shape, unpack_plane(parts["mask"], 1, shape[1]).bool(), restore(settings["kept"], kept))
+
+
+KINDS: dict[str, type[Encoding]] = {kind.kind: kind for kind in (Dense, Affine, Codebook, Binary, Sparse)}
+
+
+def describe(encoding: Encoding) -> dict[str, Any]:
+    """Plain JSON that, with the parts, restores the encoding."""
+    return {"kind": encoding.kind, "shape": list(encoding.shape), **encoding.settings()}
+
+
+def restore(description: dict[str, Any], parts: dict[str, Tensor]) -> Encoding:
+    """The encoding that `describe` and `parts()` came from."""
+    kind = KINDS.get(description["kind"])
+    if kind is None:
+        raise ValueError(f"unknown encoding '{description['kind']}'; known: {', '.join(KINDS)}")
+    return kind.rebuild(tuple(description["shape"]), description, parts)

@@ -1,0 +1,137 @@
+"""The tensors of a compressed network, by name: read lazily from a safetensors file that holds their packed parts.
+
+A part of tensor `t` is stored as `t.<part>` (a dense tensor simply as `t`). How the parts rebuild the tensors stands in
+the file's metadata under the key `compressor`, so that one file is complete in itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compressor.core.encoding import Dense, Encoding, Layout, describe, restore
+from compressor.core.errors import CheckpointError
+
+METADATA_KEY = "compressor"
+_DTYPES = {
+    torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int32: "I32", torch.int64: "I64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.bool: "BOOL",
+}  # fmt: skip
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """One tensor of the network: an encoding of its matrix, and the layout that makes it the tensor again."""
+
+    encoding: Encoding
+    layout: Layout
+
+    def decode(self) -> Tensor:
+        """The tensor, float32, as the network computes with it."""
+        return self.layout.tensor(self.encoding.decode())
+
+    @classmethod
+    def dense(cls, tensor: Tensor, dtype: torch.dtype = torch.float32) -> EncodedTensor:
+        """Stores `tensor` as it is, in `dtype`."""
+        layout = Layout(tuple(tensor.shape))
+        matrix = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1).to(dtype)
+        return cls(Dense(tuple(matrix.shape), matrix), layout)
+
+
+def part_name(tensor: str, part: str) -> str:
+    return tensor if part == "weight" else f"{tensor}.{part}"
+
+
+def _description(tensor: EncodedTensor) -> dict:
+    layout = tensor.layout
+    return {**describe(tensor.encoding), "tensor_shape": list(layout.shape), "transposed": layout.transposed}
+
+
+class EncodedTensors(Mapping[str, EncodedTensor]):
+    """A read-only mapping over one or more safetensors files written by `write_tensors`."""
+
+    def __init__(self, paths: Iterable[Path | str], tied: Mapping[str, str] | None = None) -> None:
+        self._files, self._descriptions = {}, {}
+        self.tied: dict[str, str] = dict(tied or {})
+        for path in paths:
+            handle = _open(Path(path))
+            metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
+            if metadata is None:
+                raise CheckpointError(f"{path}: not written by compressor (no '{METADATA_KEY}' metadata)")
+            self._descriptions |= metadata["tensors"]
+            self._files |= dict.fromkeys(metadata["tensors"], handle)
+            self.tied |= metadata["tied"]
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        name = self.tied.get(name, name)
+        description, handle = self._descriptions[name], self._files[name]
+        parts = {part: handle.get_tensor(part_name(name, part)) for part in description["parts"]}
+        layout = Layout(tuple(description["tensor_shape"]), description["transposed"])
+        return EncodedTensor(restore(description, parts), layout)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._descriptions)
+
+    def __len__(self) -> int:
+        return len(self._descriptions)
+
+    def describe(self, name: str) -> dict:
+        """Kind, shape, settings and parts of a tensor, without reading it."""
+        return self._descriptions[self.tied.get(name, name)]
+
+
+def _open(path: Path):
+    try:
+        return safe_open(str(path), framework="pt")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read; {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file; {error}") from error
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, EncodedTensor], tied: Mapping[str, str] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Writes the parts of `tensors`, one tensor in memory at a time; returns {part name: (offset, bytes)}.
+
+    The file appears whole or not at all. Offsets count from the start of the file, for ONNX external data. The
+    same tensors give the same bytes.
+    """
+    header, descriptions, position = {}, {}, 0
+    for name in tensors:
+        tensor = tensors[name]
+        parts = tensor.encoding.parts()
+        descriptions[name] = {**_description(tensor), "parts": sorted(parts)}
+        for part in sorted(parts):
+            size = parts[part].numel() * parts[part].element_size()
+            header[part_name(name, part)] = {
+                "dtype": _DTYPES[parts[part].dtype], "shape": list(parts[part].shape),
+                "data_offsets": [position, position + size],
+            }  # fmt: skip
+            position += size
+    metadata = json.dumps({"tensors": descriptions, "tied": dict(tied or {})}, separators=(",", ":"))
+    text = json.dumps({"__metadata__": {METADATA_KEY: metadata}, **header}, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in tensors:
+            parts = tensors[name].encoding.parts()
+            for part in sorted(parts):
+                file.write(parts[part].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    start = 8 + len(text)
+    return {
+        name: (start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
