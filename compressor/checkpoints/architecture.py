@@ -23,8 +23,22 @@ ENCODER_HEADS = (
     "ForQuestionAnswering", "ForMultipleChoice",
 )  # fmt: skip
 ENCODER_TYPES = frozenset(
-    "albert bert camembert deberta deberta-v2 distilbert electra ernie eurobert modernbert mpnet nomic_bert "
-    "roberta xlm-roberta".split()
+    [
+        "albert",
+        "bert",
+        "camembert",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie",
+        "eurobert",
+        "modernbert",
+        "mpnet",
+        "nomic_bert",
+        "roberta",
+        "xlm-roberta",
+    ]
 )
 TOKEN_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
@@ -72,8 +86,9 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
     model_type = config.get("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
-            f"{path}: config.json has model_type {model_type!r}, which transformers {transformers.__version__} "
-            "does not know; code inside of checkpoints is never run; give --arch module:callable"
+            f"{path}: config.json has model_type {model_type!r}, which transformers "
+            f"{transformers.__version__} does not know; code inside of checkpoints is never run; give "
+            "--arch module:callable"
         )
     settings = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
     name = architecture_of(config)
@@ -92,7 +107,7 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
 
 
 def call_reference(reference: str) -> nn.Module:
-    """The module that `module:callable` returns; the module is found from the working directory and PYTHONPATH."""
+    """The network that `module:callable` returns, found from the working directory and PYTHONPATH."""
     from torch import nn
 
     module_name, _, attribute = reference.partition(":")
@@ -134,7 +149,8 @@ def _needs_no_arguments(reference: str, found: Any) -> None:
         inspect.signature(found).bind()
     except TypeError as error:
         raise CheckpointError(
-            f"--arch {reference}: must be callable without arguments; {error}; write a function that fills them in"
+            f"--arch {reference}: must be callable without arguments; {error}; write a function that fills "
+            "them in"
         ) from error
     except ValueError:
         return  # built in, without a signature: the call itself will tell
@@ -149,13 +165,14 @@ def _copy(module: nn.Module) -> nn.Module:
 def _refuse(path: Path, tensors: dict[str, TensorInfo]) -> nn.Module:
     if any(name.endswith(TOKEN_TABLES) for name in tensors):
         raise CheckpointError(
-            f"{path}: holds the weights of a language model, but its config and tokenizer are missing; head counts "
-            "and rotary bases are not in the weights; put config.json and tokenizer.json beside the file, or give "
-            "--arch DIR with a folder that has them (config.json needs model_type, architectures, "
-            "num_attention_heads, num_key_value_heads and rope_theta)"
+            f"{path}: holds the weights of a language model, but its config and tokenizer are missing; head "
+            "counts and rotary bases are not in the weights; put config.json and tokenizer.json beside the "
+            "file, or give --arch DIR with a folder that has them (config.json needs model_type, "
+            "architectures, num_attention_heads, num_key_value_heads and rope_theta)"
         )
     first = next(iter(tensors), "none")
     raise CheckpointError(
         f"{path}: its architecture is unknown; found {len(tensors)} tensors (the first is '{first}') and no "
-        "config.json; give --arch module:callable, a function that returns the module, or --arch DIR with a config.json"
+        "config.json; give --arch module:callable, a function that returns the module, or --arch DIR with "
+        "a config.json"
     )

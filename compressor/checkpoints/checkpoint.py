@@ -30,9 +30,8 @@ class Checkpoint:
     """Weights on disk, a config, a tokenizer, an architecture.
 
     `tensors` are named as in the state dict of the module that `build` returns; a table with several names is
-    listed once, and `tied` maps its other names to the listed one. For families whose naming is only known to
-    their module, the first `build` or `check` corrects the names and drops what the module does not use, which
-    is then in `skipped`.
+    listed once, and `tied` maps its other names to it. The first `build` or `check` corrects names that only
+    the module knows, and drops what it does not use, which is then in `skipped`.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Checkpoint:
         """
         stored = {canonical: name for name, canonical in rename.items()}
         declared: dict[str, str] = ties(stored, self.config)
-        tied = {rename[alias]: rename[name] for alias, name in self.source.shared.items() if alias in rename}
+        tied = _shared_names(self.source.shared, rename)
         for alias, canonical in declared.items():
             if alias in stored and canonical in stored and not self._is_same(stored, alias, canonical, tied):
                 self._untie(alias)
@@ -100,25 +99,21 @@ class Checkpoint:
         return self.source.file_of(self._stored[self.tied.get(name, name)])
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor by its name or an alias, in its stored dtype (float32 for GGUF); its memory is the caller's.
+        """A tensor by its name or an alias, in its stored dtype (float32 for GGUF), in memory of its own.
 
         Raises:
             CheckpointError: There is no such tensor, or it holds NaN or infinite values.
         """
-        import torch
-
         canonical = self.tied.get(name, name)
         if canonical not in self.tensors:
             raise CheckpointError(f"{self.path}: has no tensor '{name}'; it has {len(self.tensors)} others")
         tensor = self.source.read(self._stored[canonical])
-        if tensor.is_floating_point() and tensor.numel():
-            values = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)
-            bad = int((~torch.isfinite(values)).sum())
-            if bad:
-                raise CheckpointError(
-                    f"{self.file_of(canonical)}: tensor '{canonical}' holds {bad} NaN or infinite values of "
-                    f"{tensor.numel()}; give a checkpoint from before the training diverged"
-                )
+        bad = _count_not_finite(tensor) if tensor.is_floating_point() else 0
+        if bad:
+            raise CheckpointError(
+                f"{self.file_of(canonical)}: tensor '{canonical}' holds {bad} NaN or infinite values of "
+                f"{tensor.numel()}; give a checkpoint from before the training diverged"
+            )
         return tensor
 
     def build(self, device: str = "meta") -> nn.Module:
@@ -199,18 +194,36 @@ class Checkpoint:
         }
 
 
+def _count_not_finite(tensor: torch.Tensor, chunk: int = 1 << 20) -> int:
+    """How many values are NaN or infinite; in chunks, since the masks of a whole table would double it."""
+    exact = tensor.element_size() > 1  # float8 has no isfinite of its own
+    parts = tensor.reshape(-1).split(chunk)
+    return sum(int((~(part if exact else part.float()).isfinite()).sum()) for part in parts)
+
+
+def _shared_names(shared: dict[str, str], rename: dict[str, str]) -> dict[str, str]:
+    """Alias -> canonical by module names; canonical is the first name of a storage that the module has."""
+    tied: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for name, target in rename.items():
+        canonical = first.setdefault(shared.get(name, name), target)
+        if canonical != target:
+            tied[target] = canonical
+    return tied
+
+
 def _join(tied: dict[str, str], alias: str, canonical: str) -> dict[str, str]:
     """The ties with one more; everything that was tied to either of the two is now tied to `canonical`."""
     roots = {tied.get(name, name) for name in (alias, canonical)}
     members = {alias, canonical} | roots | {name for name, root in tied.items() if root in roots}
     rest = {name: root for name, root in tied.items() if name not in members}
-    return rest | {name: canonical for name in sorted(members - {canonical})}
+    return rest | dict.fromkeys(sorted(members - {canonical}), canonical)
 
 
 def _refuse_packed(checkpoint: Checkpoint) -> None:
     packed = [name for name in checkpoint.tensors if name.endswith(PACKED)]
     if packed:
         raise CheckpointError(
-            f"{checkpoint.path}: is already quantised; found '{packed[0]}' and {len(packed) - 1} more packed tensors; "
-            "give the original checkpoint in float32, float16 or bfloat16"
+            f"{checkpoint.path}: is already quantised; found '{packed[0]}' and {len(packed) - 1} more "
+            "packed tensors; give the original checkpoint in float32, float16 or bfloat16"
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from pathlib import Path
 
 import torch
 
 from compressor.checkpoints.source import refuse_empty
-from compressor.checkpoints.state_dict import StateDictSource, find_shared, find_state_dict
+from compressor.checkpoints.state_dict import READ_ERRORS, StateDictSource, find_shared, find_state_dict
 from compressor.checkpoints.state_dict import _info as tensor_info
 from compressor.core.errors import CheckpointError
+
+UNREADABLE = (*READ_ERRORS, ImportError, zipfile.BadZipFile)
 
 
 def open_exported(path: Path, *, trust_pickle: bool) -> StateDictSource:
@@ -19,13 +20,13 @@ def open_exported(path: Path, *, trust_pickle: bool) -> StateDictSource:
     refuse_empty(path)
     if not trust_pickle:
         raise CheckpointError(
-            f"{path}: is an exported program, and reading it executes code inside of the file; nothing was run; give "
-            "--trust-pickle if you trust whoever made it, or save the state dict alone and give --arch"
+            f"{path}: is an exported program, and reading it executes code inside of the file; nothing was "
+            "run; give --trust-pickle if you trust whoever made it, or save the state dict alone and give "
+            "--arch"
         )
     try:
         program = torch.export.load(path)
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, ImportError, AttributeError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{path}: is not a readable exported program; {error}; export it again"
         ) from error

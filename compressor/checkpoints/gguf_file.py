@@ -1,8 +1,8 @@
 """GGUF files of the Llama, Mistral and Qwen families, tensor by tensor, by Hugging Face's names.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's converter permutes the rows of
-Llama's query and key matrices, from rotary halves to interleaved pairs; here this is undone. Other families are
-stored as they are.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's converter permutes the rows
+of Llama's query and key matrices, from rotary halves to interleaved pairs; here this is undone. Other
+families are stored as they are.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class GgufSource(Source):
             )
             for name, entry in entries.items()
         }
-        heads = permuted_heads(config, infos) if metadata(reader, "general.architecture") == "llama" else {}
+        heads = permuted_heads(reader, infos)
         return cls("gguf", [path], infos, config=config, entries=entries, permuted_heads=heads)
 
     def file_of(self, name: str) -> Path:
@@ -96,8 +96,8 @@ class GgufSource(Source):
             values = dequantize(entry.data, entry.tensor_type)
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{self.files[0]}: tensor '{name}' is stored as {entry.tensor_type.name}, which the gguf package cannot "
-                "decode; give a file in another quantisation"
+                f"{self.files[0]}: tensor '{name}' is stored as {entry.tensor_type.name}, which the gguf "
+                "package cannot decode; give a file in another quantisation"
             ) from error
         if name in self.permuted_heads:
             values = restore_rows(values, self.permuted_heads[name])
@@ -111,9 +111,12 @@ def restore_rows(values: numpy.ndarray, n_heads: int) -> numpy.ndarray:
     return values.reshape(n_heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def permuted_heads(config: dict[str, Any], names: dict[str, TensorInfo]) -> dict[str, int]:
+def permuted_heads(reader: GGUFReader, names: dict[str, TensorInfo]) -> dict[str, int]:
     """The tensors whose rows are permuted, and the heads of each."""
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    if metadata(reader, "general.architecture") != "llama":
+        return {}
+    n_heads = metadata(reader, "llama.attention.head_count")
+    heads = {"q_proj": n_heads, "k_proj": metadata(reader, "llama.attention.head_count_kv") or n_heads}
     return {name: heads[name.split(".")[-2]] for name in names if name.split(".")[-2] in heads}
 
 
@@ -132,8 +135,8 @@ def open_reader(path: Path) -> GGUFReader:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: is truncated or corrupt; it has {path.stat().st_size} bytes, and its index asks for more "
-            f"({error}); fetch it again"
+            f"{path}: is truncated or corrupt; it has {path.stat().st_size} bytes, and its index asks for "
+            f"more ({error}); fetch it again"
         ) from error
     if int(metadata(reader, "split.count") or 1) > 1:
         raise CheckpointError(
@@ -159,7 +162,8 @@ def hugging_face_name(path: Path, name: str) -> str:
     if name == "rope_freqs.weight":
         return name
     raise CheckpointError(
-        f"{path}: tensor '{name}' has no place in the Llama and Qwen families; give the Hugging Face directory instead"
+        f"{path}: tensor '{name}' has no place in the Llama and Qwen families; give the Hugging Face "
+        "directory instead"
     )
 
 
@@ -168,8 +172,8 @@ def read_config(path: Path, reader: GGUFReader) -> dict[str, Any]:
     family = metadata(reader, "general.architecture")
     if family not in MODEL_CLASSES:
         raise CheckpointError(
-            f"{path}: is of architecture '{family}'; known: {', '.join(sorted(MODEL_CLASSES))}; give the Hugging Face "
-            "directory instead"
+            f"{path}: is of architecture '{family}'; known: {', '.join(sorted(MODEL_CLASSES))}; give the "
+            "Hugging Face directory instead"
         )
     config: dict[str, Any] = {"architectures": [MODEL_CLASSES[family]], "model_type": family}
     for key, suffix in CONFIG_KEYS.items():
@@ -190,6 +194,8 @@ def read_config(path: Path, reader: GGUFReader) -> dict[str, Any]:
     config["rope_theta"] = base
     config["rope_parameters"] = {"rope_theta": base, "rope_type": "default"}
     names = {entry.name: entry for entry in reader.tensors}
+    if "token_embd.weight" not in names:
+        raise CheckpointError(f"{path}: tensor 'token_embd.weight' is missing; convert the model again")
     config["attention_bias"] = "blk.0.attn_output.bias" in names
     config["mlp_bias"] = "blk.0.ffn_up.bias" in names
     config["vocab_size"] = int(names["token_embd.weight"].shape[1])
@@ -209,7 +215,8 @@ def _refuse_scaled_rotary(path: Path, reader: GGUFReader) -> None:
     if table or kind not in (None, "none"):
         found = "a table of rotary factors" if table else f"rotary scaling '{kind}'"
         raise CheckpointError(
-            f"{path}: has {found}, whose settings are not in its metadata; give --arch DIR with the model's config.json"
+            f"{path}: has {found}, whose settings are not in its metadata; give --arch DIR with the model's "
+            "config.json"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -52,8 +53,8 @@ def locate(path: str | PathLike[str]) -> Location:
     unknown = [file for file in files if file.suffix not in SUFFIXES]
     if unknown:
         raise CheckpointError(
-            f"{unknown[0]}: files ending in '{unknown[0].suffix}' are not supported; supported are {', '.join(SUFFIXES)} "
-            "and Hugging Face directories"
+            f"{unknown[0]}: files ending in '{unknown[0].suffix}' are not supported; supported are "
+            f"{', '.join(SUFFIXES)} and Hugging Face directories"
         )
     return Location(path, files, config if config.is_file() else None)
 
@@ -74,8 +75,8 @@ def weight_files(directory: Path) -> list[Path]:
         return found
     if not found:
         raise CheckpointError(
-            f"{directory}: holds no weights; found {_listing(directory)}; expected {' or '.join(INDEXED)}, their "
-            f".index.json with shards, or one file ending in {', '.join(SUFFIXES)}"
+            f"{directory}: holds no weights; found {_listing(directory)}; expected {' or '.join(INDEXED)}, "
+            f"their .index.json with shards, or one file ending in {', '.join(SUFFIXES)}"
         )
     names = ", ".join(path.name for path in found[:6])
     raise CheckpointError(f"{directory}: holds {len(found)} weight files, {names}; name the one to compress")
@@ -93,7 +94,8 @@ def indexed_files(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}; fetch them"
+            f"{index.parent}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}; "
+            "fetch them"
         )
     return [index.parent / name for name in names]
 
@@ -173,12 +175,10 @@ def _refuse_scripted(
         return
     from compressor.checkpoints.state_dict import is_torchscript
 
-    import zipfile
-
     if zipfile.is_zipfile(found.files[0]) and is_torchscript(found.files[0]):
         raise CheckpointError(
-            f"{found.files[0]}: is a TorchScript archive, which is never run; only its weights can be used; give "
-            "--arch module:callable for the network"
+            f"{found.files[0]}: is a TorchScript archive, which is never run; only its weights can be used; "
+            "give --arch module:callable for the network"
         )
 
 

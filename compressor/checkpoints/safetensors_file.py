@@ -86,7 +86,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
             )
         if size < 8 + length:
             raise CheckpointError(
-                f"{path}: is truncated; it has {size} bytes, its header alone takes {8 + length}; fetch it again"
+                f"{path}: is truncated; it has {size} bytes, its header alone takes {8 + length}; fetch it "
+                "again"
             )
         header = _parse(path, file.read(length))
     header.pop("__metadata__", None)
@@ -123,12 +124,13 @@ def _info(path: Path, name: str, entry: Any) -> TensorInfo:
         ) from error
     if dtype not in ITEM_SIZE:
         raise CheckpointError(
-            f"{path}: tensor '{name}' is of type {dtype}; known: {', '.join(ITEM_SIZE)}; convert it to one of these"
+            f"{path}: tensor '{name}' is of type {dtype}; known: {', '.join(ITEM_SIZE)}; convert it to one "
+            "of these"
         )
     expected = math.prod(shape) * ITEM_SIZE[dtype]
     if begin < 0 or end - begin != expected:
         raise CheckpointError(
-            f"{path}: the header of tensor '{name}' is corrupt; {end - begin} bytes for shape {shape} of {dtype}, "
-            f"which needs {expected}; fetch it again"
+            f"{path}: the header of tensor '{name}' is corrupt; {end - begin} bytes for shape {shape} of "
+            f"{dtype}, which needs {expected}; fetch it again"
         )
     return TensorInfo(name, shape, dtype, end - begin)

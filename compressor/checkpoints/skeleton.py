@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from compressor.checkpoints.architecture import Architecture
@@ -16,8 +15,10 @@ from compressor.core.errors import CheckpointError
 if TYPE_CHECKING:
     from compressor.checkpoints.checkpoint import Checkpoint
 
-RANDOM_INIT = ("uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
-               "kaiming_normal_", "orthogonal_")  # fmt: skip
+RANDOM_INIT = (
+    "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
+    "kaiming_normal_", "orthogonal_",
+)  # fmt: skip
 # Buffers that older files hold and that modules compute themselves.
 COMPUTED = re.compile(
     r"(^|\.)(position_ids|token_type_ids|inv_freq|cos_cached|sin_cached|masked_bias|num_batches_tracked"
@@ -124,8 +125,8 @@ def _refuse_conflicts(checkpoint: Checkpoint, groups: list[list[str]]) -> None:
         for name in group[1:]:
             if name in checkpoint.tensors and checkpoint.config is None:
                 raise CheckpointError(
-                    f"{checkpoint.path}: '{name}' and '{group[0]}' are one parameter of the module, but their values "
-                    "differ in the file; correct the module of --arch, or the file"
+                    f"{checkpoint.path}: '{name}' and '{group[0]}' are one parameter of the module, but "
+                    "their values differ in the file; correct the module of --arch, or the file"
                 )
 
 
@@ -147,13 +148,14 @@ def check(checkpoint: Checkpoint, module: nn.Module) -> None:
             near = f"; not used: {', '.join(checkpoint.skipped[:3])}" if checkpoint.skipped else ""
             raise CheckpointError(
                 f"{checkpoint.path}: tensor '{name}' of shape {tuple(wanted.shape)} is missing{near}; "
-                f"{checkpoint.architecture} needs it; give the whole checkpoint, or the right config or --arch"
+                f"{checkpoint.architecture} needs it; give the whole checkpoint, or the right config or "
+                "--arch"
             )
         found = checkpoint.tensors[canonical].shape
         if found != tuple(wanted.shape):
             raise CheckpointError(
-                f"{checkpoint.file_of(canonical)}: tensor '{name}' has shape {found}; {checkpoint.architecture} needs "
-                f"{tuple(wanted.shape)}; correct the config or --arch"
+                f"{checkpoint.file_of(canonical)}: tensor '{name}' has shape {found}; "
+                f"{checkpoint.architecture} needs {tuple(wanted.shape)}; correct the config or --arch"
             )
 
 
@@ -163,10 +165,10 @@ def load(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str] | None,
     persistent = module.state_dict(keep_vars=True)
     done: set[str] = set()
     for name in persistent if names is None else names:
-        if name in done or checkpoint.tied.get(name, name) not in checkpoint.tensors:
-            if name not in persistent:
-                raise CheckpointError(f"{checkpoint.path}: has no tensor '{name}', nor has the module")
+        if name in done:
             continue
+        if name in persistent and name not in groups and name not in checkpoint.tensors:
+            continue  # a buffer that the module computes; `check` refused the others
         tensor = checkpoint.read(name).to(device)
         if name in groups:
             trains = module.get_parameter(name).requires_grad and tensor.is_floating_point()

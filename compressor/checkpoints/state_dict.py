@@ -1,13 +1,14 @@
 """torch.save files: a state dict, alone or under a usual key; loaded with `weights_only` unless trusted.
 
-A zip archive is opened on the meta device, which yields every tensor's place in the file: nothing but the index
-is in memory, and a tensor is read by its offset. The older pickle format has no index and is loaded whole.
+A zip archive is opened on the meta device, which yields every tensor's place in the file: only the index is
+in memory, and a tensor is read by its offset. The older pickle format has no index and is loaded whole.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,13 +23,16 @@ from compressor.checkpoints.source import Source, TensorInfo, merge_shards, refu
 from compressor.core.errors import CheckpointError
 
 USUAL_KEYS = (
-    "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "params_ema", "ema",
+    "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "params_ema",
+    "ema",
 )  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.")
 DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
 REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|whose module (\S+) is blocked|but got (.+?)[>.]")
-READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, OSError,
-               AttributeError, OverflowError)  # fmt: skip
+READ_ERRORS = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, OSError,
+    AttributeError, OverflowError,
+)  # fmt: skip
 
 
 @dataclass
@@ -122,16 +126,18 @@ def is_torchscript(path: Path) -> bool:
 
 def _load_weights(path: Path, device: str) -> Any:
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(path, map_location=device, weights_only=True)
     except READ_ERRORS as error:
         message = str(error)
         refused = REFUSED_GLOBAL.search(message)
         if isinstance(error, pickle.UnpicklingError) and refused:
             found = next(group for group in refused.groups() if group)
             raise CheckpointError(
-                f"{path}: is a pickle with code that would be executed; found {found}; nothing of it was run; save "
-                "the state dict alone (torch.save(model.state_dict(), ...)), or give --trust-pickle if you trust "
-                "whoever made the file"
+                f"{path}: is a pickle with code that would be executed; found {found}; nothing of it was "
+                "run; save the state dict alone (torch.save(model.state_dict(), ...)), or give "
+                "--trust-pickle if you trust whoever made the file"
             ) from error
         raise _unreadable(path, error) from error
 
@@ -151,8 +157,8 @@ def _load_trusted(path: Path) -> Any:
 def _unreadable(path: Path, error: BaseException, hint: str = "") -> CheckpointError:
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return CheckpointError(
-        f"{path}: cannot be read, it is truncated or corrupt; found {path.stat().st_size} bytes and {first_line!r}; "
-        f"{hint or 'fetch it again'}"
+        f"{path}: cannot be read, it is truncated or corrupt; found {path.stat().st_size} bytes and "
+        f"{first_line!r}; {hint or 'fetch it again'}"
     )
 
 
@@ -171,8 +177,8 @@ def find_state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
     if found is None:
         keys = f" with keys {', '.join(map(repr, list(content)[:8]))}" if isinstance(content, Mapping) else ""
         raise CheckpointError(
-            f"{path}: holds no state dict; found a {type(content).__name__}{keys}; save model.state_dict(), alone "
-            f"or under one of {', '.join(USUAL_KEYS)}"
+            f"{path}: holds no state dict; found a {type(content).__name__}{keys}; save model.state_dict(), "
+            f"alone or under one of {', '.join(USUAL_KEYS)}"
         )
     for _ in PREFIXES:
         for prefix in PREFIXES:
@@ -198,8 +204,8 @@ def _search(content: Any, depth: int) -> dict[str, torch.Tensor] | None:
 def _info(path: Path, name: str, tensor: torch.Tensor) -> TensorInfo:
     if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
         raise CheckpointError(
-            f"{path}: tensor '{name}' is {tensor.dtype}, {tensor.layout}; only dense tensors can be compressed; "
-            "give the checkpoint before it was quantised or made sparse"
+            f"{path}: tensor '{name}' is {tensor.dtype}, {tensor.layout}; only dense tensors can be "
+            "compressed; give the checkpoint before it was quantised or made sparse"
         )
     size = tensor.numel() * tensor.element_size()
     return TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], size)

@@ -1,7 +1,7 @@
 """Names without torch: base-model prefixes, and which tables a Hugging Face config declares tied.
 
-transformers keeps both in its model classes (`base_model_prefix`, `_tied_weights_keys`). Importing these costs
-seconds, so the usual families stand here; `Checkpoint.build` corrects the names by the module itself.
+transformers keeps both in its model classes (`base_model_prefix`, `_tied_weights_keys`). Importing these
+costs seconds, so the usual families stand here; `Checkpoint.build` corrects the names by the module itself.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ OUTPUT_TABLE = {
     "mpnet": "lm_head.decoder", "roberta": "lm_head.decoder", "xlm-roberta": "lm_head.decoder",
 }  # fmt: skip
 INPUT_TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-UNTIED_BY_DEFAULT = frozenset(
-    "codegen cohere_asr deepseek_v2 deepseek_v3 falcon_h1 glm glm4 gpt_neox gpt_oss gptj granite granitemoe helium "
-    "jamba llama llama4_text mamba2 ministral ministral3 mistral mixtral nemotron olmo olmo2 olmo3 olmoe "
-    "persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert rwkv seed_oss stablelm xlstm".split()
-)
+UNTIED_BY_DEFAULT = (
+    "codegen", "deepseek_v2", "deepseek_v3", "falcon_h1", "glm", "glm4", "gpt_neox", "gpt_oss", "gptj",
+    "granite", "granitemoe", "helium", "jamba", "llama", "llama4_text", "mamba2", "ministral", "ministral3",
+    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3",
+    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "rembert", "rwkv", "seed_oss", "stablelm",
+    "xlstm",
+)  # fmt: skip
 HEADED = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 
 

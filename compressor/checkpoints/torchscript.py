@@ -1,7 +1,7 @@
 """The state dict of a TorchScript archive, without running any of it.
 
-`data.pkl` describes the module tree with classes under `__torch__`, whose code lies in the archive. Here these
-classes become plain attribute bags, and only the few functions that rebuild tensors are allowed.
+`data.pkl` describes the module tree with classes under `__torch__`, whose code lies in the archive. Here
+these classes become plain attribute bags, and only the few functions that rebuild tensors are allowed.
 """
 
 from __future__ import annotations
@@ -37,6 +37,18 @@ def plain(value: Any, *_: Any) -> Any:
     return value
 
 
+STORAGE_DTYPES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
 ALLOWED = {
     ("torch._utils", "_rebuild_tensor_v2"): rebuild,
     ("torch._utils", "_rebuild_parameter"): plain,
@@ -55,22 +67,22 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return type(name, (Attributes,), {})
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name)
+        if module == "torch" and name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[name]
         if module == "torch.jit._pickle":
             return plain
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
         raise CheckpointError(
-            f"{self.path}: is a TorchScript archive with {module}.{name}, which would be executed; nothing of it was "
-            "run; save the state dict alone and give --arch"
+            f"{self.path}: is a TorchScript archive with {module}.{name}, which would be executed; nothing "
+            "of it was run; save the state dict alone and give --arch"
         )
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
-        _, kind, key, _, _ = pid
+        _, dtype, key, _, _ = pid
         if key not in self.storages:
             raw = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-            flat = torch.frombuffer(raw, dtype=kind.dtype) if raw else torch.empty(0, dtype=kind.dtype)
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
             self.storages[key] = flat
         return self.storages[key]
 

@@ -1,0 +1,170 @@
+"""Text as tokens: tokenised once, kept on disk, cut into windows. No special tokens are added to running text."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.core.errors import DataError
+
+if TYPE_CHECKING:
+    from compressor.data.text import Text
+
+PIECE = 1 << 24
+"""Characters that are tokenised at a time: texts beyond it are cut at line ends or spaces."""
+
+
+def cache_directory() -> Path:
+    """Where tokens are kept: $COMPRESSOR_HOME, else compressor/ in $XDG_CACHE_HOME or ~/.cache."""
+    if home := os.environ.get("COMPRESSOR_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressor"
+
+
+def tokenize(text: Text | str, tokenizer: str | Path, cache_dir: str | Path | None = None) -> np.ndarray:
+    """The tokens of a text, int32 (n,), without special tokens.
+
+    Args:
+        tokenizer: A tokenizer.json, or a directory with the files of a tokenizer.
+        cache_dir: Where tokens are kept between runs; the user's cache by default.
+
+    Raises:
+        DataError: There is no tokenizer, or it cannot be read.
+    """
+    content = text if isinstance(text, str) else text.content
+    files = _tokenizer_files(Path(tokenizer))
+    digest = hashlib.sha256(content.encode())
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    kept = Path(cache_dir or cache_directory()) / "tokens" / f"{digest.hexdigest()[:40]}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):  # absent or damaged: tokenised again
+        return np.load(kept)
+    tokens = _tokenize(content, files)
+    with contextlib.suppress(OSError):  # a cache that cannot be written is only slower
+        _keep(tokens, kept)
+    return tokens
+
+
+def encode_sentences(sentences: Sequence[str], tokenizer: str | Path, length: int = 128) -> dict[str, np.ndarray]:
+    """Sentences as an encoder takes them: special tokens, padded to the longest, at most `length` tokens.
+
+    Returns:
+        input_ids, attention_mask and token_type_ids, int64 (sentences, tokens).
+    """
+    files = _tokenizer_files(Path(tokenizer))
+    if files[0].name != "tokenizer.json":
+        encoded = _auto_tokenizer(files[0].parent)(
+            list(sentences), padding=True, truncation=True, max_length=length, return_tensors="np"
+        )
+        return {name: np.asarray(value, dtype=np.int64) for name, value in encoded.items()}
+    fast = _fast_tokenizer(files[0])
+    padding = fast.padding or {}
+    fast.enable_truncation(length)
+    fast.enable_padding(pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", "[PAD]"))
+    rows = fast.encode_batch(list(sentences))
+    return {
+        "input_ids": np.array([row.ids for row in rows], dtype=np.int64),
+        "attention_mask": np.array([row.attention_mask for row in rows], dtype=np.int64),
+        "token_type_ids": np.array([row.type_ids for row in rows], dtype=np.int64),
+    }
+
+
+def windows(tokens: np.ndarray, length: int, n: int | None = None, seed: int | None = None) -> np.ndarray:
+    """Windows of consecutive tokens, int64 (n, length).
+
+    Without a seed, the first `n` (all, by default) side by side from the start. With one, `n` at random places; they
+    may overlap unless there is room for all, where they are drawn from the side-by-side ones.
+
+    Raises:
+        DataError: The text is too short for one window, or for `n` side by side.
+    """
+    available = len(tokens) // length
+    if available == 0:
+        raise DataError(
+            f"text: is too short for one window; found {len(tokens)} tokens, needed {length}; "
+            f"give more text or shorter windows"
+        )
+    side_by_side = np.asarray(tokens[: available * length], dtype=np.int64).reshape(available, length)
+    if seed is None:
+        if n is not None and n > available:
+            raise DataError(
+                f"text: is too short for {n} windows of {length} tokens; found {len(tokens)} tokens, needed "
+                f"{n * length}; give more text or ask for at most {available} windows"
+            )
+        return side_by_side[:n]
+    generator = np.random.default_rng(seed)
+    n = available if n is None else n
+    if n <= available:
+        return side_by_side[generator.permutation(available)[:n]]
+    starts = generator.integers(0, len(tokens) - length + 1, size=n)
+    return np.stack([np.asarray(tokens[start : start + length], dtype=np.int64) for start in starts])
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if (path / "tokenizer.json").is_file():
+        return [path / "tokenizer.json"]
+    patterns = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
+    found = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
+    if not found:
+        raise DataError(
+            f"{path}: has no tokenizer; expected tokenizer.json, or vocab and merges; put the model's tokenizer "
+            f"files beside its weights"
+        )
+    return found
+
+
+def _tokenize(content: str, files: list[Path]) -> np.ndarray:
+    if files[0].suffix == ".json" and (len(files) == 1):
+        fast = _fast_tokenizer(files[0])
+        ids = [fast.encode(piece, add_special_tokens=False).ids for piece in _pieces(content)]
+    else:
+        slow = _auto_tokenizer(files[0].parent)
+        ids = [slow.encode(piece, add_special_tokens=False) for piece in _pieces(content)]
+    return np.concatenate([np.array(part, dtype=np.int32) for part in ids])
+
+
+def _pieces(content: str) -> list[str]:
+    pieces = []
+    while len(content) > PIECE:
+        cut = max(content.rfind("\n", 0, PIECE), content.rfind(" ", 0, PIECE))
+        cut = cut if cut > 0 else PIECE
+        pieces.append(content[:cut])
+        content = content[cut:]
+    return [*pieces, content]
+
+
+def _fast_tokenizer(file: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        fast = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{file}: is not a tokenizer that `tokenizers` reads; {error}") from error
+    fast.no_truncation()
+    return fast
+
+
+def _auto_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"{directory}: its tokenizer cannot be read; {first}; add the tokenizer.json") from error
+
+
+def _keep(tokens: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with partial.open("wb") as file:
+        np.save(file, tokens)
+    os.replace(partial, path)
