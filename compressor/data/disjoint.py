@@ -1,8 +1,9 @@
 """Whether evaluation data is other data than calibration data.
 
 Text is compared by shingles: every run of 64 characters, case and spacing aside, whatever the language. Speeches repeat
-formulas and quote each other, so a small share recurs between texts that have nothing to do with one another: between
-State of the Union addresses of different years at most 0.3 %. Beyond 2 % the texts share passages.
+formulas and quote each other: of 21 State of the Union addresses, each against all others since 1900, twenty share
+0–1.2 % of their shingles (the built-in sample's two parts 0.1 %), and one, which quotes the year before at length,
+3.8 %. Beyond 2 % two texts share passages.
 """
 
 from __future__ import annotations

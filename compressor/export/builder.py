@@ -1,0 +1,94 @@
+"""A thin hand for writing ONNX nodes: operators, constants stored once, and initialisers that lie in another file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+CONTRIBUTED = "com.microsoft"
+
+
+class GraphBuilder:
+    """Adds nodes to `graph`: at its end, or before the node `before` (settable) when a graph is rewritten.
+
+    Equal constants become one initialiser. When nodes were added out of order, call `graph.sort()` at the end.
+    """
+
+    def __init__(self, graph: ir.Graph, before: ir.Node | None = None) -> None:
+        self.graph, self.before = graph, before
+        self._constants: dict[tuple, ir.Value] = {}
+        self._external: dict[str, ir.Value] = {}
+        self._n_values = 0
+
+    def op(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", name: str | None = None, **attributes: Any
+    ) -> ir.Value:
+        """The first output of a new node."""
+        return self.ops(op_type, *inputs, outputs=1, domain=domain, name=name, **attributes)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        domain: str = "",
+        name: str | None = None,
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """All outputs of a new node; the values are called `name`, `name.1`, …"""
+        self._n_values += 1
+        stem = name or f"{op_type}_{self._n_values}"
+        values = [ir.Value(name=stem if i == 0 else f"{stem}.{i}") for i in range(outputs)]
+        node = ir.node(op_type, list(inputs), attributes, domain=domain, outputs=values, name=f"node_{stem}")
+        if self.before is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(self.before, node)
+        return values
+
+    def contributed(self, op_type: str, *inputs: ir.Value | None, name: str | None = None, **attributes: Any):
+        """The first output of a node of onnxruntime's own domain."""
+        return self.op(op_type, *inputs, domain=CONTRIBUTED, name=name, **attributes)
+
+    def cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
+        return self.op("Cast", value, to=int(to))
+
+    def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
+        return self.op("Reshape", value, self.integers(*shape))
+
+    def integers(self, *values: int) -> ir.Value:
+        """A constant int64 vector: a shape, axes."""
+        return self.constant(np.array(values, np.int64))
+
+    def slice(self, value: ir.Value, stop: int, axis: int) -> ir.Value:
+        """The first `stop` of `axis`."""
+        return self.op("Slice", value, self.integers(0), self.integers(stop), self.integers(axis))
+
+    def constant(self, array: np.ndarray | float) -> ir.Value:
+        """An initialiser held in the graph; a bare number is a float32 scalar."""
+        values = np.ascontiguousarray(array if isinstance(array, np.ndarray) else np.float32(array))
+        if np.ndim(array) == 0:
+            values = values.reshape(())
+        key = (values.dtype.str, values.shape, values.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = self.initializer(ir.Tensor(values, name=name))
+        return self._constants[key]
+
+    def external(
+        self, name: str, location: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.Value:
+        """An initialiser that is `length` bytes of the file `location`, relative to the model."""
+        if name not in self._external:
+            tensor = ir.ExternalTensor(location, offset, length, dtype, shape=ir.Shape(shape), name=name)
+            self._external[name] = self.initializer(tensor)
+        return self._external[name]
+
+    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        return value

@@ -1,0 +1,142 @@
+"""What onnxruntime's kernels are given for an encoding: chosen from its description alone, before a weight is read.
+
+A *form* is the operand of `MatMulNBits`: values of 2, 4 or 8 bits in blocks of columns, v = scale · (value − zero).
+Some encodings are stored as the kernel wants them (direct); for others each stored byte is looked up in a table, which
+onnxruntime folds when it loads. Measurements: docs/runtime.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from compressor.core.encoding import n_groups
+from compressor.ops.packing import plane_widths
+
+Mode = Literal["default", "standard", "compat"]
+MODES: tuple[Mode, ...] = ("default", "standard", "compat")
+FOLD_LIMIT = 2**30
+_CODE_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How MatMulNBits gets a matrix.
+
+    bits, block   of the kernel
+    direct        the stored codes are the kernel's values
+    values        else: kernel value per code, for Affine and Binary (planes combine by OR); None for a codebook
+    zero          the constant zero point where it is not the kernel's default, 2**(bits−1)
+    factor        what the stored scales are multiplied by
+    """
+
+    bits: int
+    block: int
+    direct: bool = False
+    values: tuple[int, ...] | None = None
+    zero: int | None = None
+    factor: float = 1.0
+
+
+def kernel_block(columns: int, group: int, bits: int) -> int | None:
+    """The kernel's block for groups of `group` columns: it divides the group; None where none does."""
+    known = (128, 64, 32) if bits == 2 else (256, 128, 64, 32, 16)
+    if group in known:
+        return group
+    if group >= columns:
+        return next((block for block in (128, 64, 32) if columns % block == 0), 32)
+    return next((block for block in known if block <= 128 and group % block == 0), None)
+
+
+def form(description: dict[str, Any], mode: Mode) -> Form | None:
+    """The form of an encoding, or None where `refusal` has the reason or the encoding is dense."""
+    choose = {"affine": _affine_form, "codebook": _codebook_form, "binary": _binary_form}.get(description["kind"])
+    return choose(description, mode) if choose else None
+
+
+def _affine_form(description: dict[str, Any], mode: Mode) -> Form | None:
+    columns, bits, group = description["shape"][1], description["bits"], description["group"]
+    zero = description["zero"]
+    half = zero is not None and zero != int(zero)
+    native = mode != "compat"
+    kernel = 2 * bits if half and bits == 4 else bits if bits in (4, 8) else 4
+    if bits == 2 and native and not half and kernel_block(columns, group, 2):
+        kernel = 2
+    block = kernel_block(columns, group, kernel)
+    if block is None or (half and bits == 8) or (kernel == 8 and not native):
+        return None
+    middle = 2 ** (kernel - 1)
+    if kernel == bits:
+        return Form(kernel, block, direct=True, zero=None if zero in (None, middle) else int(zero))
+    codes = range(2**bits)
+    values = tuple(2 * q + 1 for q in codes) if half else tuple(codes)
+    if zero is None:
+        return Form(kernel, block, values=values)
+    kernel_zero = int(2 * zero + 1) if half else int(zero)
+    shifted = tuple(value - kernel_zero + middle for value in values)
+    if len(plane_widths(bits)) == 1 and min(shifted) >= 0 and max(shifted) < 2**kernel:
+        values, kernel_zero = shifted, middle
+    return Form(kernel, block, values=values, zero=None if kernel_zero == middle else kernel_zero,
+                factor=0.5 if half else 1.0)  # fmt: skip
+
+
+def _codebook_form(description: dict[str, Any], mode: Mode) -> Form | None:
+    columns, dim = description["shape"][1], description["dim"]
+    block = kernel_block(columns, description["group"], 4)
+    width = description["bits"] * dim
+    if description["grid"] != "int4" or block is None or dim not in (1, 2, 4, 8) or width not in _CODE_WIDTHS:
+        return None
+    return None if dim == 1 and width > 4 else Form(4, block)
+
+
+def _binary_form(description: dict[str, Any], mode: Mode) -> Form:
+    columns = description["shape"][1]
+    kernel = 4 if mode == "compat" else 2
+    middle = 2 ** (kernel - 1)
+    return Form(kernel, kernel_block(columns, columns, kernel) or 32, values=(middle - 1, middle + 1))
+
+
+def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") -> str | None:
+    """Why the pair (encoding, operator) cannot be written to ONNX, or None. Operators: matmul, embedding, constant."""
+    kind = description["kind"]
+    if kind == "dense":
+        return None
+    if kind == "sparse":
+        return "sparse tensors do not run faster in onnxruntime and unpack slowly: only with --format safetensors"
+    if operator == "constant":
+        if 4 * description["shape"][0] * description["shape"][1] > FOLD_LIMIT:
+            return "more than 1 GiB of float32: onnxruntime does not fold it; keep this tensor dense"
+        return None
+    if kind == "codebook" and description["grid"] == "free":
+        return "free codewords only with --format safetensors; onnxruntime needs the int4 grid"
+    if form(description, mode) is not None:
+        return None
+    if kind == "affine" and mode == "compat" and description["bits"] == 8:
+        return "8 bits crawl or fail in onnxruntime before 1.22: 2 to 4 bits, or without --compat"
+    if kind == "affine" and description["bits"] in (4, 8) and description["zero"] not in (None, 2 ** description["bits"] // 2):
+        return f"a zero point of {description['zero']} at {description['bits']} bits has no kernel; use the midpoint"
+    if kind == "codebook" and (description["dim"] not in (1, 2, 4, 8) or description["dim"] * description["bits"] > 16):
+        return f"codewords of {description['dim']} weights and {description['bits']} bits have no kernel"
+    if kind == "codebook" and description["dim"] == 1 and description["bits"] > 4:
+        return "single-weight codebooks have at most 4 bits; use affine 8 bits"
+    return f"groups of {description['group']} columns are no multiple of 16, nor a whole row"
+
+
+def least_version(descriptions: list[dict[str, Any]], mode: Mode = "default") -> str:
+    """The oldest onnxruntime that runs these encodings fast."""
+    forms = [chosen for chosen in (form(description, mode) for description in descriptions) if chosen]
+    if any(chosen.bits == 2 for chosen in forms):
+        return "1.29"
+    if mode == "standard":
+        return "1.23"
+    return "1.23" if mode == "default" else "1.20"
+
+
+def stored_codes(description: dict[str, Any]) -> tuple[int, int]:
+    """(codes per stored row, bits of a code)."""
+    columns, kind = description["shape"][1], description["kind"]
+    if kind == "binary":
+        return columns, 1
+    padded = n_groups(columns, description["group"]) * description["group"]
+    dim = description.get("dim", 1)
+    return padded // dim, description["bits"] * dim
