@@ -194,9 +194,9 @@ class Affine(Encoding):
 
 @dataclass(frozen=True)
 class Codebook(Encoding):
-    """Learned codewords: a code of bits·dim bits names a vector of `dim` neighbouring columns.
+    """Learned codewords: a code of `width` bits names a vector of `dim` neighbouring columns (width / dim bits a weight).
 
-    table   (n_codebooks, 2**(bits·dim), dim): int8 on the int4 grid −8 … 7, or float16 (free)
+    table   (n_codebooks, 2**width, dim): int8 on the int4 grid −8 … 7, or float16 (free)
     codes   (rows, n_groups·group / dim) int, rows in *stored* order
     scales  (rows, n_groups), rows in stored order
     counts  rows per codebook: the first counts[0] stored rows use codebook 0, and so on
@@ -204,7 +204,7 @@ class Codebook(Encoding):
     """
 
     kind = "codebook"
-    bits: int
+    width: int
     dim: int
     group: int
     codes: Tensor
@@ -238,27 +238,27 @@ class Codebook(Encoding):
         table = self.table
         if self.on_int4_grid:
             table = pack_plane(table.flatten(1).to(torch.int32) + 8, 4)
-        parts = {**_plane_parts(self.codes, self.bits * self.dim), **self.scales.parts(), "table": table}
+        parts = {**_plane_parts(self.codes, self.width), **self.scales.parts(), "table": table}
         if self.order is not None:
             parts["order"] = self.order.to(torch.uint16 if self.shape[0] <= 65536 else torch.int32)
         return parts
 
     def settings(self) -> dict[str, Any]:
         return {
-            "bits": self.bits, "dim": self.dim, "group": self.group,
+            "width": self.width, "dim": self.dim, "group": self.group,
             "counts": list(self.counts), "grid": "int4" if self.on_int4_grid else "free",
         }  # fmt: skip
 
     @classmethod
     def rebuild(cls, shape, settings, parts):
-        bits, dim, group = settings["bits"], settings["dim"], settings["group"]
-        width, counts = bits * dim, tuple(settings["counts"])
+        width, dim, group = settings["width"], settings["dim"], settings["group"]
+        counts = tuple(settings["counts"])
         table = parts["table"]
         if settings["grid"] == "int4":
             size = 2**width * dim
             table = (unpack_plane(table, 4, size) - 8).to(torch.int8).view(len(counts), 2**width, dim)
         codes = unpack(_planes(parts, width), width, n_groups(shape[1], group) * group // dim)
-        return cls(shape, bits, dim, group, codes, table, Scales.rebuild(parts), counts, parts.get("order"))
+        return cls(shape, width, dim, group, codes, table, Scales.rebuild(parts), counts, parts.get("order"))
 
 
 @dataclass(frozen=True)

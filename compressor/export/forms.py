@@ -16,7 +16,6 @@ from compressor.ops.packing import plane_widths
 Mode = Literal["default", "standard", "compat"]
 MODES: tuple[Mode, ...] = ("default", "standard", "compat")
 FOLD_LIMIT = 2**30
-_CODE_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ def _affine_form(description: dict[str, Any], mode: Mode) -> Form | None:
 def _codebook_form(description: dict[str, Any], mode: Mode) -> Form | None:
     columns, dim = description["shape"][1], description["dim"]
     block = kernel_block(columns, description["group"], 4)
-    width = description["bits"] * dim
-    if description["grid"] != "int4" or block is None or dim not in (1, 2, 4, 8) or width not in _CODE_WIDTHS:
+    width = description["width"]
+    if description["grid"] != "int4" or block is None or dim not in (1, 2, 4, 8):
         return None
     return None if dim == 1 and width > 4 else Form(4, block)
 
@@ -115,9 +114,9 @@ def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") 
         return "8 bits crawl or fail in onnxruntime before 1.22: 2 to 4 bits, or without --compat"
     if kind == "affine" and description["bits"] in (4, 8) and description["zero"] not in (None, 2 ** description["bits"] // 2):
         return f"a zero point of {description['zero']} at {description['bits']} bits has no kernel; use the midpoint"
-    if kind == "codebook" and (description["dim"] not in (1, 2, 4, 8) or description["dim"] * description["bits"] > 16):
-        return f"codewords of {description['dim']} weights and {description['bits']} bits have no kernel"
-    if kind == "codebook" and description["dim"] == 1 and description["bits"] > 4:
+    if kind == "codebook" and (description["dim"] not in (1, 2, 4, 8) or description["width"] > 16):
+        return f"codewords of {description['dim']} weights and {description['width']} bits have no kernel"
+    if kind == "codebook" and description["dim"] == 1 and description["width"] > 4:
         return "single-weight codebooks have at most 4 bits; use affine 8 bits"
     return f"groups of {description['group']} columns are no multiple of 16, nor a whole row"
 
@@ -138,5 +137,6 @@ def stored_codes(description: dict[str, Any]) -> tuple[int, int]:
     if kind == "binary":
         return columns, 1
     padded = n_groups(columns, description["group"]) * description["group"]
-    dim = description.get("dim", 1)
-    return padded // dim, description["bits"] * dim
+    if kind == "codebook":
+        return padded // description["dim"], description["width"]
+    return padded, description["bits"]

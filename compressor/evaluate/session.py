@@ -1,0 +1,199 @@
+"""Artifacts opened in onnxruntime: decoders with their KV cache, encoders, and any other graph. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from compressor.core.errors import CheckpointError
+
+GRAPH = "model.onnx"
+DTYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
+    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8, "tensor(int8)": np.int8,
+}  # fmt: skip
+
+
+class ModuleSession:
+    """A graph whose inputs are fed by name."""
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        """Opens an artifact's directory, or an .onnx file.
+
+        Raises:
+            CheckpointError: There is no graph, or this onnxruntime cannot load it.
+        """
+        self.path = graph_path(Path(path))
+        self.config = _config(self.path.parent)
+        self.session = _open(self.path, threads)
+        self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
+        self.outputs = [entry.name for entry in self.session.get_outputs()]
+
+    def run(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Outputs by name. Unknown inputs are left out; one input is matched whatever its name."""
+        if len(self.inputs) == 1 and len(inputs) == 1:
+            inputs = {next(iter(self.inputs)): next(iter(inputs.values()))}
+        missing = [name for name in self.inputs if name not in inputs]
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: needs input '{missing[0]}'; found {', '.join(inputs)}; name the data's arrays so"
+            )
+        feed = {name: np.asarray(inputs[name], dtype=DTYPES[entry.type]) for name, entry in self.inputs.items()}
+        names = list(outputs or self.outputs)
+        return dict(zip(names, self.session.run(names, feed), strict=True))
+
+
+class EncoderSession(ModuleSession):
+    """A graph of input_ids and attention_mask; token_type_ids and position_ids are made up where it asks for them."""
+
+    def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """The first output, float32: hidden states (batch, n, width), or logits."""
+        filled = dict(batch)
+        shape = filled["input_ids"].shape
+        filled.setdefault("attention_mask", np.ones(shape, np.int64))
+        filled.setdefault("token_type_ids", np.zeros(shape, np.int64))
+        filled.setdefault("position_ids", np.broadcast_to(np.arange(shape[1]), shape))
+        return self.run(filled, self.outputs[:1])[self.outputs[0]].astype(np.float32, copy=False)
+
+
+class DecoderSession(ModuleSession):
+    """A causal language model: input_ids, attention_mask, past_key_values.{i}.key and .value → logits, present.…"""
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        super().__init__(path, threads)
+        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+        self.present = [name.replace("past_key_values", "present") for name in self.past]
+        if "logits" not in self.outputs or not set(self.present) <= set(self.outputs):
+            raise CheckpointError(
+                f"{self.path}: is not a decoder; found outputs {', '.join(self.outputs[:4])}; expected logits and present.…"
+            )
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of ids (batch, n), with nothing before them: float32 (batch, n, vocabulary)."""
+        ids = np.asarray(ids, dtype=np.int64)
+        feed = self._feed(ids, 0) | {name: self._empty(name, len(ids)) for name in self.past}
+        return self.session.run(["logits"], feed)[0].astype(np.float32, copy=False)
+
+    def generate(
+        self, ids: np.ndarray, n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        stop: Container[int] | None = None,
+    ) -> Iterator[int]:  # fmt: skip
+        """Up to `n` further tokens of one sequence `ids` (length,), with the KV cache.
+
+        Args:
+            temperature: 0 takes the likeliest token each time.
+            top_p: Sample among the likeliest tokens that together hold this probability.
+            stop: Tokens that end the text and are not yielded; by default those of the config.
+        """
+        stop = self.stop_tokens if stop is None else stop
+        generator = np.random.default_rng(seed)
+        step = np.asarray(ids, dtype=np.int64).reshape(1, -1)
+        past = {name: _value(self._empty(name, 1)) for name in self.past}
+        seen = 0
+        for _ in range(n):
+            feed = {name: _value(array) for name, array in self._feed(step, seen).items()} | past
+            logits, *present = self.session.run_with_ort_values(["logits", *self.present], feed)
+            past = dict(zip(self.past, present, strict=True))
+            seen += step.shape[1]
+            token = sample(logits.numpy()[0, -1], temperature, top_p, generator)
+            if token in stop:
+                return
+            yield token
+            step = np.array([[token]], dtype=np.int64)
+
+    @property
+    def stop_tokens(self) -> set[int]:
+        """The end-of-text tokens of the config."""
+        found = self.config.get("eos_token_id")
+        return set(found) if isinstance(found, list) else {found} - {None}
+
+    def _feed(self, ids: np.ndarray, seen: int) -> dict[str, np.ndarray]:
+        batch, n = ids.shape
+        whole = {
+            "input_ids": ids,
+            "attention_mask": np.ones((batch, seen + n), np.int64),
+            "position_ids": np.tile(np.arange(seen, seen + n), (batch, 1)),
+        }
+        return {
+            name: array.astype(DTYPES[self.inputs[name].type], copy=False)
+            for name, array in whole.items()
+            if name in self.inputs
+        }
+
+    def _empty(self, name: str, batch: int) -> np.ndarray:
+        """A past of no tokens: (batch, KV heads, 0, head size)."""
+        entry = self.inputs[name]
+        heads, size = entry.shape[1], entry.shape[3]
+        if not (isinstance(heads, int) and isinstance(size, int)):
+            heads, size = _heads(self.config, self.path)
+        return np.zeros((batch, heads, 0, size), DTYPES[entry.type])
+
+
+def open_session(path: str | Path, threads: int | None = None) -> ModuleSession:
+    """A DecoderSession, EncoderSession or ModuleSession, as the graph's inputs say."""
+    session = ModuleSession(path, threads)
+    if any(name.startswith("past_key_values.") for name in session.inputs):
+        kind: type[ModuleSession] = DecoderSession
+    else:
+        kind = EncoderSession if "input_ids" in session.inputs else ModuleSession
+    if kind is ModuleSession:
+        return session
+    del session  # one copy of the weights at a time
+    return kind(path, threads)
+
+
+def graph_path(path: Path) -> Path:
+    """The graph of an artifact's directory, or the .onnx file itself."""
+    graph = path / GRAPH if path.is_dir() else path
+    if not graph.is_file():
+        found = ", ".join(sorted(file.name for file in path.iterdir())[:6]) if path.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: holds no {GRAPH}; found {found or 'nothing'}; give a directory that compress wrote")
+    return graph
+
+
+def sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.random.Generator) -> int:
+    """A token from logits (vocabulary,): the likeliest at temperature 0; of equal ones the first."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    probability = np.exp(scaled - scaled.max())
+    probability /= probability.sum()
+    order = np.argsort(-probability, kind="stable")
+    before = np.cumsum(probability[order]) - probability[order]
+    kept = order[: max(1, int((before < top_p).sum()))]
+    return int(generator.choice(kept, p=probability[kept] / probability[kept].sum()))
+
+
+def _open(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors share no narrower class
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it; {first}") from error
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _heads(config: dict[str, Any], path: Path) -> tuple[int, int]:
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    width = config.get("hidden_size", config.get("n_embd"))
+    if not heads or not width:
+        raise CheckpointError(f"{path}: the cache's shape is open; config.json beside it must state heads and hidden size")
+    return config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
+
+
+def _value(array: np.ndarray) -> onnxruntime.OrtValue:
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

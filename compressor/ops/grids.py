@@ -1,0 +1,50 @@
+"""Uniform grids per group of columns: the scale, and the zero point, that lose least.
+
+ŵ = s·(clip(round(w/s + z), 0, 2**b − 1) − z). Scales come from a search over shrink factors, as in GPTQ's and
+llama.cpp's quantisers; errors may be weighted per column.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def code(values: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
+    """q = clip(round(w/s + z), 0, 2**bits − 1), float; all broadcast together. Ties round to even."""
+    return (values / scale + zero).round().clamp(0, 2**bits - 1)
+
+
+def search_scale(
+    groups: Tensor, bits: int, zero: str, weights: Tensor | float = 1.0, n_steps: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero (…, 1) of groups (…, size) with the least Σ weight·(w − ŵ)².
+
+    `zero`: "middle" (z = 2**(bits−1), the scale's sign free), "half" (z = that − ½) or "learned" (an integer from
+    the group's range). An all-zero group gets the least positive scale.
+    """
+    tiny = torch.finfo(torch.float16).tiny
+    top = 2**bits - 1
+    low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
+    extreme = torch.where(-low >= high, -low, -high)
+    best = best_scale = best_zero = None
+    for shrink in torch.linspace(1.0, 0.35 if bits > 2 else 0.2, n_steps):
+        if zero == "learned":
+            scale = ((high - low) * shrink / top).clamp_min(tiny)
+            point = (-low * shrink / scale).round().clamp(0, top)
+        elif zero == "half":
+            scale = (extreme.abs() * shrink / (top / 2)).clamp_min(tiny)
+            point = torch.full_like(scale, top / 2)
+        else:
+            scale = extreme * shrink / 2 ** (bits - 1)
+            scale = torch.where(scale.abs() < tiny, tiny, scale)
+            point = torch.full_like(scale, 2.0 ** (bits - 1))
+        error = weights * ((code(groups, scale, point, bits) - point) * scale - groups) ** 2
+        error = error.sum(-1, keepdim=True)
+        if best is None:
+            best, best_scale, best_zero = error, scale, point
+            continue
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, point, best_zero)
+    return best_scale, best_zero

@@ -1,0 +1,80 @@
+"""Vector quantisation: nearest codewords and weighted k-means, in chunks that stay in the cache.
+
+Lloyd, "Least squares quantization in PCM" (1982); weights on the points as in SqueezeLLM (arXiv 2306.07629).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22  # distances held at a time
+
+
+def nearest(points: Tensor, codewords: Tensor) -> Tensor:
+    """Index (n,) of the codeword (K, dim) nearest to each point (n, dim): argmin_k ‖x − C_k‖²; ties to the lowest."""
+    norms = codewords.pow(2).sum(1)
+    rows = max(1, _CHUNK // len(codewords))
+    found = [torch.addmm(norms, chunk, codewords.T, alpha=-2).min(1).indices for chunk in points.split(rows)]
+    return torch.cat(found)
+
+
+def kmeans(points: Tensor, weights: Tensor, codewords: Tensor, iterations: int) -> Tensor:
+    """Codewords (K, dim) after `iterations` of Lloyd on Σ_i weight_i·‖x_i − C_{k(i)}‖²; an empty codeword stays."""
+    for _ in range(iterations):
+        index = nearest(points, codewords)
+        mass = torch.zeros(len(codewords)).index_add_(0, index, weights).unsqueeze(1)
+        total = torch.zeros_like(codewords).index_add_(0, index, points * weights.unsqueeze(1))
+        codewords = torch.where(mass > 0, total / mass.clamp_min(torch.finfo(torch.float32).tiny), codewords)
+    return codewords
+
+
+def gaussian_codebook(size: int, dim: int, generator: torch.Generator, iterations: int = 12) -> Tensor:
+    """Codewords (size, dim) for a unit Gaussian: where the k-means of any matrix of trained weights starts well."""
+    points = torch.randn(max(60_000, 40 * size), dim, generator=generator)
+    return kmeans(points, torch.ones(len(points)), points[:size].clone(), iterations)
+
+
+def balanced_clusters(features: Tensor, n_clusters: int, iterations: int = 8) -> tuple[Tensor, tuple[int, ...]]:
+    """Groups rows (n, f) into clusters of equal size (±1); returns the row order and the size of each cluster.
+
+    Balanced k-means in one dimension at a time would lose shape, so rows are placed greedily: in order of how much
+    they gain from their best free cluster over the next. Rows of a cluster are contiguous and ascending in the order.
+    """
+    n = len(features)
+    sizes = torch.full((n_clusters,), n // n_clusters)
+    sizes[: n % n_clusters] += 1
+    spread = features.sum(1).argsort(stable=True)
+    starts = torch.cat((torch.zeros(1, dtype=torch.long), sizes.cumsum(0)))
+    label = torch.empty(n, dtype=torch.long)
+    for k in range(n_clusters):
+        label[spread[starts[k] : starts[k + 1]]] = k
+    for _ in range(iterations):
+        centres = torch.stack([features[label == k].mean(0) for k in range(n_clusters)])
+        distance = torch.cdist(features, centres)
+        placed = _place(distance, sizes)
+        if torch.equal(placed, label):
+            break
+        label = placed
+    order = torch.cat([(label == k).nonzero().flatten() for k in range(n_clusters)])
+    return order, tuple(int(size) for size in sizes)
+
+
+def _place(distance: Tensor, sizes: Tensor) -> Tensor:
+    """Fills clusters of the given sizes, rows with the most to lose first."""
+    label = torch.full((len(distance),), -1)
+    left = sizes.clone()
+    distance = distance.clone()
+    while bool((label < 0).any()):
+        open_rows = (label < 0).nonzero().flatten()
+        two = distance[open_rows].topk(min(2, distance.shape[1]), largest=False)
+        loss = (two.values[:, -1] - two.values[:, 0]).nan_to_num(posinf=torch.finfo(torch.float32).max)
+        wanted = two.indices[:, 0]
+        for k in range(len(sizes)):
+            rows = open_rows[wanted == k]
+            keen = loss[wanted == k].argsort(descending=True, stable=True)[: int(left[k])]
+            label[rows[keen]] = k
+            left[k] -= len(keen)
+            if left[k] == 0:
+                distance[:, k] = torch.inf
+    return label
