@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.ops.packing import pack, pack_plane, plane_widths, unpack, unpack_plane
+from compressor.ops.packing import pack, pack_plane, unpack, unpack_plane
+from compressor.ops.widths import n_groups, plane_widths
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,6 @@ class Dense(Encoding):
     @classmethod
     def rebuild(cls, shape, settings, parts):
         return cls(shape, parts["weight"])
-
-
-def n_groups(columns: int, group: int) -> int:
-    return -(-columns // group)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,9 @@ def _resolve(reference: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise DataError(f"--data {reference}: no module named '{error.name}'; looked in {Path.cwd()} and PYTHONPATH") from error
+        raise DataError(
+            f"--data {reference}: no module named '{error.name}'; looked in {Path.cwd()} and PYTHONPATH"
+        ) from error
     if not callable(getattr(found, attribute, None)):
         public = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
         raise DataError(f"--data {reference}: '{attribute}' is not a function. {suggestion(attribute, public)}")
@@ -145,7 +147,9 @@ def _named(batch: Any, where: str) -> dict[str, np.ndarray]:
     elif _is_array(batch):
         batch = {"input": batch}
     if not isinstance(batch, Mapping) or not all(_is_array(array) for array in batch.values()):
-        raise DataError(f"{where}: is a {type(batch).__name__}; expected an array, (inputs, labels) or a mapping of arrays")
+        raise DataError(
+            f"{where}: is a {type(batch).__name__}; expected an array, (inputs, labels) or a mapping of arrays"
+        )
     return {str(name): _numpy(array) for name, array in batch.items()}
 
 

@@ -67,7 +67,9 @@ def load_text(source: str | Path | None = None, part: str = "calibration") -> Te
         return _sample(part)
     path = Path(source)
     if not path.exists():
-        raise DataError(f"{path}: does not exist; give a text file, JSONL, a directory of them, or nothing for the sample")
+        raise DataError(
+            f"{path}: does not exist; give a text file, JSONL, a directory of them, or nothing for the sample"
+        )
     if path.is_dir():
         documents = tuple(_directory(path))
     elif path.suffix.lower() in READERS:

@@ -153,7 +153,9 @@ def graph_path(path: Path) -> Path:
     graph = path / GRAPH if path.is_dir() else path
     if not graph.is_file():
         found = ", ".join(sorted(file.name for file in path.iterdir())[:6]) if path.is_dir() else "no such file"
-        raise CheckpointError(f"{path}: holds no {GRAPH}; found {found or 'nothing'}; give a directory that compress wrote")
+        raise CheckpointError(
+            f"{path}: holds no {GRAPH}; found {found or 'nothing'}; give a directory that compress wrote"
+        )
     return graph
 
 
@@ -191,7 +193,9 @@ def _heads(config: dict[str, Any], path: Path) -> tuple[int, int]:
     heads = config.get("num_attention_heads", config.get("n_head"))
     width = config.get("hidden_size", config.get("n_embd"))
     if not heads or not width:
-        raise CheckpointError(f"{path}: the cache's shape is open; config.json beside it must state heads and hidden size")
+        raise CheckpointError(
+            f"{path}: the cache's shape is open; config.json beside it must state heads and hidden size"
+        )
     return config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
 
 

@@ -80,12 +80,11 @@ def _affine_form(description: dict[str, Any], mode: Mode) -> Form | None:
 
 
 def _codebook_form(description: dict[str, Any], mode: Mode) -> Form | None:
-    columns, dim = description["shape"][1], description["dim"]
-    block = kernel_block(columns, description["group"], 4)
-    width = description["width"]
+    dim = description["dim"]
+    block = kernel_block(description["shape"][1], description["group"], 4)
     if description["grid"] != "int4" or block is None or dim not in (1, 2, 4, 8):
         return None
-    return None if dim == 1 and width > 4 else Form(4, block)
+    return None if dim == 1 and description["width"] > 4 else Form(4, block)
 
 
 def _binary_form(description: dict[str, Any], mode: Mode) -> Form:
@@ -114,8 +113,8 @@ def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") 
         return "8 bits crawl or fail in onnxruntime before 1.22: 2 to 4 bits, or without --compat"
     if kind == "affine" and description["bits"] in (4, 8) and description["zero"] not in (None, 2 ** description["bits"] // 2):
         return f"a zero point of {description['zero']} at {description['bits']} bits has no kernel; use the midpoint"
-    if kind == "codebook" and (description["dim"] not in (1, 2, 4, 8) or description["width"] > 16):
-        return f"codewords of {description['dim']} weights and {description['width']} bits have no kernel"
+    if kind == "codebook" and description["dim"] not in (1, 2, 4, 8):
+        return f"codewords of {description['dim']} weights have no kernel; use 1, 2, 4 or 8"
     if kind == "codebook" and description["dim"] == 1 and description["width"] > 4:
         return "single-weight codebooks have at most 4 bits; use affine 8 bits"
     return f"groups of {description['group']} columns are no multiple of 16, nor a whole row"
@@ -137,6 +136,4 @@ def stored_codes(description: dict[str, Any]) -> tuple[int, int]:
     if kind == "binary":
         return columns, 1
     padded = n_groups(columns, description["group"]) * description["group"]
-    if kind == "codebook":
-        return padded // description["dim"], description["width"]
-    return padded, description["bits"]
+    return (padded // description["dim"], description["width"]) if kind == "codebook" else (padded, description["bits"])

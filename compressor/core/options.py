@@ -1,0 +1,53 @@
+"""What a run is asked to do; the command line fills it in, and so may Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from compressor.progress import Progress
+
+Format = Literal["onnx", "safetensors"]
+Mode = Literal["default", "standard", "compat"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """One compression.
+
+    model     the checkpoint's path
+    recipe    a shipped recipe's name, or a file
+    output    the artifact's directory; None: `<model>-<recipe>` in the working directory
+    data      calibration data; None: the built-in sample
+    eval      evaluation data; None: the built-in sample's other part
+    sets      "section.key=value", over the recipe
+    mode      how the graph is written: default, standard (DequantizeLinear) or compat (older onnxruntimes)
+    resume    go on with the blocks of an interrupted run
+    force     replace an artifact that is already there
+    """
+
+    model: str
+    recipe: str = "llm-2bit"
+    output: Path | None = None
+    data: str | None = None
+    eval: str | None = None
+    arch: str | None = None
+    trust_pickle: bool = False
+    format: Format = "onnx"
+    sets: tuple[str, ...] = field(default=())
+    mode: Mode = "default"
+    seed: int = 0
+    resume: bool = False
+    force: bool = False
+    progress: Progress | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where the artifact goes."""
+        if self.output is not None:
+            return self.output
+        model = Path(self.model).resolve()
+        stem = model.name if model.is_dir() else model.stem
+        return Path(f"{stem}-{Path(self.recipe).stem}")

@@ -1,0 +1,183 @@
+"""How a tensor *will be* stored: an encoding's settings, and its exact parts and bytes from the shape alone.
+
+No torch: a plan is made from headers. For the same matrix a spec names the very parts that the encoding of
+`compressor.core.encoding` will have, in name, type and shape.
+
+    DenseSpec      the values, in float32 or float16 (or what the source has, for integers)
+    AffineSpec     ŵ = scale · (code − zero)
+    CodebookSpec   ŵ = scale · table[codebook of row, code]
+    BinarySpec     ŵ = scale · (±1)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compressor.ops.widths import n_groups, packed_columns, plane_widths
+
+Group = int | Literal["row"]
+Parts = dict[str, tuple[str, tuple[int, ...]]]
+"""Part name -> (safetensors type, shape)."""
+
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+ZEROS = {"middle": lambda bits: float(2 ** (bits - 1)), "half": lambda bits: 2 ** (bits - 1) - 0.5}
+
+
+class Spec(BaseModel, ABC):
+    """The base; `rows` are outputs, `columns` inputs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def parts(self, rows: int, columns: int) -> Parts:
+        """The packed arrays that the encoding of such a matrix has."""
+
+    @abstractmethod
+    def describe(self, rows: int, columns: int) -> dict[str, Any]:
+        """What `core.encoding.describe` says of that encoding."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """A few words for tables."""
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """The bytes of all parts."""
+        return sum(ITEM_SIZE[dtype] * math.prod(shape) for dtype, shape in self.parts(rows, columns).values())
+
+
+def _codes(name: str, rows: int, n_codes: int, bits: int) -> Parts:
+    widths = plane_widths(bits)
+    names = [name] if len(widths) == 1 else [f"{name}.{i}" for i in range(len(widths))]
+    packed = [(rows, packed_columns(n_codes, width)) for width in widths]
+    return {name: ("U8", shape) for name, shape in zip(names, packed, strict=True)}
+
+
+def _scales(rows: int, groups: int, bits: int) -> Parts:
+    if bits == 16:
+        return {"scales": ("F16", (rows, groups))}
+    return {"scales": ("U8", (rows, groups)), "row_scales": ("F16", (rows, 1))}
+
+
+def group_columns(group: Group, columns: int, dim: int = 1) -> int:
+    """Columns of a group in a matrix: "row", or more than the matrix has, is one group, padded to whole codewords."""
+    whole = n_groups(columns, dim) * dim
+    return whole if group == "row" else min(group, whole)
+
+
+class DenseSpec(Spec):
+    """The values as they are; `dtype` in safetensors' spelling."""
+
+    kind = "dense"
+    dtype: str = "F32"
+
+    def parts(self, rows: int, columns: int) -> Parts:
+        return {"weight": (self.dtype, (rows, columns))}
+
+    def describe(self, rows: int, columns: int) -> dict[str, Any]:
+        return {"kind": self.kind, "shape": [rows, columns]}
+
+    @property
+    def label(self) -> str:
+        return f"dense {self.dtype.lower()}"
+
+
+class AffineSpec(Spec):
+    """A uniform grid per group: zero point in the middle (2**(bits−1)), a half below it, or learned per group."""
+
+    kind = "affine"
+    bits: int = Field(4, ge=1, le=8)
+    group: Group = 64
+    zero: Literal["middle", "half", "learned"] = "middle"
+    scale_bits: Literal[8, 16] = 16
+
+    def parts(self, rows: int, columns: int) -> Parts:
+        group = group_columns(self.group, columns)
+        groups = n_groups(columns, group)
+        zeros = _codes("zeros", rows, groups, self.bits) if self.zero == "learned" else {}
+        return {**_codes("codes", rows, groups * group, self.bits), **_scales(rows, groups, self.scale_bits), **zeros}
+
+    def describe(self, rows: int, columns: int) -> dict[str, Any]:
+        zero = None if self.zero == "learned" else ZEROS[self.zero](self.bits)
+        group = group_columns(self.group, columns)
+        return {"kind": self.kind, "shape": [rows, columns], "bits": self.bits, "group": group, "zero": zero}
+
+    @property
+    def label(self) -> str:
+        return f"affine {self.bits} bit, {_group_label(self.group)}"
+
+
+class CodebookSpec(Spec):
+    """Learned codewords: a code of `width` bits for `dim` neighbouring weights; rows share `codebooks` tables."""
+
+    kind = "codebook"
+    width: int = Field(8, ge=1, le=16)
+    dim: Literal[1, 2, 4, 8] = 1
+    codebooks: int = Field(1, ge=1)
+    group: Group = 64
+    scale_bits: Literal[8, 16] = 16
+    grid: Literal["int4", "free"] = "int4"
+    reorder: bool = False
+
+    def n_codebooks(self, rows: int) -> int:
+        """Never more tables than rows."""
+        return min(self.codebooks, rows)
+
+    def parts(self, rows: int, columns: int) -> Parts:
+        group = group_columns(self.group, columns, self.dim)
+        groups, width = n_groups(columns, group), self.width
+        books = self.n_codebooks(rows)
+        parts = {
+            **_codes("codes", rows, groups * group // self.dim, width),
+            **_scales(rows, groups, self.scale_bits),
+            "table": ("F16", (books, 2**width, self.dim)),
+        }
+        if self.grid == "int4":
+            parts["table"] = ("U8", (books, packed_columns(2**width * self.dim, 4)))
+        if self.reorder:
+            parts["order"] = ("U16" if rows <= 65536 else "I32", (rows,))
+        return parts
+
+    def describe(self, rows: int, columns: int) -> dict[str, Any]:
+        # How many rows each codebook gets is learned; an even split stands in for it.
+        books = self.n_codebooks(rows)
+        counts = [rows // books + (i < rows % books) for i in range(books)]
+        return {
+            "kind": self.kind, "shape": [rows, columns], "width": self.width, "dim": self.dim,
+            "group": group_columns(self.group, columns, self.dim), "counts": counts, "grid": self.grid,
+        }  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        books = "" if self.codebooks == 1 else f"{self.codebooks} × "
+        return f"codebook {self.width / self.dim:g} bit, {books}dim {self.dim}, {_group_label(self.group)}"
+
+
+class BinarySpec(Spec):
+    """One bit per weight, a scale per row or one for all."""
+
+    kind = "binary"
+    scale: Literal["row", "tensor"] = "row"
+
+    def parts(self, rows: int, columns: int) -> Parts:
+        scales = ("F16", (rows if self.scale == "row" else 1, 1))
+        return {"codes": ("U8", (rows, packed_columns(columns, 1))), "scales": scales}
+
+    def describe(self, rows: int, columns: int) -> dict[str, Any]:
+        return {"kind": self.kind, "shape": [rows, columns]}
+
+    @property
+    def label(self) -> str:
+        return "binary"
+
+
+def _group_label(group: Group) -> str:
+    return "per row" if group == "row" else f"group {group}"

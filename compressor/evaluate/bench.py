@@ -1,0 +1,98 @@
+"""Load time, memory and speed of an artifact in onnxruntime, and its size.
+
+Measured in a process of its own, so that memory is the artifact's. `private` is anonymous memory, which nothing else can
+use; `mapped` are pages of files, which the system takes back when it needs them. Both are known on Linux only, and None
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import compressor
+from compressor.core.errors import CheckpointError
+from compressor.evaluate.session import graph_path
+
+NOT_NEEDED = ("compression.json", "report.html")
+POLL_SECONDS = 0.01
+
+
+def bench(
+    directory: str | Path,
+    threads: int | None = None,
+    prompt: int = 16,
+    new: int = 64,
+    prefill: int = 512,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """Measures an artifact in a fresh process.
+
+    Args:
+        threads: Of onnxruntime; all cores when None.
+        prompt, new: Tokens given and tokens generated for `decode_tokens_per_second` (the prompt's time left out).
+        prefill: Tokens given at once for `prefill_tokens_per_second`.
+        repeats: Of which the median counts.
+
+    Returns:
+        `kind`, `threads`, `load_seconds`, `memory` (bytes: start, loaded, peak_private, peak_resident), and for decoders
+        the two speeds, for other graphs `latency_seconds` per run of one input.
+
+    Raises:
+        CheckpointError: The artifact cannot be opened or run.
+    """
+    graph = graph_path(Path(directory))
+    settings = {
+        "path": str(graph), "threads": threads, "prompt": prompt, "new": new, "prefill": prefill, "repeats": repeats,
+    }  # fmt: skip
+    package = str(Path(compressor.__file__).resolve().parents[1])
+    paths = [package, os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    command = [sys.executable, "-m", "compressor.evaluate.bench_process", json.dumps(settings)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak = 0
+    try:
+        while process.poll() is None:
+            peak = max(peak, memory(process.pid).get("private") or 0)
+            time.sleep(POLL_SECONDS)
+        output, errors = process.communicate()
+    finally:
+        process.kill()
+    if process.returncode != 0:
+        last = (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+        raise CheckpointError(f"{graph}: could not be measured; {last.partition('CheckpointError: ')[2] or last}")
+    found = json.loads(output)
+    found["memory"]["peak_private"] = max(peak, found["memory"]["loaded"]["private"] or 0) or None
+    return found
+
+
+def memory(pid: int | str = "self") -> dict[str, int | None]:
+    """Bytes of a process now: resident, private (anonymous) and mapped; its peak of resident ones. None: not known."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # another system, or the process has ended
+        lines = []
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+    keys = {"resident": "VmRSS", "private": "RssAnon", "mapped": "RssFile", "peak_resident": "VmHWM"}
+    return {name: kilobytes[key] * 1024 if key in kilobytes else None for name, key in keys.items()}
+
+
+def size(directory: str | Path) -> dict[str, Any]:
+    """Bytes of every file that running the artifact needs: {"bytes": in all, "files": {name: bytes}}, largest first.
+
+    Raises:
+        CheckpointError: There is no graph in the directory.
+    """
+    directory = graph_path(Path(directory)).parent
+    files = {
+        str(file.relative_to(directory)): file.stat().st_size
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name not in NOT_NEEDED
+    }
+    ordered = dict(sorted(files.items(), key=lambda item: (-item[1], item[0])))
+    return {"bytes": sum(ordered.values()), "files": ordered}

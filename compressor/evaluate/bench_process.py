@@ -1,0 +1,104 @@
+"""What `bench` runs in a process of its own: opens the artifact, times it, prints JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from compressor.evaluate.bench import memory
+from compressor.evaluate.session import DTYPES, DecoderSession, ModuleSession, open_session
+
+SEQUENCE = 128
+"""For open axes of token inputs."""
+PIXELS = 224
+"""For open axes of images."""
+
+
+def measure(settings: dict[str, Any]) -> dict[str, Any]:
+    """Load time, memory before and after it, and speed."""
+    start = memory()
+    began = time.perf_counter()
+    session = open_session(settings["path"], settings["threads"])
+    loading = time.perf_counter() - began
+    loaded = memory()
+    if isinstance(session, DecoderSession):
+        kind, speed = "decoder", decoder_speed(session, settings)
+    else:
+        kind = "encoder" if "input_ids" in session.inputs else "module"
+        inputs = inputs_for(session)
+        speed = {
+            "latency_seconds": seconds(lambda: session.run(inputs), settings["repeats"]),
+            "input_shapes": {name: list(array.shape) for name, array in inputs.items()},
+        }
+    return {
+        "kind": kind,
+        "threads": settings["threads"] or os.cpu_count(),
+        "load_seconds": loading,
+        "memory": {"start": start, "loaded": loaded, "peak_resident": memory()["peak_resident"]},
+        **speed,
+    }
+
+
+def decoder_speed(session: DecoderSession, settings: dict[str, Any]) -> dict[str, float]:
+    """Tokens per second one at a time after a prompt, and of many at once."""
+    vocabulary = session.config.get("vocab_size") or 256
+    ids = np.random.default_rng(0).integers(0, vocabulary, size=max(settings["prompt"], settings["prefill"]))
+    prompt, n = ids[: settings["prompt"]], settings["new"]
+    many = ids[None, : settings["prefill"]]
+    decoding = [decode_seconds(session, prompt, n) for _ in range(settings["repeats"] + 1)][1:]
+    return {
+        "decode_tokens_per_second": n / statistics.median(decoding),
+        "prefill_tokens_per_second": settings["prefill"] / seconds(lambda: session.logits(many), settings["repeats"]),
+    }
+
+
+def decode_seconds(session: DecoderSession, prompt: np.ndarray, n: int) -> float:
+    """Time of `n` tokens after the first, which the prompt's run gives."""
+    tokens = session.generate(prompt, n + 1, stop=())
+    next(tokens)
+    began = time.perf_counter()
+    for _ in tokens:
+        pass
+    return time.perf_counter() - began
+
+
+def seconds(run: Callable[[], object], repeats: int) -> float:
+    """The median after one run to warm up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def inputs_for(session: ModuleSession) -> dict[str, np.ndarray]:
+    """One example of random values; ones for token masks, tokens below the vocabulary's size."""
+    generator = np.random.default_rng(0)
+    inputs = {}
+    for name, entry in session.inputs.items():
+        dtype = np.dtype(DTYPES[entry.type])
+        open_axis = PIXELS if len(entry.shape) == 4 else SEQUENCE
+        shape = [
+            length if isinstance(length, int) else (1 if axis == 0 else open_axis)
+            for axis, length in enumerate(entry.shape)
+        ]
+        if dtype.kind == "f":
+            inputs[name] = generator.standard_normal(shape).astype(dtype)
+        elif name == "input_ids":
+            inputs[name] = generator.integers(0, session.config.get("vocab_size") or 2, size=shape).astype(dtype)
+        else:
+            inputs[name] = (np.ones if "mask" in name else np.zeros)(shape, dtype)
+    return inputs
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,157 @@
+"""Operands of `MatMulNBits` from stored parts: through nodes that onnxruntime folds at load, or directly."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from compressor.export.decoding import unpacked
+from compressor.export.forms import Form, stored_codes
+from compressor.export.parts import Parts, digits
+from compressor.ops.packing import packed_columns, plane_widths
+
+UINT8 = ir.DataType.UINT8
+
+
+def byte_table(width: int, values: tuple[int, ...], kernel_bits: int) -> np.ndarray:
+    """What each byte of codes becomes: uint8 (256, bytes of 8 / width values of `kernel_bits`)."""
+    per = 8 // kernel_bits
+    wide = np.array(values, np.uint8)[digits(width)].reshape(256, -1, per)
+    return np.bitwise_or.reduce(wide << np.arange(0, 8, kernel_bits, dtype=np.uint8), axis=-1).astype(np.uint8)
+
+
+def kernel_codes(parts: Parts, form: Form) -> ir.Value:
+    """The operand B: uint8 (rows, blocks, bytes of a block), rows in the order of the matrix."""
+    b = parts.builder
+    blocks, block_bytes = -(-parts.columns // form.block), form.block * form.bits // 8
+    n_codes, width = stored_codes(parts.description)
+    stored_bytes = packed_columns(n_codes, width)
+    if form.direct and stored_bytes == blocks * block_bytes:
+        return parts.by_row("codes", UINT8, blocks, block_bytes)
+    if form.direct:
+        rows = parts.by_row("codes", UINT8, stored_bytes)
+    else:
+        pieces = [_looked_up(piece, form) for piece in parts.pieces()]
+        rows = pieces[0] if len(pieces) == 1 else b.op("Concat", *pieces, axis=0)
+        stored_bytes = packed_columns(n_codes * parts.description.get("dim", 1), form.bits)
+    shaped = b.reshape(_fitted(parts, rows, stored_bytes, blocks * block_bytes), -1, blocks, block_bytes)
+    return b.op("Gather", shaped, parts.inverse_order(), axis=0) if parts.has("order") else shaped
+
+
+def kernel_scales(parts: Parts, form: Form) -> ir.Value:
+    """The operand scales: float32 (rows, blocks)."""
+    b = parts.builder
+    scales = parts.scales()
+    if form.factor != 1.0:
+        scales = b.op("Mul", scales, b.constant(form.factor))
+    scales = _per_block(parts, scales, form)
+    return b.op("Gather", scales, parts.inverse_order(), axis=0) if parts.has("order") else scales
+
+
+def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
+    """The operand zero_points: packed uint8 (rows, bytes), or None for the kernel's default."""
+    b = parts.builder
+    blocks = -(-parts.columns // form.block)
+    zero_bytes = packed_columns(blocks, form.bits)
+    if form.zero is not None:
+        byte = sum(form.zero << shift for shift in range(0, 8, form.bits))
+        return b.op("Expand", b.constant(np.array([byte], np.uint8)), b.integers(parts.n_rows, zero_bytes))
+    if parts.description.get("zero", 0) is not None:
+        return None
+    if form.direct and blocks == parts.groups:
+        return parts.by_row("zeros", UINT8, zero_bytes)
+    spread = _per_block(parts, unpacked(parts, "zeros", parts.groups), form)
+    padded = _padded(parts, spread, blocks, packed_columns(blocks, form.bits) * 8 // form.bits)
+    per = 8 // form.bits
+    weights = b.constant((2 ** np.arange(0, 8, form.bits)).astype(np.int32))
+    grouped = b.op("Mul", b.reshape(padded, parts.n_rows, -1, per), weights)
+    return b.cast(b.op("ReduceSum", grouped, b.integers(2), keepdims=0), UINT8)
+
+
+def _looked_up(parts: Parts, form: Form) -> ir.Value:
+    """Kernel bytes of the stored rows, uint8 (rows, bytes)."""
+    if parts.description["kind"] == "codebook":
+        return _codewords(parts)
+    assert form.values is not None
+    return _ored_planes(parts, form.values, form.bits)
+
+
+def _ored_planes(parts: Parts, values: tuple[int, ...], kernel_bits: int) -> ir.Value:
+    """Each plane's bytes looked up; planes hold separate bits of the values, so OR joins them."""
+    b, shift, joined = parts.builder, 0, None
+    n_codes = stored_codes(parts.description)[0]
+    needed = packed_columns(n_codes, kernel_bits)
+    for part, width in parts.planes():
+        base = values[0] if shift else 0
+        table = byte_table(width, tuple(values[i << shift] - base for i in range(2**width)), kernel_bits)
+        rows = b.op("Gather", b.constant(table), parts.plane_index(part, width, n_codes))
+        have = packed_columns(n_codes, width) * table.shape[1]
+        rows = _fitted(parts, b.reshape(rows, -1, have), have, needed)
+        joined, shift = rows if joined is None else b.op("BitwiseOr", joined, rows), shift + width
+    assert joined is not None
+    return joined
+
+
+def _codewords(parts: Parts) -> ir.Value:
+    """Codewords of a table on the int4 grid, as stored (+8), for every code."""
+    b, description = parts.builder, parts.description
+    dim, books = description["dim"], len(description["counts"])
+    n_codes, width = stored_codes(description)
+    if dim == 1 and width == 3:
+        planes = _ored_planes(parts, tuple(range(8)), 4)
+        index, table, entry_bytes, entries = b.cast(planes, ir.DataType.INT32), _byte_codewords(parts, 4), 1, 256
+        n_index = packed_columns(n_codes, 4)
+    elif width < 8 and len(plane_widths(width)) == 1:
+        index, table = parts.plane_index("codes", width, n_codes), _byte_codewords(parts, width)
+        entry_bytes, entries, n_index = 8 // width * dim // 2, 256, packed_columns(n_codes, width)
+    else:
+        entry_bytes, entries, n_index = dim // 2, 2**width, n_codes
+        index = unpacked(parts, "codes", n_codes)
+        table = parts.whole("table", UINT8, books * entries, entry_bytes)
+    book = parts.book_offsets(entries)
+    index = index if book is None else b.op("Add", index, book)
+    have = n_index * entry_bytes
+    return _fitted(parts, b.reshape(b.op("Gather", table, index), -1, have), have, packed_columns(n_codes * dim, 4))
+
+
+def _byte_codewords(parts: Parts, slot: int) -> ir.Value:
+    """The table for a whole byte of codes in slots of `slot` bits: uint8 (n_codebooks · 256, bytes)."""
+    b, description = parts.builder, parts.description
+    dim, books = description["dim"], len(description["counts"])
+    entries = 2 ** description["width"]
+    codes = b.constant(digits(slot) % entries)
+    if dim > 1:
+        table = parts.whole("table", UINT8, books, entries, dim // 2)
+        return b.reshape(b.op("Gather", table, codes, axis=1), books * 256, 8 // slot * dim // 2)
+    packed = b.cast(parts.whole("table", UINT8, books, entries // 2), ir.DataType.INT32)
+    nibbles = b.reshape(b.op("Gather", b.constant(digits(4)), packed), books, entries)
+    pairs = b.reshape(b.op("Gather", nibbles, codes, axis=1), books * 256, 4 // slot, 2)
+    weighted = b.op("Mul", pairs, b.constant(np.array([1, 16], np.int32)))
+    return b.cast(b.op("ReduceSum", weighted, b.integers(2), keepdims=0), UINT8)
+
+
+def _per_block(parts: Parts, values: ir.Value, form: Form) -> ir.Value:
+    """Values per group, (rows or 1, groups), to values per kernel block, (rows, blocks)."""
+    b = parts.builder
+    rows, groups = parts.scale_shape
+    blocks = -(-parts.columns // form.block)
+    if groups == 1:
+        return values if (rows, blocks) == (parts.n_rows, 1) else b.op("Expand", values, b.integers(parts.n_rows, blocks))
+    if parts.group == form.block:
+        return values
+    per = parts.group // form.block
+    spread = b.op("Expand", b.op("Unsqueeze", values, b.integers(2)), b.integers(rows, groups, per))
+    return _shortened(parts, b.reshape(spread, rows, groups * per), groups * per, blocks)
+
+
+def _fitted(parts: Parts, rows: ir.Value, have: int, needed: int) -> ir.Value:
+    """Rows of `have` bytes cut or zero-padded to `needed`."""
+    return _shortened(parts, rows, have, needed) if have >= needed else _padded(parts, rows, have, needed)
+
+
+def _shortened(parts: Parts, rows: ir.Value, have: int, needed: int) -> ir.Value:
+    return rows if have == needed else parts.builder.slice(rows, needed, 1)
+
+
+def _padded(parts: Parts, rows: ir.Value, have: int, needed: int) -> ir.Value:
+    return rows if have == needed else parts.builder.op("Pad", rows, parts.builder.integers(0, 0, 0, needed - have))

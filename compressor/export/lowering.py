@@ -1,0 +1,169 @@
+"""Encoded tensors as ONNX nodes: one method per consuming operator.
+
+    lowering = Lowering(tensors, offsets, GraphBuilder(graph))
+    y = lowering.matmul(x, "model.layers.0.mlp.up_proj.weight", bias)
+
+Initialisers point into the file that `write_tensors` wrote (`location`, relative to the model). What `refusal` refuses
+must not reach these methods. Modes: *default* aims at onnxruntime's own MatMulNBits; *compat* at versions from 1.20 on
+(opset ≤ 21, int4 kernel only); *standard* uses ai.onnx alone (see standard.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from compressor.core.tensors import EncodedTensors
+from compressor.export.builder import GraphBuilder
+from compressor.export.decoding import decoded
+from compressor.export.forms import FOLD_LIMIT, Form, Mode, form, least_version, refusal
+from compressor.export.kernel_operands import kernel_codes, kernel_scales, kernel_zeros
+from compressor.export.parts import Parts
+from compressor.export.standard import Repacked
+
+__all__ = ["Lowering", "Mode", "form", "least_version", "refusal"]
+
+LOCATION = "model.safetensors"
+OPSETS: dict[Mode, int] = {"default": 21, "compat": 21, "standard": 25}
+IR_VERSIONS: dict[Mode, int] = {"default": 10, "compat": 10, "standard": 13}
+
+
+class Lowering:
+    """Lowers tensors into the graph of `builder` (settable).
+
+    `exact` asks the kernels for float32 activations instead of int8: slow, to prove that the artifact computes what
+    the encodings decode to. `directory` is where standard mode writes `model.repacked.bin`.
+    """
+
+    def __init__(
+        self, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], builder: GraphBuilder,
+        mode: Mode = "default", exact: bool = False, directory: Path | None = None, location: str = LOCATION,
+    ) -> None:  # fmt: skip
+        self.tensors, self.builder, self.mode = tensors, builder, mode
+        self._offsets, self._location, self._exact = offsets, location, exact
+        self._operands: dict[str, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
+        self._repacked = Repacked(directory) if mode == "standard" and directory else None
+
+    def matmul(
+        self, x: ir.Value, name: str, bias: ir.Value | None = None, *, transpose: bool = True, output: str | None = None
+    ) -> ir.Value:
+        """x @ T.T + bias for the tensor T of this name; x @ T where not `transpose` (GPT-2's Conv1D)."""
+        description = self.tensors.describe(name)
+        chosen = form(description, self.mode)
+        outputs_first = transpose != description["transposed"]
+        named = None if bias is not None else output
+        if chosen is None:
+            product = self._float_matmul(x, name, outputs_first, named)
+        elif not outputs_first:
+            product = self.builder.op("MatMul", x, decoded(self._parts(name)), name=named)
+        elif self.mode == "standard":
+            product = self._standard_matmul(x, name, chosen, named)
+        else:
+            product = self._kernel_matmul(x, name, chosen, named)
+        return product if bias is None else self.builder.op("Add", product, bias, name=output)
+
+    def embedding(self, ids: ir.Value, name: str, tied: bool = False) -> ir.Value:
+        """Rows of the tensor for integer `ids` of any shape: float32 (…, columns).
+
+        `tied`: the same tensor is also an operand of `matmul`, so that its folded operand can serve both.
+        """
+        chosen = form(self.tensors.describe(name), self.mode)
+        if self.mode == "default" and chosen is not None and (chosen.direct or tied):
+            return self._block_embedding(ids, name, chosen)
+        b, columns = self.builder, self.tensors.describe(name)["shape"][1]
+        rows = decoded(self._parts(name), rows=b.reshape(ids, -1))
+        shape = b.op("Concat", b.op("Shape", ids), b.integers(columns), axis=0)
+        return b.op("Reshape", rows, shape)
+
+    def constant(self, name: str) -> ir.Value:
+        """The tensor itself, float32, through nodes that fold at load."""
+        parts = self._parts(name)
+        shape = tuple(parts.description["tensor_shape"])
+        half = parts.nbytes("weight") == 2 * math.prod(shape) if parts.has("weight") else False
+        if parts.description["kind"] == "dense" and not parts.description["transposed"]:
+            stored = parts.whole("weight", ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, *shape)
+            return self.builder.cast(stored, ir.DataType.FLOAT) if half else stored
+        matrix = decoded(parts)
+        if parts.description["transposed"]:
+            matrix = self.builder.op("Transpose", matrix, perm=[1, 0])
+        return matrix if shape == (parts.n_rows, parts.columns) else self.builder.reshape(matrix, *shape)
+
+    def close(self) -> int:
+        """Ends writing; the bytes that standard mode added beside the stored parts."""
+        return self._repacked.close() if self._repacked else 0
+
+    def _parts(self, name: str) -> Parts:
+        return Parts(self.builder, self.tensors, self._offsets, self._location, name)
+
+    def _float_matmul(self, x: ir.Value, name: str, outputs_first: bool, output: str | None) -> ir.Value:
+        b, parts = self.builder, self._parts(name)
+        half = parts.nbytes("weight") == 2 * parts.n_rows * parts.columns
+        pieces = -(-4 * parts.n_rows * parts.columns // FOLD_LIMIT) if half or self.mode == "standard" else 1
+        if not outputs_first or pieces == 1:
+            return self._dense_product(x, decoded(parts), outputs_first, output)
+        step = -(-parts.n_rows // pieces)
+        dtype = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+        products = []
+        for start in range(0, parts.n_rows, step):
+            piece = parts.piece(start, min(start + step, parts.n_rows))
+            rows = piece.by_row("weight", dtype, parts.columns)
+            products.append(self._dense_product(x, b.cast(rows, ir.DataType.FLOAT) if half else rows, True, None))
+        return b.op("Concat", *products, axis=-1, name=output)
+
+    def _dense_product(self, x: ir.Value, matrix: ir.Value, outputs_first: bool, output: str | None) -> ir.Value:
+        b = self.builder
+        if not outputs_first:
+            return b.op("MatMul", x, matrix, name=output)
+        if self.mode == "standard":
+            return b.op("MatMul", x, b.op("Transpose", matrix, perm=[1, 0]), name=output)
+        return b.contributed("FusedMatMul", x, matrix, transA=0, transB=1, alpha=1.0, name=output)
+
+    def _kernel_operands(self, name: str, chosen: Form) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        name = self.tensors.tied.get(name, name)
+        if name not in self._operands:
+            parts = self._parts(name)
+            self._operands[name] = (
+                kernel_codes(parts, chosen), kernel_scales(parts, chosen), kernel_zeros(parts, chosen))  # fmt: skip
+        return self._operands[name]
+
+    def _kernel_matmul(self, x: ir.Value, name: str, chosen: Form, output: str | None) -> ir.Value:
+        rows, columns = self.tensors.describe(name)["shape"]
+        return self.builder.contributed(
+            "MatMulNBits", x, *self._kernel_operands(name, chosen), K=columns, N=rows, bits=chosen.bits,
+            block_size=chosen.block, accuracy_level=1 if self._exact else 4, name=output,
+        )  # fmt: skip
+
+    def _block_embedding(self, ids: ir.Value, name: str, chosen: Form) -> ir.Value:
+        b = self.builder
+        rows, columns = self.tensors.describe(name)["shape"]
+        codes, scales, zeros = self._kernel_operands(name, chosen)
+        blocks = -(-columns // chosen.block)
+        inputs = [codes, ids, b.reshape(scales, rows, blocks, 1)]
+        if zeros is not None:
+            inputs.append(self._block_zeros(name, chosen, zeros, rows, blocks))
+        found = b.contributed(
+            "GatherBlockQuantized", *inputs, bits=chosen.bits, block_size=chosen.block, gather_axis=0, quantize_axis=2)
+        shape = b.op("Concat", b.op("Shape", ids), b.integers(blocks * chosen.block), axis=0)
+        found = b.op("Reshape", found, shape)
+        return found if columns == blocks * chosen.block else b.slice(found, columns, -1)
+
+    def _block_zeros(self, name: str, chosen: Form, zeros: ir.Value, rows: int, blocks: int) -> ir.Value:
+        """Packed zero points along blocks, one byte each: GatherBlockQuantized packs along the quantised axis."""
+        b, per = self.builder, 8 // chosen.bits
+        if per == 1:
+            return b.reshape(zeros, rows, blocks, 1)
+        mask = 2**chosen.bits - 1
+        table = np.stack([np.arange(256) >> i * chosen.bits & mask for i in range(per)], axis=1).astype(np.uint8)
+        spread = b.op("Gather", b.constant(table), b.cast(zeros, ir.DataType.INT32))
+        padded = -(-blocks // per) * per
+        return b.op("Unsqueeze", b.slice(b.reshape(spread, rows, padded), blocks, 1), b.integers(2))
+
+    def _standard_matmul(self, x: ir.Value, name: str, chosen: Form, output: str | None) -> ir.Value:
+        if self._repacked is None:
+            raise AssertionError("standard mode needs the artifact's directory")
+        weight = self._repacked.dequantized(self.builder, self.tensors, name, chosen)
+        return self.builder.op("MatMul", x, weight, name=output)

@@ -1,0 +1,136 @@
+"""The stored parts of encoded tensors as graph values: external initialisers, and index arithmetic that folds at load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from compressor.core.encoding import n_groups
+from compressor.core.tensors import EncodedTensors, part_name
+from compressor.export.builder import GraphBuilder
+from compressor.export.forms import FOLD_LIMIT, stored_codes
+from compressor.ops.packing import packed_columns, plane_widths
+
+_SIZES = {ir.DataType.UINT8: 1, ir.DataType.UINT16: 2, ir.DataType.FLOAT16: 2, ir.DataType.INT32: 4, ir.DataType.FLOAT: 4}
+
+
+def digits(width: int) -> np.ndarray:
+    """The codes in every byte, int32 (256, 8 / width), lowest bits first."""
+    shifts = np.arange(0, 8, width)
+    return (np.arange(256)[:, None] >> shifts & 2**width - 1).astype(np.int32)
+
+
+class Parts:
+    """Views of the parts of one tensor; `rows` = (start, stop) restricts row-wise parts to some stored rows."""
+
+    def __init__(
+        self, builder: GraphBuilder, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], location: str,
+        name: str, rows: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.builder, self.location = builder, location
+        self.name = tensors.tied.get(name, name)
+        self.description: dict[str, Any] = tensors.describe(name)
+        self._offsets = offsets
+        self.n_rows, self.columns = self.description["shape"]
+        self.rows = rows or (0, self.n_rows)
+
+    def has(self, part: str) -> bool:
+        return part in self.description["parts"]
+
+    def nbytes(self, part: str) -> int:
+        return self._offsets[part_name(self.name, part)][1]
+
+    def whole(self, part: str, dtype: ir.DataType, *shape: int) -> ir.Value:
+        """The part as an initialiser of this shape."""
+        full = part_name(self.name, part)
+        offset, length = self._offsets[full]
+        return self._view(full, offset, length, dtype, shape)
+
+    def by_row(self, part: str, dtype: ir.DataType, *shape: int) -> ir.Value:
+        """Rows `self.rows` of a row-wise part as an initialiser (rows, *shape)."""
+        full = part_name(self.name, part)
+        offset, length = self._offsets[full]
+        start, stop = self.rows
+        row_bytes = length // self.n_rows
+        return self._view(full, offset + start * row_bytes, (stop - start) * row_bytes, dtype, (stop - start, *shape))
+
+    def _view(self, full: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+        if math.prod(shape) * _SIZES[dtype] != length:
+            raise AssertionError(f"{full}: {length} bytes do not hold {dtype.name}{list(shape)}")
+        label = full if (dtype, shape) == (ir.DataType.FLOAT, tuple(self.description["tensor_shape"])) else (
+            f"{full}@{offset}:{dtype.name.lower()}{'x'.join(map(str, shape))}")  # fmt: skip
+        return self.builder.external(label, self.location, offset, length, dtype, shape)
+
+    @property
+    def groups(self) -> int:
+        return n_groups(self.columns, self.description.get("group", self.columns))
+
+    @property
+    def group(self) -> int:
+        return self.description.get("group", self.columns)
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Rows and groups of the stored scales; (1, 1) for a binary tensor with a single one."""
+        if self.description["kind"] == "binary" and self.nbytes("scales") == 2:
+            return 1, 1
+        return self.n_rows, self.groups
+
+    def planes(self, stem: str = "codes") -> list[tuple[str, int]]:
+        """(part, width) of each plane of `codes` or `zeros`, lowest bits first."""
+        width = stored_codes(self.description)[1] if stem == "codes" else self.description["bits"]
+        widths = plane_widths(width)
+        return [(stem if len(widths) == 1 else f"{stem}.{i}", width) for i, width in enumerate(widths)]
+
+    def plane_index(self, part: str, width: int, n_codes: int) -> ir.Value:
+        """The bytes (or pairs of bytes, where width is 16) of a plane as int32 (rows, n)."""
+        if width == 16:
+            return self.builder.cast(self.by_row(part, ir.DataType.UINT16, n_codes), ir.DataType.INT32)
+        stored = self.by_row(part, ir.DataType.UINT8, packed_columns(n_codes, width))
+        return self.builder.cast(stored, ir.DataType.INT32)
+
+    def scales(self) -> ir.Value:
+        """The scales as stored, decoded to float32 (rows, groups)."""
+        if self.scale_shape == (1, 1):
+            return self.builder.cast(self.whole("scales", ir.DataType.FLOAT16, 1, 1), ir.DataType.FLOAT)
+        if not self.has("row_scales"):
+            return self.builder.cast(self.by_row("scales", ir.DataType.FLOAT16, self.groups), ir.DataType.FLOAT)
+        shares = self.builder.cast(self.by_row("scales", ir.DataType.UINT8, self.groups), ir.DataType.FLOAT)
+        row = self.builder.cast(self.by_row("row_scales", ir.DataType.FLOAT16, 1), ir.DataType.FLOAT)
+        return self.builder.op("Mul", shares, self.builder.op("Div", row, self.builder.constant(255.0)))
+
+    def inverse_order(self) -> ir.Value:
+        """int64 (rows,): where row i of the matrix is stored."""
+        b = self.builder
+        dtype = ir.DataType.UINT16 if self.n_rows <= 65536 else ir.DataType.INT32
+        order = b.cast(self.whole("order", dtype, self.n_rows), ir.DataType.INT64)
+        count = b.op("Range", *(b.constant(np.array(n, np.int64)) for n in (0, self.n_rows, 1)))
+        return b.op("ScatterElements", count, order, count, axis=0)
+
+    def book_offsets(self, entries: int) -> ir.Value | None:
+        """int32 (rows, 1): the first table entry of each row's codebook; None where there is one codebook."""
+        counts = self.description["counts"]
+        if len(counts) == 1:
+            return None
+        b = self.builder
+        limits = np.cumsum(counts)[:-1].astype(np.int64)[None, :]
+        rows = b.op("Range", *(b.constant(np.array(n, np.int64)) for n in (*self.rows, 1)))
+        passed = b.op("GreaterOrEqual", b.op("Unsqueeze", rows, b.integers(1)), b.constant(limits))
+        book = b.op("ReduceSum", b.cast(passed, ir.DataType.INT32), b.integers(1), keepdims=1)
+        return b.op("Mul", book, b.constant(np.array(entries, np.int32)))
+
+    def pieces(self) -> list[Parts]:
+        """Row ranges small enough that no index array passes onnxruntime's limit of folded bytes."""
+        n_codes, width = stored_codes(self.description)
+        per_row = 4 * (n_codes if len(plane_widths(width)) > 1 else packed_columns(n_codes, width))
+        step = max(1, int(0.9 * FOLD_LIMIT) // max(per_row, 1))
+        return [self.piece(start, min(start + step, self.n_rows)) for start in range(0, self.n_rows, step)]
+
+    def piece(self, start: int, stop: int) -> Parts:
+        piece = Parts.__new__(Parts)
+        piece.__dict__.update(self.__dict__, rows=(start, stop))
+        return piece

@@ -1,0 +1,140 @@
+"""What a network is made of: its repeated blocks in execution order, and the layers whose weights are encoded.
+
+A block is a child of the largest ModuleList whose children are alike. Its first argument is the hidden state and so is
+its output (or the first of a tuple). A network without such a list, or that calls a block twice, is one block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressor.core.encoding import Layout
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """Names of the blocks in execution order; [""] where the network is one block."""
+    best: tuple[int, list[str]] = (0, [])
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(block) for block in child}) == 1:
+            size = sum(parameter.numel() for parameter in child.parameters())
+            if size > best[0]:
+                best = (size, [f"{name}.{i}" for i in range(len(child))])
+    return best[1] or [""]
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """How the module's `weight` is a matrix (outputs, inputs), or None for a layer that is not encoded."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return None
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)):
+        return Layout(tuple(weight.shape))
+    if type(module).__name__ == "Conv1D":  # GPT-2's linear, stored (inputs, outputs)
+        return Layout(tuple(weight.shape), transposed=True)
+    return None
+
+
+def layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The encodable layers below `module` by the name of their weight; a shared layer once, by its first name."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for name, child in module.named_modules():
+        if layout_of(child) is not None and id(child.weight) not in seen:
+            seen.add(id(child.weight))
+            found[f"{prefix}{name}.weight" if name else f"{prefix}weight"] = child
+    return found
+
+
+def unfold_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The inputs of a layer as rows (tokens or positions, columns of its matrix), float32.
+
+    Grouped convolutions have a matrix per group and are refused by the caller; embeddings have no inputs to multiply.
+    """
+    if isinstance(module, nn.Conv2d):
+        patches = functional.unfold(
+            functional.pad(inputs.float(), _same_padding(module)), module.kernel_size, module.dilation, 0, module.stride
+        )
+        return patches.transpose(1, 2).flatten(0, 1)
+    if isinstance(module, nn.Conv1d):
+        kernel, dilation = module.kernel_size[0], module.dilation[0]
+        padding = module.padding if isinstance(module.padding, str) else (module.padding[0],) * 2
+        if isinstance(padding, str):
+            total = dilation * (kernel - 1) if padding == "same" else 0
+            padding = (total // 2, total - total // 2)
+        padded = functional.pad(inputs.float(), padding)
+        windows = padded.unfold(2, dilation * (kernel - 1) + 1, module.stride[0])[..., ::dilation]
+        return windows.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
+    return inputs.float().reshape(-1, inputs.shape[-1])
+
+
+def _same_padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
+    if isinstance(module.padding, str):
+        if module.padding == "valid":
+            return (0, 0, 0, 0)
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
+    height, width = module.padding
+    return (width, width, height, height)
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Whether the layer is a convolution whose outputs see only some of the inputs."""
+    return getattr(module, "groups", 1) > 1
+
+
+@dataclass
+class Stage:
+    """Layers that see the same input, in the order in which a forward reaches them."""
+
+    names: list[str]
+    calls: int
+
+
+def stages(order: list[tuple[str, int]]) -> list[Stage]:
+    """Groups calls (layer name, identity of its input) into stages; a layer that is called again stays in its first."""
+    calls = Counter(name for name, _ in order)
+    found: list[tuple[int, Stage]] = []
+    placed: set[str] = set()
+    for name, source in order:
+        if name in placed:
+            continue
+        placed.add(name)
+        if found and found[-1][0] == source and calls[name] == found[-1][1].calls:
+            found[-1][1].names.append(name)
+        else:
+            found.append((source, Stage([name], calls[name])))
+    return [stage for _, stage in found]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden state of a block's output: the tensor itself, or the first of a tuple, a list or a model output."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError(f"a block returned {type(output).__name__} without a tensor")
+
+
+def detached(value: Any) -> Any:
+    """The same structure with its tensors cut from the graph of gradients."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (tuple, list)):
+        return type(value)(detached(item) for item in value)
+    if isinstance(value, dict):
+        return {key: detached(item) for key, item in value.items()}
+    return value
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware, so that sweeps may compute in it."""
+    capable = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(capable())

@@ -1,0 +1,74 @@
+"""Uniform grids in groups of columns, with or without error feedback: the baselines, and the 4- and 8-bit encoder.
+
+Round-to-nearest with a searched scale; GPTQ (Frantar et al., arXiv 2210.17323); HQQ, half-quadratic quantisation
+(Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compressor.core.encoding import Affine as AffineEncoding
+from compressor.core.encoding import Scales
+from compressor.core.settings import AffineSettings
+from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.grids import code, search_scale
+
+
+def hqq_zero(groups: Tensor, scale: Tensor, zero: Tensor, bits: int, iterations: int = 20) -> Tensor:
+    """The zero point (…, 1) that HQQ finds for groups (…, size): min ‖W − Ŵ‖_p, p = 0.7, by half-quadratic splitting.
+
+    Each round shrinks the error, e = sgn(d)·relu(|d| − |d|^(p−1)/β), and takes z = mean(q − (w − e)/s).
+    """
+    p, beta = 0.7, 10.0
+    for _ in range(iterations):
+        quantised = code(groups, scale, zero, bits)
+        error = groups - scale * (quantised - zero)
+        size = error.abs()
+        kept = error.sign() * functional.relu(size - (size + 1e-12).pow(p - 1) / beta)
+        zero = (quantised - (groups - kept) / scale).mean(-1, keepdim=True)
+        beta *= 1.01
+    return zero
+
+
+class Affine(AffineSettings):
+    """A grid per group; see the module for the methods."""
+
+    def encode(self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator) -> AffineEncoding:
+        """The encoding of a matrix (out, in); `hessian` (in, in), the inputs' second moment, is needed by gptq."""
+        n_rows, columns = weight.shape
+        group = min(self.group, columns)
+        padding = -columns % group
+        weight = functional.pad(weight.float(), (0, padding))
+        scales, zeros = self._grids(weight.view(n_rows, -1, group), 1.0)
+        scale, zero = scales.clone(), zeros.clone()
+        if self.method == "gptq" and hessian is not None:
+            factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)), self.damping)
+            emphasis = factor.diagonal().pow(-2)
+
+            def quantise(begin: int, current: Tensor, _: Tensor) -> Tensor:
+                at = begin // group
+                if begin % group == 0:
+                    found = self._grids(current[:, :group].unsqueeze(1), emphasis[begin : begin + group])
+                    scale[:, at : at + 1], zero[:, at : at + 1] = found
+                s, z = scale[:, at : at + 1], zero[:, at : at + 1]
+                return (code(current[:, :1], s, z, self.bits) - z) * s
+
+            weight = error_feedback(weight, factor, 1, quantise, group * max(1, 64 // group))
+        codes = code(weight.view(n_rows, -1, group), scale.unsqueeze(2), zero.unsqueeze(2), self.bits)
+        point: float | Tensor = float(zero[0, 0]) if self.zero != "learned" else zero.int()
+        return AffineEncoding(
+            (n_rows, columns), self.bits, group, codes.flatten(1).int(), Scales.of(scale, self.scale_bits), point
+        )
+
+    def _grids(self, groups: Tensor, emphasis: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Scales as they are stored, and zeros, (rows, n_groups)."""
+        scale, zero = search_scale(groups, self.bits, self.zero, emphasis)
+        if self.method == "hqq" and self.zero == "learned":
+            zero = hqq_zero(groups, scale, zero, self.bits).round().clamp(0, 2**self.bits - 1)
+        scale = scale.squeeze(-1)
+        if self.scale_bits == 16:
+            scale = torch.where(scale.abs() < 6.2e-5, 6.2e-5, scale).half().float()
+        return scale, zero.squeeze(-1)

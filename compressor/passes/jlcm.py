@@ -1,0 +1,154 @@
+"""JLCM: jointly learned codebooks and mappings (Yvinec, Dapogny, Bailly, arXiv 2309.17361, ICLR 2024).
+
+The paper's text was not public to us. From its abstract: rows (neurons) are grouped by re-ordering, so that several
+codebooks cost no mapping per weight; codebook and mapping are learned jointly per layer on the reconstruction of its
+output; the gradient on the mapping decreases with the distance between codewords, a proximal search. The rest is our
+design: codewords of several weights on the int4 grid, k-means weighted by the input's second moment, codes assigned
+with error feedback (GPTQ, arXiv 2210.17323, in the block form of QuIP#, arXiv 2402.04396).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from compressor.core.encoding import Codebook, Scales
+from compressor.core.settings import JlcmSettings
+from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.vector_quantization import balanced_clusters, gaussian_codebook, kmeans, nearest
+
+GRID_LOW, GRID_HIGH = -8, 7
+_QUANTILES = 16
+_POINTS_PER_CODEWORD = 24
+
+
+def proximal_gradient(codebook: Tensor, current: int, upstream: float | Tensor, delta: float) -> Tensor:
+    """∂L/∂I_k = g·sgn(C_k − c)·1/(|C_k − c| + δ), and 0 at the current codeword c: near codewords pull most.
+
+    codebook (K,), current an index, upstream g = ∂L/∂ŵ a scalar; returns (K,).
+    """
+    distance = codebook - codebook[current]
+    gradient = upstream * distance.sign() / (distance.abs() + delta)
+    gradient[current] = 0.0
+    return gradient
+
+
+def codebook_gradient(upstream: Tensor, indices: Tensor, size: int, scale: Tensor | float) -> Tensor:
+    """∂L/∂C_k = Σ_{i→k} s·g_i; upstream (n,) and indices (n,) to (size,); `scale` is a number or (n,)."""
+    return torch.zeros(size, dtype=upstream.dtype).index_add_(0, indices, upstream * scale)
+
+
+def row_features(weight: Tensor) -> Tensor:
+    """A row's shape as 16 quantiles of w/rms: (rows, columns) to (rows, 16)."""
+    scaled = weight / weight.pow(2).mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    ranked = scaled.sort(1).values
+    at = torch.linspace(0, weight.shape[1] - 1, _QUANTILES).round().long()
+    return ranked[:, at]
+
+
+def snap(codewords: Tensor, resolution: float) -> Tensor:
+    """Codewords (…, K, dim) in units of the group's rms, to the int4 grid at `resolution` steps per rms."""
+    return (codewords * resolution).round().clamp(GRID_LOW, GRID_HIGH)
+
+
+@functools.lru_cache(maxsize=8)
+def start(width: int, dim: int) -> tuple[Tensor, float]:
+    """A codebook for unit Gaussian weights, and the resolution at which snapping it costs least."""
+    generator = torch.Generator().manual_seed(0)
+    codewords = gaussian_codebook(2**width, dim, generator)
+    points = torch.randn(20_000, dim, generator=generator)
+
+    def loss(resolution: float) -> float:
+        grid = snap(codewords, resolution) / resolution
+        return float((points - grid[nearest(points, grid)]).pow(2).mean())
+
+    return codewords, min((2.0, 2.3, 2.6, 3.0, 3.5, 4.0, 4.6, 5.2), key=loss)
+
+
+def group_scales(weight: Tensor, group: int, resolution: float) -> Tensor:
+    """Scales (rows, n_groups): rms/resolution, more where the group's largest weight would leave the grid."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % group)).view(rows, -1, group)
+    present = torch.full((padded.shape[1],), float(group))
+    present[-1] -= -columns % group
+    rms = (padded.pow(2).sum(2) / present).sqrt()
+    return torch.maximum(rms / resolution, padded.abs().amax(2) / (GRID_HIGH + 1.5)).clamp_min(1e-7)
+
+
+class Jlcm(JlcmSettings):
+    """Learned codebooks; see the module for the method."""
+
+    def encode(self, weight: Tensor, hessian: Tensor, generator: torch.Generator) -> Codebook:
+        """The encoding of a matrix (out, in) whose inputs have the second moment `hessian` (in, in)."""
+        n_rows, columns = weight.shape
+        group = columns if self.group == "row" else min(int(self.group), columns)
+        group += -group % self.dim
+        padding = -columns % group
+        weight = torch.nn.functional.pad(weight.float(), (0, padding))
+        hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+        first, resolution = start(self.width, self.dim)
+        scales = Scales.of(group_scales(weight[:, :columns], group, resolution), self.scale_bits)
+        order, counts = self._order(weight)
+        table = self._table(weight, scales.decode(), hessian.diagonal(), order, counts, group, generator)
+        codes = self._assign(weight, hessian, scales.decode(), table, order, counts, group)
+        stored = Scales(scales.values[order], None if scales.row is None else scales.row[order])
+        return Codebook(
+            (n_rows, columns), self.width, self.dim, group, codes[order].int(), table.to(torch.int8), stored, counts,
+            None if len(counts) == 1 else order,
+        )  # fmt: skip
+
+    def _order(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        n = min(self.codebooks, len(weight))
+        if n == 1:
+            return torch.arange(len(weight)), (len(weight),)
+        return balanced_clusters(row_features(weight), n)
+
+    def _table(
+        self, weight: Tensor, scales: Tensor, moment: Tensor, order: Tensor, counts: tuple[int, ...], group: int,
+        generator: torch.Generator,
+    ) -> Tensor:  # fmt: skip
+        """Codebooks (n, 2**width, dim) on the grid, by k-means weighted with the root of the inputs' moment."""
+        first, resolution = start(self.width, self.dim)
+        emphasis = (moment.view(-1, self.dim).mean(1) / moment.mean().clamp_min(1e-30)).sqrt().clamp_min(1e-3)
+        tables = []
+        for rows in order.split(counts):
+            scaled = weight[rows].view(len(rows), -1, group) / (scales[rows] * resolution).clamp_min(1e-12).unsqueeze(2)
+            points = scaled.reshape(-1, self.dim)
+            n_points = min(len(points), max(40_000, _POINTS_PER_CODEWORD * len(first)))
+            sample = torch.randperm(len(points), generator=generator)[:n_points]
+            weights = emphasis[sample % len(emphasis)]
+            tables.append(kmeans(points[sample], weights, first.clone(), self.kmeans_iterations))
+        return snap(torch.stack(tables), resolution)
+
+    def _assign(
+        self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, order: Tensor, counts: tuple[int, ...],
+        group: int,
+    ) -> Tensor:  # fmt: skip
+        """Codes (rows, columns / dim) in the matrix's row order, chosen with error feedback."""
+        codes = torch.empty(len(weight), weight.shape[1] // self.dim, dtype=torch.long)
+
+        def quantise(begin: int, current: Tensor, factor: Tensor) -> Tensor:
+            scale = scales[:, begin // group].unsqueeze(1).clamp_min(1e-12)
+            inverse = torch.linalg.inv(factor)
+            target = (current[:, : self.dim] / scale) @ inverse
+            values = torch.empty(len(weight), self.dim)
+            for rows, codewords in _books(order, counts, table):
+                code = nearest(target[rows], codewords @ inverse)
+                codes[rows, begin // self.dim] = code
+                values[rows] = codewords[code]
+            return values * scale
+
+        buffer = self.dim * max(1, 64 // self.dim)
+        error_feedback(weight, inverse_factor(hessian, self.damping), self.dim, quantise, buffer)
+        return codes
+
+
+def _books(order: Tensor, counts: tuple[int, ...], table: Tensor) -> Iterator[tuple[Tensor | slice, Tensor]]:
+    """Rows and codewords of each codebook."""
+    if len(counts) == 1:
+        yield slice(None), table[0]
+        return
+    yield from zip(order.split(counts), table, strict=True)

@@ -1,0 +1,169 @@
+"""A recipe: passes in order with their settings, calibration, export, gates. Plain data, and no torch.
+
+`load_recipe` reads one by name or path; `compressor.recipe_file` says how YAML becomes a recipe and words the
+mistakes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+
+from compressor.core.passes import Need, Pass, Role
+from compressor.core.settings import GroupSetting
+from compressor.core.spec import AffineSpec, DenseSpec, Spec
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Calibration(_Section):
+    """The text, or the samples, that passes learn from."""
+
+    tokens: Positive = 16384
+    window: Annotated[int, Field(ge=16)] = 512
+    samples: Positive = 256
+
+
+class Embeddings(_Section):
+    """How the embedding and the output table are stored; 16 and 32 bits are plain floats."""
+
+    bits: Literal[2, 3, 4, 8, 16, 32] = 4
+    group: GroupSetting = 32
+    zero: Literal["middle", "learned"] = "middle"
+    scale_bits: Literal[8, 16] = 8
+
+    def spec(self) -> Spec:
+        """The encoding of such a table."""
+        if self.bits >= 16:
+            return DenseSpec(dtype=f"F{self.bits}")
+        return AffineSpec(bits=self.bits, group=self.group, zero=self.zero, scale_bits=self.scale_bits)
+
+
+class Export(_Section):
+    """The artifact: the type of what stays dense, and the precision of activations in matrix products."""
+
+    dense: Literal["float16", "float32"] = "float32"
+    activations: Literal["int8", "exact"] = "int8"
+
+
+class Gates(_Section):
+    """Limits that the artifact has to keep; None is no limit. Ratios are to the original."""
+
+    max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
+    max_kl_divergence: Annotated[float, Field(gt=0)] | None = None
+    min_agreement: Share | None = None
+    min_cosine: Share | None = None
+    max_accuracy_drop: Share | None = None
+
+
+class Evaluation(_Section):
+    """How much of the evaluation data is measured; 0 tokens skips it."""
+
+    tokens: Annotated[int, Field(ge=0)] = 32768
+    window: Annotated[int, Field(ge=16)] = 512
+    samples: Annotated[int, Field(ge=0)] = 512
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "calibration": Calibration,
+    "embeddings": Embeddings,
+    "export": Export,
+    "gates": Gates,
+    "evaluation": Evaluation,
+}
+
+
+class Step(BaseModel):
+    """One pass, and the tensors that it is for: any pattern of `select`, and none of `skip`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    settings: SerializeAsAny[Pass]
+    select: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    def selects(self, tensor: str) -> bool:
+        """Whether the pass is for the tensor of that name; `*` in a pattern matches dots as well."""
+        return _any_matches(self.select, tensor) and not _any_matches(self.skip, tensor)
+
+    def load(self) -> Pass:
+        """The pass itself, with these settings. Imports its file, and with it torch."""
+        module = importlib.import_module(f"compressor.passes.{self.name}")
+        return pass_class(module, self.name)(**self.settings.model_dump())
+
+
+class Recipe(BaseModel):
+    """What to do with a network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    description: str = ""
+    needs: str = ""
+    passes: tuple[Step, ...]
+    calibration: Calibration = Calibration()
+    embeddings: Embeddings = Embeddings()
+    export: Export = Export()
+    gates: Gates = Gates()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def required(self) -> frozenset[Need]:
+        """What the passes, as they are set, cannot do without."""
+        return frozenset().union(*(step.settings.needs for step in self.passes))
+
+    def choose(self, name: str, shape: tuple[int, int], role: Role) -> tuple[Spec | None, str]:
+        """How a matrix will be stored and by which pass ("embeddings" for tables); (None, "") if none is for it."""
+        if role == "embedding":
+            return self.embeddings.spec(), "embeddings"
+        for step in reversed(self.passes):
+            spec = step.settings.spec_for(name, shape, role) if step.selects(name) else None
+            if spec is not None:
+                return spec, step.name
+        return None, ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it would be written in YAML, every setting spelt out; for provenance."""
+        steps = [
+            {"pass": step.name, "select": list(step.select), "skip": list(step.skip), **step.settings.model_dump()}
+            for step in self.passes
+        ]
+        head = {"name": self.name, "description": self.description, "needs": self.needs, "passes": steps}
+        return head | {section: getattr(self, section).model_dump() for section in SECTIONS}
+
+
+def load_recipe(name: str | Path, sets: Iterable[str] = ()) -> Recipe:
+    """The recipe of a shipped name or a file, with "section.key=value" put over it.
+
+    Raises:
+        RecipeError: Nothing of that name, or a mistake in it.
+    """
+    from compressor.recipe_file import read_recipe
+
+    return read_recipe(str(name), list(sets))
+
+
+def pass_class(module: Any, name: str) -> type[Pass]:
+    """The pass that a module of `compressor.passes` defines: the last class in it of that name."""
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", None) == name
+    ]
+    return max(found, key=lambda kind: len(kind.__mro__))
+
+
+def _any_matches(patterns: Iterable[str], name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

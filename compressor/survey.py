@@ -1,0 +1,174 @@
+"""The survey: one forward and one streamed backward of the untouched network, before anything is encoded.
+
+It finds how much each token matters to each layer: t = mean over outputs of (∂ℓ/∂y)², with ℓ the loss on labels drawn
+from the network's own predictions, which makes Σ t·xxᵀ a Kronecker-factored estimate of the Fisher information
+(Martens & Grosse, arXiv 1503.05671; weighted Hessians for quantisation: GuidedQuant, arXiv 2505.07004). It also collects
+the second moment of the head's input. Memory is one block and its activations: block inputs lie in a scratch file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressor.core.errors import CheckpointError
+from compressor.graph.blocks import first_tensor, layers
+from compressor.streaming import Batch, Network, _Stop
+
+_POSITIONS = 512
+LARGEST_IMPORTANCE = 50.0
+
+
+@dataclass
+class Survey:
+    """What the untouched network showed.
+
+    importance    per layer weight, (tokens,): mean 1, at most 50; empty where no gradients were asked for
+    head_moment   mean xxᵀ of the output head's input (in, in); None for a network without a language-model head
+    """
+
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    head_moment: Tensor | None = None
+
+
+def head_of(module: nn.Module) -> nn.Module | None:
+    """The output head of a language model, or None."""
+    find = getattr(module, "get_output_embeddings", None)
+    head = find() if find else None
+    return head if isinstance(head, nn.Linear) else None
+
+
+def survey(
+    network: Network, batches: list[Batch], scratch: Path, gradients: bool, generator: torch.Generator,
+    advance: Callable[[], None] = lambda: None,
+) -> Survey:  # fmt: skip
+    """Runs the untouched network over `batches`; `advance` is called once per block and direction."""
+    found = Survey()
+    if head_of(network.module) is None:
+        return found
+    stored = _Scratch(scratch, gradients)
+    reached: list = []
+    for _, _, reached in network.sweep(batches):
+        stored.add([first_tensor(list(args) or list(kwargs.values())) for args, kwargs in reached])
+        advance()
+    upstream = _through_head(network, batches, network.last, found, gradients, generator)
+    if gradients:
+        _backward(network, reached, stored, upstream, found, advance)
+    stored.close()
+    return found
+
+
+class _Scratch:
+    """Hidden states of each block's inputs in a mapped file, bfloat16."""
+
+    def __init__(self, folder: Path, wanted: bool) -> None:
+        self.folder, self.wanted, self.files, self.shapes = folder, wanted, [], []
+
+    def add(self, hidden: list[Tensor]) -> None:
+        if not self.wanted:
+            return
+        path = self.folder / f"hidden-{len(self.files)}.bin"
+        self.shapes = [part.shape for part in hidden]
+        flat = torch.cat([part.flatten() for part in hidden]).to(torch.bfloat16)
+        torch.from_file(str(path), shared=True, size=flat.numel(), dtype=torch.bfloat16).copy_(flat)
+        self.files.append(path)
+
+    def read(self, block: int) -> list[Tensor]:
+        size = sum(shape.numel() for shape in self.shapes)
+        flat = torch.from_file(str(self.files[block]), shared=True, size=size, dtype=torch.bfloat16)
+        parts = flat.split([shape.numel() for shape in self.shapes])
+        return [part.float().view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def close(self) -> None:
+        for path in self.files:
+            path.unlink(missing_ok=True)
+
+
+def _through_head(
+    network: Network, batches: list[Batch], hidden: list[Tensor], found: Survey, gradients: bool,
+    generator: torch.Generator,
+) -> list[Tensor]:  # fmt: skip
+    """The head's second moment; with gradients, ∂ℓ/∂(last hidden state) per batch."""
+    head, caught, upstream = head_of(network.module), [], []
+    n_rows = 0
+
+    def catch(_: nn.Module, args: tuple) -> None:
+        caught.append(args[0])
+        raise _Stop
+
+    handle = head.register_forward_pre_hook(catch)
+    try:
+        with network.tail() as run:
+            head = head_of(network.module)
+            for batch, state in zip(batches, hidden, strict=True):
+                state = state.detach().requires_grad_(gradients)
+                caught.clear()
+                with contextlib.suppress(_Stop), torch.set_grad_enabled(gradients), network.autocast():
+                    run(batch, state)
+                rows = caught[0].detach().float().flatten(0, -2)
+                moment = rows.T @ rows
+                found.head_moment = moment if found.head_moment is None else found.head_moment.add_(moment)
+                n_rows += len(rows)
+                if gradients:
+                    caught[0].backward(_label_gradient(rows, head.weight, network, generator).view_as(caught[0]))
+                    upstream.append(state.grad)
+    finally:
+        handle.remove()
+    found.head_moment.div_(n_rows)
+    return upstream
+
+
+@torch.no_grad()
+def _label_gradient(rows: Tensor, weight: Tensor, network: Network, generator: torch.Generator) -> Tensor:
+    """∂ Σ −log p(y) / ∂rows for labels y drawn from p: (softmax(xWᵀ) − onehot(y))·W, a few rows at a time."""
+    dtype = torch.bfloat16 if network.fast else torch.float32
+    matrix, parts = weight.to(dtype), []
+    for part in rows.split(_POSITIONS):
+        probability = functional.linear(part.to(dtype), matrix).float().softmax(-1)
+        label = torch.multinomial(probability, 1, generator=generator)
+        probability.scatter_add_(1, label, torch.full_like(label, -1.0, dtype=torch.float32))
+        parts.append((probability.to(dtype) @ matrix).float())
+    return torch.cat(parts)
+
+
+def _backward(
+    network: Network, reached: list, stored: _Scratch, upstream: list[Tensor], found: Survey, advance: Callable[[], None]
+) -> None:
+    """Back through the blocks, each reloaded and recomputed; fills `found.importance`."""
+    for index in reversed(range(len(network.blocks))):
+        name = network.blocks[index]
+        block = network.block(name)
+        with network.loaded(network.names_in(name)):
+            collected: dict[str, list[Tensor]] = {}
+            handles = [
+                layer.register_forward_hook(_collector(collected.setdefault(weight, [])))
+                for weight, layer in layers(block, f"{name}.").items()
+            ]
+            for i, hidden in enumerate(stored.read(index)):
+                hidden.requires_grad_(True)
+                with torch.enable_grad():
+                    output = network.step(block, network.advance(reached[i], hidden))
+                output.backward(upstream[i])
+                upstream[i] = hidden.grad
+            for handle in handles:
+                handle.remove()
+        for weight, parts in collected.items():
+            tokens = torch.cat(parts)
+            if not bool(tokens.isfinite().all()):
+                raise CheckpointError(f"{network.checkpoint.path}: the gradient at '{weight}' is not finite")
+            mean = tokens.mean().clamp_min(torch.finfo(torch.float32).tiny)
+            found.importance[weight] = (tokens / mean).clamp(max=LARGEST_IMPORTANCE)
+        advance()
+
+
+def _collector(into: list[Tensor]):
+    def hook(_: nn.Module, __: tuple, output: Tensor) -> None:
+        output.register_hook(lambda gradient: into.append(gradient.float().pow(2).mean(-1).flatten()))
+
+    return hook

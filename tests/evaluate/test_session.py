@@ -1,0 +1,92 @@
+"""Sessions: cached generation is the uncached one, sampling keeps to its nucleus, mistakes are one line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pico_graphs import decoder_logits, save_classifier, save_decoder
+
+from compressor.core.errors import CheckpointError
+from compressor.evaluate.bench import bench, size
+from compressor.evaluate.session import DecoderSession, ModuleSession, open_session, sample
+
+
+def test_logits_are_the_naive_ones_for_each_sequence_of_a_batch(tmp_path):
+    session = DecoderSession(save_decoder(tmp_path), threads=1)
+    ids = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    expected = np.stack([decoder_logits(list(row)) for row in ids])
+    np.testing.assert_allclose(session.logits(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_generation_with_the_cache_is_greedy_search_without_it(tmp_path):
+    session, ids = DecoderSession(save_decoder(tmp_path), threads=1), [3, 1, 4]
+    expected = list(ids)
+    for _ in range(7):
+        expected.append(int(decoder_logits(expected)[-1].argmax()))
+    assert list(session.generate(np.array(ids), 7)) == expected[3:]
+
+
+def test_generation_stops_before_the_end_token(tmp_path):
+    session = DecoderSession(save_decoder(tmp_path), threads=1)
+    free = list(session.generate(np.array([3, 1, 4]), 5))
+    assert list(session.generate(np.array([3, 1, 4]), 5, stop={free[0]})) == []
+
+
+def test_sampled_text_repeats_with_its_seed_and_differs_with_another(tmp_path):
+    session = DecoderSession(save_decoder(tmp_path), threads=1)
+    texts = [list(session.generate(np.array([1]), 20, temperature=30.0, seed=seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_sampling_keeps_to_the_smallest_set_that_reaches_top_p():
+    logits = np.log(np.array([0.1, 0.5, 0.15, 0.25]))
+    generator = np.random.default_rng(0)
+    assert {sample(logits, 1.0, 0.7, generator) for _ in range(300)} == {1, 3}
+    assert {sample(logits, 1.0, 0.4, generator) for _ in range(300)} == {1}
+    drawn = [sample(logits, 1.0, 1.0, generator) for _ in range(4000)]
+    np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.1, 0.5, 0.15, 0.25], atol=0.03)
+
+
+def test_the_kind_of_a_session_is_read_from_the_graph(tmp_path):
+    assert type(open_session(save_decoder(tmp_path / "a"))) is DecoderSession
+    assert type(open_session(save_classifier(tmp_path / "b")[0])) is ModuleSession
+
+
+def test_what_is_no_artifact_is_refused_in_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no model.onnx; found nothing"):
+        open_session(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(CheckpointError, match=r"model.onnx: onnxruntime \S+ cannot load it") as caught:
+        open_session(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="is not a decoder; found outputs scores"):
+        DecoderSession(save_classifier(tmp_path / "b")[0])
+
+
+def test_a_decoder_is_measured_in_a_process_of_its_own(tmp_path):
+    found = bench(save_decoder(tmp_path), threads=1, prompt=4, new=4, prefill=8, repeats=1)
+    assert found["kind"] == "decoder"
+    assert min(found["load_seconds"], found["decode_tokens_per_second"], found["prefill_tokens_per_second"]) > 0
+    assert found["memory"]["peak_private"] >= found["memory"]["loaded"]["private"] > 1 << 20
+
+
+def test_a_module_is_measured_with_inputs_of_its_own_shapes(tmp_path):
+    found = bench(save_classifier(tmp_path)[0], threads=1, repeats=1)
+    assert found["kind"] == "module" and found["input_shapes"] == {"pixels": [1, 4]}
+    assert found["latency_seconds"] > 0
+
+
+def test_an_artifact_that_does_not_load_is_not_measured(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(CheckpointError, match="could not be measured; .*cannot load it"):
+        bench(tmp_path)
+
+
+def test_size_counts_every_file_but_provenance_and_report(tmp_path):
+    save_decoder(tmp_path)
+    for name in ("compression.json", "report.html", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"x" * 5000)
+    found = size(tmp_path)
+    assert set(found["files"]) == {"model.onnx", "config.json", "tokenizer.json"}
+    assert found["bytes"] == sum((tmp_path / name).stat().st_size for name in found["files"])
+    assert next(iter(found["files"])) == "tokenizer.json"

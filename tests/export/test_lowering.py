@@ -1,0 +1,156 @@
+"""Every encoding, lowered for every operator and mode, computes in onnxruntime what `decode()` says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from compressor.core.encoding import Affine, Binary, Codebook, Dense, Encoding, Layout, Scales, describe, n_groups
+from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.export.builder import GraphBuilder
+from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, form, least_version, refusal
+
+ROWS, COLUMNS = 52, 160
+INT4_MIDDLES = (0.0, 1.5, 2.0, 3.0)
+
+
+def affine(bits: int, group: int, zero: float | str = "middle", columns: int = COLUMNS, scale_bits: int = 16) -> Affine:
+    generator = torch.Generator().manual_seed(bits + group)
+    groups = n_groups(columns, group)
+    codes = torch.randint(0, 2**bits, (ROWS, groups * group), generator=generator, dtype=torch.int32)
+    scales = torch.rand(ROWS, groups, generator=generator) + 0.5
+    if scale_bits == 16:
+        scales *= torch.randn(ROWS, groups, generator=generator).sign()
+    point = {"middle": 2.0 ** (bits - 1), "half": 2.0 ** (bits - 1) - 0.5}.get(zero, zero) if zero != "tensor" else (
+        torch.randint(0, 2**bits, (ROWS, groups), generator=generator, dtype=torch.int32))  # fmt: skip
+    return Affine((ROWS, columns), bits, group, codes, Scales.of(scales, scale_bits), point)
+
+
+def codebook(width: int, dim: int, group: int = 32, books: int = 1, ordered: bool = False, free: bool = False) -> Codebook:
+    generator = torch.Generator().manual_seed(width * 31 + dim)
+    groups = n_groups(COLUMNS, group)
+    codes = torch.randint(0, 2**width, (ROWS, groups * group // dim), generator=generator, dtype=torch.int32)
+    table = torch.randint(-8, 8, (books, 2**width, dim), generator=generator).to(torch.int8)
+    counts = tuple(ROWS // books + (1 if i < ROWS % books else 0) for i in range(books))
+    scales = Scales.of(torch.randn(ROWS, groups, generator=generator))
+    order = torch.randperm(ROWS, generator=generator) if ordered else None
+    return Codebook(
+        (ROWS, COLUMNS), width, dim, group, codes, table.half() / 3 if free else table, scales, counts, order
+    )
+
+
+def binary(per_row: bool) -> Binary:
+    generator = torch.Generator().manual_seed(5)
+    signs = torch.rand(ROWS, COLUMNS, generator=generator) > 0.5
+    return Binary((ROWS, COLUMNS), signs, torch.rand(ROWS if per_row else 1, 1, generator=generator).half())
+
+
+def dense(dtype: torch.dtype) -> Dense:
+    return Dense((ROWS, COLUMNS), torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(6)).to(dtype))
+
+
+ENCODINGS: dict[str, Encoding] = {
+    "float32": dense(torch.float32),
+    "float16": dense(torch.float16),
+    **{f"affine{bits}g{group}": affine(bits, group) for bits in (2, 3, 4, 8) for group in (16, 32, 64, 128)},
+    **{f"affine{bits}whole": affine(bits, COLUMNS) for bits in (2, 3, 4, 8)},
+    **{f"affine{bits}zeros": affine(bits, 32, "tensor") for bits in (2, 3, 4, 8)},
+    **{f"affine{bits}zeros_g96": affine(bits, 96, "tensor") for bits in (2, 3, 4, 8)},
+    **{f"affine{bits}half": affine(bits, 64, "half") for bits in (2, 3, 4)},
+    **{f"affine{bits}odd": affine(bits, 53, columns=53) for bits in (2, 3, 4, 8)},
+    "affine2zero1": affine(2, 32, 1.0),
+    "affine3zero3": affine(3, 32, 3.0),
+    "affine2rows8": affine(2, 64, scale_bits=8),
+    "affine4rows8": affine(4, 32, scale_bits=8),
+    **{
+        f"codebook{width}x{dim}": codebook(width, dim)
+        for width, dim in (
+            (1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (4, 2), (5, 2), (6, 2), (8, 2), (3, 4), (4, 4), (8, 4), (9, 4),
+            (11, 4), (12, 4), (16, 8),
+        )
+    },
+    **{
+        f"codebook{width}x{dim}books": codebook(width, dim, 64, 5, True)
+        for width, dim in ((2, 1), (3, 1), (4, 2), (8, 4), (9, 4), (12, 4))
+    },
+    "codebook8x4ordered": codebook(8, 4, ordered=True),
+    "codebook8x4whole": codebook(8, 4, COLUMNS),
+    "binary": binary(True),
+    "binary_one_scale": binary(False),
+}  # fmt: skip
+
+
+def graph_of(directory: Path, encoding: Encoding, operator: str, mode: str, layout: Layout | None = None):
+    """(session, encoded tensor) of a graph with a single operator over tensor `w`."""
+    tensor = EncodedTensor(encoding, layout or Layout(encoding.shape))
+    offsets = write_tensors(directory / "model.safetensors", {"w": tensor})
+    kind = ir.DataType.FLOAT if operator in ("matmul", "constant") else ir.DataType.INT64
+    x = ir.Value(name="x", type=ir.TensorType(kind), shape=ir.Shape(["batch", "length", *([encoding.shape[1]] * (kind == 1))]))
+    graph = ir.Graph([x], [], nodes=[], name="g", opset_imports={"": OPSETS[mode], "com.microsoft": 1})
+    builder = GraphBuilder(graph)
+    lowering = Lowering(EncodedTensors([directory / "model.safetensors"]), offsets, builder, mode, True, directory)
+    if operator == "matmul":
+        y = lowering.matmul(x, "w")
+    elif operator == "constant":
+        y = builder.op("Identity", lowering.constant("w"))
+    else:
+        y = lowering.embedding(x, "w", tied=operator == "tied")
+    y.type = ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs.append(y)
+    lowering.close()
+    ir.save(ir.Model(graph, ir_version=IR_VERSIONS[mode]), directory / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.optimized_model_filepath = str(directory / "optimised.onnx")
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(directory / "model.onnx", options), tensor
+
+
+def optimised_operators(directory: Path) -> list[str]:
+    return [node.op_type for node in ir.load(directory / "optimised.onnx").graph]
+
+
+def is_close(found: np.ndarray, expected: torch.Tensor) -> None:
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["default", "compat", "standard"])
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_matmul_computes_with_the_decoded_matrix_and_folds_to_one_kernel(tmp_path, name, mode):
+    encoding = ENCODINGS[name]
+    if refusal(describe(encoding), "matmul", mode):
+        pytest.skip(refusal(describe(encoding), "matmul", mode))
+    session, tensor = graph_of(tmp_path, encoding, "matmul", mode)
+    x = torch.randn(2, 3, encoding.shape[1], generator=torch.Generator().manual_seed(1))
+    is_close(session.run(None, {"x": x.numpy()})[0], x @ tensor.decode().T)
+    expected = "MatMulNBits" if form(describe(encoding), mode) else "FusedMatMul" if mode != "standard" else "MatMul"
+    assert optimised_operators(tmp_path) == [expected]
+
+
+@pytest.mark.parametrize("operator", ["embedding", "tied"])
+@pytest.mark.parametrize("mode", ["default", "compat", "standard"])
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_embedding_gives_the_decoded_rows(tmp_path, name, mode, operator):
+    encoding = ENCODINGS[name]
+    if refusal(describe(encoding), "embedding", mode):
+        pytest.skip(refusal(describe(encoding), "embedding", mode))
+    session, tensor = graph_of(tmp_path, encoding, operator, mode)
+    ids = torch.tensor([[0, 3, 51], [51, 7, 7]])
+    is_close(session.run(None, {"x": ids.numpy()})[0], tensor.decode()[ids])
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_constant_folds_to_the_decoded_tensor(tmp_path, name):
+    encoding = ENCODINGS[name]
+    shape = (4, 13, encoding.shape[1])
+    layout = Layout(shape) if name != "binary" else Layout((COLUMNS, ROWS), transposed=True)
+    session, tensor = graph_of(tmp_path, encoding, "constant", "default", layout)
+    found = session.run(None, {"x": np.zeros((1, 1, encoding.shape[1]), np.float32)})[0]
+    is_close(found, tensor.decode())
+    assert optimised_operators(tmp_path) in ([], ["Identity"])
