@@ -117,7 +117,10 @@ def _read(path: Path, where: str, importers: tuple[Path, ...]) -> _Draft:
     chain = (*importers, path.resolve())
     draft = _Draft()
     for name in _names(content.get("imports", []), f"{where}, imports"):
-        imported = find_recipe(name, path.parent)
+        try:
+            imported = find_recipe(name, path.parent)
+        except RecipeError as error:
+            raise RecipeError(f"{where}, imports: {error}") from error
         if imported.resolve() in chain:
             cycle = " → ".join(step.stem for step in (*chain[chain.index(imported.resolve()) :], imported))
             raise RecipeError(f"{where}: imports go in a circle, {cycle}; remove one of them")
@@ -200,8 +203,8 @@ def _assign(draft: _Draft, assignment: str) -> None:
         raise RecipeError(f"{where}: write PASS.KEY=VALUE, as --set jlcm.bits=3")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: '{text}' is not a YAML value") from error
+    except yaml.YAMLError:
+        value = text  # a pattern as *.mlp.*, which YAML takes for an alias
     steps = [values for name, _, values in draft.steps if name == owner]
     if owner in SECTIONS:
         draft.sections.setdefault(owner, {}).update(_known({key: value}, _fields(owner), where))
@@ -251,7 +254,7 @@ def _build(kind: type[BaseModel], values: Values, where: str) -> Any:
 
 def _reworded(message: str) -> str:
     wanted = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return {"integer": "an integer", "number": "a number", "string": "a text"}.get(wanted, wanted)
+    return {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}.get(wanted, wanted)
 
 
 def _names(value: Any, where: str) -> list[str]:

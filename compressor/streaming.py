@@ -173,8 +173,16 @@ def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: tup
     order: list[tuple[str, int]] = []
     keep: list[Tensor] = []
     found = layers(block, prefix)
+
+    def note(name: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(_: nn.Module, args: tuple) -> None:
+            order.append((name, id(args[0])))
+            keep.append(args[0])  # so that no other tensor gets its identity
+
+        return hook
+
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: (order.append((name, id(args[0]))), keep.append(args[0]))[2:])
+        module.register_forward_pre_hook(note(name))
         for name, module in found.items()
         if not isinstance(module, nn.Embedding)
     ]

@@ -1,6 +1,7 @@
 """Real models and texts from the cache, and the protocol of the published figures; for tests and benchmarks.
 
-Nothing is fetched here: `scripts/fetch_material` does that. The cache is $COMPRESSOR_CACHE, or .cache in the repository.
+Nothing is fetched here: `scripts/fetch_material` does that. The cache is $COMPRESSOR_CACHE, or .cache in the
+repository.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,12 +36,16 @@ class RunOptions:
     arch: str | None = None
     trust_pickle: bool = False
     format: Format = "onnx"
-    sets: tuple[str, ...] = field(default=())
+    sets: tuple[str, ...] = ()
     mode: Mode = "default"
     seed: int = 0
     resume: bool = False
     force: bool = False
     progress: Progress | None = None
+
+    def with_progress(self, progress: Progress) -> RunOptions:
+        """The same, reporting to `progress`."""
+        return replace(self, progress=progress)
 
     @property
     def directory(self) -> Path:

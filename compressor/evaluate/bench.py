@@ -1,8 +1,8 @@
 """Load time, memory and speed of an artifact in onnxruntime, and its size.
 
-Measured in a process of its own, so that memory is the artifact's. `private` is anonymous memory, which nothing else can
-use; `mapped` are pages of files, which the system takes back when it needs them. Both are known on Linux only, and None
-elsewhere.
+Measured in a process of its own, so that memory is the artifact's. `private` is anonymous memory, which nothing else
+can use; `mapped` are pages of files, which the system takes back when it needs them. Both are known on Linux only, and
+None elsewhere.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def bench(
         repeats: Of which the median counts.
 
     Returns:
-        `kind`, `threads`, `load_seconds`, `memory` (bytes: start, loaded, peak_private, peak_resident), and for decoders
-        the two speeds, for other graphs `latency_seconds` per run of one input.
+        `kind`, `threads`, `load_seconds`, `memory` (bytes: start, loaded, peak_private, peak_resident), and for
+        decoders the two speeds, for other graphs `latency_seconds` per run of one input.
 
     Raises:
         CheckpointError: The artifact cannot be opened or run.

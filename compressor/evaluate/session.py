@@ -71,7 +71,8 @@ class DecoderSession(ModuleSession):
         self.present = [name.replace("past_key_values", "present") for name in self.past]
         if "logits" not in self.outputs or not set(self.present) <= set(self.outputs):
             raise CheckpointError(
-                f"{self.path}: is not a decoder; found outputs {', '.join(self.outputs[:4])}; expected logits and present.…"
+                f"{self.path}: is not a decoder; found outputs {', '.join(self.outputs[:4])}; "
+                f"expected logits and present.…"
             )
 
     def logits(self, ids: np.ndarray) -> np.ndarray:

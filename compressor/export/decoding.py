@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from compressor.export.forms import stored_codes
 from compressor.export.parts import Parts, digits
-from compressor.ops.packing import packed_columns
+from compressor.ops.widths import packed_columns
 
 INT32, FLOAT = ir.DataType.INT32, ir.DataType.FLOAT
 

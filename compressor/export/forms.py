@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from compressor.core.encoding import n_groups
-from compressor.ops.packing import plane_widths
+from compressor.ops.widths import n_groups, plane_widths
 
 Mode = Literal["default", "standard", "compat"]
 MODES: tuple[Mode, ...] = ("default", "standard", "compat")
@@ -53,13 +52,19 @@ def form(description: dict[str, Any], mode: Mode) -> Form | None:
     return choose(description, mode) if choose else None
 
 
+def _runs_int2(description: dict[str, Any], mode: Mode) -> bool:
+    """Whether the int2 kernel may be used. onnxruntime 1.32 fuses DequantizeLinear over UINT2 wrongly, without a
+    word, where the rows are no multiple of the four values of a byte."""
+    return mode == "default" or (mode == "standard" and description["shape"][0] % 4 == 0)
+
+
 def _affine_form(description: dict[str, Any], mode: Mode) -> Form | None:
     columns, bits, group = description["shape"][1], description["bits"], description["group"]
     zero = description["zero"]
     half = zero is not None and zero != int(zero)
     native = mode != "compat"
     kernel = 2 * bits if half and bits == 4 else bits if bits in (4, 8) else 4
-    if bits == 2 and native and not half and kernel_block(columns, group, 2):
+    if bits == 2 and _runs_int2(description, mode) and not half and kernel_block(columns, group, 2):
         kernel = 2
     block = kernel_block(columns, group, kernel)
     if block is None or (half and bits == 8) or (kernel == 8 and not native):
@@ -89,7 +94,7 @@ def _codebook_form(description: dict[str, Any], mode: Mode) -> Form | None:
 
 def _binary_form(description: dict[str, Any], mode: Mode) -> Form:
     columns = description["shape"][1]
-    kernel = 4 if mode == "compat" else 2
+    kernel = 2 if _runs_int2(description, mode) else 4
     middle = 2 ** (kernel - 1)
     return Form(kernel, kernel_block(columns, columns, kernel) or 32, values=(middle - 1, middle + 1))
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from compressor.export.decoding import unpacked
 from compressor.export.forms import Form, stored_codes
 from compressor.export.parts import Parts, digits
-from compressor.ops.packing import packed_columns, plane_widths
+from compressor.ops.widths import packed_columns, plane_widths
 
 UINT8 = ir.DataType.UINT8
 

@@ -11,7 +11,7 @@ must not reach these methods. Modes: *default* aims at onnxruntime's own MatMulN
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,24 @@ class Lowering:
         else:
             product = self._kernel_matmul(x, name, chosen, named)
         return product if bias is None else self.builder.op("Add", product, bias, name=output)
+
+    def joins(self, names: Sequence[str]) -> bool:
+        """Whether `joined_matmul` can make one product of these tensors: alike in form, and in onnxruntime's kernel."""
+        forms = {form(self.tensors.describe(name), self.mode) for name in names}
+        descriptions = [self.tensors.describe(name) for name in names]
+        zeros = {"zero" in description and description["zero"] is None for description in descriptions}
+        layouts = {(description["transposed"], description["shape"][1]) for description in descriptions}
+        return self.mode != "standard" and None not in forms and len(forms) == len(zeros) == len(layouts) == 1
+
+    def joined_matmul(self, x: ir.Value, names: Sequence[str]) -> ir.Value:
+        """The products of x with several tensors side by side: their operands are joined at load."""
+        b, descriptions = self.builder, [self.tensors.describe(name) for name in names]
+        chosen = form(descriptions[0], self.mode)
+        assert chosen is not None
+        operands = zip(*(self._kernel_operands(name, chosen) for name in names), strict=True)
+        joined = [None if part[0] is None else b.op("Concat", *part, axis=0) for part in operands]
+        rows = sum(description["shape"][0] for description in descriptions)
+        return self._kernel_product(x, joined, rows, descriptions[0]["shape"][1], chosen, None)
 
     def embedding(self, ids: ir.Value, name: str, tied: bool = False) -> ir.Value:
         """Rows of the tensor for integer `ids` of any shape: float32 (…, columns).
@@ -132,9 +150,14 @@ class Lowering:
 
     def _kernel_matmul(self, x: ir.Value, name: str, chosen: Form, output: str | None) -> ir.Value:
         rows, columns = self.tensors.describe(name)["shape"]
+        return self._kernel_product(x, self._kernel_operands(name, chosen), rows, columns, chosen, output)
+
+    def _kernel_product(
+        self, x: ir.Value, operands: Sequence[ir.Value | None], rows: int, columns: int, chosen: Form, output: str | None
+    ) -> ir.Value:
         return self.builder.contributed(
-            "MatMulNBits", x, *self._kernel_operands(name, chosen), K=columns, N=rows, bits=chosen.bits,
-            block_size=chosen.block, accuracy_level=1 if self._exact else 4, name=output,
+            "MatMulNBits", x, *operands, K=columns, N=rows, bits=chosen.bits, block_size=chosen.block,
+            accuracy_level=1 if self._exact else 4, name=output,
         )  # fmt: skip
 
     def _block_embedding(self, ids: ir.Value, name: str, chosen: Form) -> ir.Value:

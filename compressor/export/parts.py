@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from compressor.core.encoding import n_groups
 from compressor.core.tensors import EncodedTensors, part_name
 from compressor.export.builder import GraphBuilder
 from compressor.export.forms import FOLD_LIMIT, stored_codes
-from compressor.ops.packing import packed_columns, plane_widths
+from compressor.ops.widths import n_groups, packed_columns, plane_widths
 
 _SIZES = {ir.DataType.UINT8: 1, ir.DataType.UINT16: 2, ir.DataType.FLOAT16: 2, ir.DataType.INT32: 4, ir.DataType.FLOAT: 4}
 

@@ -31,7 +31,7 @@ def kernel_values(encoding: Encoding, form: Form) -> tuple[torch.Tensor, torch.T
         values = torch.tensor(form.values)[encoding.signs.long()]
         return values, encoding.scale.float().expand(rows, blocks), 2 ** (form.bits - 1)
     assert isinstance(encoding, Affine | Codebook)
-    per = max(1, encoding.group // form.block)
+    per = blocks if encoding.group >= columns else encoding.group // form.block
     scales = encoding.scales.decode().repeat_interleave(per, 1)[:, :blocks]
     if isinstance(encoding, Codebook):
         return _codebook_values(encoding, scales)
@@ -68,8 +68,7 @@ class Repacked:
     def dequantized(self, b: GraphBuilder, tensors: EncodedTensors, name: str, form: Form) -> ir.Value:
         """float32 [inputs, outputs] from a blockwise DequantizeLinear."""
         values, scales, zeros = kernel_values(tensors[name].encoding, form)
-        rows, columns = values.shape
-        blocks = scales.shape[1]
+        (rows, columns), blocks = values.shape, scales.shape[1]
         codes = self._packed(b, f"{name}.kn", values.T, form.bits, (columns, rows))
         half = bool((scales == scales.half()).all())
         stored = scales.T.to(torch.float16 if half else torch.float32).contiguous().numpy()

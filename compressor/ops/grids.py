@@ -16,11 +16,11 @@ def code(values: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tens
 
 
 def search_scale(
-    groups: Tensor, bits: int, zero: str, weights: Tensor | float = 1.0, n_steps: int = 20
+    groups: Tensor, bits: int, zero: str, weights: Tensor | float = 1.0, n_steps: int = 20, signed: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero (…, 1) of groups (…, size) with the least Σ weight·(w − ŵ)².
 
-    `zero`: "middle" (z = 2**(bits−1), the scale's sign free), "half" (z = that − ½) or "learned" (an integer from
+    `zero`: "middle" (z = 2**(bits−1), the scale's sign free if `signed`), "half" (z = that − ½) or "learned" (an integer from
     the group's range). An all-zero group gets the least positive scale.
     """
     tiny = torch.finfo(torch.float16).tiny
@@ -36,7 +36,7 @@ def search_scale(
             scale = (extreme.abs() * shrink / (top / 2)).clamp_min(tiny)
             point = torch.full_like(scale, top / 2)
         else:
-            scale = extreme * shrink / 2 ** (bits - 1)
+            scale = extreme * shrink / 2 ** (bits - 1) if signed else extreme.abs() * shrink / (2 ** (bits - 1) - 0.5)
             scale = torch.where(scale.abs() < tiny, tiny, scale)
             point = torch.full_like(scale, 2.0 ** (bits - 1))
         error = weights * ((code(groups, scale, point, bits) - point) * scale - groups) ** 2

@@ -65,7 +65,7 @@ class Affine(AffineSettings):
 
     def _grids(self, groups: Tensor, emphasis: Tensor | float) -> tuple[Tensor, Tensor]:
         """Scales as they are stored, and zeros, (rows, n_groups)."""
-        scale, zero = search_scale(groups, self.bits, self.zero, emphasis)
+        scale, zero = search_scale(groups, self.bits, self.zero, emphasis, signed=self.scale_bits == 16)
         if self.method == "hqq" and self.zero == "learned":
             zero = hqq_zero(groups, scale, zero, self.bits).round().clamp(0, 2**self.bits - 1)
         scale = scale.squeeze(-1)

@@ -15,17 +15,18 @@ WIDTH = HEADS * SIZE
 DECODER = f"""
 <ir_version: 10, opset_import: ["" : 21]>
 decoder (int64[B, N] input_ids, int64[B, T] attention_mask,
-         float[B, {HEADS}, P, {SIZE}] past_key_values.0.key, float[B, {HEADS}, P, {SIZE}] past_key_values.0.value)
-     => (float[B, N, {VOCABULARY}] logits, float[B, {HEADS}, T, {SIZE}] present.0.key, float[B, {HEADS}, T, {SIZE}] present.0.value)
-<int64[4] split = {{0, 0, {HEADS}, {SIZE}}}, int64[3] join = {{0, -1, {WIDTH}}}, int64[1] axis = {{2}}, int64 two = {{2}},
- int64[1] end = {{9223372036854775807}}>
+         float[B, {HEADS}, P, {SIZE}] "past_key_values.0.key", float[B, {HEADS}, P, {SIZE}] "past_key_values.0.value")
+     => (float[B, N, {VOCABULARY}] logits, float[B, {HEADS}, T, {SIZE}] "present.0.key",
+         float[B, {HEADS}, T, {SIZE}] "present.0.value")
+<int64[4] split = {{0, 0, {HEADS}, {SIZE}}}, int64[3] join = {{0, -1, {WIDTH}}},
+ int64[1] axis = {{2}}, int64 two = {{2}}, int64[1] end = {{9223372036854775807}}>
 {{
   embedded = Gather(table, input_ids)
   rows = Reshape(embedded, split)
   heads = Transpose<perm = [0, 2, 1, 3]>(rows)
-  present.0.key = Concat<axis = 2>(past_key_values.0.key, heads)
-  present.0.value = Concat<axis = 2>(past_key_values.0.value, heads)
-  summed = CumSum(present.0.value, two)
+  "present.0.key" = Concat<axis = 2>("past_key_values.0.key", heads)
+  "present.0.value" = Concat<axis = 2>("past_key_values.0.value", heads)
+  summed = CumSum("present.0.value", two)
   n = Shape<start = 1, end = 2>(input_ids)
   minus_n = Neg(n)
   last = Slice(summed, minus_n, end, axis)

@@ -22,7 +22,7 @@ CONFIGS = {
     "llama": transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
     "gpt2": transformers.GPT2Config(vocab_size=61, n_embd=24, n_layer=3, n_head=4, n_positions=32),
     "gemma3": transformers.Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=6, sliding_window=4),
-    "mixtral": transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=3),
+    "qwen3": transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=6),
 }
 
 

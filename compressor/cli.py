@@ -1,0 +1,344 @@
+"""The command: parsing, printing, exit statuses; nothing else. Whatever is slow to import is imported when used."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from compressor.core.errors import CompressorError, UsageError, suggestion
+
+OUT_OF_RESOURCES = 4
+INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+HELP_OPTIONS = ("--help", "-h", "--version")
+
+
+class Format(str, Enum):
+    onnx = "onnx"
+    safetensors = "safetensors"
+
+
+class _Group(TyperGroup):
+    """`compress MODEL …` is `compress run MODEL …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in HELP_OPTIONS:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Arch = Annotated[
+    str | None,
+    typer.Option(metavar="DIR|MODULE:CALLABLE", help="A folder with config.json and tokenizer, or a function that "
+                 "returns the network, where the file does not say."),
+]  # fmt: skip
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let code inside of the file run. Only for files that you trust.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and no progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that compress wrote.")]
+
+
+@app.callback(
+    epilog="""Examples:
+
+\b
+  compress smollm2/ --recipe llm-2bit
+  compress model.pt --recipe llm-2bit --dry-run
+  compress generate smollm2-llm-2bit "The capital of France is"
+
+`compress MODEL` is short for `compress run MODEL`. Exit status: 0 done, 1 a quality gate failed, 2 wrong usage or
+recipe, 3 unreadable input, 4 out of disk or memory, 5 our bug or a failed verification, 130 interrupted.""",
+)
+def _about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Compresses trained networks to ONNX that plain onnxruntime runs."""
+
+
+@app.command(
+    epilog="""Examples:
+
+\b
+  compress smollm2/ --recipe llm-2bit -o small
+  compress weights.pt --arch mynet:build --recipe encoder-4bit --data inputs.npz
+  compress smollm2/ --recipe llm-3bit --set jlcm.block_steps=64 --set calibration.tokens=8192
+  compress smollm2/ --recipe llm-2bit --dry-run""",
+)
+def run(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, or a .safetensors, .pt, "
+                                         ".pth, .bin, .pt2 or .gguf file.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="See `compress recipes`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", show_default="MODEL-RECIPE",
+                                                help="Where the artifact goes.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Calibration data: text, JSONL, "
+                    "images by class, .npz or .safetensors arrays. For text a sample is built in.")] = None,
+    eval: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Evaluation data, of the same "
+                    "kinds; disjoint from the calibration data.")] = None,
+    arch: Arch = None,
+    trust_pickle: TrustPickle = False,
+    format: Annotated[Format, typer.Option(help="onnx, or only the packed weights, for compressor.load.")] = Format.onnx,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="PASS.KEY=VALUE", help="Change a setting of the "
+                    "recipe; also calibration.KEY, embeddings.KEY, and so on. Repeatable.")] = None,
+    standard: Annotated[bool, typer.Option("--standard", help="Standard ONNX operators only.")] = False,
+    compat: Annotated[bool, typer.Option("--compat", help="A graph that older onnxruntimes run fast.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, from headers.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Compress MODEL by a recipe."""
+    from compressor.core.options import RunOptions
+    from compressor.recipe import load_recipe
+
+    if standard and compat:
+        raise UsageError("--standard and --compat exclude each other; give one of them")
+    options = RunOptions(
+        model=model, recipe=recipe, output=output, data=data, eval=eval, arch=arch, trust_pickle=trust_pickle,
+        format=format.value, sets=tuple(set_ or ()), mode="standard" if standard else "compat" if compat else "default",
+        seed=seed, resume=resume, force=force,
+    )  # fmt: skip
+    loaded = load_recipe(recipe, options.sets)
+    _refuse_misspelt_command(model)
+    if dry_run:
+        _dry_run(options, loaded, json)
+        return
+    _refuse_target(options.directory, force)
+
+    from compressor.pipeline import run as compress
+    from compressor.progress import make_progress
+
+    options = options.with_progress(make_progress(silent=json))
+    artifact = compress(options)
+    _print(artifact.report, json, f"{artifact.directory}")
+
+
+def _dry_run(options: Any, recipe: Any, json: bool) -> None:
+    from compressor.checkpoints import open_checkpoint
+    from compressor.plan import make_plan
+
+    checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
+    plan = make_plan(checkpoint, recipe, options.format)
+    if json:
+        _print_json(plan.as_json())
+        return
+    from compressor.tables import plan_tables, show
+
+    show(*plan_tables(plan))
+
+
+def _refuse_misspelt_command(word: str) -> None:
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    if not Path(word).exists() and "/" not in word and "." not in word:
+        raise UsageError(f"{word}: no such model, and no such command. {suggestion(word, names)}")
+
+
+def _refuse_target(directory: Path, force: bool) -> None:
+    from compressor.core.artifact import is_artifact
+
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: is a file; give a directory with -o")
+    if not any(directory.iterdir()):
+        return
+    if not is_artifact(directory):
+        raise UsageError(f"{directory}: is not empty and no artifact of ours; give another directory with -o")
+    if not force:
+        raise UsageError(f"{directory}: holds an artifact already; replace it with --force, or give another with -o")
+
+
+@app.command(
+    epilog="""Examples:
+
+\b
+  compress recipes
+  compress recipes llm-2bit""",
+)
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME|FILE]", help="Explain this one.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes and what each needs; or explain one."""
+    from compressor.recipe import load_recipe
+    from compressor.recipe_file import find_recipe, shipped_recipes
+
+    loaded = [load_recipe(each) for each in ([name] if name else shipped_recipes())]
+    if json:
+        _print_json(loaded[0].to_dict() if name else [recipe.to_dict() for recipe in loaded])
+        return
+    from compressor.tables import recipe_tables, recipes_table, show
+
+    show(*recipe_tables(loaded[0], str(find_recipe(name))) if name else [recipes_table(loaded)])
+
+
+@app.command(
+    epilog="""Examples:
+
+\b
+  compress inspect model.pt
+  compress inspect smollm2-llm-2bit --json""",
+)
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A checkpoint, or an artifact.")],
+    arch: Arch = None,
+    trust_pickle: TrustPickle = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is inside: architecture, bytes per kind of tensor, encodings, provenance."""
+    from compressor.inspection import inspect_path
+
+    found = inspect_path(path, arch, trust_pickle)
+    if json:
+        _print_json(found)
+        return
+    from compressor.tables import inspection_tables, show
+
+    show(*inspection_tables(found))
+
+
+@app.command(
+    name="eval",
+    epilog="""Examples:
+
+\b
+  compress eval smollm2-llm-2bit
+  compress eval smollm2-llm-2bit --data moby-dick.txt""",
+)
+def evaluate(
+    artifact: ArtifactPath,
+    data: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Evaluation data; by default that "
+                    "of the run.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Measure an artifact's quality in onnxruntime, beside the original's."""
+    from compressor.pipeline import evaluate as measure
+
+    _print(measure(artifact, data), json, str(artifact))
+
+
+@app.command(
+    epilog="""Example:
+
+\b
+  compress bench smollm2-llm-2bit --threads 1""",
+)
+def bench(
+    artifact: ArtifactPath,
+    threads: Annotated[int | None, typer.Option(min=1, show_default="all cores", help="Of onnxruntime.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure an artifact's load time, memory and speed in onnxruntime."""
+    from compressor.evaluate.bench import bench as measure
+    from compressor.evaluate.bench import size
+
+    found = measure(artifact, threads=threads)
+    _print(found | {"size": size(artifact)}, json, str(artifact))
+
+
+@app.command(
+    epilog="""Example:
+
+\b
+  compress generate smollm2-llm-2bit "The capital of France is" --tokens 40""",
+)
+def generate(
+    artifact: ArtifactPath,
+    prompt: Annotated[str, typer.Argument(metavar="TEXT", help="What the text goes on from.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write text with the artifact of a language model."""
+    from compressor.generation import generate_text
+
+    pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed)
+    if json:
+        _print_json({"prompt": prompt, "text": "".join(pieces)})
+        return
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _print(content: dict[str, Any], json: bool, title: str) -> None:
+    if json:
+        _print_json(content)
+        return
+    from compressor.tables import fields_table, show
+
+    show(fields_table(content), title)
+
+
+def _print_json(content: Any) -> None:
+    import json
+
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command and exits with its status."""
+    args = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_status(args or ["--help"]))
+
+
+def _status(args: list[str]) -> int:
+    if args == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"compressor {version('compressor')}")
+        return 0
+    try:
+        # Outside of its standalone mode typer returns the status of an early exit, and commands return None.
+        status = app(args, prog_name="compress", standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except Exception as error:
+        if "--debug" in args:
+            raise
+        status, message = _explain(error)
+        print(f"Error: {message}", file=sys.stderr)
+    if status == INTERRUPTED:
+        print("Interrupted; the same command with --resume goes on from here.", file=sys.stderr)
+    return status
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit status and the one line for an error."""
+    if isinstance(error, CompressorError):
+        return error.exit_status, " ".join(str(error).split())
+    if hasattr(error, "format_message"):  # typer's own: wrong usage
+        return getattr(error, "exit_code", 2), f"{error.format_message()} See `compress --help`."
+    if isinstance(error, MemoryError):
+        return OUT_OF_RESOURCES, "out of memory; lower calibration.tokens with --set, or use a machine with more"
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return OUT_OF_RESOURCES, f"{where}{error.strerror}; make room and go on with --resume"
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    return 5, f"{message}; this is a bug of ours: please report it with the output of --debug"

@@ -1,0 +1,184 @@
+"""The encoding sweep: every block once, in order, with inputs from the compressed prefix, and its parts to disk.
+
+What is finished lies as one safetensors file per block in the run's working folder, so that an interrupted run goes on
+at the first block without one, and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.core.encoding import Layout
+from compressor.core.errors import PassError
+from compressor.core.passes import Pass
+from compressor.core.roles import role_of
+from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.graph.blocks import is_grouped, layers, layout_of
+from compressor.passes.affine import Affine
+from compressor.recipe import Recipe
+from compressor.streaming import Batch, Network, layer_stages, second_moments
+from compressor.survey import Survey
+
+_TABLE_RIDGE = 0.1
+"""Of a tied table's second moment: as a head it is weighed by its inputs, as an embedding every column counts."""
+
+
+@dataclass
+class Work:
+    """A run's working folder and what it needs to draw the same numbers again."""
+
+    folder: Path
+    seed: int
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def file(self, block: str) -> Path:
+        return self.folder / f"{block or 'network'}.safetensors"
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator of its own for each tensor, so that the order of work does not matter."""
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def choose(recipe: Recipe, config: dict | None, name: str, module: nn.Module) -> Pass | None:
+    """The pass that encodes a layer's weight, or None where it stays dense."""
+    layout = layout_of(module)
+    shape = (module.weight.shape[0], module.weight[0].numel())
+    role = role_of(name, tuple(module.weight.shape), config)
+    if layout is None or is_grouped(module):
+        return None
+    spec, source = recipe.choose(name, shape, role)
+    if spec is None or spec.kind == "dense":
+        return None
+    if source == "embeddings":
+        table = recipe.embeddings
+        return Affine(
+            bits=table.bits, group=table.group, zero=table.zero, scale_bits=table.scale_bits, method="gptq", damping=0.01
+        )
+    return next(step.load() for step in reversed(recipe.passes) if step.name == source and step.selects(name))
+
+
+@torch.no_grad()
+def encode_network(
+    network: Network, batches: list[Batch], recipe: Recipe, survey: Survey, work: Work, advance: Callable[[str], None]
+) -> EncodedTensors:
+    """Encodes all tensors of a network; returns them, read lazily from the working folder."""
+    files = []
+    if network.outside:
+        files.append(_outside(network, recipe, survey, work))
+        advance("tables")
+    for name, block, reached in network.sweep(batches):
+        file = work.file(name)
+        if not file.exists():
+            tensors = _encode_block(network, block, name, reached, recipe, survey, work)
+            write_tensors(file, tensors)
+        _compute_with(network, block, name, EncodedTensors([file]))
+        files.append(file)
+        advance(name)
+        if name == "":
+            break
+    return EncodedTensors(files, _ties(network))
+
+
+def _ties(network: Network) -> dict[str, str]:
+    first: dict[int, str] = {}
+    ties = {}
+    for name, parameter in network.module.named_parameters(remove_duplicate=False):
+        canonical = first.setdefault(id(parameter), name)
+        if canonical != name:
+            ties[name] = canonical
+    return ties
+
+
+def _outside(network: Network, recipe: Recipe, survey: Survey, work: Work) -> Path:
+    """Encodes what lies in no block: embeddings, head, norms; the network computes with the result from here on."""
+    file = work.file("outside")
+    config = network.checkpoint.config
+    canonical = {_ties(network).get(name, name): name for name in network.outside}
+    if not file.exists():
+        tensors: dict[str, EncodedTensor] = {}
+        with network.loaded(network.outside):
+            found = layers(network.module)
+            head = getattr(network.module, "get_output_embeddings", lambda: None)()
+            for name in canonical:
+                tensor = network.module.state_dict(keep_vars=True)[name]
+                module = found.get(name)
+                chosen = choose(recipe, config, name, module) if module is not None else None
+                if chosen is None:
+                    tensors[name] = _dense(tensor, recipe)
+                    continue
+                moment = None
+                if survey.head_moment is not None and head is not None and head.weight is module.weight:
+                    moment = survey.head_moment / survey.head_moment.diagonal().mean()
+                    if isinstance(module, nn.Embedding):
+                        moment = moment + _TABLE_RIDGE * torch.eye(len(moment))
+                tensors[name] = _encode(chosen, name, module, moment, work)
+        write_tensors(file, tensors)
+    for name, tensor in EncodedTensors([file]).items():
+        if tensor.encoding.kind != "dense":
+            network.replace(name, tensor.decode())
+    return file
+
+
+def _encode_block(
+    network: Network, block: nn.Module, prefix: str, reached: list, recipe: Recipe, survey: Survey, work: Work
+) -> dict[str, EncodedTensor]:
+    """The tensors of one block; its weights are replaced as they are encoded, so that later layers make up for it."""
+    dotted = f"{prefix}." if prefix else ""
+    found = layers(block, dotted)
+    passes = {name: choose(recipe, network.checkpoint.config, name, module) for name, module in found.items()}
+    tensors: dict[str, EncodedTensor] = {}
+    for stage in layer_stages(network, block, dotted, reached[0]):
+        due = [name for name in stage.names if passes[name] is not None]
+        if not due:
+            continue
+        moments: dict[str, Tensor] = {}
+        if any("data" in passes[name].needs for name in due):
+            moments = second_moments(network, block, found, due, stage.calls, reached, survey.importance)
+        for name in due:
+            tensors[name] = _encode(passes[name], name, found[name], moments.get(name), work)
+            found[name].weight.data = tensors[name].decode()
+    for name, module in found.items():
+        if passes[name] is not None and name not in tensors:
+            tensors[name] = _encode(passes[name], name, module, None, work)
+    return tensors | {
+        f"{dotted}{name}": _dense(tensor, recipe)
+        for name, tensor in block.state_dict(keep_vars=True).items()
+        if f"{dotted}{name}" not in tensors and f"{dotted}{name}" not in _ties(network)
+    }
+
+
+def _encode(chosen: Any, name: str, module: nn.Module, moment: Tensor | None, work: Work) -> EncodedTensor:
+    layout = layout_of(module)
+    assert layout is not None
+    weight = layout.matrix(module.weight.data.float())
+    if moment is None and "data" in chosen.needs:
+        moment = torch.eye(weight.shape[1])
+    encoding = chosen.encode(weight, moment, work.generator(name))
+    if encoding.shape != tuple(weight.shape) or not bool(encoding.decode().isfinite().all()):
+        raise PassError(f"{name}: {chosen.name} gave an encoding that does not rebuild its matrix of {tuple(weight.shape)}")
+    return EncodedTensor(encoding, Layout(layout.shape, layout.transposed))
+
+
+def _dense(tensor: Tensor, recipe: Recipe) -> EncodedTensor:
+    if not tensor.is_floating_point():
+        return EncodedTensor.dense(tensor, tensor.dtype)
+    half = recipe.export.dense == "float16" and tensor.dim() > 1
+    return EncodedTensor.dense(tensor, torch.float16 if half else torch.float32)
+
+
+def _compute_with(network: Network, block: nn.Module, prefix: str, tensors: EncodedTensors) -> None:
+    """Puts the decoded weights into the loaded block: what is evaluated is what is shipped."""
+    dotted = f"{prefix}." if prefix else ""
+    parameters = dict(block.named_parameters())
+    for name in tensors:
+        parameter = parameters.get(name.removeprefix(dotted))
+        if parameter is not None:
+            parameter.data = tensors[name].decode()

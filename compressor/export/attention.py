@@ -1,0 +1,91 @@
+"""Attention with rotary positions and a key-value cache, in onnxruntime's own operators or in ai.onnx alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import onnx_ir as ir
+
+from compressor.export.builder import GraphBuilder
+from compressor.export.decoder_config import DecoderConfig
+
+
+class Attention(ABC):
+    """What is shared by all layers, made once: positions, mask, the cosine and sine tables.
+
+    The tables are computed by nodes that fold at load, so that they cost the file nothing.
+    """
+
+    def __init__(self, b: GraphBuilder, config: DecoderConfig, ids: ir.Value, mask: ir.Value) -> None:
+        self.b, self.config = b, config
+        places = b.op("Range", *(b.constant(np.array(n, np.float32)) for n in (0, config.context, 1)))
+        frequencies = b.constant(np.array(config.inverse_frequencies, np.float32)[None, :])
+        angles = b.op("Mul", b.op("Unsqueeze", places, b.integers(1)), frequencies)
+        self.cosines, self.sines = b.op("Cos", angles), b.op("Sin", angles)
+        self._prepare(ids, mask)
+
+    @abstractmethod
+    def _prepare(self, ids: ir.Value, mask: ir.Value) -> None:
+        """Makes what the layers need of the inputs."""
+
+    @abstractmethod
+    def attend(self, layer: int, qkv: list[ir.Value], past: tuple[ir.Value, ir.Value]) -> list[ir.Value]:
+        """(attended (batch, length, heads · head_dim), present key, present value).
+
+        `qkv` are projections (batch, length, …): three, or one where they are packed.
+        """
+
+
+class GroupQueryAttention(Attention):
+    """com.microsoft::GroupQueryAttention. Shorter sequences of a batch are padded on the right."""
+
+    def _prepare(self, ids: ir.Value, mask: ir.Value) -> None:
+        b = self.b
+        lengths = b.op("ReduceSum", mask, b.integers(1), keepdims=0)
+        self._lengths = b.cast(b.op("Sub", lengths, b.integers(1)), ir.DataType.INT32)
+        total = b.op("Gather", b.op("Shape", mask), b.constant(np.array(1, np.int64)), axis=0)
+        self._total = b.cast(total, ir.DataType.INT32)
+
+    def attend(self, layer: int, qkv: list[ir.Value], past: tuple[ir.Value, ir.Value]) -> list[ir.Value]:
+        query, key, value = qkv if len(qkv) == 3 else (qkv[0], None, None)
+        return self.b.ops(
+            "GroupQueryAttention", query, key, value, *past, self._lengths, self._total, self.cosines, self.sines,
+            outputs=3, domain="com.microsoft", num_heads=self.config.heads, kv_num_heads=self.config.kv_heads,
+            do_rotary=1, rotary_interleaved=0, scale=self.config.head_dim**-0.5,
+            local_window_size=self.config.windows[layer], name=f"layers.{layer}.attention",
+        )  # fmt: skip
+
+
+class StandardAttention(Attention):
+    """ai.onnx Attention and RotaryEmbedding (opset 23). Padding may stand on either side."""
+
+    def _prepare(self, ids: ir.Value, mask: ir.Value) -> None:
+        b = self.b
+        new = b.op("Shape", ids, start=1, end=2)
+        total = b.op("Shape", mask, start=1, end=2)
+        past = b.op("Sub", total, new)
+        counted = b.op("Sub", b.op("CumSum", mask, b.constant(np.array(1, np.int64))), b.integers(1))
+        positions = b.op("Max", counted, b.integers(0))
+        self._positions = b.op("Slice", positions, past, total, b.integers(1))
+        zero, one = (b.constant(np.array(n, np.int64)) for n in (0, 1))
+        keys = b.op("Range", zero, b.op("Squeeze", total), one)
+        queries = b.op("Unsqueeze", b.op("Range", b.op("Squeeze", past), b.op("Squeeze", total), one), b.integers(1))
+        real = b.op("Unsqueeze", b.cast(mask, ir.DataType.BOOL), b.integers(1, 2))
+        causal = b.op("GreaterOrEqual", queries, keys)
+        self._masks = {-1: b.op("And", real, causal)}
+        for window in sorted(set(self.config.windows) - {-1}):
+            near = b.op("Less", b.op("Sub", queries, keys), b.integers(window))
+            self._masks[window] = b.op("And", self._masks[-1], near)
+
+    def attend(self, layer: int, qkv: list[ir.Value], past: tuple[ir.Value, ir.Value]) -> list[ir.Value]:
+        query, key, value = qkv
+        config = self.config
+        return self.b.ops(
+            "Attention", self._rotated(query, config.heads), self._rotated(key, config.kv_heads), value,
+            self._masks[config.windows[layer]], *past, outputs=3, q_num_heads=config.heads,
+            kv_num_heads=config.kv_heads, scale=config.head_dim**-0.5, name=f"layers.{layer}.attention",
+        )  # fmt: skip
+
+    def _rotated(self, x: ir.Value, heads: int) -> ir.Value:
+        return self.b.op("RotaryEmbedding", x, self.cosines, self.sines, self._positions, num_heads=heads)

@@ -1,0 +1,93 @@
+"""What is inside of a checkpoint or an artifact, from headers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoints import Checkpoint, open_checkpoint
+from compressor.core.artifact import Artifact, is_artifact
+from compressor.core.errors import CheckpointError
+from compressor.core.roles import role_of
+
+METADATA_KEY = "compressor"
+WEIGHTS = "model.safetensors"
+
+
+def inspect_path(path: Path, arch: str | None = None, trust_pickle: bool = False) -> dict[str, Any]:
+    """Of an artifact or a checkpoint: kind, architecture, bytes per kind of tensor, encodings, provenance.
+
+    Raises:
+        CheckpointError: It can be read as neither.
+    """
+    if is_artifact(path):
+        return _artifact(Artifact.open(path))
+    if path.suffix == ".safetensors" and (written := packed_tensors(path)) is not None:
+        return {"kind": "artifact", "path": str(path), **_encodings(written)}
+    return _checkpoint(open_checkpoint(path, arch=arch, trust_pickle=trust_pickle))
+
+
+def packed_tensors(path: Path) -> dict[str, dict[str, Any]] | None:
+    """The tensors of a file that compress wrote: description and bytes by name; None for another file."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = header.get("__metadata__", {}).get(METADATA_KEY)
+    except (OSError, ValueError, AttributeError, MemoryError, OverflowError):
+        return None
+    if metadata is None:
+        return None
+    found = {}
+    for name, description in json.loads(metadata)["tensors"].items():
+        keys = [name if part == "weight" else f"{name}.{part}" for part in description["parts"]]
+        spans = [header[key]["data_offsets"] for key in keys]
+        found[name] = description | {"bytes": sum(end - begin for begin, end in spans)}
+    return found
+
+
+def _artifact(artifact: Artifact) -> dict[str, Any]:
+    written = packed_tensors(artifact.directory / WEIGHTS) or {}
+    files = {
+        str(path.relative_to(artifact.directory)): path.stat().st_size
+        for path in sorted(artifact.directory.rglob("*"))
+        if path.is_file()
+    }
+    head = {"kind": "artifact", "path": str(artifact.directory), "files_bytes": files}
+    report = {key: value for key, value in artifact.report.items() if key != "tensors"}
+    return head | _encodings(written) | {"report": report}
+
+
+def _encodings(written: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    bytes_by_encoding: dict[str, int] = {}
+    tensors = []
+    for name, description in written.items():
+        label = encoding_label(description)
+        bytes_by_encoding[label] = bytes_by_encoding.get(label, 0) + description["bytes"]
+        tensors.append(
+            {"name": name, "shape": description["tensor_shape"], "encoding": label, "bytes": description["bytes"]}
+        )
+    return {"n_tensors": len(tensors), "bytes_by_encoding": bytes_by_encoding, "tensors": tensors}
+
+
+def encoding_label(description: dict[str, Any]) -> str:
+    """A few words about an encoding: "codebook width 9 dim 4 group 64"."""
+    shown = [f"{key} {description[key]}" for key in ("bits", "width", "dim", "group", "grid") if key in description]
+    return " ".join([description["kind"], *shown])
+
+
+def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    by_role: dict[str, int] = {}
+    tensors = []
+    for info in checkpoint.tensors.values():
+        role = role_of(info.name, info.shape, checkpoint.config)
+        by_role[role] = by_role.get(role, 0) + info.nbytes
+        tensors.append(
+            {"name": info.name, "shape": list(info.shape), "encoding": f"{role} {info.dtype}", "bytes": info.nbytes}
+        )
+    if not tensors:
+        raise CheckpointError(f"{checkpoint.path}: holds no tensors; give a file with weights")
+    described = checkpoint.describe()
+    return {"kind": "checkpoint", "format": described.pop("kind"), **described, "bytes_by_role": by_role} | {
+        "tensors": tensors
+    }

@@ -1,0 +1,238 @@
+"""What a recipe will do with a checkpoint, from headers alone: bytes per tensor and file, memory, time, and what stays.
+
+No torch. The weights' bytes are exact, as is the header of model.safetensors; the graph, memory and time are estimates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.errors import RecipeError
+from compressor.core.passes import Role
+from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
+from compressor.core.spec import DenseSpec, Spec
+from compressor.recipe import Recipe
+
+if TYPE_CHECKING:
+    from compressor.checkpoints import Checkpoint, TensorInfo
+
+FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+SMALLEST = 4096
+"""Matrices with fewer weights stay dense: they do not count, and some are precious."""
+
+FLOPS = 90e9
+"""Multiplications and additions per CPU-second of a forward pass, measured on SmolLM2-135M."""
+SECONDS_PER_WEIGHT = 1.0e-6
+"""CPU-seconds to assign codes to a weight, about."""
+BASE_MEMORY = 400_000_000
+"""torch and transformers, imported."""
+GRAPH_BYTES_PER_PART = 420
+CONFIG_BYTES = 4096
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor: what it is, how it will be stored and by which pass, or why it stays as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    matrix: tuple[int, int]
+    bytes_before: int
+    spec: Spec
+    by: str = ""
+    reason: str = ""
+    transposed: bool = False
+
+    @property
+    def bytes_after(self) -> int:
+        return self.spec.nbytes(*self.matrix)
+
+    def describe(self) -> dict[str, Any]:
+        """The description of its encoding, as exporters take it."""
+        return self.spec.describe(*self.matrix)
+
+    def as_json(self) -> dict[str, Any]:
+        encoding = {key: value for key, value in self.describe().items() if key not in ("shape", "counts")}
+        return {
+            "name": self.name, "shape": list(self.shape), "role": self.role, "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after, "encoding": encoding, "by": self.by or None, "reason": self.reason or None,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tensors in order, the artifact's files, and what it takes to make them."""
+
+    model: str
+    architecture: str
+    recipe: str
+    tensors: tuple[PlannedTensor, ...]
+    tied: dict[str, str]
+    files: dict[str, int]
+    needs: tuple[str, ...]
+    peak_memory: int
+    cpu_seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(tensor.bytes_before for tensor in self.tensors)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of every file that running the artifact needs."""
+        return sum(self.files.values())
+
+    def as_json(self) -> dict[str, Any]:
+        plain = {key: value for key, value in asdict(self).items() if key != "tensors"}
+        totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        return plain | totals | {"tensors": [tensor.as_json() for tensor in self.tensors]}
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> Plan:
+    """What `recipe` will do with `checkpoint`.
+
+    Raises:
+        RecipeError: A pattern selects nothing, or no tensor would be encoded.
+    """
+    _refuse_idle_patterns(checkpoint, recipe)
+    config = checkpoint.config or {}
+    tensors = tuple(_planned(info, config, recipe) for info in checkpoint.tensors.values())
+    if not any(tensor.by for tensor in tensors):
+        reasons = sorted({tensor.reason for tensor in tensors if tensor.reason})
+        raise RecipeError(f"{recipe.name}: encodes no tensor of {checkpoint.path}; {'; '.join(reasons)}")
+    return Plan(
+        model=str(checkpoint.path),
+        architecture=checkpoint.architecture,
+        recipe=recipe.name,
+        tensors=tensors,
+        tied=dict(checkpoint.tied),
+        files=_files(checkpoint, tensors, format),
+        needs=tuple(sorted(recipe.required)),
+        peak_memory=_peak_memory(tensors, config, recipe),
+        cpu_seconds=_cpu_seconds(tensors, recipe),
+        notes=_notes(tensors),
+    )
+
+
+def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe) -> PlannedTensor:
+    role = role_of(info.name, info.shape, config)
+    matrix = matrix_shape(info.name, info.shape, config)
+    spec, by = None, ""
+    transposed = is_transposed(info.name, config) and role == "linear"
+    reason = _reason(info, role)
+    if not reason:
+        spec, by = recipe.choose(info.name, matrix, role)
+        dense = 4 * math.prod(matrix)
+        if spec is None:
+            reason = "no pass of the recipe selects it"
+        elif by != "embeddings" and spec.nbytes(*matrix) >= dense:
+            spec, by, reason = None, "", "its encoding would not be smaller"
+    if spec is None:
+        matrix = (info.shape[0] if info.shape else 1, math.prod(info.shape[1:]))
+        kept = recipe.export.dense.replace("float", "F") if _is_float(info) else info.dtype
+        spec = DenseSpec(dtype=kept)
+    return PlannedTensor(info.name, info.shape, role, matrix, info.nbytes, spec, by, reason, transposed)
+
+
+def _is_float(info: TensorInfo) -> bool:
+    """GGUF's own types (Q4_1 and so on) decode to floats as well."""
+    return info.dtype in FLOATS or not (info.dtype == "BOOL" or info.dtype[0] in "IU" and info.dtype[1:].isdigit())
+
+
+def _reason(info: TensorInfo, role: Role) -> str:
+    if not _is_float(info):
+        return "not of floating point"
+    if len(info.shape) < 2:
+        return "bias" if info.name.endswith("bias") else "norm or vector"
+    if role == "other":
+        return f"{len(info.shape)} dimensions: no layer that is known"
+    if math.prod(info.shape) < SMALLEST:
+        return f"small: fewer than {SMALLEST} weights"
+    return ""
+
+
+def _refuse_idle_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    names = list(checkpoint.tensors)
+    for number, step in enumerate(recipe.passes, start=1):
+        for key, patterns in (("select", step.select), ("skip", step.skip)):
+            for pattern in patterns:
+                one = step.model_copy(update={"select": (pattern,), "skip": ()})
+                if not any(one.selects(name) for name in names):
+                    example = next((name for name in names if block_of(name)), names[0] if names else "none")
+                    raise RecipeError(
+                        f"{recipe.name}, step {number} ({step.name}): {key} '{pattern}' matches none of "
+                        f"{len(names)} tensors; names are like '{example}'"
+                    )
+
+
+def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: str) -> dict[str, int]:
+    header = header_bytes(tensors, checkpoint.tied)
+    n_parts = sum(len(tensor.spec.parts(*tensor.matrix)) for tensor in tensors)
+    files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
+    if format == "onnx":
+        files["model.onnx"] = 20_000 + GRAPH_BYTES_PER_PART * n_parts
+    if checkpoint.config is not None:
+        files["configuration"] = CONFIG_BYTES
+    files |= {path.name: path.stat().st_size for path in checkpoint.tokenizer_files}
+    return files
+
+
+def header_bytes(tensors: tuple[PlannedTensor, ...], tied: dict[str, str]) -> int:
+    """Bytes before the first tensor in the safetensors file that `core.tensors.write_tensors` makes."""
+    header: dict[str, Any] = {}
+    descriptions: dict[str, Any] = {}
+    position = 0
+    for tensor in tensors:
+        parts = tensor.spec.parts(*tensor.matrix)
+        descriptions[tensor.name] = {
+            **tensor.describe(), "tensor_shape": list(tensor.shape),
+            "transposed": tensor.transposed and bool(tensor.by), "parts": sorted(parts),
+        }  # fmt: skip
+        for part in sorted(parts):
+            dtype, shape = parts[part]
+            size = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
+            name = tensor.name if part == "weight" else f"{tensor.name}.{part}"
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+            position += size
+    metadata = json.dumps({"tensors": descriptions, "tied": tied}, separators=(",", ":"))
+    text = json.dumps({"__metadata__": {"compressor": metadata}, **header}, separators=(",", ":")).encode()
+    return -(-(len(text) + 8) // _ALIGNMENT) * _ALIGNMENT
+
+
+def _weights(tensors: tuple[PlannedTensor, ...]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors if tensor.role in ("linear", "conv"))
+
+
+def _peak_memory(tensors: tuple[PlannedTensor, ...], config: dict[str, Any], recipe: Recipe) -> int:
+    """The larger of two: the largest block with its states, or the largest table; beside the activations."""
+    blocks: dict[str, int] = {}
+    for tensor in tensors:
+        blocks[block_of(tensor.name)] = blocks.get(block_of(tensor.name), 0) + 4 * math.prod(tensor.shape)
+    outside = blocks.pop("", 0)
+    largest = max(blocks.values(), default=outside)
+    linears = [tensor.matrix[1] for tensor in tensors if tensor.by and tensor.role != "embedding"]
+    hessians = 3 * 4 * max(linears, default=0) ** 2
+    copies = 6 if "gradients" in recipe.required else 3
+    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    activations = 3 * 4 * width * recipe.calibration.tokens
+    table = max((4 * math.prod(t.shape) for t in tensors if t.role == "embedding"), default=0)
+    return BASE_MEMORY + activations + max(copies * largest + hessians, 2 * table)
+
+
+def _cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> float:
+    n_weights, tokens = _weights(tensors), recipe.calibration.tokens
+    forward = 2 * n_weights * tokens / FLOPS
+    passes = sum(step.settings.cost(tokens) for step in recipe.passes)
+    return round(forward * passes + n_weights * SECONDS_PER_WEIGHT + 5, 1)
+
+
+def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
+    if any(block_of(tensor.name) for tensor in tensors):
+        return ()
+    return ("no repeated block was found: the whole network is held in memory as one block",)

@@ -1,0 +1,141 @@
+"""Tables for people: a plan, the recipes, what is inside of a file, the outcome of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from compressor.plan import Plan
+from compressor.recipe import SECTIONS, Recipe
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes as people say it: decimal units, three digits."""
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 100 else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
+    """An empty table; the columns of `numbers` are aligned at the right."""
+    numbers = set(numbers)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column in numbers
+        made.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return made
+
+
+def show(*parts: Any) -> None:
+    """Prints to stdout: at the width of the terminal, or whole where the output is a file."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    for part in parts:
+        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def plan_tables(plan: Plan) -> list[Any]:
+    """The plan, alike tensors of all blocks in one row."""
+    rows: dict[tuple, list[int]] = {}
+    for tensor in plan.tensors:
+        how = tensor.spec.label + (f" ({tensor.reason})" if tensor.reason else "")
+        row = rows.setdefault((_folded(tensor.name), tensor.shape, tensor.by, how), [0, 0, 0])
+        row[0] += 1
+        row[1] += tensor.bytes_before
+        row[2] += tensor.bytes_after
+    tensors = table("tensor", "n", "shape", "before", "after", "by", "stored as", numbers=["n", "before", "after"])
+    for (name, shape, by, how), (count, before, after) in rows.items():
+        tensors.add_row(name, str(count), "×".join(map(str, shape)), size(before), size(after), by, how)
+    files = table("file", "bytes", numbers=["bytes"])
+    for name, n_bytes in plan.files.items():
+        files.add_row(name, size(n_bytes))
+    ties = [f"{alias} is {name}, stored once" for alias, name in plan.tied.items()]
+    ratio = plan.bytes_before / max(plan.bytes_after, 1)
+    total = (
+        f"{plan.model} ({plan.architecture}) with {plan.recipe}: {size(plan.bytes_before)} → "
+        f"{size(plan.bytes_after)}, {ratio:.1f} times smaller, every file counted\n"
+        f"peak memory about {size(plan.peak_memory)} · about {duration(plan.cpu_seconds)} of CPU time before export "
+        f"and evaluation · needs {', '.join(plan.needs) or 'nothing but the model'}"
+    )
+    return [tensors, files, *ties, *plan.notes, total]
+
+
+def recipes_table(recipes: Sequence[Recipe]) -> Table:
+    """All recipes, one row each."""
+    made = table("recipe", "what it does", "needs")
+    for recipe in recipes:
+        made.add_row(recipe.name, recipe.description, recipe.needs)
+    return made
+
+
+def recipe_tables(recipe: Recipe, path: str) -> list[Any]:
+    """One recipe, explained: its passes with every setting, its sections."""
+    made = table("section", "setting", "value")
+    for number, step in enumerate(recipe.passes, start=1):
+        settings = step.settings.model_dump() | {"select": " ".join(step.select), "skip": " ".join(step.skip)}
+        for i, (key, value) in enumerate(settings.items()):
+            made.add_row(f"step {number}: {step.name}" if i == 0 else "", key, str(value))
+    for section in SECTIONS:
+        values = getattr(recipe, section).model_dump()
+        for i, (key, value) in enumerate(values.items()):
+            made.add_row(section if i == 0 else "", key, "" if value is None else str(value))
+    papers = [f"{step.name}: {step.settings.paper}" for step in recipe.passes]
+    return [f"{recipe.name}: {recipe.description}", f"Needs {recipe.needs}", made, *papers, f"File: {path}"]
+
+
+def inspection_tables(found: dict[str, Any]) -> list[Any]:
+    """A checkpoint or an artifact: its tensors, alike ones of all blocks in one row, then everything else."""
+    rows: dict[tuple, list[int]] = {}
+    for tensor in found.get("tensors", []):
+        shape = "×".join(map(str, tensor["shape"]))
+        row = rows.setdefault((_folded(tensor["name"]), shape, tensor["encoding"]), [0, 0])
+        row[0] += 1
+        row[1] += tensor["bytes"]
+    tensors = table("tensor", "n", "shape", "bytes", "stored as", numbers=["n", "bytes"])
+    for (name, shape, encoding), (count, n_bytes) in rows.items():
+        tensors.add_row(name, str(count), shape, size(n_bytes), encoding)
+    return [tensors, fields_table({key: value for key, value in found.items() if key != "tensors"})]
+
+
+def fields_table(content: dict[str, Any], prefix: str = "") -> Table:
+    """A nested dictionary as two columns; lists are counted, not shown."""
+    made = table("", "")
+    for key, value in _flat(content, prefix):
+        made.add_row(key, value)
+    return made
+
+
+def _flat(content: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for key, value in content.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name} ")
+        elif value is not None and not (isinstance(value, list) and value and isinstance(value[0], dict)):
+            yield name, _value(str(key), value)
+
+
+def _value(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, int) and not isinstance(value, bool) and ("bytes" in key or "memory" in key):
+        return size(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
