@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from enum import Enum
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compressor.core.errors import CompressorError, UsageError, suggestion
+from compressor.core.artifact import Artifact, is_artifact, refuse_target
+from compressor.core.errors import GateFailed, UsageError, suggestion
+from compressor.failure import INTERRUPTED, explain
 
-OUT_OF_RESOURCES = 4
-INTERRUPTED = 130
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+COMMANDS = ("run", "recipes", "inspect", "eval", "bench", "generate")
 HELP_OPTIONS = ("--help", "-h", "--version")
 
 
@@ -83,7 +82,8 @@ def _about(
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, or a .safetensors, .pt, "
                                          ".pth, .bin, .pt2 or .gguf file.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="See `compress recipes`.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE", show_default=False,
+                                        help="Required; see `compress recipes`.")] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", show_default="MODEL-RECIPE",
                                                 help="Where the artifact goes.")] = None,
     data: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Calibration data: text, JSONL, "
@@ -92,7 +92,7 @@ def run(
                     "kinds; disjoint from the calibration data.")] = None,
     arch: Arch = None,
     trust_pickle: TrustPickle = False,
-    format: Annotated[Format, typer.Option(help="onnx, or only the packed weights, for compressor.load.")] = Format.onnx,
+    format: Annotated[Format, typer.Option(help="onnx, or only the packed weights.")] = Format.onnx,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="PASS.KEY=VALUE", help="Change a setting of the "
                     "recipe; also calibration.KEY, embeddings.KEY, and so on. Repeatable.")] = None,
     standard: Annotated[bool, typer.Option("--standard", help="Standard ONNX operators only.")] = False,
@@ -105,8 +105,9 @@ def run(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compress MODEL by a recipe."""
-    from compressor.core.options import RunOptions
+        from compressor.core.options import RunOptions
     from compressor.recipe import load_recipe
+    from compressor.recipe_file import shipped_recipes
 
     if standard and compat:
         raise UsageError("--standard and --compat exclude each other; give one of them")
@@ -115,19 +116,35 @@ def run(
         format=format.value, sets=tuple(set_ or ()), mode="standard" if standard else "compat" if compat else "default",
         seed=seed, resume=resume, force=force,
     )  # fmt: skip
-    loaded = load_recipe(recipe, options.sets)
     _refuse_misspelt_command(model)
+    if not recipe:
+        raise UsageError(f"no recipe; write --recipe NAME. {suggestion('', shipped_recipes())}")
+    loaded = load_recipe(recipe, options.sets)
     if dry_run:
         _dry_run(options, loaded, json)
         return
-    _refuse_target(options.directory, force)
+    refuse_target(options.directory, force)
 
     from compressor.pipeline import run as compress
     from compressor.progress import make_progress
 
     options = options.with_progress(make_progress(silent=json))
-    artifact = compress(options)
-    _print(artifact.report, json, f"{artifact.directory}")
+    try:
+        artifact = compress(options)
+    except GateFailed:
+        if is_artifact(options.directory):
+            _print_outcome(Artifact.open(options.directory), json)
+        raise
+    _print_outcome(artifact, json)
+
+
+def _print_outcome(artifact: Artifact, json: bool) -> None:
+    if json:
+        _print_json(artifact.report)
+        return
+    from compressor.tables import run_tables, show
+
+    show(*run_tables(artifact.report, str(artifact.directory)))
 
 
 def _dry_run(options: Any, recipe: Any, json: bool) -> None:
@@ -145,24 +162,11 @@ def _dry_run(options: Any, recipe: Any, json: bool) -> None:
 
 
 def _refuse_misspelt_command(word: str) -> None:
-    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    if not Path(word).exists() and "/" not in word and "." not in word:
-        raise UsageError(f"{word}: no such model, and no such command. {suggestion(word, names)}")
+    from difflib import get_close_matches
 
-
-def _refuse_target(directory: Path, force: bool) -> None:
-    from compressor.core.artifact import is_artifact
-
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise UsageError(f"{directory}: is a file; give a directory with -o")
-    if not any(directory.iterdir()):
-        return
-    if not is_artifact(directory):
-        raise UsageError(f"{directory}: is not empty and no artifact of ours; give another directory with -o")
-    if not force:
-        raise UsageError(f"{directory}: holds an artifact already; replace it with --force, or give another with -o")
+    near = get_close_matches(word, COMMANDS, n=1, cutoff=0.7)
+    if near and not Path(word).exists():
+        raise UsageError(f"{word}: no such model, and no such command. {suggestion(word, COMMANDS)}")
 
 
 @app.command(
@@ -177,7 +181,7 @@ def recipes(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the recipes and what each needs; or explain one."""
+    """List the recipes, or explain one."""
     from compressor.recipe import load_recipe
     from compressor.recipe_file import find_recipe, shipped_recipes
 
@@ -204,7 +208,10 @@ def inspect(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what is inside: architecture, bytes per kind of tensor, encodings, provenance."""
+    """Show what a checkpoint or artifact holds.
+
+    Architecture, bytes per kind of tensor, encodings, provenance.
+    """
     from compressor.inspection import inspect_path
 
     found = inspect_path(path, arch, trust_pickle)
@@ -231,7 +238,10 @@ def evaluate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Measure an artifact's quality in onnxruntime, beside the original's."""
+    """Measure quality, beside the original's.
+
+    Of the artifact in onnxruntime.
+    """
     from compressor.pipeline import evaluate as measure
 
     _print(measure(artifact, data), json, str(artifact))
@@ -249,7 +259,10 @@ def bench(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure an artifact's load time, memory and speed in onnxruntime."""
+    """Measure load time, memory and speed.
+
+    Of the artifact in onnxruntime, in a process of its own.
+    """
     from compressor.evaluate.bench import bench as measure
     from compressor.evaluate.bench import size
 
@@ -280,9 +293,8 @@ def generate(
     if json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})
         return
-    sys.stdout.write(prompt)
-    for piece in pieces:
-        sys.stdout.write(piece)
+    for i, piece in enumerate(pieces):
+        sys.stdout.write(prompt + piece if i == 0 else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
@@ -310,9 +322,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _status(args: list[str]) -> int:
     if args == ["--version"]:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"compressor {version('compressor')}")
+        try:
+            print(f"compressor {version('compressor')}")
+        except PackageNotFoundError:
+            print("compressor, not installed")
         return 0
     try:
         # Outside of its standalone mode typer returns the status of an early exit, and commands return None.
@@ -322,23 +337,9 @@ def _status(args: list[str]) -> int:
     except Exception as error:
         if "--debug" in args:
             raise
-        status, message = _explain(error)
+        status, message = explain(error)
         print(f"Error: {message}", file=sys.stderr)
     if status == INTERRUPTED:
-        print("Interrupted; the same command with --resume goes on from here.", file=sys.stderr)
+        resumable = args[0] == "run" or args[0] not in COMMANDS
+        print(f"Interrupted{'; the same command with --resume goes on from here' * resumable}.", file=sys.stderr)
     return status
-
-
-def _explain(error: Exception) -> tuple[int, str]:
-    """The exit status and the one line for an error."""
-    if isinstance(error, CompressorError):
-        return error.exit_status, " ".join(str(error).split())
-    if hasattr(error, "format_message"):  # typer's own: wrong usage
-        return getattr(error, "exit_code", 2), f"{error.format_message()} See `compress --help`."
-    if isinstance(error, MemoryError):
-        return OUT_OF_RESOURCES, "out of memory; lower calibration.tokens with --set, or use a machine with more"
-    if isinstance(error, OSError) and error.errno in FULL:
-        where = f"{error.filename}: " if error.filename else ""
-        return OUT_OF_RESOURCES, f"{where}{error.strerror}; make room and go on with --resume"
-    message = " ".join(f"{type(error).__name__}: {error}".split())
-    return 5, f"{message}; this is a bug of ours: please report it with the output of --debug"

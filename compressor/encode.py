@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from compressor.core.encoding import Layout
 from compressor.core.errors import PassError
 from compressor.core.passes import Pass
-from compressor.core.roles import role_of
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.graph.blocks import is_grouped, layers, layout_of
 from compressor.passes.affine import Affine
+from compressor.plan import Plan
 from compressor.recipe import Recipe
 from compressor.streaming import Batch, Network, layer_stages, second_moments
 from compressor.survey import Survey
@@ -36,7 +37,7 @@ class Work:
 
     folder: Path
     seed: int
-    skipped: dict[str, str] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
 
     def file(self, block: str) -> Path:
         return self.folder / f"{block or 'network'}.safetensors"
@@ -47,37 +48,43 @@ class Work:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def choose(recipe: Recipe, config: dict | None, name: str, module: nn.Module) -> Pass | None:
-    """The pass that encodes a layer's weight, or None where it stays dense."""
-    layout = layout_of(module)
-    shape = (module.weight.shape[0], module.weight[0].numel())
-    role = role_of(name, tuple(module.weight.shape), config)
-    if layout is None or is_grouped(module):
-        return None
-    spec, source = recipe.choose(name, shape, role)
-    if spec is None or spec.kind == "dense":
-        return None
-    if source == "embeddings":
-        table = recipe.embeddings
-        return Affine(
-            bits=table.bits, group=table.group, zero=table.zero, scale_bits=table.scale_bits, method="gptq", damping=0.01
-        )
-    return next(step.load() for step in reversed(recipe.passes) if step.name == source and step.selects(name))
+@dataclass(frozen=True)
+class Choice:
+    """Which pass encodes a tensor, as the plan says."""
+
+    recipe: Recipe
+    plan: Plan
+
+    def of(self, name: str, module: nn.Module) -> Pass | None:
+        """The pass, or None where the tensor stays dense."""
+        by = self._by.get(name, "")
+        if not by or layout_of(module) is None or is_grouped(module):
+            return None
+        if by == "embeddings":
+            table = self.recipe.embeddings.model_dump()
+            return Affine(**table, method="gptq")
+        return next(step.load() for step in reversed(self.recipe.passes) if step.name == by and step.selects(name))
+
+    @cached_property
+    def _by(self) -> dict[str, str]:
+        return {tensor.name: tensor.by for tensor in self.plan.tensors}
 
 
 @torch.no_grad()
 def encode_network(
-    network: Network, batches: list[Batch], recipe: Recipe, survey: Survey, work: Work, advance: Callable[[str], None]
-) -> EncodedTensors:
+    network: Network, batches: list[Batch], recipe: Recipe, plan: Plan, survey: Survey, work: Work,
+    advance: Callable[[str], None],
+) -> EncodedTensors:  # fmt: skip
     """Encodes all tensors of a network; returns them, read lazily from the working folder."""
     files = []
+    choice = Choice(recipe, plan)
     if network.outside:
-        files.append(_outside(network, recipe, survey, work))
+        files.append(_outside(network, choice, survey, work))
         advance("tables")
     for name, block, reached in network.sweep(batches):
         file = work.file(name)
         if not file.exists():
-            tensors = _encode_block(network, block, name, reached, recipe, survey, work)
+            tensors = _encode_block(network, block, name, reached, choice, survey, work)
             write_tensors(file, tensors)
         _compute_with(network, block, name, EncodedTensors([file]))
         files.append(file)
@@ -97,10 +104,9 @@ def _ties(network: Network) -> dict[str, str]:
     return ties
 
 
-def _outside(network: Network, recipe: Recipe, survey: Survey, work: Work) -> Path:
+def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Path:
     """Encodes what lies in no block: embeddings, head, norms; the network computes with the result from here on."""
     file = work.file("outside")
-    config = network.checkpoint.config
     canonical = {_ties(network).get(name, name): name for name in network.outside}
     if not file.exists():
         tensors: dict[str, EncodedTensor] = {}
@@ -110,9 +116,9 @@ def _outside(network: Network, recipe: Recipe, survey: Survey, work: Work) -> Pa
             for name in canonical:
                 tensor = network.module.state_dict(keep_vars=True)[name]
                 module = found.get(name)
-                chosen = choose(recipe, config, name, module) if module is not None else None
+                chosen = choice.of(name, module) if module is not None else None
                 if chosen is None:
-                    tensors[name] = _dense(tensor, recipe)
+                    tensors[name] = _dense(tensor, choice.recipe)
                     continue
                 moment = None
                 if survey.head_moment is not None and head is not None and head.weight is module.weight:
@@ -128,12 +134,12 @@ def _outside(network: Network, recipe: Recipe, survey: Survey, work: Work) -> Pa
 
 
 def _encode_block(
-    network: Network, block: nn.Module, prefix: str, reached: list, recipe: Recipe, survey: Survey, work: Work
+    network: Network, block: nn.Module, prefix: str, reached: list, choice: Choice, survey: Survey, work: Work
 ) -> dict[str, EncodedTensor]:
     """The tensors of one block; its weights are replaced as they are encoded, so that later layers make up for it."""
     dotted = f"{prefix}." if prefix else ""
     found = layers(block, dotted)
-    passes = {name: choose(recipe, network.checkpoint.config, name, module) for name, module in found.items()}
+    passes = {name: choice.of(name, module) for name, module in found.items()}
     tensors: dict[str, EncodedTensor] = {}
     for stage in layer_stages(network, block, dotted, reached[0]):
         due = [name for name in stage.names if passes[name] is not None]
@@ -149,7 +155,7 @@ def _encode_block(
         if passes[name] is not None and name not in tensors:
             tensors[name] = _encode(passes[name], name, module, None, work)
     return tensors | {
-        f"{dotted}{name}": _dense(tensor, recipe)
+        f"{dotted}{name}": _dense(tensor, choice.recipe)
         for name, tensor in block.state_dict(keep_vars=True).items()
         if f"{dotted}{name}" not in tensors and f"{dotted}{name}" not in _ties(network)
     }
@@ -170,7 +176,7 @@ def _encode(chosen: Any, name: str, module: nn.Module, moment: Tensor | None, wo
 def _dense(tensor: Tensor, recipe: Recipe) -> EncodedTensor:
     if not tensor.is_floating_point():
         return EncodedTensor.dense(tensor, tensor.dtype)
-    half = recipe.export.dense == "float16" and tensor.dim() > 1
+    half = recipe.export.dense == "float16"
     return EncodedTensor.dense(tensor, torch.float16 if half else torch.float32)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,12 @@ from compressor.core.errors import RecipeError
 from compressor.core.passes import Role
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
 from compressor.core.spec import DenseSpec, Spec
-from compressor.recipe import Recipe
+from compressor.recipe import SMALLEST, Recipe
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint, TensorInfo
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
-SMALLEST = 4096
-"""Matrices with fewer weights stay dense: they do not count, and some are precious."""
-
 FLOPS = 90e9
 """Multiplications and additions per CPU-second of a forward pass, measured on SmolLM2-135M."""
 SECONDS_PER_WEIGHT = 1.0e-6
@@ -128,11 +126,8 @@ def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe) -> Planne
     reason = _reason(info, role)
     if not reason:
         spec, by = recipe.choose(info.name, matrix, role)
-        dense = 4 * math.prod(matrix)
         if spec is None:
-            reason = "no pass of the recipe selects it"
-        elif by != "embeddings" and spec.nbytes(*matrix) >= dense:
-            spec, by, reason = None, "", "its encoding would not be smaller"
+            reason = "no pass of the recipe makes it smaller"
     if spec is None:
         matrix = (info.shape[0] if info.shape else 1, math.prod(info.shape[1:]))
         kept = recipe.export.dense.replace("float", "F") if _is_float(info) else info.dtype
@@ -142,7 +137,7 @@ def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe) -> Planne
 
 def _is_float(info: TensorInfo) -> bool:
     """GGUF's own types (Q4_1 and so on) decode to floats as well."""
-    return info.dtype in FLOATS or not (info.dtype == "BOOL" or info.dtype[0] in "IU" and info.dtype[1:].isdigit())
+    return info.dtype in FLOATS or not re.fullmatch(r"BOOL|[IU]\d+", info.dtype)
 
 
 def _reason(info: TensorInfo, role: Role) -> str:
@@ -152,6 +147,8 @@ def _reason(info: TensorInfo, role: Role) -> str:
         return "bias" if info.name.endswith("bias") else "norm or vector"
     if role == "other":
         return f"{len(info.shape)} dimensions: no layer that is known"
+    if role == "conv" and info.shape[1] == 1 and info.shape[0] > 1:
+        return "depthwise convolution"
     if math.prod(info.shape) < SMALLEST:
         return f"small: fewer than {SMALLEST} weights"
     return ""

@@ -1,9 +1,9 @@
 """Progress of long work: a bar with the time left on a terminal, a plain line now and then elsewhere, or silence.
 
-    with progress.task("encoding", total=30) as task:
-        for block in blocks:
-            ...
-            task.advance(note=block)
+with progress.task("encoding", total=30) as task:
+    for block in blocks:
+        ...
+        task.advance(note=block)
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,14 +22,21 @@ from compressor.core.spec import AffineSpec, DenseSpec, Spec
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+SMALLEST = 4096
+"""Matrices with fewer weights stay dense: they do not count, and some are precious."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Calibration(_Section):
-    """The text, or the samples, that passes learn from."""
+    """The text, or the samples, that passes learn from.
 
+    token_importance: weigh each token by the loss's gradient at each layer; one backward pass.
+    """
+
+    token_importance: bool = True
     tokens: Positive = 16384
     window: Annotated[int, Field(ge=16)] = 512
     samples: Positive = 256
@@ -125,12 +133,17 @@ class Recipe(BaseModel):
         return frozenset().union(*(step.settings.needs for step in self.passes))
 
     def choose(self, name: str, shape: tuple[int, int], role: Role) -> tuple[Spec | None, str]:
-        """How a matrix will be stored and by which pass ("embeddings" for tables); (None, "") if none is for it."""
+        """How a matrix will be stored and by which pass ("embeddings" for tables).
+
+        (None, "") where it stays dense: too small, no pass is for it, or its encoding would not be smaller.
+        """
+        if math.prod(shape) < SMALLEST:
+            return None, ""
         if role == "embedding":
             return self.embeddings.spec(), "embeddings"
         for step in reversed(self.passes):
             spec = step.settings.spec_for(name, shape, role) if step.selects(name) else None
-            if spec is not None:
+            if spec is not None and spec.nbytes(*shape) < 4 * math.prod(shape):
                 return spec, step.name
         return None, ""
 

@@ -43,7 +43,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.constructor.ConstructorError(None, None, f"'{key}' is written twice", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
+    return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
@@ -109,6 +109,11 @@ def read_recipe(name: str, sets: list[str]) -> Recipe:
     return _finish(draft, where, path.stem)
 
 
+def restore_recipe(content: dict[str, Any], where: str) -> Recipe:
+    """The recipe that `Recipe.to_dict` spelt out, as compression.json holds it."""
+    return _finish(_draft(content, where), where, str(content.get("name", where)))
+
+
 def _read(path: Path, where: str, importers: tuple[Path, ...]) -> _Draft:
     content = _parse(path, where)
     for key in content:
@@ -125,17 +130,20 @@ def _read(path: Path, where: str, importers: tuple[Path, ...]) -> _Draft:
             cycle = " → ".join(step.stem for step in (*chain[chain.index(imported.resolve()) :], imported))
             raise RecipeError(f"{where}: imports go in a circle, {cycle}; remove one of them")
         _extend(draft, _read(imported, imported.name, chain))
-    draft.texts |= {key: " ".join(str(content[key]).split()) for key in TEXTS if key in content}
-    own = _Draft()
+    _extend(draft, _draft(content, where))
+    return draft
+
+
+def _draft(content: dict[str, Any], where: str) -> _Draft:
+    """What one file says itself."""
+    own = _Draft({key: " ".join(str(content[key]).split()) for key in TEXTS if key in content})
     for section in SECTIONS:
-        values = content.get(section) or {}
-        own.sections[section] = _section(values, section, f"{where}, {section}")
+        own.sections[section] = _section(content.get(section) or {}, section, f"{where}, {section}")
     steps = content.get("passes") or []
     if not isinstance(steps, list):
         raise RecipeError(f"{where}: passes is {steps!r}; write a list of steps, each `- pass: NAME`")
     own.steps = [_step(step, f"{where}, step {i}") for i, step in enumerate(steps, start=1)]
-    _extend(draft, own)
-    return draft
+    return own
 
 
 def _parse(path: Path, where: str) -> dict[str, Any]:
@@ -254,7 +262,9 @@ def _build(kind: type[BaseModel], values: Values, where: str) -> Any:
 
 def _reworded(message: str) -> str:
     wanted = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}.get(wanted, wanted)
+    return {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}.get(
+        wanted, wanted
+    )
 
 
 def _names(value: Any, where: str) -> list[str]:

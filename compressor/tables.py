@@ -102,6 +102,38 @@ def recipe_tables(recipe: Recipe, path: str) -> list[Any]:
     return [f"{recipe.name}: {recipe.description}", f"Needs {recipe.needs}", made, *papers, f"File: {path}"]
 
 
+_MEASURES = (
+    ("perplexity", "quality", "original_perplexity", "perplexity"),
+    ("accuracy", "quality", "original_accuracy", "accuracy"),
+    ("top-1 agreement", "quality", None, "top1_agreement"),
+    ("KL divergence", "quality", None, "kl_divergence"),
+    ("cosine", "quality", None, "cosine"),
+    ("load, seconds", "speed", None, "load_seconds"),
+    ("latency, seconds", "speed", None, "latency_seconds"),
+    ("decoding, tokens/s", "speed", None, "decode_tokens_per_second"),
+    ("prefill, tokens/s", "speed", None, "prefill_tokens_per_second"),
+)
+
+
+def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
+    """The outcome of a run, before and after; all of it is in compression.json."""
+    made = table("", "before", "after", numbers=["before", "after"])
+    sizes = report.get("size") or {}
+    if sizes:
+        made.add_row("size, every file", size(sizes.get("original_bytes", 0)), size(sizes["bytes"]))
+    for label, section, before, after in _MEASURES:
+        found = report.get(section) or {}
+        if found.get(after) is not None:
+            original = found.get(before) if before else None
+            made.add_row(label, "" if original is None else f"{original:.4g}", f"{found[after]:.4g}")
+    peak = ((report.get("speed") or {}).get("memory") or {}).get("peak_private")
+    if peak:
+        made.add_row("memory in use", "", size(peak))
+    stages = report.get("cost") or {}
+    spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
+    return [made, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
+
+
 def inspection_tables(found: dict[str, Any]) -> list[Any]:
     """A checkpoint or an artifact: its tensors, alike ones of all blocks in one row, then everything else."""
     rows: dict[tuple, list[int]] = {}
@@ -119,6 +151,7 @@ def inspection_tables(found: dict[str, Any]) -> list[Any]:
 def fields_table(content: dict[str, Any], prefix: str = "") -> Table:
     """A nested dictionary as two columns; lists are counted, not shown."""
     made = table("", "")
+    made.show_header = False
     for key, value in _flat(content, prefix):
         made.add_row(key, value)
     return made
@@ -130,7 +163,7 @@ def _flat(content: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{name} ")
         elif value is not None and not (isinstance(value, list) and value and isinstance(value[0], dict)):
-            yield name, _value(str(key), value)
+            yield name, _value(name, value)
 
 
 def _value(key: str, value: Any) -> str:

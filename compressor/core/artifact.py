@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.core.errors import CheckpointError
+from compressor.core.errors import CheckpointError, UsageError
 
 REPORT = "compression.json"
 
@@ -43,3 +43,19 @@ class Artifact:
 def is_artifact(directory: Path) -> bool:
     """Whether compress wrote this directory."""
     return (directory / REPORT).is_file()
+
+
+def refuse_target(directory: Path, force: bool = False) -> None:
+    """Refuses to write over anything but an artifact, and over an artifact only by `force`.
+
+    Raises:
+        UsageError: Something stands there.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: is a file; give a directory with -o")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not is_artifact(directory):
+        raise UsageError(f"{directory}: is not empty and no artifact of ours; give another directory with -o")
+    if not force:
+        raise UsageError(f"{directory}: holds an artifact already; replace it with --force, or give another with -o")

@@ -128,8 +128,13 @@ class _Decoder:
         return self.b.reshape(self._first_norm(split, name), 0, 0, heads * self.config.head_dim)
 
     def _mlp(self, stem: str, x: ir.Value) -> ir.Value:
-        gate = self._linear(x, f"{stem}.mlp.gate_proj")
-        up = self._linear(x, f"{stem}.mlp.up_proj")
+        modules = [f"{stem}.mlp.{part}_proj" for part in ("gate", "up")]
+        names = [f"{module}.weight" for module in modules]
+        if self._bias(modules[0]) is None and self.lowering.joins(names):
+            both = self.lowering.joined_matmul(x, names)
+            gate, up = self.b.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
+        else:
+            gate, up = (self._linear(x, module) for module in modules)
         active = self.b.op("Mul", gate, self.b.op("Sigmoid", gate))
         return self._linear(self.b.op("Mul", active, up), f"{stem}.mlp.down_proj")
 

@@ -170,8 +170,10 @@ class Lowering:
             inputs.append(self._block_zeros(name, chosen, zeros, rows, blocks))
         found = b.contributed(
             "GatherBlockQuantized", *inputs, bits=chosen.bits, block_size=chosen.block, gather_axis=0, quantize_axis=2)
-        shape = b.op("Concat", b.op("Shape", ids), b.integers(blocks * chosen.block), axis=0)
-        found = b.op("Reshape", found, shape)
+        if ids.shape is not None:
+            found = b.reshape(found, *[0] * len(ids.shape), -1)
+        else:
+            found = b.op("Reshape", found, b.op("Concat", b.op("Shape", ids), b.integers(-1), axis=0))
         return found if columns == blocks * chosen.block else b.slice(found, columns, -1)
 
     def _block_zeros(self, name: str, chosen: Form, zeros: ir.Value, rows: int, blocks: int) -> ir.Value:

@@ -1,0 +1,238 @@
+"""Any torch module as ONNX: traced by torch.onnx without its weights, then given the encoded ones.
+
+Parameters are memory that nobody writes to while the module is traced, and free inputs of the graph while it is
+optimised, so that no weight exists as floats and none can be folded. Afterwards each consumer of an encoded tensor is
+lowered: MatMul and Gemm to a product, Gather to an embedding, everything else to a constant that folds at load.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+from torch import Tensor, nn
+
+from compressor.core.errors import ExportError
+from compressor.core.tensors import EncodedTensors
+from compressor.export.builder import CONTRIBUTED, GraphBuilder
+from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, Mode
+from compressor.export.substitution import Substitution
+
+MODEL_FILE = "model.onnx"
+PREFIX = "network."
+TRACED_OPSET = 21
+
+
+def export_module(
+    module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]],
+    out_dir: Path, mode: Mode = "default", exact: bool = False,
+) -> Path:  # fmt: skip
+    """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path.
+
+    The first dimension of every input is free, and the second of integer inputs of two dimensions (tokens). Outputs:
+    `last_hidden_state` and the `…logits` of a transformers model, `output` or `output_0`, … of another.
+
+    Args:
+        module: Its parameters may be on meta; their values are not used, only those of `tensors` are.
+        example: Inputs by the names of forward's arguments, or {"": tensor} for a single positional one.
+
+    Raises:
+        ExportError: torch cannot trace the module, or a tensor has an encoding that its consumer cannot use.
+    """
+    path = out_dir / MODEL_FILE
+    shell = _Shell(_without_weights(module), positional=list(example) == [""])
+    inputs = {name or "input": value for name, value in _repeated(example).items()}
+    model = _traced(shell, inputs, path)
+    weights = _free_weights(model.graph, shell, tensors, path)
+    model = onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
+    _name_ends(model.graph, inputs, shell.outputs)
+    names = [output.name for output in model.graph.outputs]
+    model.graph.opset_imports |= {"": OPSETS[mode], CONTRIBUTED: 1}
+    lowering = Lowering(tensors, offsets, GraphBuilder(model.graph), mode, exact, out_dir)
+    Substitution(model.graph, lowering).substitute(weights)
+    for output, name in zip(model.graph.outputs, names, strict=True):
+        output.name = name
+    lowering.close()
+    _finish(model, mode)
+    ir.save(model, path)
+    return path
+
+
+def encoder_example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inputs of an encoder: two sequences, one of them padded; token types where its config knows several."""
+    import transformers
+
+    known = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    mask = ids.clone()
+    mask[1, 11:] = 0
+    example = {"input_ids": ids, "attention_mask": mask}
+    if getattr(known, "type_vocab_size", 0) > 1:
+        example["token_type_ids"] = torch.zeros_like(ids)
+    return example
+
+
+class _Shell(nn.Module):
+    """Calls the network with inputs by name, and notes the names of the outputs that it keeps."""
+
+    def __init__(self, network: nn.Module, positional: bool) -> None:
+        super().__init__()
+        self.network, self.positional = network, positional
+        self.outputs: list[str] = []
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        cache = {"use_cache": False} if hasattr(getattr(self.network, "config", None), "use_cache") else {}
+        if self.positional:
+            found = self.network(*inputs.values())
+        else:
+            found = self.network(**inputs, **(cache if _takes(self.network, "use_cache") else {}))
+        outputs = _outputs(found)
+        self.outputs[:] = list(outputs)
+        return tuple(outputs.values())
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    return argument in parameters or any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
+
+
+def _outputs(found: Any) -> dict[str, Tensor]:
+    """The outputs that an artifact has, by name."""
+    if isinstance(found, Tensor):
+        return {"output": found}
+    if not isinstance(found, Mapping):
+        kept = [value for value in found if isinstance(value, Tensor)]
+        return {"output" if len(kept) == 1 else f"output_{i}": value for i, value in enumerate(kept)}
+    kept = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    chosen = {name: value for name, value in kept.items() if name == "last_hidden_state" or name.endswith("logits")}
+    return chosen or kept
+
+
+def _without_weights(module: nn.Module) -> nn.Module:
+    """A copy for tracing, in eval mode; its parameters are float32 memory that is never touched."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+    network = copy.deepcopy(module, memo).eval()
+    for child in network.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                child._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            elif buffer is not None and buffer.is_floating_point():
+                child._buffers[name] = buffer.float()
+    return network
+
+
+def _repeated(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The example with a batch of 2, or 3 where sequences have length 2: torch.export takes 0 and 1 as fixed, and equal
+    sizes for one."""
+    lengths = {value.shape[1] for value in example.values() if _is_tokens(value)}
+    batch = 3 if 2 in lengths else 2
+    return {
+        name: value[torch.arange(batch) % value.shape[0]] if value.dim() else value for name, value in example.items()
+    }
+
+
+def _is_tokens(value: Tensor) -> bool:
+    return value.dim() == 2 and not value.is_floating_point()
+
+
+def _traced(shell: _Shell, inputs: dict[str, Tensor], path: Path) -> ir.Model:
+    free = torch.export.Dim.DYNAMIC
+    shapes = {
+        name: {axis: free for axis in range(2 if _is_tokens(value) else 1)} if value.dim() else {}
+        for name, value in inputs.items()
+    }
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # it warns of the absence of torchvision
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                shell.eval(), (), kwargs=inputs, dynamic_shapes={"inputs": shapes}, dynamo=True, optimize=False,
+                opset_version=TRACED_OPSET, verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # torch's tracer runs somebody else's forward; anything may come out of it
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        network = type(shell.network).__name__
+        raise ExportError(
+            f"{path}: torch.onnx cannot trace {network}; {reason[0]}; its forward must be free of Python branches on "
+            "values, and work for any batch"
+        ) from error
+    finally:
+        registration.setLevel(level)
+    assert program is not None
+    return program.model
+
+
+def _free_weights(graph: ir.Graph, shell: _Shell, tensors: EncodedTensors, path: Path) -> dict[str, ir.Value]:
+    """Makes the initialisers that `tensors` hold free values; returns them by the name of the tensor."""
+    stored = {*tensors, *tensors.tied}
+    parameters: dict[str, list[str]] = {}
+    for name, parameter in shell.network.named_parameters(remove_duplicate=False):
+        parameters.setdefault(str(id(parameter)), []).append(name)
+    aliases = {name: group for group in parameters.values() for name in group}
+    weights: dict[str, ir.Value] = {}
+    for label, value in list(graph.initializers.items()):
+        name = label.removeprefix(PREFIX)
+        found = next((alias for alias in aliases.get(name, [name]) if alias in stored), None)
+        if found is None and name in aliases:
+            raise ExportError(f"{path}: parameter '{name}' has no stored tensor; {len(stored)} others have")
+        if found is not None:
+            graph.initializers.pop(label)
+            value.const_value = None
+            graph.inputs.append(value)
+            weights[name] = value
+            value.metadata_props["tensor"] = tensors.tied.get(found, found)
+    return weights
+
+
+def _name_ends(graph: ir.Graph, inputs: Mapping[str, Tensor], outputs: list[str]) -> None:
+    """Names inputs, outputs and free dimensions."""
+    symbols: dict[str, str] = {}
+    for value, (name, example) in zip(graph.inputs, inputs.items(), strict=False):
+        value.name = name
+        for axis, label in enumerate(("batch", "sequence") if _is_tokens(example) else ("batch",)):
+            dimension = value.shape[axis] if value.shape is not None and example.dim() else None
+            if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
+                symbols.setdefault(dimension.value, label)
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dimension, symbols) for dimension in value.shape])
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        value.name = name
+
+
+def _renamed(dimension: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str | None:
+    if isinstance(dimension, int) or dimension.value is None:
+        return dimension if isinstance(dimension, int) else None
+    return re.sub(r"\w+", lambda found: symbols.get(found[0], found[0]), str(dimension.value))
+
+
+def _finish(model: ir.Model, mode: Mode) -> None:
+    """Drops what nobody uses, and torch's notes about its source files."""
+    RemoveUnusedNodesPass()(model)
+    model.graph.sort()
+    if mode == "standard":
+        RemoveUnusedOpsetsPass()(model)
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.version = None
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.ir_version, model.producer_name, model.producer_version = IR_VERSIONS[mode], "compressor", None
+    model.graph.name = "network"

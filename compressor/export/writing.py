@@ -1,0 +1,34 @@
+"""Writes the graph of a network by the exporter that knows its family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compressor.core.tensors import EncodedTensors
+from compressor.export.decoder import export_decoder
+from compressor.export.decoder_config import decoder_refusal
+from compressor.export.forms import Mode
+
+
+def export_graph(
+    checkpoint: Any, tensors: EncodedTensors, offsets: dict[str, tuple[int, int]], directory: Path, mode: Mode,
+    exact: bool, batches: list[dict[str, Tensor]],
+) -> Path:  # fmt: skip
+    """`directory`/model.onnx, over the packed weights beside it: a decoder with its cache, or the module as it is."""
+    config = checkpoint.config
+    if checkpoint.family == "decoder" and config is not None and decoder_refusal(config) is None:
+        from compressor.export.genai import write_genai_config
+
+        graph = export_decoder(config, tensors, offsets, directory, mode, exact)
+        write_genai_config(config, directory)
+        return graph
+    from compressor.export.loading import decoded_checkpoint
+    from compressor.export.module import export_module
+
+    decoded = decoded_checkpoint(checkpoint, tensors)
+    module = decoded.build()
+    decoded.materialise(module)
+    return export_module(module, batches[0] if batches else {}, tensors, offsets, directory, mode, exact)

@@ -1,0 +1,266 @@
+"""The one place that knows the order: open → plan → survey → encode → learn → write → prove → evaluate.
+
+An artifact is built in `<output>.partial`, beside its target, and renamed at the end. What is finished of an interrupted
+run stays there for `--resume`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import platform
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.checkpoints import Checkpoint, open_checkpoint
+from compressor.core.artifact import REPORT, Artifact
+from compressor.core.errors import CheckpointError, GateFailed, ResourceError, UsageError
+from compressor.core.options import RunOptions
+from compressor.core.tensors import EncodedTensors, write_tensors
+from compressor.encode import Work, encode_network
+from compressor.judge import failed_gates, judge, prove
+from compressor.plan import Plan, make_plan
+from compressor.progress import Progress
+from compressor.recipe import Recipe, load_recipe
+from compressor.samples import Samples, calibration_batches, load_samples
+from compressor.streaming import Batch, Network
+from compressor.survey import Survey, survey
+
+WEIGHTS = "model.safetensors"
+_VERSIONS = ("compressor", "torch", "onnxruntime", "transformers", "numpy")
+
+
+@dataclasses.dataclass
+class _Clock:
+    """CPU and wall seconds of each stage."""
+
+    stages: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def stage(self, name: str) -> _Stage:
+        return _Stage(self, name)
+
+
+class _Stage:
+    def __init__(self, clock: _Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.cpu, self.wall = time.process_time(), time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        spent = {"cpu_seconds": time.process_time() - self.cpu, "seconds": time.monotonic() - self.wall}
+        self.clock.stages[self.name] = {key: round(value, 2) for key, value in spent.items()}
+
+
+def run(options: RunOptions) -> Artifact:
+    """Compresses a checkpoint as `options` say; returns the artifact.
+
+    Raises:
+        CompressorError: Of the kind that `compressor.core.errors` lists. GateFailed after the artifact is written.
+    """
+    progress = options.progress or Progress()
+    clock = _Clock()
+    recipe = load_recipe(options.recipe, options.sets)
+    checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
+    checkpoint.check()
+    plan = make_plan(checkpoint, recipe, options.format)
+    _refuse_unwritable(plan, options)
+    samples = load_samples(checkpoint, recipe, options)
+    progress.say(_announcement(plan, checkpoint))
+    partial = options.directory.with_name(options.directory.name + ".partial")
+    try:
+        work = _open_work(partial, recipe, checkpoint, samples, options)
+        checkpoint.write_tokenizer(partial)
+        tensors, batches = _encode(checkpoint, recipe, plan, samples, work, progress, clock, options)
+        with clock.stage("export"):
+            offsets = _write(checkpoint, tensors, plan, partial)
+            tensors = EncodedTensors([partial / WEIGHTS])
+            least = _export(checkpoint, tensors, offsets, partial, options, recipe, batches)
+        with clock.stage("evaluation"):
+            proof = prove(checkpoint, tensors, offsets, partial, options, batches)
+            quality = judge(checkpoint, samples, recipe, partial, options.format, progress)
+        report = _report(checkpoint, recipe, plan, samples, options, clock, work)
+        report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
+        failures = failed_gates(recipe.gates, quality)
+        report["gates"] = {"passed": not failures, "failures": failures}
+        _finish(partial, options, report, work)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{partial}: the disk is full; free some space, then --resume goes on") from error
+        raise
+    if failures:
+        raise GateFailed(f"{options.directory}: {'; '.join(failures)}; the artifact is kept, marked as failed")
+    return Artifact.open(options.directory)
+
+
+def _refuse_unwritable(plan: Plan, options: RunOptions) -> None:
+    """Refuses, before work begins, what the format cannot hold."""
+    if options.format != "onnx":
+        return
+    from compressor.export.lowering import refusal
+
+    for tensor in plan.tensors:
+        operator = {"linear": "matmul", "embedding": "embedding"}.get(tensor.role, "constant")
+        reason = refusal(tensor.describe(), operator, options.mode) if tensor.by else None
+        if reason:
+            raise UsageError(f"{plan.recipe}: '{tensor.name}' cannot be written to ONNX: {reason}")
+
+
+def _announcement(plan: Plan, checkpoint: Checkpoint) -> str:
+    encoded = sum(1 for tensor in plan.tensors if tensor.by)
+    return (
+        f"{checkpoint.architecture}: {plan.bytes_before / 1e6:,.1f} MB in {len(plan.tensors)} tensors, "
+        f"{encoded} of them encoded by {plan.recipe} → about {plan.bytes_after / 1e6:,.1f} MB in all; "
+        f"peak memory about {plan.peak_memory / 1e9:.1f} GB"
+    )
+
+
+def _open_work(partial: Path, recipe: Recipe, checkpoint: Checkpoint, samples: Samples, options: RunOptions) -> Work:
+    """The working folder of this very run; an older one of another run is replaced, or refused with --resume."""
+    identity = {
+        "recipe": recipe.to_dict(), "seed": options.seed, "source": checkpoint.digest(), "data": samples.digest(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    folder, note = partial / "work", partial / "work" / "run.json"
+    text = json.dumps(identity, sort_keys=True)
+    if options.resume and not note.exists():
+        raise UsageError(f"{partial}: no interrupted run to resume; leave --resume out")
+    if options.resume and note.read_text() != text:
+        raise UsageError(f"{partial}: belongs to another run (model, recipe, seed or data differ); leave --resume out")
+    if not options.resume and partial.exists():
+        if not note.exists() and any(partial.iterdir()):
+            raise UsageError(f"{partial}: is in the way and not ours; move it, or give another directory with -o")
+        shutil.rmtree(partial)
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(text)
+    return Work(folder, options.seed)
+
+
+def _encode(
+    checkpoint: Checkpoint, recipe: Recipe, plan: Plan, samples: Samples, work: Work, progress: Progress, clock: _Clock,
+    options: RunOptions,
+) -> tuple[EncodedTensors, list[Batch]]:  # fmt: skip
+    """The survey and the encoding sweep."""
+    batches: list[Batch] = []
+    if samples.calibration is not None:
+        batches = calibration_batches(samples.calibration, recipe, work.folder.parent, options.seed)
+    network = Network(checkpoint)
+    with clock.stage("survey"):
+        found = _survey(network, batches, recipe, work, progress)
+    with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
+        network = Network(checkpoint)
+        tensors = encode_network(network, batches, recipe, plan, found, work, lambda note: task.advance(note=note))
+    return tensors, batches
+
+
+def _survey(network: Network, batches: list[Batch], recipe: Recipe, work: Work, progress: Progress) -> Survey:
+    file = work.folder / "survey.bin"
+    if file.exists():
+        stored = load_file(file)
+        moment = stored.pop("head moment", None)
+        return Survey(stored, moment)
+    gradients = recipe.calibration.token_importance and network.blocks != [""]
+    directions = 2 if gradients else 1
+    if not batches:
+        return Survey()
+    with progress.task("surveying", directions * len(network.blocks)) as task:
+        generator = work.generator("survey")
+        found = survey(network, batches, work.folder, gradients, generator, lambda: task.advance())
+    moment = {} if found.head_moment is None else {"head moment": found.head_moment}
+    partial = file.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in found.importance.items()} | moment, partial)
+    partial.rename(file)
+    return found
+
+
+def _write(checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, partial: Path) -> dict[str, tuple[int, int]]:
+    if checkpoint.config is not None:
+        (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=1, ensure_ascii=False) + "\n")
+    return write_tensors(partial / WEIGHTS, tensors, tensors.tied)
+
+
+def _export(
+    checkpoint: Checkpoint, tensors: EncodedTensors, offsets: dict[str, tuple[int, int]], partial: Path,
+    options: RunOptions, recipe: Recipe, batches: list[Batch],
+) -> str | None:  # fmt: skip
+    """Writes the graph; returns the least onnxruntime that runs it, or None for --format safetensors."""
+    if options.format != "onnx":
+        return None
+    from compressor.export.check import refuse_slow_paths
+    from compressor.export.lowering import least_version
+    from compressor.export.writing import export_graph
+
+    exact = recipe.export.activations == "exact"
+    graph = export_graph(checkpoint, tensors, offsets, partial, options.mode, exact, batches)
+    refuse_slow_paths(graph)
+    return least_version([tensors.describe(name) for name in tensors], options.mode)
+
+
+def _report(
+    checkpoint: Checkpoint, recipe: Recipe, plan: Plan, samples: Samples, options: RunOptions, clock: _Clock, work: Work
+) -> dict[str, Any]:
+    """compression.json but for what was measured on the artifact."""
+    return {
+        "compressor": metadata.version("compressor"),
+        "source": checkpoint.describe() | {"sha256": checkpoint.digest(), "arch": options.arch,
+                                           "path": str(Path(options.model).resolve())},
+        "recipe": recipe.to_dict(),
+        "seed": options.seed,
+        "mode": options.mode,
+        "data": {"calibration": samples.calibration and samples.calibration.source,
+                 "evaluation": samples.evaluation and samples.evaluation.source,
+                 "sha256": samples.digest(), "overlap": samples.overlap},
+        "versions": {name: metadata.version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+        "cost": clock.stages,
+        "skipped": {tensor.name: tensor.reason for tensor in plan.tensors if tensor.reason},
+        "learning": work.log,
+    }  # fmt: skip
+
+
+def _finish(partial: Path, options: RunOptions, report: dict[str, Any], work: Work) -> None:
+    """Sizes and hashes into the report, the working folder away, and the artifact into its place."""
+    from compressor.evaluate.bench import bench, size
+
+    shutil.rmtree(work.folder)
+    if options.format == "onnx":
+        report["size"] = size(partial)
+        report["speed"] = bench(partial)
+    else:
+        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        report["size"] = {"bytes": sum(files.values()), "files": files}
+    report["size"]["original_bytes"] = report["source"]["file_bytes"]
+    report["sha256"] = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(partial.glob("model.*"))
+    }
+    (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
+    target = options.directory
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+
+
+def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
+    """Measures an artifact's quality again, beside the original's where that is still where it was.
+
+    Raises:
+        CheckpointError: It is no artifact, or its original is gone.
+    """
+    artifact = Artifact.open(directory)
+    report = artifact.report
+    source = Path(report["source"]["path"])
+    if not source.exists():
+        raise CheckpointError(f"{source}: the original is gone; it is needed to compare with")
+    checkpoint = open_checkpoint(source, arch=report["source"]["arch"])
+    recipe = load_recipe(report["recipe"]["name"])
+    options = RunOptions(model=str(source), eval=data, data=None)
+    samples = load_samples(checkpoint, recipe, options)
+    format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"
+    return judge(checkpoint, samples, recipe, artifact.directory, format, Progress()) or {}

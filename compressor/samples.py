@@ -1,0 +1,109 @@
+"""What a run learns from and is judged by: calibration batches and evaluation data, of the kind that the network takes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressor import data
+from compressor.core.errors import DataError
+from compressor.core.options import RunOptions
+from compressor.data.arrays import Arrays
+from compressor.data.disjoint import check_disjoint
+from compressor.data.text import Text
+from compressor.data.tokens import encode_sentences, tokenize, windows
+from compressor.recipe import Recipe
+from compressor.streaming import Batch
+
+TOKENS_PER_BATCH = 2048
+EXAMPLES_PER_BATCH = 32
+_SENTENCES = 256
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Two sources of one kind that share nothing; the calibration source is None where no pass needs data."""
+
+    calibration: Text | Arrays | None
+    evaluation: Text | Arrays | None
+    overlap: float = 0.0
+
+    def digest(self) -> dict[str, str | None]:
+        """SHA-256 of both, for provenance."""
+        return {"calibration": _digest(self.calibration), "evaluation": _digest(self.evaluation)}
+
+
+def _digest(source: Text | Arrays | None) -> str | None:
+    if source is None or isinstance(source, Text):
+        return source.digest if source is not None else None
+    found = hashlib.sha256()
+    for name in sorted(source.inputs):
+        found.update(name.encode() + np.ascontiguousarray(source.inputs[name]).tobytes())
+    return found.hexdigest()
+
+
+def load_samples(checkpoint: Any, recipe: Recipe, options: RunOptions) -> Samples:
+    """The data of a run, checked to be disjoint.
+
+    Raises:
+        DataError: A network that is no language model has no built-in data; or the two overlap.
+    """
+    reads_text = checkpoint.family in ("decoder", "encoder")
+    if options.data is None and not reads_text:
+        if "data" in recipe.required:
+            raise DataError(
+                f"{checkpoint.path}: recipe '{recipe.name}' calibrates, and only language models have a built-in sample; "
+                "give --data with a few hundred inputs (.npz, .safetensors or module:callable)"
+            )
+        return Samples(None, None if options.eval is None else data.load(options.eval))
+    calibration = data.load(options.data, "calibration")
+    if options.eval is not None or (options.data is None and reads_text):
+        evaluation = data.load(options.eval, "evaluation")
+    else:
+        calibration, evaluation = calibration.split()
+    if isinstance(calibration, Text) and not reads_text:
+        raise DataError(f"{calibration.source}: is text, but {checkpoint.architecture} reads arrays; give .npz or such")
+    return Samples(calibration, evaluation, check_disjoint(calibration, evaluation))
+
+
+def calibration_batches(source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int) -> list[Batch]:
+    """The forward's arguments, batch by batch."""
+    settings = recipe.calibration
+    if isinstance(source, Text):
+        ids = tokenize(source, tokenizer)
+        n = max(1, min(settings.tokens // settings.window, len(ids) // settings.window))
+        chosen = torch.from_numpy(windows(ids, settings.window, n, seed))
+        return [{"input_ids": part} for part in chosen.split(max(1, TOKENS_PER_BATCH // settings.window))]
+    order = np.random.default_rng(seed).permutation(len(source))[: settings.samples]
+    chosen = source.take(np.sort(order))
+    return [as_batch(part) for part in chosen.batches(EXAMPLES_PER_BATCH)]
+
+
+def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
+    """Arrays as arguments: a single one, unless it is input_ids, goes by position."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    if len(tensors) == 1 and "input_ids" not in tensors:
+        return {"": next(iter(tensors.values()))}
+    return tensors
+
+
+def evaluation_windows(source: Text, recipe: Recipe, tokenizer: Path) -> np.ndarray:
+    """The first windows of the evaluation text, as many as the recipe measures."""
+    settings = recipe.evaluation
+    ids = tokenize(source, tokenizer)
+    n = max(1, min(settings.tokens // settings.window, len(ids) // settings.window))
+    return windows(ids, settings.window, n)
+
+
+def sentence_batches(source: Text, tokenizer: Path) -> list[dict[str, np.ndarray]]:
+    """The evaluation text's sentences as an encoder takes them."""
+    parts = [part.strip() for part in source.content.replace("\n", " ").split(". ")]
+    sentences = [part + "." for part in parts if len(part) > 20][:_SENTENCES]
+    if not sentences:
+        raise DataError(f"{source.source}: has no sentences; give running text")
+    return [encode_sentences(sentences[i : i + 16], tokenizer) for i in range(0, len(sentences), 16)]
