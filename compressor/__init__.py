@@ -1,0 +1,26 @@
+"""Compresses trained networks to ONNX artifacts that plain onnxruntime runs.
+
+    artifact = compressor.compress("model", "llm-2bit", output="small")
+    module = compressor.load("small")
+
+Importing this costs nothing; torch comes with the first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.export.loading import load
+    from compressor.pipeline import compress
+
+__all__ = ["compress", "load"]
+
+_HOMES = {"compress": "compressor.pipeline", "load": "compressor.export.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'compressor' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

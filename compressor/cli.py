@@ -12,9 +12,9 @@ from typer.core import TyperGroup
 
 from compressor.core.artifact import Artifact, is_artifact, refuse_target
 from compressor.core.errors import GateFailed, UsageError, suggestion
+from compressor.examples import COMMANDS, epilog
 from compressor.failure import INTERRUPTED, explain
 
-COMMANDS = ("run", "recipes", "inspect", "eval", "bench", "generate")
 HELP_OPTIONS = ("--help", "-h", "--version")
 
 
@@ -53,32 +53,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that compress wrote.")]
 
 
-@app.callback(
-    epilog="""Examples:
-
-\b
-  compress smollm2/ --recipe llm-2bit
-  compress model.pt --recipe llm-2bit --dry-run
-  compress generate smollm2-llm-2bit "The capital of France is"
-
-`compress MODEL` is short for `compress run MODEL`. Exit status: 0 done, 1 a quality gate failed, 2 wrong usage or
-recipe, 3 unreadable input, 4 out of disk or memory, 5 our bug or a failed verification, 130 interrupted.""",
-)
+@app.callback(epilog=epilog(""))
 def _about(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     """Compresses trained networks to ONNX that plain onnxruntime runs."""
 
 
-@app.command(
-    epilog="""Examples:
-
-\b
-  compress smollm2/ --recipe llm-2bit -o small
-  compress weights.pt --arch mynet:build --recipe encoder-4bit --data inputs.npz
-  compress smollm2/ --recipe llm-3bit --set jlcm.block_steps=64 --set calibration.tokens=8192
-  compress smollm2/ --recipe llm-2bit --dry-run""",
-)
+@app.command(epilog=epilog("run"))
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, or a .safetensors, .pt, "
                                          ".pth, .bin, .pt2 or .gguf file.")],
@@ -105,7 +87,7 @@ def run(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compress MODEL by a recipe."""
-        from compressor.core.options import RunOptions
+    from compressor.core.options import RunOptions
     from compressor.recipe import load_recipe
     from compressor.recipe_file import shipped_recipes
 
@@ -169,13 +151,7 @@ def _refuse_misspelt_command(word: str) -> None:
         raise UsageError(f"{word}: no such model, and no such command. {suggestion(word, COMMANDS)}")
 
 
-@app.command(
-    epilog="""Examples:
-
-\b
-  compress recipes
-  compress recipes llm-2bit""",
-)
+@app.command(epilog=epilog("recipes"))
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME|FILE]", help="Explain this one.")] = None,
     json: Json = False,
@@ -194,13 +170,7 @@ def recipes(
     show(*recipe_tables(loaded[0], str(find_recipe(name))) if name else [recipes_table(loaded)])
 
 
-@app.command(
-    epilog="""Examples:
-
-\b
-  compress inspect model.pt
-  compress inspect smollm2-llm-2bit --json""",
-)
+@app.command(epilog=epilog("inspect"))
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A checkpoint, or an artifact.")],
     arch: Arch = None,
@@ -223,14 +193,7 @@ def inspect(
     show(*inspection_tables(found))
 
 
-@app.command(
-    name="eval",
-    epilog="""Examples:
-
-\b
-  compress eval smollm2-llm-2bit
-  compress eval smollm2-llm-2bit --data moby-dick.txt""",
-)
+@app.command("eval", epilog=epilog("eval"))
 def evaluate(
     artifact: ArtifactPath,
     data: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Evaluation data; by default that "
@@ -247,12 +210,7 @@ def evaluate(
     _print(measure(artifact, data), json, str(artifact))
 
 
-@app.command(
-    epilog="""Example:
-
-\b
-  compress bench smollm2-llm-2bit --threads 1""",
-)
+@app.command(epilog=epilog("bench"))
 def bench(
     artifact: ArtifactPath,
     threads: Annotated[int | None, typer.Option(min=1, show_default="all cores", help="Of onnxruntime.")] = None,
@@ -270,12 +228,7 @@ def bench(
     _print(found | {"size": size(artifact)}, json, str(artifact))
 
 
-@app.command(
-    epilog="""Example:
-
-\b
-  compress generate smollm2-llm-2bit "The capital of France is" --tokens 40""",
-)
+@app.command(epilog=epilog("generate"))
 def generate(
     artifact: ArtifactPath,
     prompt: Annotated[str, typer.Argument(metavar="TEXT", help="What the text goes on from.")],

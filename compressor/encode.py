@@ -74,8 +74,8 @@ class Choice:
 def encode_network(
     network: Network, batches: list[Batch], recipe: Recipe, plan: Plan, survey: Survey, work: Work,
     advance: Callable[[str], None],
-) -> EncodedTensors:  # fmt: skip
-    """Encodes all tensors of a network; returns them, read lazily from the working folder."""
+) -> tuple[EncodedTensors, list[Path]]:  # fmt: skip
+    """Encodes all tensors of a network; returns them, read lazily from the working folder, and the files."""
     files = []
     choice = Choice(recipe, plan)
     if network.outside:
@@ -91,7 +91,7 @@ def encode_network(
         advance(name)
         if name == "":
             break
-    return EncodedTensors(files, _ties(network))
+    return EncodedTensors(files, _ties(network)), files
 
 
 def _ties(network: Network) -> dict[str, str]:

@@ -22,15 +22,16 @@ from safetensors.torch import load_file, save_file
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import REPORT, Artifact
-from compressor.core.errors import CheckpointError, GateFailed, ResourceError, UsageError
+from compressor.core.errors import CheckpointError, ExportError, GateFailed, ResourceError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.encode import Work, encode_network
 from compressor.judge import failed_gates, judge, prove
+from compressor.learn import learn, settings_of
 from compressor.plan import Plan, make_plan
 from compressor.progress import Progress
 from compressor.recipe import Recipe, load_recipe
-from compressor.samples import Samples, calibration_batches, load_samples
+from compressor.samples import Samples, calibration_batches, learning_batches, load_samples
 from compressor.streaming import Batch, Network
 from compressor.survey import Survey, survey
 
@@ -157,7 +158,12 @@ def _encode(
         found = _survey(network, batches, recipe, work, progress)
     with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
         network = Network(checkpoint)
-        tensors = encode_network(network, batches, recipe, plan, found, work, lambda note: task.advance(note=note))
+        tensors, files = encode_network(network, batches, recipe, plan, found, work, lambda note: task.advance(note=note))
+    del network
+    if settings_of(recipe) is not None:
+        with clock.stage("learning"):
+            further = learning_batches(samples.calibration, recipe, work.folder.parent, options.seed)
+            tensors = learn(checkpoint, tensors, files, further, recipe, work, progress)
     return tensors, batches
 
 
@@ -194,13 +200,15 @@ def _export(
     """Writes the graph; returns the least onnxruntime that runs it, or None for --format safetensors."""
     if options.format != "onnx":
         return None
-    from compressor.export.check import refuse_slow_paths
+    from compressor.export.check import slow_paths
     from compressor.export.lowering import least_version
     from compressor.export.writing import export_graph
 
     exact = recipe.export.activations == "exact"
     graph = export_graph(checkpoint, tensors, offsets, partial, options.mode, exact, batches)
-    refuse_slow_paths(graph)
+    slow = slow_paths(graph, exact)
+    if slow:
+        raise ExportError(f"{graph}: onnxruntime would run it slowly: {'; '.join(slow[:3])}; please report the recipe")
     return least_version([tensors.describe(name) for name in tensors], options.mode)
 
 

@@ -34,9 +34,11 @@ class Calibration(_Section):
     """The text, or the samples, that passes learn from.
 
     token_importance: weigh each token by the loss's gradient at each layer; one backward pass.
+    learn_tokens: further text for the gradient steps of the network as a whole.
     """
 
     token_importance: bool = True
+    learn_tokens: Positive = 131072
     tokens: Positive = 16384
     window: Annotated[int, Field(ge=16)] = 512
     samples: Positive = 256

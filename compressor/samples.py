@@ -71,6 +71,17 @@ def load_samples(checkpoint: Any, recipe: Recipe, options: RunOptions) -> Sample
     return Samples(calibration, evaluation, check_disjoint(calibration, evaluation))
 
 
+def learning_batches(source: Text | Arrays | None, recipe: Recipe, tokenizer: Path, seed: int) -> list[Batch]:
+    """Windows of half the calibration's length, for gradient steps: attention costs least so."""
+    if not isinstance(source, Text):
+        return []
+    window = max(16, recipe.calibration.window // 2)
+    ids = tokenize(source, tokenizer)
+    n = max(1, min(recipe.calibration.learn_tokens // window, len(ids) // window))
+    chosen = torch.from_numpy(windows(ids, window, n, seed + 1))
+    return [{"input_ids": part} for part in chosen.split(max(1, TOKENS_PER_BATCH // window)) if len(part)]
+
+
 def calibration_batches(source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int) -> list[Batch]:
     """The forward's arguments, batch by batch."""
     settings = recipe.calibration

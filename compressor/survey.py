@@ -64,6 +64,34 @@ def survey(
     return found
 
 
+@torch.no_grad()
+def head_inputs(network: Network, batches: list[Batch], advance: Callable[[], None]) -> list[Tensor]:
+    """The untouched network's head inputs, bfloat16 (tokens, width) per batch: from them its logits are one product."""
+    for _ in network.sweep(batches):
+        advance()
+    rows = []
+    with network.tail() as run:
+        for batch, state in zip(batches, network.last, strict=True):
+            rows.append(_head_input(network, run, batch, state).detach().flatten(0, -2).to(torch.bfloat16))
+    return rows
+
+
+def _head_input(network: Network, run: Callable[[Batch, Tensor], object], batch: Batch, state: Tensor) -> Tensor:
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple) -> None:
+        caught.append(args[0])
+        raise _Stop
+
+    handle = head_of(network.module).register_forward_pre_hook(catch)
+    try:
+        with contextlib.suppress(_Stop), network.autocast():
+            run(batch, state)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
 class _Scratch:
     """Hidden states of each block's inputs in a mapped file, bfloat16."""
 
@@ -95,31 +123,21 @@ def _through_head(
     generator: torch.Generator,
 ) -> list[Tensor]:  # fmt: skip
     """The head's second moment; with gradients, ∂ℓ/∂(last hidden state) per batch."""
-    head, caught, upstream = head_of(network.module), [], []
+    upstream: list[Tensor] = []
     n_rows = 0
-
-    def catch(_: nn.Module, args: tuple) -> None:
-        caught.append(args[0])
-        raise _Stop
-
-    handle = head.register_forward_pre_hook(catch)
-    try:
-        with network.tail() as run:
-            head = head_of(network.module)
-            for batch, state in zip(batches, hidden, strict=True):
-                state = state.detach().requires_grad_(gradients)
-                caught.clear()
-                with contextlib.suppress(_Stop), torch.set_grad_enabled(gradients), network.autocast():
-                    run(batch, state)
-                rows = caught[0].detach().float().flatten(0, -2)
-                moment = rows.T @ rows
-                found.head_moment = moment if found.head_moment is None else found.head_moment.add_(moment)
-                n_rows += len(rows)
-                if gradients:
-                    caught[0].backward(_label_gradient(rows, head.weight, network, generator).view_as(caught[0]))
-                    upstream.append(state.grad)
-    finally:
-        handle.remove()
+    with network.tail() as run:
+        head = head_of(network.module)
+        for batch, state in zip(batches, hidden, strict=True):
+            state = state.detach().requires_grad_(gradients)
+            with torch.set_grad_enabled(gradients):
+                caught = _head_input(network, run, batch, state)
+            rows = caught.detach().float().flatten(0, -2)
+            moment = rows.T @ rows
+            found.head_moment = moment if found.head_moment is None else found.head_moment.add_(moment)
+            n_rows += len(rows)
+            if gradients:
+                caught.backward(_label_gradient(rows, head.weight, network, generator).view_as(caught))
+                upstream.append(state.grad)
     found.head_moment.div_(n_rows)
     return upstream
 

@@ -29,7 +29,7 @@ def help_text(*command: str) -> str:
 
 def page() -> str:
     """The whole page."""
-    from compressor.cli import COMMANDS
+    from compressor.examples import COMMANDS
 
     parts = ["# The command", "Made by scripts/make_cli_docs.py from the help texts; do not edit."]
     for command in ("", *COMMANDS):

@@ -117,7 +117,19 @@ def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
     _refuse_conflicts(checkpoint, groups)
     dropped = [name for name in stored if rename[name] not in expected]
     checkpoint.skipped = [name for name in dropped if not COMPUTED.search(name)]
+    _refuse_fused_experts(checkpoint, expected)
     checkpoint._aligned = True
+
+
+def _refuse_fused_experts(checkpoint: Checkpoint, expected: set[str]) -> None:
+    """transformers 5 stacks the experts of a layer into one tensor as it loads them; here nothing is stacked."""
+    stored = next((name for name in checkpoint.skipped if ".experts." in name), None)
+    fused = sorted(name for name in expected if ".experts." in name and name not in checkpoint.tensors)
+    if stored is not None and fused:
+        raise CheckpointError(
+            f"{checkpoint.path}: experts that transformers fuses are not supported yet; found '{stored}', "
+            f"{checkpoint.architecture} computes with '{fused[0]}'; give a model without mixtures of experts"
+        )
 
 
 def _refuse_conflicts(checkpoint: Checkpoint, groups: list[list[str]]) -> None:

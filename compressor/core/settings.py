@@ -81,10 +81,10 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
     block_steps: Steps = 0
     distill_steps: Steps = 0
     batch: Annotated[int, Field(ge=1)] = 4
-    mapping_rate: Rate = 1e-3
-    codebook_rate: Rate = 1e-3
-    scale_rate: Rate = 1e-3
-    distill_rate: Rate = 1e-4
+    mapping_rate: Annotated[float, Field(ge=0)] = 0.0
+    codebook_rate: Rate = 0.03
+    scale_rate: Rate = 0.01
+    dense_rate: Rate = 1e-3
     neighbours: Annotated[int, Field(ge=1)] = 4
     delta: Rate = 0.1
 

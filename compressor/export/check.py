@@ -43,7 +43,7 @@ def _reasons(node: ir.Node, exact: bool) -> Iterator[str]:
     if node.op_type in _KERNELS:
         unfolded = _unfolded(node)
         if unfolded:
-            yield f"{node.name}: its weights are unpacked at every run by {' → '.join(unfolded)}; they should fold at load"
+            yield f"{node.name}: its weights are unpacked at every run by {' → '.join(unfolded)}; that should fold"
 
 
 def _kernel_reasons(node: ir.Node, exact: bool) -> Iterator[str]:

@@ -116,7 +116,7 @@ def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") 
         return None
     if kind == "affine" and mode == "compat" and description["bits"] == 8:
         return "8 bits crawl or fail in onnxruntime before 1.22: 2 to 4 bits, or without --compat"
-    if kind == "affine" and description["bits"] in (4, 8) and description["zero"] not in (None, 2 ** description["bits"] // 2):
+    if kind == "affine" and description["bits"] == 8 and description["zero"] not in (None, 128):
         return f"a zero point of {description['zero']} at {description['bits']} bits has no kernel; use the midpoint"
     if kind == "codebook" and description["dim"] not in (1, 2, 4, 8):
         return f"codewords of {description['dim']} weights have no kernel; use 1, 2, 4 or 8"
@@ -128,10 +128,8 @@ def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") 
 def least_version(descriptions: list[dict[str, Any]], mode: Mode = "default") -> str:
     """The oldest onnxruntime that runs these encodings fast."""
     forms = [chosen for chosen in (form(description, mode) for description in descriptions) if chosen]
-    if any(chosen.bits == 2 for chosen in forms):
+    if mode == "standard" or any(chosen.bits == 2 for chosen in forms):
         return "1.29"
-    if mode == "standard":
-        return "1.23"
     return "1.23" if mode == "default" else "1.20"
 
 

@@ -136,7 +136,8 @@ def _per_block(parts: Parts, values: ir.Value, form: Form) -> ir.Value:
     rows, groups = parts.scale_shape
     blocks = -(-parts.columns // form.block)
     if groups == 1:
-        return values if (rows, blocks) == (parts.n_rows, 1) else b.op("Expand", values, b.integers(parts.n_rows, blocks))
+        whole = (rows, blocks) == (parts.n_rows, 1)
+        return values if whole else b.op("Expand", values, b.integers(parts.n_rows, blocks))
     if parts.group == form.block:
         return values
     per = parts.group // form.block

@@ -28,8 +28,8 @@ from compressor.export.standard import Repacked
 __all__ = ["Lowering", "Mode", "form", "least_version", "refusal"]
 
 LOCATION = "model.safetensors"
-OPSETS: dict[Mode, int] = {"default": 21, "compat": 21, "standard": 25}
-IR_VERSIONS: dict[Mode, int] = {"default": 10, "compat": 10, "standard": 13}
+OPSETS: dict[str, int] = {"default": 21, "compat": 21, "standard": 25}
+IR_VERSIONS: dict[str, int] = {"default": 10, "compat": 10, "standard": 13}
 
 
 class Lowering:
@@ -43,7 +43,8 @@ class Lowering:
         self, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], builder: GraphBuilder,
         mode: Mode = "default", exact: bool = False, directory: Path | None = None, location: str = LOCATION,
     ) -> None:  # fmt: skip
-        self.tensors, self.builder, self.mode = tensors, builder, mode
+        self.tensors, self.builder = tensors, builder
+        self.mode: Mode = mode
         self._offsets, self._location, self._exact = offsets, location, exact
         self._operands: dict[str, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
         self._repacked = Repacked(directory) if mode == "standard" and directory else None
@@ -153,8 +154,9 @@ class Lowering:
         return self._kernel_product(x, self._kernel_operands(name, chosen), rows, columns, chosen, output)
 
     def _kernel_product(
-        self, x: ir.Value, operands: Sequence[ir.Value | None], rows: int, columns: int, chosen: Form, output: str | None
-    ) -> ir.Value:
+        self, x: ir.Value, operands: Sequence[ir.Value | None], rows: int, columns: int, chosen: Form,
+        output: str | None,
+    ) -> ir.Value:  # fmt: skip
         return self.builder.contributed(
             "MatMulNBits", x, *operands, K=columns, N=rows, bits=chosen.bits, block_size=chosen.block,
             accuracy_level=1 if self._exact else 4, name=output,
@@ -169,7 +171,8 @@ class Lowering:
         if zeros is not None:
             inputs.append(self._block_zeros(name, chosen, zeros, rows, blocks))
         found = b.contributed(
-            "GatherBlockQuantized", *inputs, bits=chosen.bits, block_size=chosen.block, gather_axis=0, quantize_axis=2)
+            "GatherBlockQuantized", *inputs, bits=chosen.bits, block_size=chosen.block, gather_axis=0, quantize_axis=2
+        )
         if ids.shape is not None:
             found = b.reshape(found, *[0] * len(ids.shape), -1)
         else:

@@ -12,7 +12,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,15 @@ def export_module(
         ExportError: torch cannot trace the module, or a tensor has an encoding that its consumer cannot use.
     """
     path = out_dir / MODEL_FILE
-    shell = _Shell(_without_weights(module), positional=list(example) == [""])
+    notes: list[list[str]] = []
+    shell = _Shell(_without_weights(module), list(example), notes.append)
     inputs = {name or "input": value for name, value in _repeated(example).items()}
     model = _traced(shell, inputs, path)
     weights = _free_weights(model.graph, shell, tensors, path)
     model = onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
-    _name_ends(model.graph, inputs, shell.outputs)
+    _name_ends(model.graph, inputs, notes[-1])
     names = [output.name for output in model.graph.outputs]
-    model.graph.opset_imports |= {"": OPSETS[mode], CONTRIBUTED: 1}
+    model.graph.opset_imports.update({"": OPSETS[mode], CONTRIBUTED: 1})
     lowering = Lowering(tensors, offsets, GraphBuilder(model.graph), mode, exact, out_dir)
     Substitution(model.graph, lowering).substitute(weights)
     for output, name in zip(model.graph.outputs, names, strict=True):
@@ -83,21 +84,24 @@ def encoder_example(config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 class _Shell(nn.Module):
-    """Calls the network with inputs by name, and notes the names of the outputs that it keeps."""
+    """Calls the network with inputs by name; tells `note` the names of the outputs that it keeps.
 
-    def __init__(self, network: nn.Module, positional: bool) -> None:
+    A list of its own would not do: torch.export restores what a forward changes.
+    """
+
+    def __init__(self, network: nn.Module, names: list[str], note: Callable[[list[str]], None]) -> None:
         super().__init__()
-        self.network, self.positional = network, positional
-        self.outputs: list[str] = []
+        self.network, self.names, self.note = network, names, note
 
-    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        cache = {"use_cache": False} if hasattr(getattr(self.network, "config", None), "use_cache") else {}
-        if self.positional:
-            found = self.network(*inputs.values())
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.names == [""]:
+            found = self.network(*inputs)
         else:
-            found = self.network(**inputs, **(cache if _takes(self.network, "use_cache") else {}))
+            cached = hasattr(getattr(self.network, "config", None), "use_cache") and _takes(self.network, "use_cache")
+            cache = {"use_cache": False} if cached else {}
+            found = self.network(**dict(zip(self.names, inputs, strict=True)), **cache)
         outputs = _outputs(found)
-        self.outputs[:] = list(outputs)
+        self.note(list(outputs))
         return tuple(outputs.values())
 
 
@@ -150,10 +154,9 @@ def _is_tokens(value: Tensor) -> bool:
 
 def _traced(shell: _Shell, inputs: dict[str, Tensor], path: Path) -> ir.Model:
     free = torch.export.Dim.DYNAMIC
-    shapes = {
-        name: {axis: free for axis in range(2 if _is_tokens(value) else 1)} if value.dim() else {}
-        for name, value in inputs.items()
-    }
+    shapes = tuple(
+        {axis: free for axis in range(2 if _is_tokens(value) else 1)} if value.dim() else {} for value in inputs.values()
+    )
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)  # it warns of the absence of torchvision
@@ -161,7 +164,7 @@ def _traced(shell: _Shell, inputs: dict[str, Tensor], path: Path) -> ir.Model:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                shell.eval(), (), kwargs=inputs, dynamic_shapes={"inputs": shapes}, dynamo=True, optimize=False,
+                shell.eval(), (tuple(inputs.values()),), dynamic_shapes=(shapes,), dynamo=True, optimize=False,
                 opset_version=TRACED_OPSET, verbose=False,
             )  # fmt: skip
     except Exception as error:  # torch's tracer runs somebody else's forward; anything may come out of it
@@ -200,7 +203,13 @@ def _free_weights(graph: ir.Graph, shell: _Shell, tensors: EncodedTensors, path:
 
 
 def _name_ends(graph: ir.Graph, inputs: Mapping[str, Tensor], outputs: list[str]) -> None:
-    """Names inputs, outputs and free dimensions."""
+    """Names inputs, outputs and free dimensions; what is traced gets names that no builder gives."""
+    for i, node in enumerate(graph.all_nodes()):
+        node.name = f"traced.{node.op_type}.{i}"
+        for value in node.outputs:
+            value.name = f"traced.{value.name}"
+    for value in list(graph.initializers.values()):
+        value.name = f"traced.{value.name}"
     symbols: dict[str, str] = {}
     for value, (name, example) in zip(graph.inputs, inputs.items(), strict=False):
         value.name = name

@@ -1,4 +1,4 @@
-"""The stored parts of encoded tensors as graph values: external initialisers, and index arithmetic that folds at load."""
+"""The stored parts of encoded tensors as graph values: external initialisers, and arithmetic that folds at load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from compressor.export.builder import GraphBuilder
 from compressor.export.forms import FOLD_LIMIT, stored_codes
 from compressor.ops.widths import n_groups, packed_columns, plane_widths
 
-_SIZES = {ir.DataType.UINT8: 1, ir.DataType.UINT16: 2, ir.DataType.FLOAT16: 2, ir.DataType.INT32: 4, ir.DataType.FLOAT: 4}
+_SIZES = {
+    ir.DataType.UINT8: 1,
+    ir.DataType.UINT16: 2,
+    ir.DataType.FLOAT16: 2,
+    ir.DataType.INT32: 4,
+    ir.DataType.FLOAT: 4,
+}
 
 
 def digits(width: int) -> np.ndarray:

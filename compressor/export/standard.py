@@ -57,7 +57,7 @@ class Repacked:
     """The file of re-ordered weights, written tensor by tensor."""
 
     def __init__(self, directory: Path) -> None:
-        self._file = open(directory / FILE_NAME, "wb")
+        self._file = open(directory / FILE_NAME, "wb")  # noqa: SIM115
 
     def close(self) -> int:
         """Ends the file; its bytes."""

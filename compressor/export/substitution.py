@@ -108,7 +108,7 @@ def _products(value: ir.Value) -> Iterator[_Product]:
     """The products of inputs with a matrix: MatMul(x, W), MatMul(x, Wᵀ), Gemm."""
     yield from _products_with(value, False)
     for node, index in value.uses():
-        if node.op_type == "Transpose" and index == 0 and node.attributes.get_ints("perm", [1, 0]) == [1, 0]:
+        if node.op_type == "Transpose" and index == 0 and list(node.attributes.get_ints("perm", (1, 0))) == [1, 0]:
             yield from _products_with(node.outputs[0], True)
 
 

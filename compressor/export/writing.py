@@ -23,12 +23,8 @@ def export_graph(
         from compressor.export.genai import write_genai_config
 
         graph = export_decoder(config, tensors, offsets, directory, mode, exact)
-        write_genai_config(config, directory)
+        write_genai_config(config, None, directory)
         return graph
-    from compressor.export.loading import decoded_checkpoint
     from compressor.export.module import export_module
 
-    decoded = decoded_checkpoint(checkpoint, tensors)
-    module = decoded.build()
-    decoded.materialise(module)
-    return export_module(module, batches[0] if batches else {}, tensors, offsets, directory, mode, exact)
+    return export_module(checkpoint.build(), batches[0] if batches else {}, tensors, offsets, directory, mode, exact)

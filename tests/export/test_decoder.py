@@ -31,7 +31,10 @@ NETWORKS = {
     "llama": {"model_type": "llama"},
     "llama_untied": {"model_type": "llama", "tie_word_embeddings": False},
     "llama_biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "llama_linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "llama_linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    },
     "llama_llama3": {"model_type": "llama", "rope_parameters": LLAMA3},
     "mistral_window": {"model_type": "mistral", "sliding_window": 5},
     "qwen2": {"model_type": "qwen2"},

@@ -14,11 +14,10 @@ import torch
 from compressor.core.encoding import Affine, Binary, Codebook, Dense, Encoding, Layout, Scales, describe
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.export.builder import GraphBuilder
-from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, form, least_version, refusal
+from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, form, refusal
 from compressor.ops.widths import n_groups
 
 ROWS, COLUMNS = 52, 160
-INT4_MIDDLES = (0.0, 1.5, 2.0, 3.0)
 
 
 def affine(bits: int, group: int, zero: float | str = "middle", columns: int = COLUMNS, scale_bits: int = 16) -> Affine:
@@ -33,7 +32,9 @@ def affine(bits: int, group: int, zero: float | str = "middle", columns: int = C
     return Affine((ROWS, columns), bits, group, codes, Scales.of(scales, scale_bits), point)
 
 
-def codebook(width: int, dim: int, group: int = 32, books: int = 1, ordered: bool = False, free: bool = False) -> Codebook:
+def codebook(
+    width: int, dim: int, group: int = 32, books: int = 1, ordered: bool = False, free: bool = False
+) -> Codebook:
     generator = torch.Generator().manual_seed(width * 31 + dim)
     groups = n_groups(COLUMNS, group)
     codes = torch.randint(0, 2**width, (ROWS, groups * group // dim), generator=generator, dtype=torch.int32)
@@ -74,8 +75,8 @@ ENCODINGS: dict[str, Encoding] = {
     **{
         f"codebook{width}x{dim}": codebook(width, dim)
         for width, dim in (
-            (1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (4, 2), (5, 2), (6, 2), (8, 2), (3, 4), (4, 4), (8, 4), (9, 4),
-            (11, 4), (12, 4), (16, 8),
+            (1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (4, 2), (5, 2), (6, 2), (8, 2), (3, 4), (4, 4), (8, 4),
+            (9, 4), (11, 4), (12, 4), (16, 8),
         )
     },
     **{
@@ -94,7 +95,9 @@ def graph_of(directory: Path, encoding: Encoding, operator: str, mode: str, layo
     tensor = EncodedTensor(encoding, layout or Layout(encoding.shape))
     offsets = write_tensors(directory / "model.safetensors", {"w": tensor})
     kind = ir.DataType.FLOAT if operator in ("matmul", "constant") else ir.DataType.INT64
-    x = ir.Value(name="x", type=ir.TensorType(kind), shape=ir.Shape(["batch", "length", *([encoding.shape[1]] * (kind == 1))]))
+    x = ir.Value(
+        name="x", type=ir.TensorType(kind), shape=ir.Shape(["batch", "length", *([encoding.shape[1]] * (kind == 1))])
+    )
     graph = ir.Graph([x], [], nodes=[], name="g", opset_imports={"": OPSETS[mode], "com.microsoft": 1})
     builder = GraphBuilder(graph)
     lowering = Lowering(EncodedTensors([directory / "model.safetensors"]), offsets, builder, mode, True, directory)
@@ -158,3 +161,35 @@ def test_constant_folds_to_the_decoded_tensor(tmp_path, name):
     found = session.run(None, {"x": np.zeros((1, 1, encoding.shape[1]), np.float32)})[0]
     is_close(found, tensor.decode())
     assert optimised_operators(tmp_path) in ([], ["Identity"])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "operator", "mode", "reason"),
+    [
+        (codebook(8, 4, free=True), "matmul", "default", "free codewords only with --format safetensors"),
+        (codebook(8, 4, free=True), "constant", "default", None),
+        (affine(8, 32), "matmul", "compat", "8 bits crawl or fail in onnxruntime before 1.22"),
+        (affine(8, 32, "half"), "matmul", "default", "a zero point of 127.5 at 8 bits has no kernel"),
+        (affine(4, 24), "matmul", "default", "groups of 24 columns are no multiple of 16"),
+        (affine(4, 24), "constant", "default", None),
+        (codebook(5, 1), "matmul", "default", "single-weight codebooks have at most 4 bits"),
+    ],
+)
+def test_refusals_state_their_reason(encoding, operator, mode, reason):
+    found = refusal(describe(encoding), operator, mode)
+    assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_the_least_version_is_that_of_the_newest_kernel():
+    four, two = describe(affine(4, 32)), describe(affine(2, 32))
+    assert [least_version([four], mode) for mode in ("default", "compat", "standard")] == ["1.23", "1.20", "1.29"]
+    assert [least_version([four, two], mode) for mode in ("default", "compat", "standard")] == ["1.29", "1.20", "1.29"]
+
+
+def test_large_tensors_are_looked_up_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("compressor.export.parts.FOLD_LIMIT", 4096)
+    monkeypatch.setattr("compressor.export.lowering.FOLD_LIMIT", 4096)
+    for name in ("codebook8x4books", "codebook9x4books", "affine3g32", "float16"):
+        session, tensor = graph_of(tmp_path, ENCODINGS[name], "matmul", "default")
+        x = torch.randn(1, 2, COLUMNS, generator=torch.Generator().manual_seed(1))
+        is_close(session.run(None, {"x": x.numpy()})[0], x @ tensor.decode().T)

@@ -1,0 +1,35 @@
+"""The examples under the help of each command."""
+
+from __future__ import annotations
+
+STATUSES = (
+    "`compress MODEL` is short for `compress run MODEL`. Exit status: 0 done, 1 a quality gate failed, 2 wrong usage "
+    "or recipe, 3 unreadable input, 4 out of disk or memory, 5 our bug or a failed verification, 130 interrupted."
+)
+EXAMPLES = {
+    "": [
+        "compress smollm2/ --recipe llm-2bit",
+        "compress model.pt --recipe llm-2bit --dry-run",
+        'compress generate smollm2-llm-2bit "The capital of France is"',
+    ],
+    "run": [
+        "compress smollm2/ --recipe llm-2bit -o small",
+        "compress weights.pt --arch mynet:build --recipe encoder-4bit --data inputs.npz",
+        "compress smollm2/ --recipe llm-3bit --set jlcm.group=128 --set calibration.tokens=8192",
+        "compress smollm2/ --recipe llm-2bit --dry-run",
+    ],
+    "recipes": ["compress recipes", "compress recipes llm-2bit"],
+    "inspect": ["compress inspect model.pt", "compress inspect smollm2-llm-2bit --json"],
+    "eval": ["compress eval smollm2-llm-2bit", "compress eval smollm2-llm-2bit --data moby-dick.txt"],
+    "bench": ["compress bench smollm2-llm-2bit --threads 1"],
+    "generate": ['compress generate smollm2-llm-2bit "The capital of France is" --tokens 40'],
+}
+COMMANDS = tuple(filter(None, EXAMPLES))
+
+
+def epilog(command: str) -> str:
+    """The examples of a command as typer prints them, one per line."""
+    # \b keeps typer from filling the lines of a paragraph.
+    lines = "\n".join(f"  {example}" for example in EXAMPLES[command])
+    tail = f"\n\n{STATUSES}" if command == "" else ""
+    return f"Examples:\n\n\b\n{lines}{tail}"

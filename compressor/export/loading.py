@@ -1,0 +1,75 @@
+"""Compressed networks as torch modules again: the decoded tensors of an artifact as a checkpoint like any other."""
+
+from __future__ import annotations
+
+import math
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from compressor.checkpoints.architecture import resolve
+from compressor.checkpoints.checkpoint import Checkpoint
+from compressor.checkpoints.opening import read_config
+from compressor.checkpoints.source import Source, TensorInfo
+from compressor.core.artifact import Artifact
+from compressor.core.errors import CheckpointError
+from compressor.core.tensors import EncodedTensors
+
+WEIGHTS = "model.safetensors"
+
+
+class DecodedSource(Source):
+    """Encoded tensors, each decoded to float32 when it is read; integers stay what they are."""
+
+    def __init__(self, path: Path, tensors: EncodedTensors) -> None:
+        infos = {name: _info(name, tensors) for name in (*tensors, *sorted(tensors.tied))}
+        super().__init__("artifact", [path], infos, dict(tensors.tied))
+        self._encoded = tensors
+
+    def file_of(self, name: str) -> Path:
+        return self.files[0]
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._encoded[name]
+        if tensor.encoding.kind == "dense":
+            values = tensor.encoding.parts()["weight"]
+            if not values.is_floating_point():
+                return tensor.layout.tensor(values).clone()
+        return tensor.decode().clone()
+
+
+def load(path: str | PathLike[str], arch: str | None = None) -> nn.Module:
+    """The network of an artifact's directory with its decoded weights: float32, in eval mode.
+
+    Args:
+        arch: `module:callable` that returns the module, where the artifact's own reference is not the right one.
+
+    Raises:
+        CheckpointError: The directory is no artifact, or its network cannot be built.
+    """
+    artifact = Artifact.open(Path(path))
+    weights = artifact.directory / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{artifact.directory}: has no {WEIGHTS}; give a directory that compress wrote")
+    source = DecodedSource(weights, EncodedTensors([weights]))
+    config_file = artifact.directory / "config.json"
+    config = read_config(config_file) if arch is None and config_file.is_file() else None
+    recorded = (artifact.report.get("source") or {}).get("arch")
+    reference = arch or (recorded if config is None else None)
+    architecture = resolve(artifact.directory, source, config, reference)
+    return Checkpoint(artifact.directory, source, architecture, config=config).build("cpu").float()
+
+
+def decoded_checkpoint(checkpoint: Checkpoint, tensors: EncodedTensors) -> Checkpoint:
+    """The checkpoint's network with what `tensors` decode to, each when it is read."""
+    source = DecodedSource(checkpoint.path, tensors)
+    return Checkpoint(
+        checkpoint.path, source, checkpoint._architecture, config=checkpoint.config,
+        tokenizer_files=checkpoint.tokenizer_files,
+    )  # fmt: skip
+
+
+def _info(name: str, tensors: EncodedTensors) -> TensorInfo:
+    shape = tuple(tensors.describe(name)["tensor_shape"])
+    return TensorInfo(name, shape, "F32", 4 * math.prod(shape))

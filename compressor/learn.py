@@ -1,0 +1,82 @@
+"""The learning stage: the whole network, as encoded, is distilled on the original's predictions.
+
+The original runs block by block first and leaves only its head inputs. The student is held whole, in bfloat16 where the
+processor multiplies that in hardware; `--dry-run` counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.core.settings import JlcmSettings
+from compressor.core.tensors import EncodedTensors, write_tensors
+from compressor.encode import Work
+from compressor.progress import Progress
+from compressor.recipe import Recipe
+from compressor.streaming import Batch, Network
+from compressor.survey import head_inputs, head_of
+from compressor.training import Rates, Student, distill
+
+LEARNED = "learned.safetensors"
+
+
+def settings_of(recipe: Recipe) -> JlcmSettings | None:
+    """The settings of the pass that learns, or None."""
+    found = [step.settings for step in recipe.passes if isinstance(step.settings, JlcmSettings)]
+    return next((settings for settings in found if settings.distill_steps), None)
+
+
+def learn(
+    checkpoint: Any, tensors: EncodedTensors, files: list[Path], batches: list[Batch], recipe: Recipe, work: Work,
+    progress: Progress,
+) -> EncodedTensors:  # fmt: skip
+    """The tensors with what was learned in place of what was encoded; unchanged where nothing learns."""
+    settings = settings_of(recipe)
+    network = Network(checkpoint)
+    if settings is None or head_of(network.module) is None or not batches:
+        return tensors
+    file = work.folder / LEARNED
+    if not file.exists():
+        with progress.task("running the original", len(network.blocks)) as task:
+            rows = head_inputs(network, batches, lambda: task.advance())
+        teacher_head = checkpoint.read(_head_name(network)).float()
+        student = _student(checkpoint, tensors, settings, network.fast)
+        dtype = torch.bfloat16 if network.fast else torch.float32
+        head = head_of(student.module)
+        rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
+        with progress.task("distilling", settings.distill_steps) as task:
+            for entry in distill(
+                student, _cycle(batches, rows), teacher_head, head, settings.distill_steps, rates, dtype,
+                lambda note: task.advance(note=note),
+            ):  # fmt: skip
+                work.log.append(entry)
+        write_tensors(file, student.results())
+    return EncodedTensors([*files, file], tensors.tied)
+
+
+def _head_name(network: Network) -> str:
+    head = head_of(network.module)
+    return next(name for name, parameter in network.module.named_parameters() if parameter is head.weight)
+
+
+def _cycle(batches: list[Batch], rows: list[Tensor]) -> Callable[[int], tuple[Batch, Tensor]]:
+    return lambda step: (batches[step % len(batches)], rows[step % len(batches)])
+
+
+def _student(checkpoint: Any, tensors: EncodedTensors, settings: JlcmSettings, fast: bool) -> Student:
+    module: nn.Module = checkpoint.build()
+    if hasattr(module, "config"):
+        module.config.use_cache = False
+    dtype = torch.bfloat16 if fast else torch.float32
+    shared: dict[int, nn.Parameter] = {}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in shared:
+            shared[id(parameter)] = nn.Parameter(tensors[name].decode().to(dtype), requires_grad=False)
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, shared[id(parameter)])
+    return Student(module, tensors, settings.mapping_rate, settings.neighbours, settings.delta)
