@@ -7,7 +7,7 @@ at the first block without one, and gives the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,13 @@ from compressor.core.encoding import Layout
 from compressor.core.errors import PassError
 from compressor.core.passes import Pass
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
-from compressor.graph.blocks import is_grouped, layers, layout_of
+from compressor.graph.blocks import first_tensor, is_grouped, layers, layout_of
 from compressor.passes.affine import Affine
 from compressor.plan import Plan
 from compressor.recipe import Recipe
 from compressor.streaming import Batch, Network, layer_stages, second_moments
 from compressor.survey import Survey
+from compressor.training import Rates, Student, reconstruct
 
 _TABLE_RIDGE = 0.1
 """Of a tied table's second moment: as a head it is weighed by its inputs, as an embedding every column counts."""
@@ -81,10 +82,15 @@ def encode_network(
     if network.outside:
         files.append(_outside(network, choice, survey, work))
         advance("tables")
+    learning = next((step.settings for step in recipe.passes if getattr(step.settings, "block_steps", 0)), None)
+    targets = _original_outputs(network, batches) if learning and has_blocks(network) else None
     for name, block, reached in network.sweep(batches):
         file = work.file(name)
+        wanted = next(targets) if targets else []
         if not file.exists():
             tensors = _encode_block(network, block, name, reached, choice, survey, work)
+            if targets:
+                tensors |= _reconstruct(network, block, name, tensors, reached, wanted, survey, learning, work)
             write_tensors(file, tensors)
         _compute_with(network, block, name, EncodedTensors([file]))
         files.append(file)
@@ -92,6 +98,39 @@ def encode_network(
         if name == "":
             break
     return EncodedTensors(files, _ties(network)), files
+
+
+def has_blocks(network: Network) -> bool:
+    """Whether the network has blocks to stream, and is not one itself."""
+    return network.blocks != [""]
+
+
+def _original_outputs(network: Network, batches: list[Batch]) -> Iterator[list[Tensor]]:
+    """What each block of the original gives, from the original's own inputs."""
+    original = Network(network.checkpoint, network.fast)
+    sweep = original.sweep(batches)
+    next(sweep)
+    for _, _, reached in sweep:
+        yield [first_tensor(list(args) or list(kwargs.values())) for args, kwargs in reached]
+    yield original.last
+
+
+def _reconstruct(
+    network: Network, block: nn.Module, prefix: str, tensors: dict[str, EncodedTensor], reached: list,
+    wanted: list[Tensor], survey: Survey, settings: Any, work: Work,
+) -> dict[str, EncodedTensor]:  # fmt: skip
+    """The block's codebooks, scales, codes, norms and biases after learning on the original's output."""
+    dotted = f"{prefix}."
+    student = Student(block, tensors, settings.mapping_rate, settings.neighbours, settings.delta, dotted)
+    if not student.learned:
+        return {}
+    rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
+    entry = reconstruct(
+        student, dotted, lambda module, i: network.step(module, reached[i]), wanted, survey.importance.get(prefix),
+        survey.channels.get(prefix), settings.block_steps, rates,
+    )  # fmt: skip
+    work.log.append({"block": prefix} | entry)
+    return student.results()
 
 
 def _ties(network: Network) -> dict[str, str]:

@@ -28,9 +28,11 @@ from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.encode import Work, encode_network
 from compressor.judge import failed_gates, judge, prove
 from compressor.learn import learn, settings_of
+from compressor.original import bench_original
 from compressor.plan import Plan, make_plan
 from compressor.progress import Progress
 from compressor.recipe import Recipe, load_recipe
+from compressor.recipe_file import restore_recipe
 from compressor.samples import Samples, calibration_batches, learning_batches, load_samples
 from compressor.streaming import Batch, Network
 from compressor.survey import Survey, survey
@@ -92,7 +94,7 @@ def run(options: RunOptions) -> Artifact:
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
         failures = failed_gates(recipe.gates, quality)
         report["gates"] = {"passed": not failures, "failures": failures}
-        _finish(partial, options, report, work)
+        _finish(partial, options, report, work, checkpoint, batches)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{partial}: the disk is full; free some space, then --resume goes on") from error
@@ -170,9 +172,7 @@ def _encode(
 def _survey(network: Network, batches: list[Batch], recipe: Recipe, work: Work, progress: Progress) -> Survey:
     file = work.folder / "survey.bin"
     if file.exists():
-        stored = load_file(file)
-        moment = stored.pop("head moment", None)
-        return Survey(stored, moment)
+        return Survey.unpack(load_file(file))
     gradients = recipe.calibration.token_importance and network.blocks != [""]
     directions = 2 if gradients else 1
     if not batches:
@@ -180,9 +180,8 @@ def _survey(network: Network, batches: list[Batch], recipe: Recipe, work: Work, 
     with progress.task("surveying", directions * len(network.blocks)) as task:
         generator = work.generator("survey")
         found = survey(network, batches, work.folder, gradients, generator, lambda: task.advance())
-    moment = {} if found.head_moment is None else {"head moment": found.head_moment}
     partial = file.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in found.importance.items()} | moment, partial)
+    save_file(found.pack(), partial)
     partial.rename(file)
     return found
 
@@ -233,7 +232,9 @@ def _report(
     }  # fmt: skip
 
 
-def _finish(partial: Path, options: RunOptions, report: dict[str, Any], work: Work) -> None:
+def _finish(
+    partial: Path, options: RunOptions, report: dict[str, Any], work: Work, checkpoint: Checkpoint, batches: list[Batch]
+) -> None:
     """Sizes and hashes into the report, the working folder away, and the artifact into its place."""
     from compressor.evaluate.bench import bench, size
 
@@ -241,6 +242,7 @@ def _finish(partial: Path, options: RunOptions, report: dict[str, Any], work: Wo
     if options.format == "onnx":
         report["size"] = size(partial)
         report["speed"] = bench(partial)
+        report["original_speed"] = bench_original(checkpoint, partial, batches) if batches else None
     else:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         report["size"] = {"bytes": sum(files.values()), "files": files}
@@ -267,7 +269,7 @@ def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
     if not source.exists():
         raise CheckpointError(f"{source}: the original is gone; it is needed to compare with")
     checkpoint = open_checkpoint(source, arch=report["source"]["arch"])
-    recipe = load_recipe(report["recipe"]["name"])
+    recipe = restore_recipe(report["recipe"], str(artifact.directory / REPORT))
     options = RunOptions(model=str(source), eval=data, data=None)
     samples = load_samples(checkpoint, recipe, options)
     format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"

@@ -30,11 +30,29 @@ class Survey:
     """What the untouched network showed.
 
     importance    per layer weight, (tokens,): mean 1, at most 50; empty where no gradients were asked for
+    channels      per block, (width,): how much each channel of its output matters, mean 1; under the block's own name
+                  `importance` has how much each token does
     head_moment   mean xxᵀ of the output head's input (in, in); None for a network without a language-model head
     """
 
     importance: dict[str, Tensor] = field(default_factory=dict)
+    channels: dict[str, Tensor] = field(default_factory=dict)
     head_moment: Tensor | None = None
+
+    def pack(self) -> dict[str, Tensor]:
+        """All of it as named tensors, for a file."""
+        found = {f"importance {name}": tensor.contiguous() for name, tensor in self.importance.items()}
+        found |= {f"channels {name}": tensor.contiguous() for name, tensor in self.channels.items()}
+        return found if self.head_moment is None else found | {"head moment": self.head_moment}
+
+    @classmethod
+    def unpack(cls, stored: dict[str, Tensor]) -> Survey:
+        """The inverse of `pack`."""
+        kinds: dict[str, dict[str, Tensor]] = {"importance": {}, "channels": {}, "head": {}}
+        for key, tensor in stored.items():
+            kind, _, name = key.partition(" ")
+            kinds[kind][name] = tensor
+        return cls(kinds["importance"], kinds["channels"], kinds["head"].get("moment"))
 
 
 def head_of(module: nn.Module) -> nn.Module | None:
@@ -162,6 +180,10 @@ def _backward(
     for index in reversed(range(len(network.blocks))):
         name = network.blocks[index]
         block = network.block(name)
+        squares = [part.flatten(0, -2).pow(2) for part in upstream]
+        found.importance[name] = _shares(torch.cat([part.mean(1) for part in squares]), name, network)
+        found.channels[name] = _shares(torch.stack([part.sum(0) for part in squares]).sum(0), name, network)
+        del squares
         with network.loaded(network.names_in(name)):
             collected: dict[str, list[Tensor]] = {}
             handles = [
@@ -177,12 +199,15 @@ def _backward(
             for handle in handles:
                 handle.remove()
         for weight, parts in collected.items():
-            tokens = torch.cat(parts)
-            if not bool(tokens.isfinite().all()):
-                raise CheckpointError(f"{network.checkpoint.path}: the gradient at '{weight}' is not finite")
-            mean = tokens.mean().clamp_min(torch.finfo(torch.float32).tiny)
-            found.importance[weight] = (tokens / mean).clamp(max=LARGEST_IMPORTANCE)
+            found.importance[weight] = _shares(torch.cat(parts), weight, network)
         advance()
+
+
+def _shares(values: Tensor, name: str, network: Network) -> Tensor:
+    """Relative to their mean, at most 50."""
+    if not bool(values.isfinite().all()):
+        raise CheckpointError(f"{network.checkpoint.path}: the gradient at '{name}' is not finite")
+    return (values / values.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=LARGEST_IMPORTANCE)
 
 
 def _collector(into: list[Tensor]):

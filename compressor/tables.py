@@ -108,10 +108,10 @@ _MEASURES = (
     ("top-1 agreement", "quality", None, "top1_agreement"),
     ("KL divergence", "quality", None, "kl_divergence"),
     ("cosine", "quality", None, "cosine"),
-    ("load, seconds", "speed", None, "load_seconds"),
-    ("latency, seconds", "speed", None, "latency_seconds"),
-    ("decoding, tokens/s", "speed", None, "decode_tokens_per_second"),
-    ("prefill, tokens/s", "speed", None, "prefill_tokens_per_second"),
+    ("load, seconds", "speed", "load_seconds", "load_seconds"),
+    ("latency, seconds", "speed", "latency_seconds", "latency_seconds"),
+    ("decoding, tokens/s", "speed", "decode_tokens_per_second", "decode_tokens_per_second"),
+    ("prefill, tokens/s", "speed", "prefill_tokens_per_second", "prefill_tokens_per_second"),
 )
 
 
@@ -124,11 +124,12 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     for label, section, before, after in _MEASURES:
         found = report.get(section) or {}
         if found.get(after) is not None:
-            original = found.get(before) if before else None
+            beside = (report.get("original_speed") or {}) if section == "speed" else found
+            original = beside.get(before) if before else None
             made.add_row(label, "" if original is None else f"{original:.4g}", f"{found[after]:.4g}")
-    peak = ((report.get("speed") or {}).get("memory") or {}).get("peak_private")
-    if peak:
-        made.add_row("memory in use", "", size(peak))
+    peaks = [((report.get(key) or {}).get("memory") or {}).get("peak_private") for key in ("original_speed", "speed")]
+    if peaks[1]:
+        made.add_row("memory in use, peak", size(peaks[0]) if peaks[0] else "", size(peaks[1]))
     stages = report.get("cost") or {}
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     return [made, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]

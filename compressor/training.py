@@ -9,7 +9,7 @@ rounded to the int4 grid straight-through. `distill` learns all of a network at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from compressor.core.encoding import Codebook, Scales
-from compressor.core.tensors import EncodedTensor, EncodedTensors
+from compressor.core.tensors import EncodedTensor
 from compressor.graph.blocks import first_tensor
 
 _POSITIONS = 512
@@ -136,12 +136,15 @@ class Rates:
 class Student(nn.Module):
     """A network whose encoded matrices are `LearnedCodebook`s and whose norms and biases are open."""
 
-    def __init__(self, module: nn.Module, tensors: EncodedTensors, mapping_rate: float, neighbours: int, delta: float):
+    def __init__(
+        self, module: nn.Module, tensors: Mapping[str, EncodedTensor], mapping_rate: float, neighbours: int, delta: float,
+        prefix: str = "",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.module, self.learned = module, {}
         self.layouts, self.dense = {}, {}
         parameters = dict(module.named_parameters())
-        for name, parameter in parameters.items():
+        for name, parameter in ((f"{prefix}{name}", parameter) for name, parameter in parameters.items()):
             tensor = tensors[name]
             if isinstance(tensor.encoding, Codebook) and tensor.encoding.on_int4_grid:
                 self.learned[name] = LearnedCodebook(tensor.encoding, mapping_rate, neighbours, delta)
@@ -205,6 +208,63 @@ def distill(
             flipped = sum(learned.flipped for learned in student.learned.values())
             yield {"step": step + 1, "kl": running / count, "flipped_fraction": flipped / max(1, n_codes)}
             running, count = 0.0, 0
+
+
+def reconstruct(
+    student: Student, prefix: str, forward: Callable[[nn.Module, int], Tensor], targets: list[Tensor],
+    tokens: Tensor | None, channels: Tensor | None, steps: int, rates: Rates,
+) -> dict[str, float]:  # fmt: skip
+    """`steps` of Adam on the block's output error, Σ_t a_t Σ_c b_c (y − ŷ)²_tc over its mean square before; one batch each.
+
+    The tokens' weights a and the channels' b are the gradient of the final loss, so that the few massive activations,
+    which are most of the plain squared error, do not hide the rest (BRECQ's diagonal Fisher, arXiv 2102.05426, in rank
+    one). forward(module, i) runs the block on batch i; targets (…, width) are what the original's block gave.
+    """
+    groups = student.groups(rates)
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    initial = [group["lr"] for group in optimiser.param_groups]
+    starts = [0]
+    for target in targets:
+        starts.append(starts[-1] + target.shape[:-1].numel())
+    losses = []
+    for step in range(steps):
+        for group, rate in zip(optimiser.param_groups, initial, strict=True):
+            group["lr"] = rate * min(1.0, 2.0 * (1 - step / steps))
+        i = step % len(targets)
+        open_weights = {name.removeprefix(prefix): tensor for name, tensor in student.weights(torch.float32).items()}
+        with torch.enable_grad():
+            output = forward(_Calling(student.module, open_weights), i)
+            error = (output - targets[i]).flatten(0, -2).pow(2)
+            if channels is not None:
+                error = error * channels
+            error = error.mean(1)
+            if tokens is not None:
+                error = error * tokens[starts[i] : starts[i + 1]]
+            loss = error.mean()
+        losses.append(float(loss.detach()))
+        (loss / max(losses[0], 1e-30)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        for learned in student.learned.values():
+            learned.move()
+    n_codes = sum(len(learned.index) for learned in student.learned.values())
+    flipped = sum(learned.flipped for learned in student.learned.values())
+    n = max(1, len(losses) // 4)
+    return {
+        "loss_before": sum(losses[:n]) / n, "loss_after": sum(losses[-n:]) / n,
+        "flipped_fraction": flipped / max(1, n_codes),
+    }  # fmt: skip
+
+
+class _Calling(nn.Module):
+    """A module that computes with other weights."""
+
+    def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.__dict__["inner"], self.__dict__["replaced"] = module, weights
+
+    def forward(self, *args, **kwargs):
+        return functional_call(self.inner, self.replaced, args, kwargs)
 
 
 class _Reached(Exception):

@@ -54,12 +54,12 @@ class JlcmSettings(Pass):
     """Jointly learned codebooks and mappings.
 
     width, dim          a code of `width` bits names `dim` neighbouring weights: width / dim bits per weight
-    codebooks           tables per tensor; rows are clustered, and re-ordered when `reorder`
+    codebooks           tables per tensor; with several, rows are clustered and re-ordered
     group, scale_bits   columns that share a scale, and how it is stored
     grid                int4: codewords on −8 … 7, which onnxruntime runs; free: float16, only for safetensors
     kmeans_iterations   of the weighted k-means that starts the codebooks
     damping             of the Hessian in the error feedback, as a share of its mean diagonal
-    layer_steps, block_steps, distill_steps    gradient steps on a layer's, a block's, the network's output; 0 is off
+    block_steps, distill_steps    gradient steps on each block's output, then on the network's predictions; 0 is off
     neighbours, delta   of the proximal mapping gradient, φ(d) = 1 / (d + delta) on the nearest codewords
     """
 
@@ -74,10 +74,8 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
     group: GroupSetting = 64
     scale_bits: Literal[8, 16] = 8
     grid: Literal["int4", "free"] = "int4"
-    reorder: bool = True
     kmeans_iterations: Steps = 4
     damping: Rate = 0.01
-    layer_steps: Steps = 0
     block_steps: Steps = 0
     distill_steps: Steps = 0
     batch: Annotated[int, Field(ge=1)] = 4
@@ -90,7 +88,7 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
 
     @property
     def needs(self) -> frozenset[Need]:
-        learns = self.layer_steps or self.block_steps or self.distill_steps
+        learns = self.block_steps or self.distill_steps
         return frozenset({"data", "gradients"}) if learns else frozenset({"data"})
 
     def spec_for(self, name: str, shape: tuple[int, int], role: Role) -> Spec | None:
@@ -98,12 +96,12 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
             return None
         return CodebookSpec(
             width=self.width, dim=self.dim, codebooks=self.codebooks, group=self.group, scale_bits=self.scale_bits,
-            grid=self.grid, reorder=self.reorder and min(self.codebooks, shape[0]) > 1,
+            grid=self.grid, reorder=min(self.codebooks, shape[0]) > 1,
         )  # fmt: skip
 
     def cost(self, tokens: int) -> float:
         windows = max(tokens // 512, 1)
-        return 4.0 + 3.0 * (self.layer_steps + self.block_steps + self.distill_steps) * self.batch / windows
+        return 4.0 + 3.0 * (self.block_steps + self.distill_steps) * self.batch / windows
 
 
 SETTINGS: dict[str, type[Pass]] = {kind.name: kind for kind in (AffineSettings, JlcmSettings)}

@@ -126,11 +126,11 @@ def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") 
 
 
 def least_version(descriptions: list[dict[str, Any]], mode: Mode = "default") -> str:
-    """The oldest onnxruntime that runs these encodings fast."""
+    """The oldest onnxruntime that runs these encodings fast; each was tried."""
     forms = [chosen for chosen in (form(description, mode) for description in descriptions) if chosen]
-    if mode == "standard" or any(chosen.bits == 2 for chosen in forms):
+    if any(chosen.bits == 2 for chosen in forms):
         return "1.29"
-    return "1.23" if mode == "default" else "1.20"
+    return {"default": "1.23", "standard": "1.24", "compat": "1.20"}[mode]
 
 
 def stored_codes(description: dict[str, Any]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from compressor.core.encoding import Affine as AffineEncoding
 from compressor.core.encoding import Scales
 from compressor.core.settings import AffineSettings
+from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
 from compressor.ops.grids import code, search_scale
 
@@ -39,7 +40,7 @@ class Affine(AffineSettings):
     def encode(self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator) -> AffineEncoding:
         """The encoding of a matrix (out, in); `hessian` (in, in), the inputs' second moment, is needed by gptq."""
         n_rows, columns = weight.shape
-        group = min(self.group, columns)
+        group = group_columns(self.group, columns)
         padding = -columns % group
         weight = functional.pad(weight.float(), (0, padding))
         scales, zeros = self._grids(weight.view(n_rows, -1, group), 1.0)

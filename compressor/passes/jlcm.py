@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compressor.core.encoding import Codebook, Scales
 from compressor.core.settings import JlcmSettings
+from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
 from compressor.ops.vector_quantization import balanced_clusters, gaussian_codebook, kmeans, nearest
 
@@ -84,8 +85,7 @@ class Jlcm(JlcmSettings):
     def encode(self, weight: Tensor, hessian: Tensor, generator: torch.Generator) -> Codebook:
         """The encoding of a matrix (out, in) whose inputs have the second moment `hessian` (in, in)."""
         n_rows, columns = weight.shape
-        group = columns if self.group == "row" else min(int(self.group), columns)
-        group += -group % self.dim
+        group = group_columns(self.group, columns, self.dim)
         padding = -columns % group
         weight = torch.nn.functional.pad(weight.float(), (0, padding))
         hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
@@ -96,7 +96,7 @@ class Jlcm(JlcmSettings):
         codes = self._assign(weight, hessian, scales.decode(), table, order, counts, group)
         stored = Scales(scales.values[order], None if scales.row is None else scales.row[order])
         return Codebook(
-            (n_rows, columns), self.width, self.dim, group, codes[order].int(), table.to(torch.int8), stored, counts,
+            (n_rows, columns), self.width, self.dim, group, codes[order].int(), table.to(torch.int8 if self.grid == "int4" else torch.float16), stored, counts,
             None if len(counts) == 1 else order,
         )  # fmt: skip
 
@@ -121,7 +121,8 @@ class Jlcm(JlcmSettings):
             sample = torch.randperm(len(points), generator=generator)[:n_points]
             weights = emphasis[sample % len(emphasis)]
             tables.append(kmeans(points[sample], weights, first.clone(), self.kmeans_iterations))
-        return snap(torch.stack(tables), resolution)
+        learned = torch.stack(tables)
+        return snap(learned, resolution) if self.grid == "int4" else (learned * resolution).half().float()
 
     def _assign(
         self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, order: Tensor, counts: tuple[int, ...],

@@ -1,0 +1,51 @@
+"""The original network as an uncompressed artifact, to measure speed and memory beside: written, measured, removed."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.evaluate.bench import bench
+from compressor.streaming import Batch
+
+
+class OriginalTensors(Mapping[str, EncodedTensor]):
+    """A checkpoint's tensors as they are, float32, read one at a time."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        tensor = self.checkpoint.read(name)
+        return EncodedTensor.dense(tensor, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.tensors)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.tensors)
+
+
+def export_original(checkpoint: Any, directory: Path, batches: list[Batch]) -> Path:
+    """Writes the uncompressed artifact into a directory, by the same exporter; returns the graph's path."""
+    from compressor.export.writing import export_graph
+
+    offsets = write_tensors(directory / "model.safetensors", OriginalTensors(checkpoint), checkpoint.tied)
+    tensors = EncodedTensors([directory / "model.safetensors"])
+    return export_graph(checkpoint, tensors, offsets, directory, "default", False, batches)
+
+
+def bench_original(checkpoint: Any, beside: Path, batches: list[Batch]) -> dict[str, Any]:
+    """What `bench` says of the uncompressed artifact; `beside` names the disk that it is written to."""
+    scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=beside))
+    try:
+        export_original(checkpoint, scratch, batches)
+        return bench(scratch)
+    finally:
+        shutil.rmtree(scratch)
