@@ -22,6 +22,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from torch import Tensor, nn
 
+from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.errors import ExportError
 from compressor.core.tensors import EncodedTensors
 from compressor.export.builder import CONTRIBUTED, GraphBuilder
@@ -44,17 +45,20 @@ def export_module(
 
     Args:
         module: Its parameters may be on meta; their values are not used, only those of `tensors` are.
-        example: Inputs by the names of forward's arguments, or {"": tensor} for a single positional one.
+        example: Inputs by the names of forward's arguments; a single one may have any other name, or none ("").
 
     Raises:
         ExportError: torch cannot trace the module, or a tensor has an encoding that its consumer cannot use.
     """
     path = out_dir / MODEL_FILE
+    if not example:
+        raise ExportError(f"{path}: there is no example of the network's inputs to trace it with; give data")
     notes: list[list[str]] = []
     shell = _Shell(_without_weights(module), list(example), notes.append)
     inputs = {name or "input": value for name, value in _repeated(example).items()}
     model = _traced(shell, inputs, path)
-    weights = _free_weights(model.graph, shell, tensors, path)
+    empty = {name for name, tensor in module.named_buffers() if tensor.is_meta} | set(dict(module.named_parameters()))
+    weights = _free_weights(model.graph, shell.network, empty, tensors, path)
     model = onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
     _name_ends(model.graph, inputs, notes[-1])
     names = [output.name for output in model.graph.outputs]
@@ -94,7 +98,7 @@ class _Shell(nn.Module):
         self.network, self.names, self.note = network, names, note
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.names == [""]:
+        if len(inputs) == 1 and not _takes(self.network, self.names[0]):
             found = self.network(*inputs)
         else:
             cached = hasattr(getattr(self.network, "config", None), "use_cache") and _takes(self.network, "use_cache")
@@ -107,7 +111,9 @@ class _Shell(nn.Module):
 
 def _takes(module: nn.Module, argument: str) -> bool:
     parameters = inspect.signature(module.forward).parameters
-    return argument in parameters or any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
+    return argument in parameters or (
+        argument != "" and any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
+    )
 
 
 def _outputs(found: Any) -> dict[str, Tensor]:
@@ -139,13 +145,14 @@ def _without_weights(module: nn.Module) -> nn.Module:
 
 
 def _repeated(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The example with a batch of 2, or 3 where sequences have length 2: torch.export takes 0 and 1 as fixed, and equal
-    sizes for one."""
-    lengths = {value.shape[1] for value in example.values() if _is_tokens(value)}
-    batch = 3 if 2 in lengths else 2
-    return {
-        name: value[torch.arange(batch) % value.shape[0]] if value.dim() else value for name, value in example.items()
+    """The example with 2 rows (3 where a sequence has 2 tokens) and no sequence of a single token: torch.export takes
+    sizes of 0 and 1 as fixed, and equal sizes for one."""
+    wide = {
+        name: value.repeat(1, 4) if _is_tokens(value) and value.shape[1] == 1 else value
+        for name, value in example.items()
     }
+    batch = 3 if any(_is_tokens(value) and value.shape[1] == 2 for value in wide.values()) else 2
+    return {name: value[torch.arange(batch) % value.shape[0]] if value.dim() else value for name, value in wide.items()}
 
 
 def _is_tokens(value: Tensor) -> bool:
@@ -155,7 +162,7 @@ def _is_tokens(value: Tensor) -> bool:
 def _traced(shell: _Shell, inputs: dict[str, Tensor], path: Path) -> ir.Model:
     free = torch.export.Dim.DYNAMIC
     shapes = tuple(
-        {axis: free for axis in range(2 if _is_tokens(value) else 1)} if value.dim() else {} for value in inputs.values()
+        dict.fromkeys(range(2 if _is_tokens(value) else 1), free) if value.dim() else {} for value in inputs.values()
     )
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
@@ -180,19 +187,18 @@ def _traced(shell: _Shell, inputs: dict[str, Tensor], path: Path) -> ir.Model:
     return program.model
 
 
-def _free_weights(graph: ir.Graph, shell: _Shell, tensors: EncodedTensors, path: Path) -> dict[str, ir.Value]:
-    """Makes the initialisers that `tensors` hold free values; returns them by the name of the tensor."""
+def _free_weights(
+    graph: ir.Graph, network: nn.Module, empty: set[str], tensors: EncodedTensors, path: Path
+) -> dict[str, ir.Value]:
+    """Makes the initialisers that `tensors` hold free values; returns them by their names in the network."""
     stored = {*tensors, *tensors.tied}
-    parameters: dict[str, list[str]] = {}
-    for name, parameter in shell.network.named_parameters(remove_duplicate=False):
-        parameters.setdefault(str(id(parameter)), []).append(name)
-    aliases = {name: group for group in parameters.values() for name in group}
+    aliases = {name: group for group in parameter_names(network).values() for name in group}
     weights: dict[str, ir.Value] = {}
     for label, value in list(graph.initializers.items()):
         name = label.removeprefix(PREFIX)
         found = next((alias for alias in aliases.get(name, [name]) if alias in stored), None)
-        if found is None and name in aliases:
-            raise ExportError(f"{path}: parameter '{name}' has no stored tensor; {len(stored)} others have")
+        if found is None and name in empty:
+            raise ExportError(f"{path}: '{name}' has no values and no stored tensor; {len(stored)} others have")
         if found is not None:
             graph.initializers.pop(label)
             value.const_value = None
@@ -224,9 +230,11 @@ def _name_ends(graph: ir.Graph, inputs: Mapping[str, Tensor], outputs: list[str]
         value.name = name
 
 
-def _renamed(dimension: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str | None:
-    if isinstance(dimension, int) or dimension.value is None:
-        return dimension if isinstance(dimension, int) else None
+def _renamed(dimension: int | ir.SymbolicDim | None, symbols: Mapping[str, str]) -> int | str | None:
+    if dimension is None or isinstance(dimension, int):
+        return dimension
+    if dimension.value is None:
+        return None
     return re.sub(r"\w+", lambda found: symbols.get(found[0], found[0]), str(dimension.value))
 
 

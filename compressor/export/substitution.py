@@ -58,7 +58,9 @@ class Substitution:
 
     def _can_multiply(self, value: ir.Value, product: _Product) -> bool:
         in_graph = product.node.graph is self.graph
-        return in_graph and self._is_matrix(value) and not refusal(self._description(value), "matmul", self.lowering.mode)
+        return (
+            in_graph and self._is_matrix(value) and not refusal(self._description(value), "matmul", self.lowering.mode)
+        )
 
     def _can_embed(self, value: ir.Value) -> bool:
         description = self._description(value)

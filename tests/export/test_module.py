@@ -26,7 +26,7 @@ from compressor.export.module import encoder_example, export_module
 from compressor.graph.blocks import layers, layout_of
 
 BERT = {
-    "vocab_size": 83, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80,
+    "vocab_size": 83, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 80,
     "max_position_embeddings": 40, "architectures": ["BertModel"],
 }  # fmt: skip
 ALBERT = BERT | {"embedding_size": 32, "num_hidden_layers": 3, "architectures": ["AlbertForMaskedLM"]}
@@ -125,8 +125,14 @@ def first_output(module: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Te
 SIZES = ((2, 16), (1, 1), (3, 7), (7, 40))
 
 
-@pytest.mark.parametrize("mode", ["default", "compat", "standard"])
-@pytest.mark.parametrize("encoder", ENCODERS)
+PAIRS = [(encoder, "default") for encoder in ENCODERS] + [
+    ("vectors", "compat"),
+    ("affine2", "standard"),
+    ("dense", "standard"),
+]
+
+
+@pytest.mark.parametrize(("encoder", "mode"), PAIRS)
 def test_an_encoder_runs_at_any_batch_and_length(tmp_path, encoder, mode):
     module = pico("bert", BERT)
     encoded = compressed(module, tmp_path, ENCODERS[encoder])
@@ -161,7 +167,7 @@ def test_layers_that_are_called_again_share_their_operands(tmp_path):
 def test_linears_stored_as_inputs_by_outputs(tmp_path, mode):
     module = pico("gpt2", GPT2)
     encoded = compressed(module, tmp_path)
-    path = export_module(module, tokens(1, 8), *encoded, tmp_path, mode, exact=True)
+    path = export_module(module, tokens(1, 1), *encoded, tmp_path, mode, exact=True)
     if mode == "default":
         assert operators(path)["MatMulNBits"] == 2 * 4 + 1
     session = opened(path)
@@ -182,18 +188,18 @@ def cnn() -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize("mode", ["default", "standard"])
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(("encoder", "mode"), PAIRS)
 def test_convolutions_get_constants_that_fold(tmp_path, encoder, mode):
     module = cnn()
     encoded = compressed(module, tmp_path, ENCODERS[encoder])
-    path = export_module(module, {"": torch.zeros(1, 3, 15, 15)}, *encoded, tmp_path, mode, exact=True)
+    path = export_module(module, {"image": torch.zeros(1, 3, 15, 15)}, *encoded, tmp_path, mode, exact=True)
     session = opened(path)
+    assert [entry.name for entry in session.get_inputs()] == ["image"]
     assert session.get_inputs()[0].shape == ["batch", 3, 15, 15]
     for batch in (1, 2, 5):
         image = torch.randn(batch, 3, 15, 15, generator=torch.Generator().manual_seed(batch))
         with torch.no_grad():
-            near(session, module(image), {"input": image})
+            near(session, module(image), {"image": image})
 
 
 class Tied(nn.Module):
@@ -229,13 +235,16 @@ def test_a_tied_table_is_stored_once_and_serves_every_use(tmp_path):
 
 def test_the_graph_holds_no_weights_and_the_module_needs_none(tmp_path):
     module = pico("bert", BERT | {"hidden_size": 192, "intermediate_size": 768})
+    module.save_pretrained(tmp_path / "source")
     encoded = compressed(module, tmp_path)
     example = encoder_example(BERT | {"model_type": "bert"})
     path = export_module(module, example, *encoded, tmp_path)
     assert path.stat().st_size < 60_000 < 768 * 192 * 4
     written = path.read_bytes()
-    export_module(module.to("meta"), example, *encoded, tmp_path)
+    export_module(open_checkpoint(tmp_path / "source").build(), example, *encoded, tmp_path)
     assert path.read_bytes() == written
+    with pytest.raises(ExportError, match=r"'embeddings\.position_ids' has no values and no stored tensor"):
+        export_module(module.to("meta"), example, *encoded, tmp_path)
 
 
 def test_a_module_is_left_as_it_was(tmp_path):
@@ -258,8 +267,11 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     image = {"": torch.zeros(1, 3, 15, 15)}
     with pytest.raises(ExportError, match=r"0\.weight: sparse tensors do not run faster"):
         export_module(module, image, *compressed(module, tmp_path, sparse), tmp_path)
-    with pytest.raises(ExportError, match=r"parameter '0\.weight' has no stored tensor"):
+    with pytest.raises(ExportError, match=r"'0\.weight' has no values and no stored tensor"):
         export_module(module, image, *compressed(nn.Linear(4, 4), tmp_path), tmp_path)
+
+    with pytest.raises(ExportError, match="there is no example of the network's inputs"):
+        export_module(module, {}, *compressed(module, tmp_path), tmp_path)
 
     class Branching(nn.Linear):
         def forward(self, x):
