@@ -208,7 +208,7 @@ def _encode(chosen: Any, name: str, module: nn.Module, moment: Tensor | None, wo
         moment = torch.eye(weight.shape[1])
     encoding = chosen.encode(weight, moment, work.generator(name))
     if encoding.shape != tuple(weight.shape) or not bool(encoding.decode().isfinite().all()):
-        raise PassError(f"{name}: {chosen.name} gave an encoding that does not rebuild its matrix of {tuple(weight.shape)}")
+        raise PassError(f"{name}: {chosen.name} gave an encoding that does not rebuild a matrix of {tuple(weight.shape)}")
     return EncodedTensor(encoding, Layout(layout.shape, layout.transposed))
 
 

@@ -65,7 +65,7 @@ def prove(
             shutil.move(copy, path)
     if exact.max_relative_error > LARGEST_ERROR:
         raise VerificationError(
-            f"{graph}: differs from the encodings it was made of by {exact.max_relative_error:.2g} of the largest output; "
+            f"{graph}: differs from its own encodings by {exact.max_relative_error:.2g} of the largest output; "
             f"expected less than {LARGEST_ERROR}; please report this with the recipe and the model's config"
         )
     return {"exact": exact.as_dict(), "as_shipped": shipped.as_dict()}

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.core.settings import JlcmSettings
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.encode import Work
 from compressor.progress import Progress
-from compressor.recipe import Recipe
+from compressor.recipe import Distill, Recipe
 from compressor.streaming import Batch, Network
 from compressor.survey import head_inputs, head_of
 from compressor.training import Rates, Student, distill
@@ -25,20 +24,14 @@ from compressor.training import Rates, Student, distill
 LEARNED = "learned.safetensors"
 
 
-def settings_of(recipe: Recipe) -> JlcmSettings | None:
-    """The settings of the pass that learns, or None."""
-    found = [step.settings for step in recipe.passes if isinstance(step.settings, JlcmSettings)]
-    return next((settings for settings in found if settings.distill_steps), None)
-
-
 def learn(
     checkpoint: Any, tensors: EncodedTensors, files: list[Path], batches: list[Batch], recipe: Recipe, work: Work,
     progress: Progress,
 ) -> EncodedTensors:  # fmt: skip
     """The tensors with what was learned in place of what was encoded; unchanged where nothing learns."""
-    settings = settings_of(recipe)
+    settings = recipe.distill
     network = Network(checkpoint)
-    if settings is None or head_of(network.module) is None or not batches:
+    if not settings.steps or head_of(network.module) is None or not batches:
         return tensors
     file = work.folder / LEARNED
     if not file.exists():
@@ -49,9 +42,9 @@ def learn(
         dtype = torch.bfloat16 if network.fast else torch.float32
         head = head_of(student.module)
         rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
-        with progress.task("distilling", settings.distill_steps) as task:
+        with progress.task("distilling", settings.steps) as task:
             for entry in distill(
-                student, _cycle(batches, rows), teacher_head, head, settings.distill_steps, rates, dtype,
+                student, _cycle(batches, rows), teacher_head, head, settings.steps, rates, dtype,
                 lambda note: task.advance(note=note),
             ):  # fmt: skip
                 work.log.append(entry)
@@ -68,7 +61,7 @@ def _cycle(batches: list[Batch], rows: list[Tensor]) -> Callable[[int], tuple[Ba
     return lambda step: (batches[step % len(batches)], rows[step % len(batches)])
 
 
-def _student(checkpoint: Any, tensors: EncodedTensors, settings: JlcmSettings, fast: bool) -> Student:
+def _student(checkpoint: Any, tensors: EncodedTensors, settings: Distill, fast: bool) -> Student:
     module: nn.Module = checkpoint.build()
     if hasattr(module, "config"):
         module.config.use_cache = False
@@ -79,4 +72,4 @@ def _student(checkpoint: Any, tensors: EncodedTensors, settings: JlcmSettings, f
             shared[id(parameter)] = nn.Parameter(tensors[name].decode().to(dtype), requires_grad=False)
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, shared[id(parameter)])
-    return Student(module, tensors, settings.mapping_rate, settings.neighbours, settings.delta)
+    return Student(module, tensors, settings.mapping_rate)

@@ -27,7 +27,7 @@ from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.encode import Work, encode_network
 from compressor.judge import failed_gates, judge, prove
-from compressor.learn import learn, settings_of
+from compressor.learn import learn
 from compressor.original import bench_original
 from compressor.plan import Plan, make_plan
 from compressor.progress import Progress
@@ -94,7 +94,7 @@ def run(options: RunOptions) -> Artifact:
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
         failures = failed_gates(recipe.gates, quality)
         report["gates"] = {"passed": not failures, "failures": failures}
-        _finish(partial, options, report, work, checkpoint, batches)
+        _finish(partial, options, report, work, checkpoint, batches if recipe.evaluation.tokens else [])
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{partial}: the disk is full; free some space, then --resume goes on") from error
@@ -162,7 +162,7 @@ def _encode(
         network = Network(checkpoint)
         tensors, files = encode_network(network, batches, recipe, plan, found, work, lambda note: task.advance(note=note))
     del network
-    if settings_of(recipe) is not None:
+    if recipe.distill.steps:
         with clock.stage("learning"):
             further = learning_batches(samples.calibration, recipe, work.folder.parent, options.seed)
             tensors = learn(checkpoint, tensors, files, further, recipe, work, progress)

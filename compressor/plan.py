@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoints.tokenizer import copied_size
 from compressor.core.errors import RecipeError
 from compressor.core.passes import Role
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
@@ -176,7 +177,7 @@ def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: s
         files["model.onnx"] = 20_000 + GRAPH_BYTES_PER_PART * n_parts
     if checkpoint.config is not None:
         files["configuration"] = CONFIG_BYTES
-    files |= {path.name: path.stat().st_size for path in checkpoint.tokenizer_files}
+    files |= {path.name: copied_size(path) for path in checkpoint.tokenizer_files}
     return files
 
 

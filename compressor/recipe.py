@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from compressor.core.passes import Need, Pass, Role
-from compressor.core.settings import GroupSetting
+from compressor.core.settings import GroupSetting, Rate
 from compressor.core.spec import AffineSpec, DenseSpec, Spec
 
 Positive = Annotated[int, Field(ge=1)]
@@ -34,14 +34,30 @@ class Calibration(_Section):
     """The text, or the samples, that passes learn from.
 
     token_importance: weigh each token by the loss's gradient at each layer; one backward pass.
-    learn_tokens: further text for the gradient steps of the network as a whole.
     """
 
     token_importance: bool = True
-    learn_tokens: Positive = 131072
     tokens: Positive = 16384
     window: Annotated[int, Field(ge=16)] = 512
     samples: Positive = 256
+
+
+class Distill(_Section):
+    """Learning at the end, for any weight pass of a language model: the whole network on the original's predictions.
+
+    steps                    of Adam, about 2,048 tokens each; 0 is off
+    tokens                   of text; more steps go over it again
+    codebook_rate            learning rates: of codewords in steps of the int4 grid, of scales relative to their mean,
+    scale_rate, dense_rate   of norms and biases
+    mapping_rate             of the proximal search that moves codes; 0 leaves them
+    """
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    tokens: Positive = 131072
+    codebook_rate: Rate = 0.03
+    scale_rate: Rate = 0.01
+    dense_rate: Rate = 1e-3
+    mapping_rate: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Embeddings(_Section):
@@ -77,7 +93,7 @@ class Gates(_Section):
 
 
 class Evaluation(_Section):
-    """How much of the evaluation data is measured; 0 tokens skips it."""
+    """How much of the evaluation data is measured; 0 tokens skips it, and the original's speed."""
 
     tokens: Annotated[int, Field(ge=0)] = 32768
     window: Annotated[int, Field(ge=16)] = 512
@@ -87,6 +103,7 @@ class Evaluation(_Section):
 SECTIONS: dict[str, type[_Section]] = {
     "calibration": Calibration,
     "embeddings": Embeddings,
+    "distill": Distill,
     "export": Export,
     "gates": Gates,
     "evaluation": Evaluation,
@@ -125,6 +142,7 @@ class Recipe(BaseModel):
     passes: tuple[Step, ...]
     calibration: Calibration = Calibration()
     embeddings: Embeddings = Embeddings()
+    distill: Distill = Distill()
     export: Export = Export()
     gates: Gates = Gates()
     evaluation: Evaluation = Evaluation()
@@ -132,7 +150,8 @@ class Recipe(BaseModel):
     @property
     def required(self) -> frozenset[Need]:
         """What the passes, as they are set, cannot do without."""
-        return frozenset().union(*(step.settings.needs for step in self.passes))
+        learning: frozenset[Need] = frozenset({"data", "gradients"} if self.distill.steps else ())
+        return learning.union(*(step.settings.needs for step in self.passes))
 
     def choose(self, name: str, shape: tuple[int, int], role: Role) -> tuple[Spec | None, str]:
         """How a matrix will be stored and by which pass ("embeddings" for tables).

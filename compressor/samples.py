@@ -1,4 +1,4 @@
-"""What a run learns from and is judged by: calibration batches and evaluation data, of the kind that the network takes."""
+"""What a run learns from and is judged by: batches and windows of the kind that the network takes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_samples(checkpoint: Any, recipe: Recipe, options: RunOptions) -> Sample
     if options.data is None and not reads_text:
         if "data" in recipe.required:
             raise DataError(
-                f"{checkpoint.path}: recipe '{recipe.name}' calibrates, and only language models have a built-in sample; "
+                f"{checkpoint.path}: recipe '{recipe.name}' calibrates, and only language models have built-in data; "
                 "give --data with a few hundred inputs (.npz, .safetensors or module:callable)"
             )
         return Samples(None, None if options.eval is None else data.load(options.eval))
@@ -77,7 +77,7 @@ def learning_batches(source: Text | Arrays | None, recipe: Recipe, tokenizer: Pa
         return []
     window = max(16, recipe.calibration.window // 2)
     ids = tokenize(source, tokenizer)
-    n = max(1, min(recipe.calibration.learn_tokens // window, len(ids) // window))
+    n = max(1, min(recipe.distill.tokens // window, len(ids) // window))
     chosen = torch.from_numpy(windows(ids, window, n, seed + 1))
     return [{"input_ids": part} for part in chosen.split(max(1, TOKENS_PER_BATCH // window)) if len(part)]
 

@@ -1,6 +1,6 @@
 """Learning what the encodings leave continuous, and the codes themselves, by gradient.
 
-A `LearnedCodebook` stands for one encoded matrix: its forward decodes, its backward gives the gradients of codewords and
+A `LearnedMatrix` stands for one encoded matrix: its forward decodes, its backward gives the gradients of codewords and
 scales and gathers what the codes would gain by moving (the proximal search of JLCM, arXiv 2309.17361). Codewords are
 rounded to the int4 grid straight-through. `distill` learns all of a network at once on the original's predictions
 (Hinton et al., arXiv 1503.02531).
@@ -8,6 +8,7 @@ rounded to the int4 grid straight-through. `distill` learns all of a network at 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,18 +18,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from compressor.core.encoding import Codebook, Scales
+from compressor.core.encoding import Affine, Codebook, Scales
 from compressor.core.tensors import EncodedTensor
-from compressor.graph.blocks import first_tensor
 
 _POSITIONS = 512
+_SAMPLED = 32
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table: Tensor, scales: Tensor, learned: LearnedCodebook) -> Tensor:
-        grid = table.detach().round().clamp(-8, 7)
-        values = grid[learned.index].view(scales.shape[0], scales.shape[1], -1)
+    def forward(ctx, table: Tensor, scales: Tensor, learned: LearnedMatrix) -> Tensor:
+        values = learned.grid(table.detach())[learned.index].view(*scales.shape, -1)
         ctx.save_for_backward(scales, values)
         ctx.learned = learned
         return (values * scales.unsqueeze(2)).flatten(1)
@@ -39,38 +39,58 @@ class _Decode(torch.autograd.Function):
         learned = ctx.learned
         upstream = upstream.float().view(values.shape)
         to_scales = (upstream * values).sum(2)
+        if not ctx.needs_input_grad[0]:
+            return None, to_scales, None
         to_values = (upstream * scales.unsqueeze(2)).view(-1, learned.dim)
         to_table = torch.zeros(learned.table.shape).index_add_(0, learned.index, to_values)
         learned.gather(to_values)
         return to_table, to_scales, None
 
 
-class LearnedCodebook(nn.Module):
-    """The codebook encoding of one matrix with its table, scales and codes open to learning.
+class LearnedMatrix(nn.Module):
+    """One encoded matrix with its scales, and for a codebook its table and codes, open to learning.
 
     table (n_codebooks·2**width, dim) in steps of the int4 grid, scales (rows, n_groups), index (rows·vectors,) into the
-    table. `mapping_rate` 0 leaves the codes alone.
+    table. A uniform grid is a table of whole numbers that stays as it is. `mapping_rate` 0 leaves the codes alone.
     """
 
-    def __init__(self, encoding: Codebook, mapping_rate: float, neighbours: int, delta: float) -> None:
+    def __init__(self, encoding: Codebook | Affine, mapping_rate: float, neighbours: int, delta: float) -> None:
         super().__init__()
-        self.encoding, self.dim = encoding, encoding.dim
+        self.encoding = encoding
         self.mapping_rate, self.neighbours, self.delta = mapping_rate, neighbours, delta
-        size = encoding.table.shape[1]
-        book = torch.repeat_interleave(torch.arange(len(encoding.counts)), torch.tensor(encoding.counts))
-        self.index = (encoding.codes.long() + book.unsqueeze(1) * size).flatten()
-        self.table = nn.Parameter(encoding.table.float().flatten(0, 1))
+        if isinstance(encoding, Codebook):
+            self.dim, size = encoding.dim, encoding.table.shape[1]
+            book = torch.repeat_interleave(torch.arange(len(encoding.counts)), torch.tensor(encoding.counts))
+            index = encoding.codes + (book * size).int().unsqueeze(1)
+            self.table = nn.Parameter(encoding.table.float().flatten(0, 1))
+        else:
+            top = 2**encoding.bits - 1
+            self.dim, self.mapping_rate = 1, 0.0
+            zero = encoding.zero
+            middle = float(zero) if not isinstance(zero, Tensor) else float(top)
+            codes = encoding.codes.view(len(encoding.codes), -1, encoding.group)
+            index = codes if not isinstance(zero, Tensor) else codes - zero.unsqueeze(2) + top
+            steps = torch.arange(2 * top + 1 if isinstance(zero, Tensor) else top + 1) - middle
+            self.table = nn.Parameter(steps.unsqueeze(1), requires_grad=False)
+        self.index = index.int().flatten()
         self.scales = nn.Parameter(encoding.scales.decode())
         self._gathered: Tensor | None = None
         self.flipped = 0
 
+    @property
+    def learns_table(self) -> bool:
+        return isinstance(self.encoding, Codebook)
+
+    def grid(self, table: Tensor) -> Tensor:
+        """The table as it will be stored: codewords on the int4 grid, where they are not free."""
+        snaps = isinstance(self.encoding, Codebook) and self.encoding.on_int4_grid
+        return table.round().clamp(-8, 7) if snaps else table
+
     def forward(self) -> Tensor:
         """The matrix (rows, columns) in its own row order."""
-        rows, columns = self.encoding.shape
-        stored = _Decode.apply(self.table, self.scales, self)[:, :columns]
-        if self.encoding.order is None:
-            return stored
-        return torch.zeros_like(stored).index_copy(0, self.encoding.order.long(), stored)
+        stored = _Decode.apply(self.table, self.scales, self)[:, : self.encoding.shape[1]]
+        order = getattr(self.encoding, "order", None)
+        return stored if order is None else torch.zeros_like(stored).index_copy(0, order.long(), stored)
 
     def gather(self, gradient: Tensor) -> None:
         """Adds a step's gradient of the values, scaled to unit root mean square, to what codes will move by."""
@@ -86,42 +106,47 @@ class LearnedCodebook(nn.Module):
         """Moves each code to the near codeword whose logit has overtaken the current one's.
 
         Logit of codeword k: ⟨Σ −g, (C_k − c)/‖C_k − c‖⟩ · 1/(‖C_k − c‖ + δ) − 1, of the current one 0. In one dimension
-        this is the summed `proximal_gradient` of the jlcm pass.
+        this is the summed `proximal_gradient` of the jlcm pass, distances in eighths of the grid.
         """
         if self._gathered is None:
             return
-        n_books, size = len(self.encoding.counts), self.encoding.table.shape[1]
-        grid = self.table.round().clamp(-8, 7).view(n_books, size, self.dim)
-        distance = torch.cdist(grid, grid)
-        distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        distance.masked_fill_(distance == 0, torch.inf)
-        near = distance.topk(min(self.neighbours, size - 1), largest=False)
-        offset = (torch.arange(n_books) * size).view(-1, 1, 1)
-        flat = grid.flatten(0, 1)
-        candidates = (near.indices + offset).flatten(0, 1)
-        reach = near.values.flatten(0, 1)
-        direction = (flat[candidates] - flat.unsqueeze(1)) / reach.unsqueeze(2)
-        pull = (direction / (reach.unsqueeze(2) / 8 + self.delta)).nan_to_num(0.0)
+        assert isinstance(self.encoding, Codebook)
+        candidates, pull = self._neighbours(self.encoding)
         for start in range(0, len(self.index), 1 << 18):
             part = slice(start, start + (1 << 18))
             current = self.index[part]
             logits = torch.einsum("vkd,vd->vk", pull[current], self._gathered[part].float()) - 1
             best = logits.max(1)
-            moves = best.values > 0
-            rows = moves.nonzero().flatten()
-            self.index[part][rows] = candidates[current[rows], best.indices[rows]]
+            rows = (best.values > 0).nonzero().flatten()
+            self.index[part][rows] = candidates[current[rows], best.indices[rows]].int()
             self._gathered[part][rows] = 0
             self.flipped += len(rows)
 
-    def result(self) -> Codebook:
+    def _neighbours(self, encoding: Codebook) -> tuple[Tensor, Tensor]:
+        """Per codeword its nearest others (n, k), and how a move to each is pulled: (C_k − c)/‖·‖ · 1/(‖·‖/8 + δ)."""
+        n_books, size = len(encoding.counts), encoding.table.shape[1]
+        flat = self.grid(self.table)
+        grid = flat.view(n_books, size, self.dim)
+        distance = torch.cdist(grid, grid)
+        distance.masked_fill_(distance == 0, torch.inf)
+        near = distance.topk(min(self.neighbours, size - 1), largest=False)
+        offset = (torch.arange(n_books) * size).view(-1, 1, 1)
+        candidates = (near.indices + offset).flatten(0, 1)
+        reach = near.values.flatten(0, 1).unsqueeze(2)
+        pull = (flat[candidates] - flat.unsqueeze(1)) / reach / (reach / 8 + self.delta)
+        return candidates, pull.nan_to_num(0.0)
+
+    def result(self) -> Codebook | Affine:
         """What has been learned, as it is stored."""
         old = self.encoding
-        n_books, size = len(old.counts), old.table.shape[1]
-        grid = self.table.detach().round().clamp(-8, 7).to(torch.int8).view(n_books, size, self.dim)
-        codes = (self.index % size).view(old.codes.shape).int()
         bits = 16 if old.scales.row is None else 8
-        scales = Scales.of(self.scales.detach().clamp_min(1e-8) if bits == 8 else self.scales.detach(), bits)
-        return Codebook(old.shape, old.width, old.dim, old.group, codes, grid, scales, old.counts, old.order)
+        learned = self.scales.detach()
+        scales = Scales.of(learned.clamp_min(1e-8) if bits == 8 else learned, bits)
+        if isinstance(old, Affine):
+            return Affine(old.shape, old.bits, old.group, old.codes, scales, old.zero)
+        table = self.grid(self.table.detach()).to(old.table.dtype).view(old.table.shape)
+        codes = (self.index % old.table.shape[1]).view(old.codes.shape).int()
+        return Codebook(old.shape, old.width, old.dim, old.group, codes, table, scales, old.counts, old.order)
 
 
 @dataclass(frozen=True)
@@ -134,11 +159,11 @@ class Rates:
 
 
 class Student(nn.Module):
-    """A network whose encoded matrices are `LearnedCodebook`s and whose norms and biases are open."""
+    """A network whose encoded matrices are `LearnedMatrix`es and whose norms and biases are open."""
 
     def __init__(
-        self, module: nn.Module, tensors: Mapping[str, EncodedTensor], mapping_rate: float, neighbours: int, delta: float,
-        prefix: str = "",
+        self, module: nn.Module, tensors: Mapping[str, EncodedTensor], mapping_rate: float,
+        neighbours: int = 4, delta: float = 0.1, prefix: str = "",
     ) -> None:  # fmt: skip
         super().__init__()
         self.module, self.learned = module, {}
@@ -146,8 +171,8 @@ class Student(nn.Module):
         parameters = dict(module.named_parameters())
         for name, parameter in ((f"{prefix}{name}", parameter) for name, parameter in parameters.items()):
             tensor = tensors[name]
-            if isinstance(tensor.encoding, Codebook) and tensor.encoding.on_int4_grid:
-                self.learned[name] = LearnedCodebook(tensor.encoding, mapping_rate, neighbours, delta)
+            if isinstance(tensor.encoding, (Affine, Codebook)):
+                self.learned[name] = LearnedMatrix(tensor.encoding, mapping_rate, neighbours, delta)
                 self.layouts[name] = tensor.layout
             elif tensor.encoding.kind == "dense" and parameter.dim() == 1:
                 self.dense[name] = nn.Parameter(tensor.decode())
@@ -159,13 +184,18 @@ class Student(nn.Module):
 
     def groups(self, rates: Rates) -> list[dict]:
         """Parameter groups of an optimiser."""
-        scales = [learned.scales for learned in self.learned.values()]
-        mean = sum(float(scale.detach().mean()) for scale in scales) / max(1, len(scales))
-        return [
-            {"params": [learned.table for learned in self.learned.values()], "lr": rates.codebook},
-            {"params": scales, "lr": rates.scale * mean},
-            {"params": list(self.dense.values()), "lr": rates.dense},
-        ]
+        tables = [learned.table for learned in self.learned.values() if learned.learns_table]
+        groups = [{"params": tables, "lr": rates.codebook}, {"params": list(self.dense.values()), "lr": rates.dense}]
+        for learned in self.learned.values():
+            size = float(learned.scales.detach().abs().mean())
+            groups.append({"params": [learned.scales], "lr": rates.scale * size})
+        return [group for group in groups if group["params"]]
+
+    @property
+    def flipped_fraction(self) -> float:
+        """Moves of codes so far over the number of codes."""
+        n_codes = sum(len(learned.index) for learned in self.learned.values())
+        return sum(learned.flipped for learned in self.learned.values()) / max(1, n_codes)
 
     def results(self) -> dict[str, EncodedTensor]:
         """What has been learned."""
@@ -177,59 +207,69 @@ def distill(
     student: Student, batches: Callable[[int], tuple[dict[str, Tensor], Tensor]], teacher_head: Tensor, head: nn.Linear,
     steps: int, rates: Rates, dtype: torch.dtype, advance: Callable[[str], None],
 ) -> Iterator[dict[str, float]]:  # fmt: skip
-    """`steps` of Adam on KL(original ‖ student) per token; yields {"step", "kl", "flipped"} every 10 steps.
+    """`steps` of Adam on KL(original ‖ student) per token; yields {"step", "kl", "flipped_fraction"} every 10 steps.
 
     batches(i) gives the forward's arguments and the original's head inputs (tokens, width) of step i. Gradients of the
     logits, softmax(student) − softmax(original), are formed a few rows at a time.
     """
-    groups = student.groups(rates)
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-    first = [group["lr"] for group in optimiser.param_groups]
-    table, teacher_table = head.weight.detach().to(dtype), teacher_head.to(dtype)
-    n_codes = sum(len(learned.index) for learned in student.learned.values())
+    optimiser = torch.optim.Adam(student.groups(rates), betas=(0.9, 0.95), fused=True)
+    initial = [group["lr"] for group in optimiser.param_groups]
+    teacher_table = teacher_head.to(dtype)
+    names = [name for name, parameter in student.module.named_parameters() if parameter is head.weight]
     running, count = 0.0, 0
     for step in range(steps):
-        warm = min(1.0, (step + 1) / max(1, steps // 10))
-        decay = warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group, rate in zip(optimiser.param_groups, first, strict=True):
-            group["lr"] = rate * decay
+        _set_rates(optimiser, initial, _cosine(step, steps))
         arguments, teacher_rows = batches(step)
-        hidden = _head_input(student, head, arguments, dtype)
+        weights = student.weights(dtype)
+        hidden = _head_input(student, head, arguments, weights)
+        table = weights.get(names[0], head.weight.to(dtype))
         rows = hidden.detach().flatten(0, -2)
-        gradient, loss = _divergence(rows, table, teacher_rows.to(dtype), teacher_table)
-        hidden.backward((gradient / len(rows)).view_as(hidden).to(hidden.dtype))
+        found = _divergence(rows, table.detach(), teacher_rows.to(dtype), teacher_table, table.requires_grad)
+        outputs, gradients = [hidden], [found.to_rows.view_as(hidden).to(hidden.dtype)]
+        if found.to_table is not None:
+            outputs.append(table)
+            gradients.append(found.to_table.to(dtype))
+        torch.autograd.backward(outputs, gradients)
         optimiser.step()
         optimiser.zero_grad()
         for learned in student.learned.values():
             learned.move()
-        running, count = running + loss, count + 1
-        advance(f"KL {loss:.3f}")
+        running, count = running + found.loss, count + 1
+        advance(f"KL {found.loss:.3f}")
         if count == 10 or step == steps - 1:
-            flipped = sum(learned.flipped for learned in student.learned.values())
-            yield {"step": step + 1, "kl": running / count, "flipped_fraction": flipped / max(1, n_codes)}
+            yield {"step": step + 1, "kl": running / count, "flipped_fraction": student.flipped_fraction}
             running, count = 0.0, 0
+
+
+def _cosine(step: int, steps: int) -> float:
+    """The share of the full rate: up over the first tenth, down to a twentieth along half a cosine."""
+    warm = min(1.0, (step + 1) / max(1, steps // 10))
+    return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _set_rates(optimiser: torch.optim.Optimizer, initial: list[float], share: float) -> None:
+    for group, rate in zip(optimiser.param_groups, initial, strict=True):
+        group["lr"] = rate * share
 
 
 def reconstruct(
     student: Student, prefix: str, forward: Callable[[nn.Module, int], Tensor], targets: list[Tensor],
     tokens: Tensor | None, channels: Tensor | None, steps: int, rates: Rates,
 ) -> dict[str, float]:  # fmt: skip
-    """`steps` of Adam on the block's output error, Σ_t a_t Σ_c b_c (y − ŷ)²_tc over its mean square before; one batch each.
+    """`steps` of Adam on the block's output error, Σ_t a_t Σ_c b_c (y − ŷ)²_tc, a batch each.
 
     The tokens' weights a and the channels' b are the gradient of the final loss, so that the few massive activations,
     which are most of the plain squared error, do not hide the rest (BRECQ's diagonal Fisher, arXiv 2102.05426, in rank
     one). forward(module, i) runs the block on batch i; targets (…, width) are what the original's block gave.
     """
-    groups = student.groups(rates)
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    optimiser = torch.optim.Adam(student.groups(rates), betas=(0.9, 0.95), fused=True)
     initial = [group["lr"] for group in optimiser.param_groups]
     starts = [0]
     for target in targets:
         starts.append(starts[-1] + target.shape[:-1].numel())
     losses = []
     for step in range(steps):
-        for group, rate in zip(optimiser.param_groups, initial, strict=True):
-            group["lr"] = rate * min(1.0, 2.0 * (1 - step / steps))
+        _set_rates(optimiser, initial, min(1.0, 2.0 * (1 - step / steps)))
         i = step % len(targets)
         open_weights = {name.removeprefix(prefix): tensor for name, tensor in student.weights(torch.float32).items()}
         with torch.enable_grad():
@@ -247,13 +287,9 @@ def reconstruct(
         optimiser.zero_grad()
         for learned in student.learned.values():
             learned.move()
-    n_codes = sum(len(learned.index) for learned in student.learned.values())
-    flipped = sum(learned.flipped for learned in student.learned.values())
     n = max(1, len(losses) // 4)
-    return {
-        "loss_before": sum(losses[:n]) / n, "loss_after": sum(losses[-n:]) / n,
-        "flipped_fraction": flipped / max(1, n_codes),
-    }  # fmt: skip
+    ends = {"loss_before": sum(losses[:n]) / n, "loss_after": sum(losses[-n:]) / n}
+    return ends | {"flipped_fraction": student.flipped_fraction}
 
 
 class _Calling(nn.Module):
@@ -271,7 +307,7 @@ class _Reached(Exception):
     pass
 
 
-def _head_input(student: Student, head: nn.Linear, arguments: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _head_input(student: Student, head: nn.Linear, arguments: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     """The student's input of the head, with gradients."""
     caught: list[Tensor] = []
 
@@ -281,24 +317,34 @@ def _head_input(student: Student, head: nn.Linear, arguments: dict[str, Tensor],
 
     handle = head.register_forward_pre_hook(catch)
     try:
-        first_tensor(functional_call(student.module, student.weights(dtype), (), arguments))
-    except _Reached:
-        pass
+        with contextlib.suppress(_Reached):
+            functional_call(student.module, weights, (), arguments)
     finally:
         handle.remove()
     return caught[0]
 
 
+@dataclass(frozen=True)
+class _Found:
+    to_rows: Tensor
+    to_table: Tensor | None
+    loss: float
+
+
 @torch.no_grad()
-def _divergence(rows: Tensor, table: Tensor, teacher_rows: Tensor, teacher_table: Tensor) -> tuple[Tensor, float]:
-    """∂KL/∂rows, and the mean KL over a sample of the rows."""
+def _divergence(rows: Tensor, table: Tensor, teacher_rows: Tensor, teacher_table: Tensor, wants_table: bool) -> _Found:
+    """∂KL/∂rows and, if wanted, ∂KL/∂table, of the mean over rows; the mean KL itself over a sample of them."""
     parts, total, counted = [], 0.0, 0
+    to_table = torch.zeros(table.shape) if wants_table else None
     for part, original in zip(rows.split(_POSITIONS), teacher_rows.split(_POSITIONS), strict=True):
         target = functional.linear(original, teacher_table).float().softmax(-1)
         logits = functional.linear(part, table).float()
-        sample = slice(0, 32)
-        log_q = logits[sample].log_softmax(-1)
-        total += float((target[sample] * (target[sample].clamp_min(1e-20).log() - log_q)).sum())
+        log_q = logits[:_SAMPLED].log_softmax(-1)
+        sample = target[:_SAMPLED]
+        total += float((sample * (sample.clamp_min(1e-20).log() - log_q)).sum())
         counted += len(log_q)
-        parts.append(((logits.softmax(-1) - target).to(table.dtype) @ table).float())
-    return torch.cat(parts), total / counted
+        difference = (logits.softmax(-1).sub_(target) / len(rows)).to(table.dtype)
+        parts.append((difference @ table).float())
+        if to_table is not None:
+            to_table += difference.T @ part
+    return _Found(torch.cat(parts), to_table, total / counted)

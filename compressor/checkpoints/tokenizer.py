@@ -8,8 +8,9 @@ from pathlib import Path
 
 from compressor.checkpoints.source import read_json
 
+COMPACTED = "tokenizer.json"
 PATTERNS = (
-    "tokenizer.json",
+    COMPACTED,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab*",
@@ -30,14 +31,22 @@ def copy_tokenizer(files: list[Path], directory: Path) -> list[Path]:
     """Copy the files; tokenizer.json is re-serialised compactly, since every byte counts in an artifact."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in files:
-        if path.name == "tokenizer.json":
+        if path.name == COMPACTED:
             write_compact(read_json(path), directory / path.name)
         else:
             shutil.copyfile(path, directory / path.name)
     return [directory / path.name for path in files]
 
 
+def copied_size(path: Path) -> int:
+    """Bytes that `copy_tokenizer` will write for a file."""
+    return len(_compact(read_json(path))) if path.name == COMPACTED else path.stat().st_size
+
+
 def write_compact(content: dict, path: Path) -> None:
     """JSON in the same order without indentation."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(_compact(content))
+
+
+def _compact(content: dict) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

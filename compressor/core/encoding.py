@@ -98,7 +98,7 @@ class Dense(Encoding):
 class Scales:
     """Group scales, s (rows, n_groups): float16, or a byte per group times a float16 per row.
 
-    `row` is (rows, 1) float16 when `values` is uint8: s = row · values / 255; None when `values` are the float16 scales.
+    `row` is (rows, 1) float16 when `values` is uint8: s = row · values / 255; None when `values` are the scales.
     """
 
     values: Tensor

@@ -58,8 +58,9 @@ class JlcmSettings(Pass):
     group, scale_bits   columns that share a scale, and how it is stored
     grid                int4: codewords on −8 … 7, which onnxruntime runs; free: float16, only for safetensors
     kmeans_iterations   of the weighted k-means that starts the codebooks
+    feedback            codes with error feedback; without it each code is the nearest, for comparison
     damping             of the Hessian in the error feedback, as a share of its mean diagonal
-    block_steps, distill_steps    gradient steps on each block's output, then on the network's predictions; 0 is off
+    block_steps         gradient steps on each block's output; 0 is off
     neighbours, delta   of the proximal mapping gradient, φ(d) = 1 / (d + delta) on the nearest codewords
     """
 
@@ -75,10 +76,9 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
     scale_bits: Literal[8, 16] = 8
     grid: Literal["int4", "free"] = "int4"
     kmeans_iterations: Steps = 4
+    feedback: bool = True
     damping: Rate = 0.01
     block_steps: Steps = 0
-    distill_steps: Steps = 0
-    batch: Annotated[int, Field(ge=1)] = 4
     mapping_rate: Annotated[float, Field(ge=0)] = 0.0
     codebook_rate: Rate = 0.03
     scale_rate: Rate = 0.01
@@ -88,8 +88,7 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
 
     @property
     def needs(self) -> frozenset[Need]:
-        learns = self.block_steps or self.distill_steps
-        return frozenset({"data", "gradients"}) if learns else frozenset({"data"})
+        return frozenset({"data", "gradients"}) if self.block_steps else frozenset({"data"})
 
     def spec_for(self, name: str, shape: tuple[int, int], role: Role) -> Spec | None:
         if role not in ("linear", "conv"):
@@ -101,7 +100,7 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
 
     def cost(self, tokens: int) -> float:
         windows = max(tokens // 512, 1)
-        return 4.0 + 3.0 * (self.block_steps + self.distill_steps) * self.batch / windows
+        return 4.0 + 3.0 * self.block_steps * 4 / windows
 
 
 SETTINGS: dict[str, type[Pass]] = {kind.name: kind for kind in (AffineSettings, JlcmSettings)}

@@ -89,14 +89,15 @@ class Jlcm(JlcmSettings):
         padding = -columns % group
         weight = torch.nn.functional.pad(weight.float(), (0, padding))
         hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
-        first, resolution = start(self.width, self.dim)
+        _, resolution = start(self.width, self.dim)
         scales = Scales.of(group_scales(weight[:, :columns], group, resolution), self.scale_bits)
         order, counts = self._order(weight)
         table = self._table(weight, scales.decode(), hessian.diagonal(), order, counts, group, generator)
         codes = self._assign(weight, hessian, scales.decode(), table, order, counts, group)
         stored = Scales(scales.values[order], None if scales.row is None else scales.row[order])
+        table = table.to(torch.int8 if self.grid == "int4" else torch.float16)
         return Codebook(
-            (n_rows, columns), self.width, self.dim, group, codes[order].int(), table.to(torch.int8 if self.grid == "int4" else torch.float16), stored, counts,
+            (n_rows, columns), self.width, self.dim, group, codes[order].int(), table, stored, counts,
             None if len(counts) == 1 else order,
         )  # fmt: skip
 
@@ -128,7 +129,7 @@ class Jlcm(JlcmSettings):
         self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, order: Tensor, counts: tuple[int, ...],
         group: int,
     ) -> Tensor:  # fmt: skip
-        """Codes (rows, columns / dim) in the matrix's row order, chosen with error feedback."""
+        """Codes (rows, columns / dim) in the matrix's row order, chosen with error feedback, or without (factor 1)."""
         codes = torch.empty(len(weight), weight.shape[1] // self.dim, dtype=torch.long)
 
         def quantise(begin: int, current: Tensor, factor: Tensor) -> Tensor:
@@ -143,7 +144,8 @@ class Jlcm(JlcmSettings):
             return values * scale
 
         buffer = self.dim * max(1, 64 // self.dim)
-        error_feedback(weight, inverse_factor(hessian, self.damping), self.dim, quantise, buffer)
+        factor = inverse_factor(hessian, self.damping) if self.feedback else torch.eye(len(hessian))
+        error_feedback(weight, factor, self.dim, quantise, buffer)
         return codes
 
 

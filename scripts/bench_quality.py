@@ -1,0 +1,252 @@
+#!/usr/bin/env python
+"""Perplexity of artifacts, of the usual methods at the same sizes, and of each step of our method. SmolLM2-135M.
+
+    scripts/fetch_material smollm2 moby sotu
+    scripts/bench_quality.py artifacts DIR…                 finished artifacts, in onnxruntime
+    scripts/bench_quality.py baselines --bits 2 3           round-to-nearest, HQQ and GPTQ, in torch
+    scripts/bench_quality.py steps                          a row per step of llm-2bit
+
+Windows of 512 tokens, nothing before them, 511 predictions each: 8 windows of two excerpts (the published protocol) and
+64 of the whole texts. Results go to docs/measured after each finished row; rows that are there are not measured again,
+unless by --again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from measured import PROTOCOL, SETS, cached, markdown, number, read_results, set_windows, write_results
+from material import model_dir
+
+from compressor.checkpoints import open_checkpoint
+from compressor.core.artifact import Artifact
+from compressor.core.tensors import EncodedTensors
+from compressor.evaluate.bench import size
+from compressor.evaluate.language import Sums, evaluate_language
+from compressor.evaluate.reference import original_logits
+from compressor.evaluate.session import DecoderSession
+
+MODEL = "smollm2"
+UNTIMED = ("export", "evaluation")
+START = {
+    "jlcm.feedback": "false", "jlcm.kmeans_iterations": "0", "jlcm.codebooks": "1", "jlcm.block_steps": "0",
+    "jlcm.distill_steps": "0", "jlcm.mapping_rate": "0.0", "calibration.token_importance": "false",
+    "evaluation.tokens": "0",
+}  # fmt: skip
+STEPS: dict[str, tuple[str | None, dict[str, str]]] = {
+    "nearest codeword of the Gaussian codebook": (None, START),
+    "weighted k-means": ("nearest codeword of the Gaussian codebook", {"jlcm.kmeans_iterations": "4"}),
+    "error feedback": ("weighted k-means", {"jlcm.feedback": "true"}),
+    "token importance": ("error feedback", {"calibration.token_importance": "true"}),
+    "row clusters, 4 codebooks": ("token importance", {"jlcm.codebooks": "4"}),
+    "block reconstruction, 8 steps": ("token importance", {"jlcm.block_steps": "8"}),
+    "distillation, 16 steps": ("token importance", {"jlcm.distill_steps": "16"}),
+    "distillation, 64 steps": ("token importance", {"jlcm.distill_steps": "64"}),
+    "proximal mapping moves, rate 0.002": ("distillation, 64 steps", {"jlcm.mapping_rate": "0.002"}),
+}
+"""Row -> the row that it is added to, and the settings that it changes."""
+
+
+def original() -> dict[str, float]:
+    """Perplexities of the float32 original, measured once per checkpoint and cached."""
+    checkpoint = open_checkpoint(model_dir(MODEL))
+    file = cached("original") / f"{checkpoint.digest()[:12]}.json"
+    found: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+    for name in SETS:
+        if name in found:
+            continue
+        windows, sums = set_windows(name), Sums()
+        for window, logits in zip(windows, original_logits(checkpoint, windows), strict=True):
+            sums.add(logits[0, :-1], None, window[1:])
+        found[name] = math.exp(sums.loss / sums.tokens)
+        file.write_text(json.dumps(found))
+    return found
+
+
+def perplexities(directory: Path, sets: Iterable[str], threads: int | None) -> dict[str, float]:
+    """Of an artifact, in onnxruntime as it is shipped."""
+    session = DecoderSession(directory, threads)
+    return {name: evaluate_language(session, None, set_windows(name)).perplexity for name in sets}
+
+
+def bits_per_weight(directory: Path) -> float:
+    """Of the linears, scales and codebooks counted; tables left out."""
+    tensors = EncodedTensors([directory / "model.safetensors"])
+    layers = [
+        tensor.encoding for name, tensor in tensors.items()
+        if tensor.encoding.kind != "dense" and "embed" not in name and "head" not in name
+    ]  # fmt: skip
+    return 8 * sum(layer.nbytes for layer in layers) / sum(math.prod(layer.shape) for layer in layers)
+
+
+def measure_artifacts(arguments: argparse.Namespace) -> None:
+    results = read_results("quality")
+    results |= {"model": "SmolLM2-135M", "original": {"megabytes": 538.1, "perplexity": original()}}
+    found = results.setdefault("artifacts", {})
+    for directory in map(Path, arguments.directories):
+        report = Artifact.open(directory).report
+        name = report["recipe"]["name"]
+        found[name] = {
+            "megabytes": size(directory)["bytes"] / 1e6,
+            "bits_per_weight": round(bits_per_weight(directory), 3),
+            "cpu_seconds": _cpu_seconds(report["cost"]),
+            "perplexity": perplexities(directory, SETS, arguments.threads),
+            "sha256": report["sha256"]["model.safetensors"],
+        }
+        write_results("quality", results)
+        print(f"{name}: {found[name]}", flush=True)
+    write_results("quality", results)
+    print(quality_table(results))
+
+
+def _cpu_seconds(cost: dict[str, dict[str, float]]) -> float:
+    return round(sum(stage["cpu_seconds"] for name, stage in cost.items() if name not in UNTIMED), 1)
+
+
+def quality_table(results: dict[str, Any]) -> str:
+    """Artifacts beside the original, smallest last."""
+    reference = results["original"]["perplexity"]
+    rows: list[list[object]] = [["original, float32", "538.1", 32, *(number(reference[name]) for name in SETS), "1.00", None]]
+    for name, entry in sorted(results.get("artifacts", {}).items(), key=lambda item: -item[1]["megabytes"]):
+        found = entry["perplexity"]
+        rows.append([
+            f"`{name}`", number(entry["megabytes"]), f"{entry['bits_per_weight']:.2f}",
+            *(number(found[key]) for key in SETS), f"{found['moby_8'] / reference['moby_8']:.2f}",
+            number(entry["cpu_seconds"], 0),
+        ])  # fmt: skip
+    columns = ["recipe", "MB, all files", "bits per weight", *map(_title, SETS), "× original", "CPU-seconds"]
+    return markdown(columns, rows)
+
+
+def _title(name: str) -> str:
+    text, n = SETS[name]
+    return f"{ {'moby': 'Moby Dick', 'sotu': 'State of the Union'}[text]}, {n}"
+
+
+def measure_baselines(arguments: argparse.Namespace) -> None:
+    from baselines import Bench, Setting, file_bytes, settings
+    from compressor.plan import make_plan
+
+    bench = Bench(open_checkpoint(model_dir(MODEL)))
+    results = read_results("baselines")
+    families: dict[tuple, list[Setting]] = {}
+    for setting in settings(arguments.bits, arguments.methods):
+        families.setdefault(setting.family, []).append(setting)
+    for members in families.values():
+        for setting in members:
+            if setting.name in results and not arguments.again:
+                continue
+            began = time.process_time()
+            tensors = bench.encode(setting)
+            plan = make_plan(bench.checkpoint, setting.recipe)
+            results[setting.name] = {
+                "method": setting.method, "bits": setting.bits, "group": setting.group, "zero": setting.zero,
+                "megabytes": file_bytes(setting, plan) / 1e6, "cpu_seconds": round(time.process_time() - began, 1),
+                "perplexity": {name: bench.perplexity(tensors, set_windows(name)) for name in PROTOCOL},
+            }  # fmt: skip
+            write_results("baselines", results)
+            print(f"{setting.name}: {results[setting.name]}", flush=True)
+    for members in families.values():
+        best = min(members, key=lambda setting: _mean(results[setting.name]))
+        figures = results[best.name]["perplexity"]
+        for name in SETS:
+            if name not in figures:
+                figures[name] = bench.perplexity(bench.encode(best), set_windows(name))
+                write_results("baselines", results)
+        for setting in members:
+            shutil.rmtree(bench.work_folder(setting), ignore_errors=True)
+    print(baselines_table(results))
+
+
+def _mean(entry: dict[str, Any]) -> float:
+    return math.prod(entry["perplexity"][name] for name in PROTOCOL)
+
+
+def best_baselines(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each method, width and group the setting that did best on the very text that is reported."""
+    families: dict[tuple, dict[str, Any]] = {}
+    for entry in results.values():
+        key = entry["bits"], -entry["group"], entry["method"]
+        if key not in families or _mean(entry) < _mean(families[key]):
+            families[key] = entry
+    return [families[key] for key in sorted(families)]
+
+
+def baselines_table(results: dict[str, Any]) -> str:
+    """The best setting of each baseline."""
+    rows = [
+        [f"{entry['method'].upper()}, {entry['bits']} bits, groups of {entry['group']}, zero {entry['zero']}",
+         number(entry["megabytes"]), *(number(entry["perplexity"].get(name)) for name in SETS)]
+        for entry in best_baselines(results)
+    ]  # fmt: skip
+    return markdown(["method", "MB, all files", *map(_title, SETS)], rows)
+
+
+def step_settings(row: str) -> dict[str, str]:
+    """All settings of a row of STEPS."""
+    before, changed = STEPS[row]
+    return {**(step_settings(before) if before else {}), **changed}
+
+
+def measure_steps(arguments: argparse.Namespace) -> None:
+    from compressor.core.options import RunOptions
+    from compressor.pipeline import run
+    from compressor.progress import make_progress
+
+    results = read_results("steps")
+    for row in STEPS:
+        if row in results and not arguments.again:
+            continue
+        target = cached("steps") / row.replace(",", "").replace(" ", "-")
+        sets = tuple(f"{key}={value}" for key, value in step_settings(row).items())
+        options = RunOptions(str(model_dir(MODEL)), "llm-2bit", target, sets=sets, progress=make_progress(silent=False))
+        report = run(options).report
+        results[row] = {
+            "added_to": STEPS[row][0], "megabytes": size(target)["bytes"] / 1e6,
+            "cpu_seconds": _cpu_seconds(report["cost"]), "perplexity": perplexities(target, PROTOCOL, arguments.threads),
+        }  # fmt: skip
+        write_results("steps", {name: results[name] for name in STEPS if name in results})
+        print(f"{row}: {results[row]}", flush=True)
+        shutil.rmtree(target)
+    print(steps_table(results))
+
+
+def steps_table(results: dict[str, Any]) -> str:
+    """A row per step, and what it is added to."""
+    rows = [
+        [name, entry["added_to"], number(entry["megabytes"]), *(number(entry["perplexity"][key]) for key in PROTOCOL),
+         number(entry["cpu_seconds"], 0)]
+        for name, entry in results.items()
+    ]  # fmt: skip
+    return markdown(["step", "added to", "MB, all files", *map(_title, PROTOCOL), "CPU-seconds"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    artifacts = commands.add_parser("artifacts", help="finished artifacts, in onnxruntime")
+    artifacts.add_argument("directories", nargs="+")
+    artifacts.add_argument("--threads", type=int)
+    artifacts.set_defaults(run=measure_artifacts)
+    baselines = commands.add_parser("baselines", help="round-to-nearest, HQQ and GPTQ, in torch")
+    baselines.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], choices=[2, 3, 4])
+    baselines.add_argument("--methods", nargs="+", default=["gptq", "rtn", "hqq"], choices=["gptq", "rtn", "hqq"])
+    baselines.add_argument("--again", action="store_true")
+    baselines.set_defaults(run=measure_baselines)
+    steps = commands.add_parser("steps", help="a row per step of llm-2bit, in onnxruntime")
+    steps.add_argument("--threads", type=int)
+    steps.add_argument("--again", action="store_true")
+    steps.set_defaults(run=measure_steps)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

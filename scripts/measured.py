@@ -1,0 +1,59 @@
+"""What the benchmarks share: the protocol's sets of windows, results in docs/measured, tables in Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from material import ROOT, cache, evaluation_windows
+
+MEASURED = ROOT / "docs" / "measured"
+SETS = {"moby_8": ("moby", 8), "sotu_8": ("sotu", 8), "moby_64": ("moby", 64), "sotu_64": ("sotu", 64)}
+"""Name of a figure -> text and number of windows of 512 tokens."""
+PROTOCOL = ("moby_8", "sotu_8")
+
+
+def set_windows(name: str) -> np.ndarray:
+    """The windows (n, 512) of one of SETS."""
+    text, n = SETS[name]
+    return evaluation_windows(text, n=n)
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """docs/measured/`name`.json; empty where nothing has been measured."""
+    path = MEASURED / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_results(name: str, results: dict[str, Any]) -> None:
+    """Writes it whole or not at all."""
+    MEASURED.mkdir(parents=True, exist_ok=True)
+    path = MEASURED / f"{name}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; the first column is aligned left, all others right. None is a dash."""
+    lines = [columns, [":--", *["--:"] * (len(columns) - 1)]]
+    lines += [["–" if cell is None else str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None, digits: int = 1) -> str | None:
+    """With thousands separated; large ones without a fraction."""
+    if value is None:
+        return None
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.{digits}f}"
+
+
+def cached(name: str) -> Path:
+    """A folder of the cache for what benchmarks keep between runs."""
+    folder = cache() / "bench" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
