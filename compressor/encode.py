@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.core.encoding import Layout
+from compressor.core.encoding import Dense, Layout
 from compressor.core.errors import PassError
 from compressor.core.passes import Pass
+from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.graph.blocks import first_tensor, is_grouped, layers, layout_of
 from compressor.passes.affine import Affine
-from compressor.plan import Plan
+from compressor.plan import Plan, PlannedTensor
 from compressor.recipe import Recipe
 from compressor.streaming import Batch, Network, layer_stages, second_moments
 from compressor.survey import Survey
@@ -58,17 +59,25 @@ class Choice:
 
     def of(self, name: str, module: nn.Module) -> Pass | None:
         """The pass, or None where the tensor stays dense."""
-        by = self._by.get(name, "")
-        if not by or layout_of(module) is None or is_grouped(module):
+        by = self._planned[name].by if name in self._planned else ""
+        if not by or isinstance(self._planned[name].spec, DenseSpec) or layout_of(module) is None or is_grouped(module):
             return None
         if by == "embeddings":
             table = self.recipe.embeddings.model_dump()
             return Affine(**table, method="gptq")
         return next(step.load() for step in reversed(self.recipe.passes) if step.name == by and step.selects(name))
 
+    def dense(self, name: str, tensor: Tensor) -> EncodedTensor:
+        """The tensor as it is, floats in the precision that the plan says."""
+        if not tensor.is_floating_point():
+            return EncodedTensor.dense(tensor, tensor.dtype)
+        spec = self._planned[name].spec if name in self._planned else None
+        half = spec.dtype == "F16" if isinstance(spec, DenseSpec) else self.recipe.export.dense == "float16"
+        return EncodedTensor.dense(tensor, torch.float16 if half else torch.float32)
+
     @cached_property
-    def _by(self) -> dict[str, str]:
-        return {tensor.name: tensor.by for tensor in self.plan.tensors}
+    def _planned(self) -> dict[str, PlannedTensor]:
+        return {tensor.name: tensor for tensor in self.plan.tensors}
 
 
 @torch.no_grad()
@@ -157,7 +166,7 @@ def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Pa
                 module = found.get(name)
                 chosen = choice.of(name, module) if module is not None else None
                 if chosen is None:
-                    tensors[name] = _dense(tensor, choice.recipe)
+                    tensors[name] = choice.dense(name, tensor)
                     continue
                 moment = None
                 if survey.head_moment is not None and head is not None and head.weight is module.weight:
@@ -167,7 +176,7 @@ def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Pa
                 tensors[name] = _encode(chosen, name, module, moment, work)
         write_tensors(file, tensors)
     for name, tensor in EncodedTensors([file]).items():
-        if tensor.encoding.kind != "dense":
+        if not isinstance(tensor.encoding, Dense) or tensor.encoding.values.dtype == torch.float16:
             network.replace(name, tensor.decode())
     return file
 
@@ -194,7 +203,7 @@ def _encode_block(
         if passes[name] is not None and name not in tensors:
             tensors[name] = _encode(passes[name], name, module, None, work)
     return tensors | {
-        f"{dotted}{name}": _dense(tensor, choice.recipe)
+        f"{dotted}{name}": choice.dense(f"{dotted}{name}", tensor)
         for name, tensor in block.state_dict(keep_vars=True).items()
         if f"{dotted}{name}" not in tensors and f"{dotted}{name}" not in _ties(network)
     }
@@ -208,15 +217,8 @@ def _encode(chosen: Any, name: str, module: nn.Module, moment: Tensor | None, wo
         moment = torch.eye(weight.shape[1])
     encoding = chosen.encode(weight, moment, work.generator(name))
     if encoding.shape != tuple(weight.shape) or not bool(encoding.decode().isfinite().all()):
-        raise PassError(f"{name}: {chosen.name} gave an encoding that does not rebuild a matrix of {tuple(weight.shape)}")
+        raise PassError(f"{name}: {chosen.name} gave an encoding that does not rebuild {tuple(weight.shape)}")
     return EncodedTensor(encoding, Layout(layout.shape, layout.transposed))
-
-
-def _dense(tensor: Tensor, recipe: Recipe) -> EncodedTensor:
-    if not tensor.is_floating_point():
-        return EncodedTensor.dense(tensor, tensor.dtype)
-    half = recipe.export.dense == "float16"
-    return EncodedTensor.dense(tensor, torch.float16 if half else torch.float32)
 
 
 def _compute_with(network: Network, block: nn.Module, prefix: str, tensors: EncodedTensors) -> None:

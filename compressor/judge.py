@@ -51,7 +51,7 @@ def prove(
     shipped = compare_logits(_outputs(open_session(directory), inputs), expected)
     graph = directory / "model.onnx"
     kept = graph.with_suffix(".shipped")
-    extra = [path for path in directory.glob("model.repacked*")]
+    extra = list(directory.glob("model.repacked*"))
     copies = [(path, path.with_name(path.name + ".shipped")) for path in extra]
     shutil.move(graph, kept)
     for path, copy in copies:

@@ -31,7 +31,7 @@ def learn(
     """The tensors with what was learned in place of what was encoded; unchanged where nothing learns."""
     settings = recipe.distill
     network = Network(checkpoint)
-    if not settings.steps or head_of(network.module) is None or not batches:
+    if not settings.steps or head_of(network.module) is None or network.blocks == [""] or not batches:
         return tensors
     file = work.folder / LEARNED
     if not file.exists():

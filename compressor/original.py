@@ -14,6 +14,9 @@ from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.evaluate.bench import bench
 from compressor.streaming import Batch
 
+LARGEST = 4_000_000_000
+"""Bytes in float32 up to which the original is run whole: beyond, that would cost more memory than compressing it."""
+
 
 class OriginalTensors(Mapping[str, EncodedTensor]):
     """A checkpoint's tensors as they are, float32, read one at a time."""
@@ -41,8 +44,10 @@ def export_original(checkpoint: Any, directory: Path, batches: list[Batch]) -> P
     return export_graph(checkpoint, tensors, offsets, directory, "default", False, batches)
 
 
-def bench_original(checkpoint: Any, beside: Path, batches: list[Batch]) -> dict[str, Any]:
-    """What `bench` says of the uncompressed artifact; `beside` names the disk that it is written to."""
+def bench_original(checkpoint: Any, beside: Path, batches: list[Batch]) -> dict[str, Any] | None:
+    """What `bench` says of the uncompressed artifact, None where it is too large; `beside` names the disk for it."""
+    if 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST:
+        return None
     scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=beside))
     try:
         export_original(checkpoint, scratch, batches)

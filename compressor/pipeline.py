@@ -1,4 +1,4 @@
-"""The one place that knows the order: open → plan → survey → encode → learn → write → prove → evaluate.
+"""The one place that knows the order: open, plan, survey, encode, learn, write, prove, judge.
 
 An artifact is built in `<output>.partial`, beside its target, and renamed at the end. What is finished of an interrupted
 run stays there for `--resume`.
@@ -12,6 +12,7 @@ import hashlib
 import json
 import platform
 import shutil
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
-from compressor.core.artifact import REPORT, Artifact
-from compressor.core.errors import CheckpointError, ExportError, GateFailed, ResourceError, UsageError
+from compressor.core.artifact import REPORT, Artifact, refuse_target
+from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, ResourceError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.encode import Work, encode_network
@@ -63,6 +65,20 @@ class _Stage:
         self.clock.stages[self.name] = {key: round(value, 2) for key, value in spent.items()}
 
 
+def compress(
+    model: str | Path, recipe: str | Path = "llm-2bit", output: str | Path | None = None, **options: Any
+) -> Artifact:  # fmt: skip
+    """What `compress MODEL --recipe RECIPE -o OUTPUT` does; `options` are further fields of RunOptions.
+
+    Raises:
+        CompressorError: As `run`; UsageError where something stands in the output's place.
+    """
+    place = None if output is None else Path(output)
+    chosen = RunOptions(model=str(model), recipe=str(recipe), output=place, **options)
+    refuse_target(chosen.directory, chosen.force)
+    return run(chosen)
+
+
 def run(options: RunOptions) -> Artifact:
     """Compresses a checkpoint as `options` say; returns the artifact.
 
@@ -95,6 +111,9 @@ def run(options: RunOptions) -> Artifact:
         failures = failed_gates(recipe.gates, quality)
         report["gates"] = {"passed": not failures, "failures": failures}
         _finish(partial, options, report, work, checkpoint, batches if recipe.evaluation.tokens else [])
+    except (CheckpointError, DataError):
+        shutil.rmtree(partial, ignore_errors=True)  # the input is at fault: there is nothing to resume
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{partial}: the disk is full; free some space, then --resume goes on") from error
@@ -102,6 +121,26 @@ def run(options: RunOptions) -> Artifact:
     if failures:
         raise GateFailed(f"{options.directory}: {'; '.join(failures)}; the artifact is kept, marked as failed")
     return Artifact.open(options.directory)
+
+
+def compress(model: nn.Module | str | Path, recipe: str = "llm-2bit", **options: Any) -> Artifact:
+    """Compresses a network in memory or a checkpoint on disk: `run` with `options` as keywords.
+
+        artifact = compressor.compress(network, "encoder-4bit", data="inputs.npz", output=Path("small"))
+
+    Args:
+        model: A path, or a module: its weights as they are now, whichever device they are on.
+        options: Those of `RunOptions`; `output` is needed for a module that has no name on disk.
+    """
+    if not isinstance(model, nn.Module):
+        return run(RunOptions(model=str(model), recipe=recipe, **options))
+    with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(scratch)
+            return run(RunOptions(model=scratch, recipe=recipe, **options))
+        path = Path(scratch) / f"{type(model).__name__.lower()}.pt"
+        torch.save(model, path)
+        return run(RunOptions(model=str(path), recipe=recipe, trust_pickle=True, **options))
 
 
 def _refuse_unwritable(plan: Plan, options: RunOptions) -> None:
@@ -160,7 +199,9 @@ def _encode(
         found = _survey(network, batches, recipe, work, progress)
     with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
         network = Network(checkpoint)
-        tensors, files = encode_network(network, batches, recipe, plan, found, work, lambda note: task.advance(note=note))
+        tensors, files = encode_network(
+            network, batches, recipe, plan, found, work, lambda note: task.advance(note=note)
+        )
     del network
     if recipe.distill.steps:
         with clock.stage("learning"):

@@ -134,7 +134,6 @@ class Network:
     def tail(self) -> Iterator[Callable[[Batch, Tensor], Any]]:
         """A function from (batch, last hidden state) to the network's output; the blocks are passed by."""
         held: list[Tensor] = []
-        originals = {name: self.block(name).forward for name in self.blocks}
         for i, name in enumerate(self.blocks):
             self.block(name).forward = (lambda *a, **k: held[0]) if i == 0 else _pass_by
 
@@ -146,8 +145,8 @@ class Network:
             with self.loaded(self.outside):
                 yield run
         finally:
-            for name, forward in originals.items():
-                self.block(name).forward = forward
+            for name in self.blocks:
+                del self.block(name).forward  # the class's own shows again
 
     def sweep(self, batches: list[Batch]) -> Iterator[tuple[str, nn.Module, list[tuple[tuple, dict]]]]:
         """Each block, loaded, with the arguments of all batches; goes on with what the block then computes."""

@@ -2,8 +2,9 @@
 
 It finds how much each token matters to each layer: t = mean over outputs of (∂ℓ/∂y)², with ℓ the loss on labels drawn
 from the network's own predictions, which makes Σ t·xxᵀ a Kronecker-factored estimate of the Fisher information
-(Martens & Grosse, arXiv 1503.05671; weighted Hessians for quantisation: GuidedQuant, arXiv 2505.07004). It also collects
-the second moment of the head's input. Memory is one block and its activations: block inputs lie in a scratch file.
+(Martens & Grosse, arXiv 1503.05671; weighted Hessians for quantisation: GuidedQuant, arXiv 2505.07004). It also
+collects the second moment of the head's input. Memory is one block and its activations; block inputs lie in a scratch
+file.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ def survey(
 ) -> Survey:  # fmt: skip
     """Runs the untouched network over `batches`; `advance` is called once per block and direction."""
     found = Survey()
-    if head_of(network.module) is None:
+    if head_of(network.module) is None or network.blocks == [""]:
         return found
-    stored = _Scratch(scratch, gradients)
+    stored = _Scratch(scratch, gradients, torch.bfloat16 if network.fast else torch.float32)
     reached: list = []
     for _, _, reached in network.sweep(batches):
         stored.add([first_tensor(list(args) or list(kwargs.values())) for args, kwargs in reached])
@@ -111,25 +112,25 @@ def _head_input(network: Network, run: Callable[[Batch, Tensor], object], batch:
 
 
 class _Scratch:
-    """Hidden states of each block's inputs in a mapped file, bfloat16."""
+    """Hidden states of each block's inputs in mapped files, in the precision that blocks compute in."""
 
-    def __init__(self, folder: Path, wanted: bool) -> None:
-        self.folder, self.wanted, self.files, self.shapes = folder, wanted, [], []
+    def __init__(self, folder: Path, wanted: bool, dtype: torch.dtype) -> None:
+        self.folder, self.wanted, self.dtype, self.files, self.shapes = folder, wanted, dtype, [], []
 
     def add(self, hidden: list[Tensor]) -> None:
         if not self.wanted:
             return
         path = self.folder / f"hidden-{len(self.files)}.bin"
         self.shapes = [part.shape for part in hidden]
-        flat = torch.cat([part.flatten() for part in hidden]).to(torch.bfloat16)
-        torch.from_file(str(path), shared=True, size=flat.numel(), dtype=torch.bfloat16).copy_(flat)
+        flat = torch.cat([part.flatten() for part in hidden]).to(self.dtype)
+        torch.from_file(str(path), shared=True, size=flat.numel(), dtype=self.dtype).copy_(flat)
         self.files.append(path)
 
     def read(self, block: int) -> list[Tensor]:
         size = sum(shape.numel() for shape in self.shapes)
-        flat = torch.from_file(str(self.files[block]), shared=True, size=size, dtype=torch.bfloat16)
+        flat = torch.from_file(str(self.files[block]), shared=True, size=size, dtype=self.dtype)
         parts = flat.split([shape.numel() for shape in self.shapes])
-        return [part.float().view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.to(torch.float32, copy=True).view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def close(self) -> None:
         for path in self.files:
@@ -174,8 +175,9 @@ def _label_gradient(rows: Tensor, weight: Tensor, network: Network, generator: t
 
 
 def _backward(
-    network: Network, reached: list, stored: _Scratch, upstream: list[Tensor], found: Survey, advance: Callable[[], None]
-) -> None:
+    network: Network, reached: list, stored: _Scratch, upstream: list[Tensor], found: Survey,
+    advance: Callable[[], None],
+) -> None:  # fmt: skip
     """Back through the blocks, each reloaded and recomputed; fills `found.importance`."""
     for index in reversed(range(len(network.blocks))):
         name = network.blocks[index]

@@ -37,11 +37,11 @@ class _Decode(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         scales, values = ctx.saved_tensors
         learned = ctx.learned
-        upstream = upstream.float().view(values.shape)
+        upstream = upstream.float().reshape(values.shape)
         to_scales = (upstream * values).sum(2)
         if not ctx.needs_input_grad[0]:
             return None, to_scales, None
-        to_values = (upstream * scales.unsqueeze(2)).view(-1, learned.dim)
+        to_values = (upstream * scales.unsqueeze(2)).reshape(-1, learned.dim)
         to_table = torch.zeros(learned.table.shape).index_add_(0, learned.index, to_values)
         learned.gather(to_values)
         return to_table, to_scales, None
@@ -167,7 +167,7 @@ class Student(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.module, self.learned = module, {}
-        self.layouts, self.dense = {}, {}
+        self.layouts, self.dense, self.stored = {}, {}, {}
         parameters = dict(module.named_parameters())
         for name, parameter in ((f"{prefix}{name}", parameter) for name, parameter in parameters.items()):
             tensor = tensors[name]
@@ -176,6 +176,7 @@ class Student(nn.Module):
                 self.layouts[name] = tensor.layout
             elif tensor.encoding.kind == "dense" and parameter.dim() == 1:
                 self.dense[name] = nn.Parameter(tensor.decode())
+                self.stored[name] = tensor.encoding.parts()["weight"].dtype
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every open tensor by name, as a forward takes it."""
@@ -200,7 +201,8 @@ class Student(nn.Module):
     def results(self) -> dict[str, EncodedTensor]:
         """What has been learned."""
         found = {name: EncodedTensor(learned.result(), self.layouts[name]) for name, learned in self.learned.items()}
-        return found | {name: EncodedTensor.dense(parameter) for name, parameter in self.dense.items()}
+        dense = self.dense.items()
+        return found | {name: EncodedTensor.dense(parameter, self.stored[name]) for name, parameter in dense}
 
 
 def distill(
@@ -271,8 +273,9 @@ def reconstruct(
     for step in range(steps):
         _set_rates(optimiser, initial, min(1.0, 2.0 * (1 - step / steps)))
         i = step % len(targets)
-        open_weights = {name.removeprefix(prefix): tensor for name, tensor in student.weights(torch.float32).items()}
         with torch.enable_grad():
+            decoded = student.weights(torch.float32)
+            open_weights = {name.removeprefix(prefix): tensor for name, tensor in decoded.items()}
             output = forward(_Calling(student.module, open_weights), i)
             error = (output - targets[i]).flatten(0, -2).pow(2)
             if channels is not None:

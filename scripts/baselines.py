@@ -1,4 +1,4 @@
-"""The usual methods on the linears, with the embedding and head encoded as in our recipes, through compressor's streaming.
+"""The usual methods on the linears, embedding and head encoded as in our recipes, through compressor's streaming.
 
 rtn     round to nearest, the scale of each group searched
 hqq     half-quadratic fitting of the zero point, which stays a float16; from the range's scale and from a searched one
@@ -93,7 +93,8 @@ class Setting:
         settings = AffineSettings(
             method=self.method, bits=self.bits, group=self.group, zero="middle" if floating else self.zero,
         )  # fmt: skip
-        step = FloatHqqStep(settings=settings, searched="searched" in self.zero) if floating else Step(settings=settings)
+        searched = "searched" in self.zero
+        step = FloatHqqStep(settings=settings, searched=searched) if floating else Step(settings=settings)
         return Recipe(name=self.name, passes=(step,), calibration=CALIBRATION, embeddings=EMBEDDINGS)
 
 

@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from measured import PROTOCOL, SETS, cached, markdown, number, read_results, set_windows, write_results
 from material import model_dir
+from measured import PROTOCOL, SETS, cached, markdown, number, read_results, set_windows, write_results
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.artifact import Artifact
@@ -34,10 +34,11 @@ from compressor.evaluate.reference import original_logits
 from compressor.evaluate.session import DecoderSession
 
 MODEL = "smollm2"
+TITLES = {"moby": "Moby Dick", "sotu": "State of the Union"}
 UNTIMED = ("export", "evaluation")
 START = {
     "jlcm.feedback": "false", "jlcm.kmeans_iterations": "0", "jlcm.codebooks": "1", "jlcm.block_steps": "0",
-    "jlcm.distill_steps": "0", "jlcm.mapping_rate": "0.0", "calibration.token_importance": "false",
+    "distill.steps": "0", "distill.mapping_rate": "0.0", "calibration.token_importance": "false",
     "evaluation.tokens": "0",
 }  # fmt: skip
 STEPS: dict[str, tuple[str | None, dict[str, str]]] = {
@@ -47,9 +48,9 @@ STEPS: dict[str, tuple[str | None, dict[str, str]]] = {
     "token importance": ("error feedback", {"calibration.token_importance": "true"}),
     "row clusters, 4 codebooks": ("token importance", {"jlcm.codebooks": "4"}),
     "block reconstruction, 8 steps": ("token importance", {"jlcm.block_steps": "8"}),
-    "distillation, 16 steps": ("token importance", {"jlcm.distill_steps": "16"}),
-    "distillation, 64 steps": ("token importance", {"jlcm.distill_steps": "64"}),
-    "proximal mapping moves, rate 0.002": ("distillation, 64 steps", {"jlcm.mapping_rate": "0.002"}),
+    "distillation, 16 steps": ("token importance", {"distill.steps": "16"}),
+    "distillation, 64 steps": ("token importance", {"distill.steps": "64"}),
+    "proximal mapping moves, rate 0.002": ("distillation, 64 steps", {"distill.mapping_rate": "0.002"}),
 }
 """Row -> the row that it is added to, and the settings that it changes."""
 
@@ -113,7 +114,8 @@ def _cpu_seconds(cost: dict[str, dict[str, float]]) -> float:
 def quality_table(results: dict[str, Any]) -> str:
     """Artifacts beside the original, smallest last."""
     reference = results["original"]["perplexity"]
-    rows: list[list[object]] = [["original, float32", "538.1", 32, *(number(reference[name]) for name in SETS), "1.00", None]]
+    figures = [number(reference[name]) for name in SETS]
+    rows: list[list[object]] = [["original, float32", "538.1", 32, *figures, "1.00", None]]
     for name, entry in sorted(results.get("artifacts", {}).items(), key=lambda item: -item[1]["megabytes"]):
         found = entry["perplexity"]
         rows.append([
@@ -127,11 +129,12 @@ def quality_table(results: dict[str, Any]) -> str:
 
 def _title(name: str) -> str:
     text, n = SETS[name]
-    return f"{ {'moby': 'Moby Dick', 'sotu': 'State of the Union'}[text]}, {n}"
+    return f"{TITLES[text]}, {n}"
 
 
 def measure_baselines(arguments: argparse.Namespace) -> None:
     from baselines import Bench, Setting, file_bytes, settings
+
     from compressor.plan import make_plan
 
     bench = Bench(open_checkpoint(model_dir(MODEL)))
@@ -210,7 +213,8 @@ def measure_steps(arguments: argparse.Namespace) -> None:
         report = run(options).report
         results[row] = {
             "added_to": STEPS[row][0], "megabytes": size(target)["bytes"] / 1e6,
-            "cpu_seconds": _cpu_seconds(report["cost"]), "perplexity": perplexities(target, PROTOCOL, arguments.threads),
+            "cpu_seconds": _cpu_seconds(report["cost"]),
+            "perplexity": perplexities(target, PROTOCOL, arguments.threads),
         }  # fmt: skip
         write_results("steps", {name: results[name] for name in STEPS if name in results})
         print(f"{row}: {results[row]}", flush=True)

@@ -191,7 +191,7 @@ class Affine(Encoding):
 
 @dataclass(frozen=True)
 class Codebook(Encoding):
-    """Learned codewords: a code of `width` bits names a vector of `dim` neighbouring columns (width / dim bits a weight).
+    """Learned codewords: a code of `width` bits names `dim` neighbouring columns: width / dim bits a weight.
 
     table   (n_codebooks, 2**width, dim): int8 on the int4 grid −8 … 7, or float16 (free)
     codes   (rows, n_groups·group / dim) int, rows in *stored* order

@@ -25,6 +25,7 @@ def export_graph(
         graph = export_decoder(config, tensors, offsets, directory, mode, exact)
         write_genai_config(config, None, directory)
         return graph
-    from compressor.export.module import export_module
+    from compressor.export.module import encoder_example, export_module
 
-    return export_module(checkpoint.build(), batches[0] if batches else {}, tensors, offsets, directory, mode, exact)
+    example = encoder_example(config) if checkpoint.family == "encoder" else batches[0] if batches else {}
+    return export_module(checkpoint.build(), example, tensors, offsets, directory, mode, exact)

@@ -20,8 +20,8 @@ def search_scale(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero (…, 1) of groups (…, size) with the least Σ weight·(w − ŵ)².
 
-    `zero`: "middle" (z = 2**(bits−1), the scale's sign free if `signed`), "half" (z = that − ½) or "learned" (an integer from
-    the group's range). An all-zero group gets the least positive scale.
+    `zero`: "middle" (z = 2**(bits−1), the scale's sign free if `signed`), "half" (z = that − ½) or "learned" (an
+    integer from the group's range). An all-zero group gets the least positive scale.
     """
     tiny = torch.finfo(torch.float16).tiny
     top = 2**bits - 1

@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+"""Peak memory of compressing a random Llama of 1.1 B parameters, and its size as predicted and as written.
+
+    scripts/fetch_material smollm2          for its tokenizer
+    scripts/bench_memory.py [--recipe llm-2bit-fast] [--threads 2]
+
+Width 2048, 22 layers, 32 heads of which 4 for keys and values, intermediate 5632, vocabulary 32,000, bfloat16
+safetensors in two shards, written tensor by tensor into the cache. The run is `compress` in a process of its own,
+sampled every 50 ms: anonymous memory and dirty pages, which only that process can give back, and clean pages of mapped
+files, which the system takes back when it needs them, stated apart. Nothing can be said of random weights' quality, so
+evaluation is off; the proof is not. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from material import model_dir
+from measured import cached, markdown, read_results, write_results
+
+from compressor.checkpoints import open_checkpoint
+from compressor.evaluate.bench import size
+from compressor.plan import make_plan
+from compressor.recipe import load_recipe
+
+WIDTH, LAYERS, HEADS, KV_HEADS, INNER, VOCABULARY = 2048, 22, 32, 4, 5632, 32_000
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "intermediate_size": INNER,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16",
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+}  # fmt: skip
+SETS = ("evaluation.tokens=0",)
+SAMPLED_EVERY = 0.05
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Every tensor, in the order of the files."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
+    kv = WIDTH // HEADS * KV_HEADS
+    for i in range(LAYERS):
+        block = {
+            "self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (kv, WIDTH), "self_attn.v_proj": (kv, WIDTH),
+            "self_attn.o_proj": (WIDTH, WIDTH), "mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH),
+            "mlp.down_proj": (WIDTH, INNER), "input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,),
+        }  # fmt: skip
+        found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
+    return found | {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+
+
+def make_model() -> Path:
+    """The model's directory; written at the first call, one tensor in memory at a time."""
+    target = cached("memory") / "random-llama-1.1b"
+    if target.is_dir():
+        return target
+    partial = target.with_name("partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    every = list(shapes().items())
+    shards = every[: len(every) // 2], every[len(every) // 2 :]
+    generator = torch.Generator().manual_seed(0)
+    names = {}
+    for number, shard in enumerate(shards, start=1):
+        file = partial / f"model-{number:05}-of-00002.safetensors"
+        write_shard(file, dict(shard), generator)
+        names |= {name: file.name for name, _ in shard}
+    (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (partial / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    write_tokenizer(model_dir("smollm2"), partial)
+    partial.rename(target)
+    return target
+
+
+def write_shard(file: Path, tensors: dict[str, tuple[int, ...]], generator: torch.Generator) -> None:
+    """Gaussian weights of deviation 0.02, norms of one."""
+    header, position = {}, 0
+    for name, shape in tensors.items():
+        n_bytes = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + n_bytes]}
+        position += n_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for shape in tensors.values():
+            values = torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)
+            stream.write(values.bfloat16().view(torch.uint8).numpy().tobytes())
+
+
+def write_tokenizer(source: Path, target: Path) -> None:
+    """SmolLM2's tokenizer cut to the vocabulary. Merges stand in the order of their tokens: a prefix is whole."""
+    content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    model = content["model"]
+    model["vocab"] = {token: index for token, index in model["vocab"].items() if index < VOCABULARY}
+    pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+    model["merges"] = [
+        merge for merge, pair in zip(model["merges"], pairs, strict=True) if "".join(pair) in model["vocab"]
+    ]  # fmt: skip
+    (target / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    shutil.copyfile(source / "tokenizer_config.json", target / "tokenizer_config.json")
+
+
+def memory(pid: int) -> dict[str, int]:
+    """Bytes of a process now: anonymous, dirty pages of its files, clean pages of its files."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:  # it has ended
+        return {"own": 0, "mapped": 0}
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+    anonymous = kilobytes["Anonymous"]
+    dirty = max(0, kilobytes["Private_Dirty"] + kilobytes["Shared_Dirty"] - anonymous)
+    own = anonymous + dirty
+    return {"own": 1024 * own, "mapped": 1024 * max(0, kilobytes["Rss"] - own)}
+
+
+def children(pid: int) -> Iterator[int]:
+    """Processes that `pid` has started."""
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            yield from map(int, tasks.read_text().split())
+        except OSError:  # a thread that has ended
+            continue
+
+
+def watch(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Runs a command; peaks in bytes, of itself and of the process that it starts to time the artifact."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, env=environment)
+    peaks = {"own": 0, "mapped": 0, "child": 0}
+    while process.poll() is None:
+        found = memory(process.pid)
+        peaks = {name: max(peak, found.get(name, 0)) for name, peak in peaks.items()}
+        for child in children(process.pid):
+            peaks["child"] = max(peaks["child"], memory(child)["own"])
+        time.sleep(SAMPLED_EVERY)
+    if process.returncode:
+        sys.exit(f"bench_memory: `{' '.join(command)}` ended with status {process.returncode}")
+    return {**peaks, "seconds": round(time.monotonic() - began, 1)}
+
+
+def memory_table(results: dict[str, Any]) -> str:
+    """A row per recipe."""
+    rows = [
+        [f"`{name}`", *(f"{entry[key] / 1e9:.2f} GB" for key in ("own", "planned_memory", "mapped", "child")),
+         f"{entry['bytes'] / 1e6:.1f} MB", f"{entry['planned_bytes'] / 1e6:.1f} MB"]
+        for name, entry in results.items()
+    ]  # fmt: skip
+    memories = ("anonymous and dirty", "planned", "mapped files", "timing process")
+    return markdown(["recipe", *memories, "size", "planned"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="llm-2bit-fast")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], dest="sets")
+    arguments = parser.parse_args()
+    source, sets = make_model(), [*SETS, *arguments.sets]
+    target = cached("memory") / arguments.recipe
+    plan = make_plan(open_checkpoint(source), load_recipe(arguments.recipe, sets))
+    command = [sys.executable, "-m", "compressor", str(source), "--recipe", arguments.recipe, "-o", str(target)]
+    command += ["--force", *(part for setting in sets for part in ("--set", setting))]
+    found = watch(command, {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
+    written = size(target)["bytes"]
+    shutil.rmtree(target)
+    entry = {**found, "planned_memory": plan.peak_memory, "bytes": written, "planned_bytes": plan.bytes_after}
+    results = read_results("memory") | {arguments.recipe: entry}
+    write_results("memory", results)
+    print(memory_table(results))
+
+
+if __name__ == "__main__":
+    main()
