@@ -21,11 +21,11 @@ from compressor.core.errors import PassError
 from compressor.core.passes import Pass
 from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
-from compressor.graph.blocks import first_tensor, is_grouped, layers, layout_of
+from compressor.graph.blocks import is_grouped, layers, layout_of
 from compressor.passes.affine import Affine
 from compressor.plan import Plan, PlannedTensor
 from compressor.recipe import Recipe
-from compressor.streaming import Batch, Network, layer_stages, second_moments
+from compressor.streaming import Batch, Network, hidden_of, layer_stages, second_moments
 from compressor.survey import Survey
 from compressor.training import Rates, Student, reconstruct
 
@@ -120,7 +120,7 @@ def _original_outputs(network: Network, batches: list[Batch]) -> Iterator[list[T
     sweep = original.sweep(batches)
     next(sweep)
     for _, _, reached in sweep:
-        yield [first_tensor(list(args) or list(kwargs.values())) for args, kwargs in reached]
+        yield [hidden_of(arguments) for arguments in reached]
     yield original.last
 
 

@@ -1,7 +1,7 @@
 """The one place that knows the order: open, plan, survey, encode, learn, write, prove, judge.
 
-An artifact is built in `<output>.partial`, beside its target, and renamed at the end. What is finished of an interrupted
-run stays there for `--resume`.
+An artifact is built in `<output>.partial`, beside its target, and renamed at the end. What is finished of an
+interrupted run stays there for `--resume`.
 """
 
 from __future__ import annotations
@@ -65,26 +65,14 @@ class _Stage:
         self.clock.stages[self.name] = {key: round(value, 2) for key, value in spent.items()}
 
 
-def compress(
-    model: str | Path, recipe: str | Path = "llm-2bit", output: str | Path | None = None, **options: Any
-) -> Artifact:  # fmt: skip
-    """What `compress MODEL --recipe RECIPE -o OUTPUT` does; `options` are further fields of RunOptions.
-
-    Raises:
-        CompressorError: As `run`; UsageError where something stands in the output's place.
-    """
-    place = None if output is None else Path(output)
-    chosen = RunOptions(model=str(model), recipe=str(recipe), output=place, **options)
-    refuse_target(chosen.directory, chosen.force)
-    return run(chosen)
-
-
 def run(options: RunOptions) -> Artifact:
     """Compresses a checkpoint as `options` say; returns the artifact.
 
     Raises:
-        CompressorError: Of the kind that `compressor.core.errors` lists. GateFailed after the artifact is written.
+        CompressorError: Of the kind that `compressor.core.errors` lists. UsageError before anything is done where
+            something stands in the output's place; GateFailed after the artifact is written.
     """
+    refuse_target(options.directory, options.force)
     progress = options.progress or Progress()
     clock = _Clock()
     recipe = load_recipe(options.recipe, options.sets)

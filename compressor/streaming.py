@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.core.errors import DataError
 from compressor.graph.blocks import block_names, detached, fast_bfloat16, first_tensor, layers, stages, unfold_inputs
 
 Batch = dict[str, Tensor]
+Arguments = tuple[tuple, dict]
 
 
 class _Stop(Exception):
@@ -44,6 +44,11 @@ class Network:
         ]
         self.outside = [name for name in names if not name.startswith(in_blocks)] if self.blocks != [""] else []
         self._replaced: dict[str, Tensor] = {}
+        self._calls: list[list[Arguments]] = []
+        self._entered: list[Tensor] = []
+        self._wrap: Callable[[Tensor], Any] = _as_it_is
+        self._by_keyword = False
+        self.last: list[Tensor] = []
 
     def replace(self, name: str, tensor: Tensor) -> None:
         """From now on the network computes with `tensor` in place of the checkpoint's."""
@@ -93,81 +98,120 @@ class Network:
         return self.module(batch[""]) if "" in batch else self.module(**batch)
 
     @torch.no_grad()
-    def enter(self, batches: list[Batch]) -> list[tuple[tuple, dict]]:
-        """The arguments with which each batch reaches the first block."""
-        if self.blocks == [""]:
-            return [((batch[""],), {}) if "" in batch else ((), dict(batch)) for batch in batches]
-        reached: list[tuple[tuple, dict]] = []
+    def enter(self, batches: list[Batch]) -> list[Arguments]:
+        """The arguments with which each batch reaches the first block; `arguments` then knows those of the others.
 
-        def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            reached.append((detached(args), detached(kwargs)))
-            raise _Stop
-
-        handle = self.block(self.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        Blocks may differ in what else they are called with (masks, position embeddings), so the network is run once
+        with blocks that only note it. A network whose blocks are not called once each, in order, is one block.
+        """
+        if self.blocks != [""]:
             with self.loaded(self.outside):
-                for batch in batches:
-                    with contextlib.suppress(_Stop):
-                        self.call(batch)
-        finally:
-            handle.remove()
-        if len(reached) != len(batches):
-            raise DataError(f"{self.checkpoint.path}: the first block was not reached by the data; check its inputs")
-        return reached
+                for wrap in (_as_it_is, _in_a_tuple):
+                    self._calls, self._wrap = [self._note_calls(batch, wrap) for batch in batches], wrap
+                    if all(len(calls) == len(self.blocks) for calls in self._calls):
+                        entered, self._entered = self._entered, []
+                        return [self.arguments(i, 0, state) for i, state in enumerate(entered)]
+                    self._entered.clear()
+            self.blocks, self.outside = [""], []
+        return [((batch[""],), {}) if "" in batch else ((), dict(batch)) for batch in batches]
 
-    def step(self, block: nn.Module, arguments: tuple[tuple, dict]) -> Tensor:
+    def _note_calls(self, batch: Batch, wrap: Callable[[Tensor], Any]) -> list[Arguments]:
+        calls: list[Arguments] = []
+        shapes: list[torch.Size] = []
+
+        def noting(index: int) -> Callable:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs.get("hidden_states")
+                if len(calls) != index or not isinstance(hidden, Tensor):
+                    calls.clear()
+                    raise _Stop
+                if shapes and hidden.shape != shapes[0]:
+                    raise _Stop  # the wrong wrapping
+                shapes.append(hidden.shape)
+                if index == 0:
+                    self._entered.append(hidden.detach())
+                rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
+                calls.append((detached(tuple(args[1:])) if args else (), detached(rest)))
+                self._by_keyword = not args
+                if index == len(self.blocks) - 1:
+                    raise _Stop
+                return wrap(hidden)
+
+            return forward
+
+        with self._replaced_blocks([noting(index) for index in range(len(self.blocks))]), contextlib.suppress(_Stop):
+            self.call(batch)
+        return calls
+
+    @contextlib.contextmanager
+    def _replaced_blocks(self, forwards: list[Callable]) -> Iterator[None]:
+        for name, forward in zip(self.blocks, forwards, strict=True):
+            self.block(name).forward = forward
+        try:
+            yield
+        finally:
+            for name in self.blocks:
+                del self.block(name).forward  # the class's own shows again
+
+    def arguments(self, batch: int, index: int, hidden: Tensor) -> Arguments:
+        """What block number `index` is called with for a batch whose hidden state is `hidden`."""
+        args, kwargs = self._calls[batch][index]
+        return ((), {**kwargs, "hidden_states": hidden}) if self._by_keyword else ((hidden, *args), kwargs)
+
+    def step(self, block: nn.Module, arguments: Arguments) -> Tensor:
         """The next hidden state, in the dtype of the last."""
         args, kwargs = arguments
         with self.autocast():
             output = first_tensor(block(*args, **kwargs))
         return output.float()
 
-    @staticmethod
-    def advance(arguments: tuple[tuple, dict], hidden: Tensor) -> tuple[tuple, dict]:
-        """The arguments of the next block: the same but for the hidden state."""
-        args, kwargs = arguments
-        if args:
-            return ((hidden, *args[1:]), kwargs)
-        return (), {**kwargs, "hidden_states": hidden}
-
     @contextlib.contextmanager
     def tail(self) -> Iterator[Callable[[Batch, Tensor], Any]]:
         """A function from (batch, last hidden state) to the network's output; the blocks are passed by."""
         held: list[Tensor] = []
-        for i, name in enumerate(self.blocks):
-            self.block(name).forward = (lambda *a, **k: held[0]) if i == 0 else _pass_by
+        forwards = [lambda *args, **kwargs: self._wrap(held[0])] * len(self.blocks)
 
         def run(batch: Batch, hidden: Tensor) -> Any:
             held[:] = [hidden]
             return self.call(batch)
 
-        try:
-            with self.loaded(self.outside):
-                yield run
-        finally:
-            for name in self.blocks:
-                del self.block(name).forward  # the class's own shows again
+        with self._replaced_blocks(forwards), self.loaded(self.outside):
+            yield run
 
-    def sweep(self, batches: list[Batch]) -> Iterator[tuple[str, nn.Module, list[tuple[tuple, dict]]]]:
-        """Each block, loaded, with the arguments of all batches; goes on with what the block then computes."""
+    def sweep(self, batches: list[Batch]) -> Iterator[tuple[str, nn.Module, list[Arguments]]]:
+        """Each block, loaded, with the arguments of all batches; goes on with what the block then computes.
+
+        At the end `last` holds the last block's hidden state of each batch. A network that is one block is not run.
+        """
         reached = self.enter(batches)
-        for name in self.blocks:
+        for index, name in enumerate(self.blocks):
             block = self.block(name)
             with self.loaded(self.names_in(name)):
                 yield name, block, reached
-                if name != self.blocks[-1] or name:
-                    with torch.no_grad():
-                        for i, arguments in enumerate(reached):
-                            reached[i] = self.advance(arguments, self.step(block, arguments))
-        self.last = [first_tensor(list(args) or list(kwargs.values())) for args, kwargs in reached]
+                if not name:
+                    return
+                with torch.no_grad():
+                    self.last = [self.step(block, arguments) for arguments in reached]
+            if index + 1 < len(self.blocks):
+                reached = [self.arguments(i, index + 1, hidden) for i, hidden in enumerate(self.last)]
 
 
-def _pass_by(*args: Any, **kwargs: Any) -> Any:
+def _as_it_is(hidden: Tensor) -> Any:
+    return hidden
+
+
+def _in_a_tuple(hidden: Tensor) -> Any:
+    return (hidden,)
+
+
+def hidden_of(arguments: Arguments) -> Tensor:
+    """The hidden state among a block's arguments."""
+    args, kwargs = arguments
     return args[0] if args else kwargs["hidden_states"]
 
 
 @torch.no_grad()
-def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: tuple[tuple, dict]) -> list:
+def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arguments) -> list:
     """The block's encodable layers in stages, by running one batch."""
     order: list[tuple[str, int]] = []
     keep: list[Tensor] = []
@@ -200,7 +244,7 @@ def second_moments(
     found: Mapping[str, nn.Module],
     names: list[str],
     calls: int,
-    reached: list[tuple[tuple, dict]],
+    reached: list[Arguments],
     importance: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """H = mean over tokens of t·xxᵀ (in, in) per layer; t is the importance of a token for that layer, or 1.

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.core.errors import CheckpointError
-from compressor.graph.blocks import first_tensor, layers
-from compressor.streaming import Batch, Network, _Stop
+from compressor.graph.blocks import layers
+from compressor.streaming import Batch, Network, _Stop, hidden_of
 
 _POSITIONS = 512
 LARGEST_IMPORTANCE = 50.0
@@ -72,13 +72,12 @@ def survey(
     if head_of(network.module) is None or network.blocks == [""]:
         return found
     stored = _Scratch(scratch, gradients, torch.bfloat16 if network.fast else torch.float32)
-    reached: list = []
     for _, _, reached in network.sweep(batches):
-        stored.add([first_tensor(list(args) or list(kwargs.values())) for args, kwargs in reached])
+        stored.add([hidden_of(arguments) for arguments in reached])
         advance()
     upstream = _through_head(network, batches, network.last, found, gradients, generator)
     if gradients:
-        _backward(network, reached, stored, upstream, found, advance)
+        _backward(network, stored, upstream, found, advance)
     stored.close()
     return found
 
@@ -175,7 +174,7 @@ def _label_gradient(rows: Tensor, weight: Tensor, network: Network, generator: t
 
 
 def _backward(
-    network: Network, reached: list, stored: _Scratch, upstream: list[Tensor], found: Survey,
+    network: Network, stored: _Scratch, upstream: list[Tensor], found: Survey,
     advance: Callable[[], None],
 ) -> None:  # fmt: skip
     """Back through the blocks, each reloaded and recomputed; fills `found.importance`."""
@@ -195,7 +194,7 @@ def _backward(
             for i, hidden in enumerate(stored.read(index)):
                 hidden.requires_grad_(True)
                 with torch.enable_grad():
-                    output = network.step(block, network.advance(reached[i], hidden))
+                    output = network.step(block, network.arguments(i, index, hidden))
                 output.backward(upstream[i])
                 upstream[i] = hidden.grad
             for handle in handles:

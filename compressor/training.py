@@ -284,8 +284,8 @@ def reconstruct(
             if tokens is not None:
                 error = error * tokens[starts[i] : starts[i + 1]]
             loss = error.mean()
-        losses.append(float(loss.detach()))
-        (loss / max(losses[0], 1e-30)).backward()
+            losses.append(float(loss.detach()))
+            (loss / max(losses[0], 1e-30)).backward()
         optimiser.step()
         optimiser.zero_grad()
         for learned in student.learned.values():

@@ -178,6 +178,9 @@ def main() -> None:
     results = read_results("memory") | {arguments.recipe: entry}
     write_results("memory", results)
     print(memory_table(results))
+    import make_tables
+
+    make_tables.main()
 
 
 if __name__ == "__main__":

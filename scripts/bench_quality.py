@@ -209,7 +209,9 @@ def measure_steps(arguments: argparse.Namespace) -> None:
             continue
         target = cached("steps") / row.replace(",", "").replace(" ", "-")
         sets = tuple(f"{key}={value}" for key, value in step_settings(row).items())
-        options = RunOptions(str(model_dir(MODEL)), "llm-2bit", target, sets=sets, progress=make_progress(silent=False))
+        options = RunOptions(
+            str(model_dir(MODEL)), "llm-2bit", target, sets=sets, force=True, progress=make_progress(silent=False)
+        )
         report = run(options).report
         results[row] = {
             "added_to": STEPS[row][0], "megabytes": size(target)["bytes"] / 1e6,
@@ -250,6 +252,9 @@ def main() -> None:
     steps.set_defaults(run=measure_steps)
     arguments = parser.parse_args()
     arguments.run(arguments)
+    import make_tables
+
+    make_tables.main()
 
 
 if __name__ == "__main__":

@@ -55,9 +55,13 @@ def built_int4(source: Path) -> tuple[Path | None, str]:
     return None, f"the builder failed: {last[0] if last else done.returncode}"
 
 
-def speeds(models: dict[str, Path], threads: int, repeats: int, new: int) -> dict[str, float]:
+def speeds(
+    models: dict[str, Path], config: dict[str, Any], threads: int, repeats: int, new: int
+) -> dict[str, float]:  # fmt: skip
     """Median tokens per second of each, after one round to warm up."""
     sessions = {name: DecoderSession(path, threads) for name, path in models.items()}
+    for session in sessions.values():
+        session.config = config  # the builder's folder has none of its own
     prompt = np.random.default_rng(0).integers(0, 32000, size=PROMPT)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
@@ -93,23 +97,26 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens per repeat")
     arguments = parser.parse_args()
     source = model_dir("smollm2")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     artifacts = {Artifact.open(path).report["recipe"]["name"]: Path(path) for path in arguments.directories}
     int4, reason = built_int4(source)
     skipped = {} if int4 else {INT4: reason}
     with tempfile.TemporaryDirectory(dir=cached("speed")) as scratch:
         export_original(open_checkpoint(source), Path(scratch), [{"input_ids": torch.zeros(1, 8, dtype=torch.long)}])
-        shutil.copyfile(source / "config.json", Path(scratch) / "config.json")
         models = {ORIGINAL: Path(scratch)} | ({INT4: int4} if int4 else {}) | artifacts
         results = read_results("speed") | {
             "model": "SmolLM2-135M", "onnxruntime": onnxruntime.__version__, "new_tokens": arguments.new,
             "repeats": arguments.repeats, "skipped": skipped, "tokens_per_second": {},
         }  # fmt: skip
         for threads in arguments.threads:
-            found = speeds(models, threads, arguments.repeats, arguments.new)
+            found = speeds(models, config, threads, arguments.repeats, arguments.new)
             results["tokens_per_second"][str(threads)] = found
             print(threads, json.dumps(found), flush=True)
     write_results("speed", results)
     print(speed_table(results))
+    import make_tables
+
+    make_tables.main()
 
 
 if __name__ == "__main__":

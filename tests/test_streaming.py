@@ -261,7 +261,6 @@ def test_layers_that_share_weights_are_one_block(tmp_path):
 ALBERT_LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0"
 
 
-@pytest.mark.xfail(strict=True, reason="a list whose children are called several times is taken for blocks")
 @torch.no_grad()
 def test_groups_of_layers_that_are_called_twice_are_one_block(tmp_path):
     directory = pico.albert(tmp_path, n_groups=2)
@@ -275,11 +274,10 @@ def test_groups_of_layers_that_are_called_twice_are_one_block(tmp_path):
     torch.testing.assert_close(found, module(**batches[0]).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="every block is given the first one's mask and position embeddings")
 @torch.no_grad()
 def test_blocks_that_are_called_with_other_masks_stream_as_well(tmp_path):
     config = transformers.Gemma3TextConfig(
-        vocab_size=pico.VOCABULARY, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+        vocab_size=pico.VOCABULARY, hidden_size=24, num_hidden_layers=4, num_attention_heads=4, intermediate_size=40,
         num_key_value_heads=2, head_dim=6, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
     directory = pico.saved(config, transformers.Gemma3ForCausalLM, tmp_path)

@@ -61,6 +61,8 @@ class JlcmSettings(Pass):
     feedback            codes with error feedback; without it each code is the nearest, for comparison
     damping             of the Hessian in the error feedback, as a share of its mean diagonal
     block_steps         gradient steps on each block's output; 0 is off
+    mapping_rate        of the proximal search that moves codes in these steps; 0 leaves them
+    codebook_rate, scale_rate, dense_rate   learning rates, as in the recipe's section distill
     neighbours, delta   of the proximal mapping gradient, φ(d) = 1 / (d + delta) on the nearest codewords
     """
 

@@ -104,6 +104,8 @@ def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") 
     kind = description["kind"]
     if kind == "dense":
         return None
+    if kind not in ("affine", "codebook", "binary", "sparse"):
+        return f"encoding '{kind}' has no operator: only with --format safetensors"
     if kind == "sparse":
         return "sparse tensors do not run faster in onnxruntime and unpack slowly: only with --format safetensors"
     if operator == "constant":

@@ -10,7 +10,7 @@ import torch
 from compressor.core.encoding import describe, restore
 from compressor.passes.affine import Affine
 from compressor.passes.jlcm import Jlcm, codebook_gradient, proximal_gradient
-from compressor.training import LearnedCodebook
+from compressor.training import LearnedMatrix
 from tests.pico import correlated, output_error
 
 CODEBOOK = torch.tensor([-1.0, 0.0, 0.5, 2.0])
@@ -222,4 +222,4 @@ def test_a_dead_input_and_a_row_of_zeros_are_encoded():
 @pytest.mark.parametrize("settings", [{}, {"width": 4, "dim": 1, "codebooks": 3, "scale_bits": 16}])
 def test_no_learning_step_gives_exactly_what_was_assigned(settings):
     encoding = encoded(**settings)
-    same_parts(LearnedCodebook(encoding, 0.1, 4, 0.1).result(), encoding)
+    same_parts(LearnedMatrix(encoding, 0.1, 4, 0.1).result(), encoding)

@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+"""Fills the tables of README.md and docs/ from docs/measured/*.json and the recipes, between their marks.
+
+    scripts/make_tables.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is there is replaced. The benchmarks run this
+when they are done, and a test checks that the pages are current.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_memory import memory_table
+from bench_quality import baselines_table, best_baselines, quality_table, steps_table
+from bench_speed import speed_table
+from measured import ROOT, markdown, number, read_results
+
+from compressor.recipe import load_recipe
+from compressor.recipe_file import shipped_recipes
+
+PAGES = ("README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/runtime.md", "docs/design.md")
+MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COMMANDS = {
+    "quality": "scripts/bench_quality.py artifacts DIR…", "baselines": "scripts/bench_quality.py baselines",
+    "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py DIR…",
+    "memory": "scripts/bench_memory.py",
+}  # fmt: skip
+LLAMA_CPP = (
+    ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
+)  # fmt: skip
+"""Whole files of llama.cpp with importance matrix, this very model and text; quoted, not measured by our scripts."""
+
+
+def measured_table(name: str, make: Callable[[dict[str, Any]], str]) -> str:
+    """What `make` says of docs/measured/`name`.json, or that it has not been measured."""
+    results = read_results(name)
+    found = make(results) if results else "Not measured yet."
+    return f"{found}\n\nBy `{COMMANDS[name]}`."
+
+
+def recipes_table(_: dict[str, Any] | None = None) -> str:
+    """Every shipped recipe, and what it needs."""
+    recipes = [load_recipe(name) for name in shipped_recipes()]
+    return markdown(["recipe", "for", "needs"], [[f"`{r.name}`", r.description, r.needs] for r in recipes]).replace(
+        "--:", ":--"
+    )
+
+
+def comparison_table() -> str:
+    """Whole files, Moby Dick: ours, the best of each baseline, and llama.cpp's as quoted; largest first."""
+    rows: list[tuple[float, list[object]]] = [
+        (megabytes, [f"llama.cpp {name} (quoted)", number(megabytes), number(perplexity), None])
+        for name, megabytes, perplexity in LLAMA_CPP
+    ]
+    quality = read_results("quality")
+    if quality:
+        figures = quality["original"]["perplexity"]
+        rows.append((538.1, ["original, float32", "538.1", number(figures["moby_8"]), number(figures["sotu_8"])]))
+    for name, entry in quality.get("artifacts", {}).items():
+        rows.append((entry["megabytes"], _row(f"**compressor `{name}`**", entry)))
+    for entry in best_baselines(read_results("baselines")):
+        title = f"{entry['method'].upper()}, {entry['bits']} bits, groups of {entry['group']}"
+        rows.append((entry["megabytes"], _row(title, entry)))
+    rows.sort(key=lambda row: -row[0])
+    titles = ["method", "MB, all files", "Moby Dick", "State of the Union"]
+    return markdown(titles, [cells for _, cells in rows])
+
+
+def _row(title: str, entry: dict[str, Any]) -> list[object]:
+    figures = entry["perplexity"]
+    return [title, number(entry["megabytes"]), number(figures["moby_8"]), number(figures["sotu_8"])]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "recipes": recipes_table,
+    "comparison": comparison_table,
+    "quality": lambda: measured_table("quality", quality_table),
+    "baselines": lambda: measured_table("baselines", baselines_table),
+    "steps": lambda: measured_table("steps", steps_table),
+    "speed": lambda: measured_table("speed", speed_table),
+    "memory": lambda: measured_table("memory", memory_table),
+}
+
+
+def filled(page: str) -> str:
+    """A page's text with every table as it should be."""
+    return MARK.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", page)
+
+
+def main() -> None:
+    for name in PAGES:
+        path = Path(ROOT / name)
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What every pass promises, held for every file in compressor/passes."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor.checkpoints import open_checkpoint
+from compressor.core.encoding import Encoding, describe, restore
+from compressor.core.passes import STAGES, Pass
+from compressor.core.settings import SETTINGS
+from compressor.core.tensors import write_tensors
+from compressor.encode import Work, encode_network
+from compressor.export.lowering import refusal
+from compressor.plan import make_plan
+from compressor.recipe import load_recipe, pass_class
+from compressor.recipe_file import known_passes
+from compressor.streaming import Network
+from compressor.survey import Survey
+from tests import pico
+
+ROOT = Path(__file__).parents[1]
+PASSES = sorted(path.stem for path in (ROOT / "compressor" / "passes").glob("*.py") if not path.stem.startswith("_"))
+# At least one line per value of the settings that change what a pass does or needs.
+VARIANTS = {
+    "affine": [{"method": "rtn"}, {"method": "hqq", "zero": "learned"}, {"method": "gptq"}],
+    "jlcm": [{}, {"width": 4, "dim": 2, "codebooks": 3}],
+}
+CASES = [(name, settings) for name in PASSES for settings in VARIANTS.get(name, [{}])]
+BYTES = {"U8": 1, "U16": 2, "F16": 2, "F32": 4, "I32": 4}
+
+
+def made(name: str, **settings) -> Pass:
+    return pass_class(importlib.import_module(f"compressor.passes.{name}"), name)(**settings)
+
+
+def encoded(method: Pass, hessian: torch.Tensor | None = None) -> Encoding:
+    weight, moment = pico.correlated(29, 90)
+    return method.encode(weight, moment if hessian is None else hessian, torch.Generator().manual_seed(6))
+
+
+def same_parts(first: Encoding, second: Encoding) -> None:
+    assert describe(first) == describe(second)
+    for part, tensor in first.parts().items():
+        assert torch.equal(tensor, second.parts()[part]), f"part {part} differs"
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_is_named_after_its_file_and_cites_its_paper(name):
+    method = made(name)
+    assert method.name == name
+    assert name in known_passes()
+    assert isinstance(method, SETTINGS[name])
+    assert method.stage in STAGES
+    assert re.search(r"https://(arxiv\.org/abs|doi\.org|openreview\.net)/\S+$", method.paper)
+    module = importlib.import_module(f"compressor.passes.{name}")
+    assert re.search(r"arXiv \d{4}\.\d{5}", module.__doc__)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_has_its_paper_test(name):
+    test = ROOT / "tests" / "passes" / f"test_{name}.py"
+    assert "float64" in test.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_setting_is_explained(name):
+    text = f"{SETTINGS[name].__doc__} {SETTINGS[name].paper}"
+    unexplained = [field for field in SETTINGS[name].model_fields if field not in text and field not in WELL_KNOWN]
+    assert not unexplained
+
+
+WELL_KNOWN = {"method", "bits", "group", "zero", "scale_bits", "damping"}
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_the_same_seed_gives_the_same_bytes_and_leaves_the_global_generator(name, settings):
+    method = made(name, **settings)
+    torch.manual_seed(1)
+    first = encoded(method)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    same_parts(first, encoded(method))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_a_pass_leaves_its_arguments_alone(name, settings):
+    weight, hessian = pico.correlated(29, 90)
+    made(name, **settings).encode(weight, hessian, torch.Generator())
+    for found, kept in zip((weight, hessian), pico.correlated(29, 90), strict=True):
+        assert torch.equal(found, kept)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_parts_rebuild_the_weights_and_are_smaller(name, settings):
+    encoding = encoded(made(name, **settings))
+    torch.testing.assert_close(restore(describe(encoding), encoding.parts()).decode(), encoding.decode(), rtol=0, atol=0)
+    spec = made(name, **settings).spec_for("w", (29, 90), "linear")
+    assert encoding.nbytes == spec.nbytes(29, 90) < 2 * 29 * 90
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_declared_needs_are_the_real_ones(name, settings):
+    method = made(name, **settings)
+    _, hessian = pico.correlated(29, 90)
+    first, second = encoded(method, hessian), encoded(method, hessian + 3 * torch.outer(*[hessian.diagonal()] * 2))
+    if "data" in method.needs:
+        assert any(not torch.equal(part, second.parts()[key]) for key, part in first.parts().items())
+        return
+    same_parts(first, second)
+    weight, _ = pico.correlated(29, 90)
+    same_parts(first, method.encode(weight, None, torch.Generator().manual_seed(0)))
+
+
+def test_gradient_steps_need_gradients():
+    assert "gradients" not in made("jlcm").needs
+    assert "gradients" in made("jlcm", block_steps=1).needs
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_what_a_pass_writes_onnx_takes(name, settings):
+    described = describe(encoded(made(name, **settings)))
+    assert refusal(described, "matmul", "default") is None
+    reason = refusal(described | {"kind": "sparkle"}, "matmul", "default")
+    assert "sparkle" in reason
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return pico.llama(tmp_path_factory.mktemp("llama"))
+
+
+def encode(llama, folder: Path, recipe_text: str, seed: int = 0, files: bool = False):
+    """(encoded tensors, network, plan) of a whole sweep."""
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe_text)
+    recipe, checkpoint = load_recipe(folder / "recipe.yaml"), open_checkpoint(llama)
+    plan = make_plan(checkpoint, recipe)
+    network = Network(checkpoint, fast=False)
+    batches = pico.token_batches()
+    tensors, _ = encode_network(network, batches, recipe, plan, Survey(), Work(folder, seed), lambda note: None)
+    return tensors, network, plan
+
+
+def text_of(name: str, settings: dict, extra: str = "") -> str:
+    fields = "".join(f", {key}: {value}" for key, value in settings.items())
+    return f"passes: [{{pass: {name}{fields}{extra}}}]\nembeddings: {{bits: 32}}\n"
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_only_selected_tensors_change_and_nothing_is_left_behind(tmp_path, llama, name, settings):
+    text = text_of(name, settings, ", select: ['*mlp*'], skip: ['*.1.mlp.up*']")
+    tensors, network, plan = encode(llama, tmp_path, text)
+    checkpoint = open_checkpoint(llama)
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    assert set(tensors) == set(planned)
+    changed = 0
+    for key in tensors:
+        original, found = checkpoint.read(key), tensors[key]
+        assert found.encoding.nbytes == planned[key].bytes_after, key
+        if ".mlp." in key and ".1.mlp.up" not in key:
+            changed += 1
+            assert found.encoding.kind != "dense"
+            assert found.encoding.nbytes < 2 * original.numel()
+            assert float((found.decode() - original).norm() / original.norm()) < 0.6, key
+        else:
+            assert torch.equal(found.decode(), original), key
+    assert changed == 8
+    for key, module in network.module.named_modules():
+        assert not module._forward_hooks, key
+        assert not module._forward_pre_hooks, key
+    for key, parameter in network.module.named_parameters():
+        assert parameter.is_meta, key
+        assert not parameter.requires_grad, key
+        assert parameter.grad is None, key
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_a_sweep_gives_the_same_bytes_whatever_the_global_seed(tmp_path, llama, name, settings):
+    written = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        tensors, _, _ = encode(llama, tmp_path / str(global_seed), text_of(name, settings))
+        write_tensors(tmp_path / "all.safetensors", tensors, tensors.tied)
+        written.append((tmp_path / "all.safetensors").read_bytes())
+    assert written[0] == written[1]
+    assert tensors.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if "data" in made(name, **VARIANTS[name][-1]).needs])
+def test_later_layers_make_up_for_earlier_ones(tmp_path, llama, name):
+    """Encoded from the compressed prefix, a layer is another than from the original one."""
+    settings = VARIANTS[name][-1]
+    alone, _, _ = encode(llama, tmp_path / "a", text_of(name, settings, ", select: ['*.2.mlp.down*']"))
+    after, _, _ = encode(llama, tmp_path / "b", text_of(name, settings))
+    key = "model.layers.2.mlp.down_proj.weight"
+    assert not torch.equal(alone[key].decode(), after[key].decode())
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(16, "float16"), (32, "float32"), (4, None)])
+def test_tables_are_stored_as_the_recipe_says(tmp_path, llama, bits, dtype):
+    text = f"passes: [{{pass: affine}}]\nembeddings: {{bits: {bits}}}\nexport: {{dense: float16}}\n"
+    tensors, _, plan = encode(llama, tmp_path, text)
+    table = tensors["model.embed_tokens.weight"].encoding
+    assert tensors["model.norm.weight"].encoding.parts()["weight"].dtype == torch.float16
+    if dtype is None:
+        assert (table.kind, table.bits) == ("affine", 4)
+    else:
+        assert table.parts()["weight"].dtype == getattr(torch, dtype)
+    planned = {tensor.name: tensor.bytes_after for tensor in plan.tensors}
+    assert {key: tensors[key].encoding.nbytes for key in tensors} == planned
+
+
+def test_block_steps_learn(tmp_path, llama):
+    settings = {"width": 4, "dim": 2}
+    plain, _, _ = encode(llama, tmp_path / "a", text_of("jlcm", settings))
+    learned, _, _ = encode(llama, tmp_path / "b", text_of("jlcm", settings | {"block_steps": 6}))
+    key = "model.layers.0.mlp.down_proj.weight"
+    first, second = plain[key].encoding.parts(), learned[key].encoding.parts()
+    assert not torch.equal(first["table"], second["table"]) or not torch.equal(first["scales"], second["scales"])
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(plain[norm].decode(), learned[norm].decode())
+
+
+@pytest.mark.parametrize("build", [pico.gpt2, pico.bert, pico.albert])
+def test_other_architectures_are_encoded_as_planned(tmp_path, build):
+    directory = build(tmp_path / "model")
+    tensors, network, plan = encode(directory, tmp_path / "work", text_of("affine", {"bits": 8, "method": "gptq"}))
+    checkpoint = open_checkpoint(directory)
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    assert set(planned) <= set(tensors)
+    for key, tensor in planned.items():
+        original = checkpoint.read(key)
+        assert tensors[key].encoding.nbytes == tensor.bytes_after, key
+        assert float((tensors[key].decode() - original).norm()) <= 0.01 * float(original.norm()), key
+    assert sum(tensors[key].encoding.kind == "affine" for key in tensors) >= 6

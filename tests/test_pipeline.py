@@ -1,0 +1,300 @@
+"""The main job on pico models: the artifact and its report, the same bytes again, interruptions, gates, refusals."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import compressor.evaluate.bench
+import compressor.original
+from compressor.core.artifact import Artifact
+from compressor.core.errors import CheckpointError, DataError, GateFailed, UsageError
+from compressor.core.options import RunOptions
+from compressor.core.tensors import EncodedTensors
+from compressor.evaluate.session import open_session
+from compressor.pipeline import run
+from compressor.progress import Progress, Task
+from tests import pico
+
+LLM = """
+passes: [{pass: jlcm, width: 4, dim: 2, group: 16}, {pass: affine, method: gptq, bits: 4, group: 16, select: '*down*'}]
+calibration: {tokens: 256, window: 32}
+embeddings: {bits: 4, group: 16}
+evaluation: {tokens: 96, window: 32}
+"""
+NETWORK = """
+passes: [{pass: affine, method: gptq, bits: 4, group: 16}]
+calibration: {samples: 24}
+evaluation: {samples: 12}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working directory of its own, and no benchmark: its processes take longer than all the rest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPRESSOR_HOME", str(tmp_path / "home"))
+    for module in (compressor.evaluate.bench, compressor.original):
+        monkeypatch.setattr(module, "bench", lambda directory: {"kind": "not measured"})
+    (tmp_path / "recipe.yaml").write_text(LLM)
+    (tmp_path / "network.yaml").write_text(NETWORK)
+    (tmp_path / "calibration.txt").write_text(pico.text(1))
+    (tmp_path / "evaluation.txt").write_text(pico.text(2))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return pico.llama(tmp_path_factory.mktemp("model") / "llama")
+
+
+def options(model: Path, output: str = "out", **changes) -> RunOptions:
+    known = {"recipe": "recipe.yaml", "data": "calibration.txt", "eval": "evaluation.txt"}
+    return RunOptions(model=str(model), output=Path(output), **(known | changes))
+
+
+def of_network(kind: str, folder: Path) -> dict:
+    """Options for a module from a state dict, with arrays; labels are the network's own."""
+    module = pico.write_state_dict(getattr(pico, kind), folder / "weights.pt")
+    shape = {"ResNet": (40, 3, 12, 12), "Tied": (40, 70)}[kind]
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    with torch.no_grad():
+        labels = module(torch.from_numpy(x)).argmax(1).numpy()
+    np.savez(folder / "data.npz", x=x, labels=labels)
+    return {"arch": f"tests.pico:{kind}", "data": "data.npz", "eval": None, "recipe": "network.yaml"}
+
+
+def shipped(directory: str) -> dict[str, bytes]:
+    """The files that have to be the same again."""
+    files = {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir())}
+    assert {"model.onnx", "model.safetensors", "compression.json"} <= files.keys()
+    return {name: content for name, content in files.items() if name != "compression.json"}
+
+
+def check_report(artifact: Artifact) -> dict:
+    """What compression.json says of sizes, hashes, and the proof, held against the files; returns it."""
+    report = json.loads((artifact.directory / "compression.json").read_text())
+    assert report == artifact.report
+    files = {file.name: file.stat().st_size for file in artifact.directory.iterdir() if file.name != "compression.json"}
+    assert report["size"]["files"] == files
+    assert report["size"]["bytes"] == sum(files.values())
+    assert report["proof"]["exact"]["max_relative_error"] < 1e-3
+    assert report["proof"]["exact"]["n_positions"] > 0
+    assert set(report["sha256"]) >= {"model.onnx", "model.safetensors"}
+    assert report["gates"] == {"passed": True, "failures": []}
+    return report
+
+
+def test_a_language_model_becomes_an_artifact(llama):
+    artifact = run(options(llama))
+    report = check_report(artifact)
+    assert not Path("out.partial").exists()
+    assert {"config.json", "tokenizer.json", "genai_config.json"} <= {file.name for file in artifact.directory.iterdir()}
+    assert report["size"]["bytes"] < report["size"]["original_bytes"]
+    assert report["recipe"]["passes"][0]["pass"] == "jlcm"
+    assert report["source"]["sha256"]
+    assert report["source"]["family"] == "decoder"
+    assert report["data"]["calibration"] == "calibration.txt"
+    assert report["data"]["overlap"] < 0.02
+    assert "model.norm.weight" in report["skipped"]
+    quality = report["quality"]
+    assert quality["perplexity"] / quality["original_perplexity"] == pytest.approx(quality["ratio"])
+    assert 0 < quality["kl_divergence"] < 1
+    assert (quality["n_windows"], quality["tokens"]) == (3, 3 * 31)
+    tensors = EncodedTensors([artifact.directory / "model.safetensors"])
+    kinds = {name.split(".")[-2]: tensors.describe(name)["kind"] for name in tensors}
+    assert (kinds["q_proj"], kinds["down_proj"], kinds["embed_tokens"], kinds["k_proj"]) == (
+        "codebook", "affine", "affine", "dense",
+    )  # fmt: skip
+    assert tensors.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("kind", ["ResNet", "Tied"])
+def test_any_module_becomes_an_artifact(folder, kind):
+    artifact = run(options(folder / "weights.pt", **of_network(kind, folder)))
+    report = check_report(artifact)
+    quality = report["quality"]
+    assert quality["original_accuracy"] == 1.0
+    assert quality["n_examples"] == 8
+    assert 0 < quality["max_relative_error"] < 0.3
+    x = np.load("data.npz")["x"]
+    session = open_session(artifact.directory)
+    module = pico.write_state_dict(getattr(pico, kind), folder / "again.pt")
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x)).numpy()
+    found = session.run({session.inputs[0]: x}, session.outputs[:1])[session.outputs[0]]
+    assert np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
+
+
+def test_an_encoder_becomes_an_artifact(folder):
+    directory = pico.bert(folder / "bert")
+    artifact = run(options(directory, recipe="network.yaml", sets=("calibration.tokens=256", "calibration.window=32")))
+    report = check_report(artifact)
+    assert report["source"]["family"] == "encoder"
+    assert report["quality"]["cosine"] > 0.9
+
+
+@pytest.mark.parametrize("mode", ["standard", "compat"])
+def test_other_modes_compute_the_same(llama, mode):
+    report = check_report(run(options(llama, mode=mode)))
+    assert report["mode"] == mode
+
+
+def test_the_same_command_gives_the_same_bytes(llama):
+    torch.manual_seed(1)
+    run(options(llama, "first"))
+    torch.manual_seed(2)
+    run(options(llama, "second"))
+    assert shipped("first") == shipped("second")
+
+
+def test_another_seed_gives_other_bytes(llama):
+    run(options(llama, "first"))
+    run(options(llama, "second", seed=1))
+    assert shipped("first")["model.safetensors"] != shipped("second")["model.safetensors"]
+
+
+def test_a_network_of_one_block_gives_the_same_bytes(folder):
+    settings = of_network("ResNet", folder)
+    for name in ("first", "second"):
+        run(options(folder / "weights.pt", name, **settings))
+    assert shipped("first") == shipped("second")
+
+
+class Interrupting(Progress):
+    """Raises KeyboardInterrupt after `n` steps of one task."""
+
+    def __init__(self, description: str, n: int) -> None:
+        self.description, self.left = description, n
+        self.seen: list[str] = []
+
+    @contextmanager
+    def task(self, description, total):
+        self.seen.append(description)
+        yield _Step(self) if description == self.description else Task()
+
+
+class _Step(Task):
+    def __init__(self, progress: Interrupting) -> None:
+        self.progress = progress
+
+    def advance(self, steps=1, note=""):
+        self.progress.left -= 1
+        if not self.progress.left:
+            raise KeyboardInterrupt
+
+
+DISTILLED = ("distill.steps=3", "distill.tokens=256", "calibration.tokens=512")
+
+
+@pytest.mark.parametrize(
+    ("task", "n", "sets"),
+    [("surveying", 4, ()), ("encoding", 1, ()), ("encoding", 3, ()), ("encoding", 3, ("jlcm.block_steps=3",)),
+     ("distilling", 2, DISTILLED)],
+)  # fmt: skip
+def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(llama, task, n, sets):
+    run(options(llama, "whole", sets=sets))
+    interrupting = Interrupting(task, n)
+    with pytest.raises(KeyboardInterrupt):
+        run(options(llama, "parts", sets=sets, progress=interrupting))
+    assert not Path("parts").exists()
+    assert Path("parts.partial").is_dir()
+    again = Interrupting("none", -1)
+    run(options(llama, "parts", sets=sets, resume=True, progress=again))
+    assert shipped("parts") == shipped("whole")
+    assert ("surveying" in again.seen) == (task == "surveying")
+    assert not Path("parts.partial").exists()
+
+
+def test_distillation_changes_the_artifact_and_is_reported(llama):
+    run(options(llama, "plain", sets=DISTILLED[2:]))
+    report = check_report(run(options(llama, "learned", sets=DISTILLED)))
+    assert shipped("plain")["model.safetensors"] != shipped("learned")["model.safetensors"]
+    assert [entry["step"] for entry in report["learning"]] == [3]
+
+
+def test_only_the_same_run_is_resumed(llama):
+    with pytest.raises(UsageError, match=r"out.partial: no interrupted run to resume; leave --resume out"):
+        run(options(llama, resume=True))
+    with pytest.raises(KeyboardInterrupt):
+        run(options(llama, progress=Interrupting("encoding", 2)))
+    with pytest.raises(UsageError, match=r"out.partial: belongs to another run \(model, recipe, seed or data differ\)"):
+        run(options(llama, resume=True, seed=5))
+    run(options(llama, seed=5))
+    assert check_report(Artifact.open("out"))["seed"] == 5
+
+
+def test_a_failed_gate_keeps_the_artifact_marked(llama):
+    with pytest.raises(GateFailed, match=r"out: KL divergence is \S+, the gate is 1e-06; the artifact is kept, marked as"):
+        run(options(llama, sets=("gates.max_kl_divergence=1e-6", "gates.max_perplexity_ratio=50")))
+    gates = Artifact.open("out").report["gates"]
+    assert gates["passed"] is False
+    assert [failure.partition(" is ")[0] for failure in gates["failures"]] == ["KL divergence"]
+    assert shipped("out")
+    assert not Path("out.partial").exists()
+
+
+def test_a_gate_that_was_not_measured_has_failed(llama):
+    with pytest.raises(GateFailed, match="top-1 agreement was not measured, the gate is 0.5"):
+        run(options(llama, sets=("gates.min_agreement=0.5", "evaluation.tokens=0")))
+
+
+def test_nan_in_the_weights_is_refused(folder):
+    directory = pico.llama(folder / "broken")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'model.layers.1.mlp.up_proj.weight' holds 1 NaN or infinite values"):
+        run(options(directory))
+    assert not Path("out").exists()
+
+
+def test_evaluation_data_that_was_calibrated_on_is_refused(llama):
+    with pytest.raises(DataError, match=r"calibration.txt: overlaps the calibration data calibration.txt; 100.0% of it"):
+        run(options(llama, eval="calibration.txt"))
+    assert not Path("out").exists()
+    assert not Path("out.partial").exists()
+
+
+def test_a_module_without_data_is_refused_before_work(folder):
+    settings = of_network("Tied", folder) | {"data": None}
+    with pytest.raises(DataError, match="only language models have built-in data; give --data"):
+        run(options(folder / "weights.pt", **settings))
+    assert not Path("out.partial").exists()
+
+
+def test_free_codewords_go_to_safetensors_only(llama):
+    free = ("jlcm.grid=free",)
+    with pytest.raises(UsageError, match=r"recipe: 'model.layers.0.\S+' cannot be written to ONNX: free codewords only"):
+        run(options(llama, sets=free))
+    artifact = run(options(llama, sets=free, format="safetensors"))
+    assert not (artifact.directory / "model.onnx").exists()
+    assert artifact.report["size"]["files"]["model.safetensors"] == (artifact.directory / "model.safetensors").stat().st_size
+    assert artifact.report["proof"] is None
+    tensors = EncodedTensors([artifact.directory / "model.safetensors"])
+    assert tensors["model.layers.0.self_attn.q_proj.weight"].encoding.table.dtype == torch.float16
+
+
+def test_what_is_no_artifact_is_not_replaced(llama):
+    Path("out").mkdir()
+    Path("out/thesis.tex").write_text("the only copy")
+    with pytest.raises(UsageError, match="out: is not empty and no artifact of ours"):
+        run(options(llama, force=True))
+    assert Path("out/thesis.tex").read_text() == "the only copy"
+
+
+def test_speed_is_measured_beside_the_originals(llama, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.chdir(llama.parent)
+    for name, content in {"recipe.yaml": LLM, "calibration.txt": pico.text(1), "evaluation.txt": pico.text(2)}.items():
+        Path(name).write_text(content)
+    report = check_report(run(options(llama)))
+    for speed in (report["speed"], report["original_speed"]):
+        assert speed["load_seconds"] > 0
+        assert speed["decode_tokens_per_second"] > 0
