@@ -58,7 +58,7 @@ def prove(
         shutil.copy2(path, copy)
     try:
         export_graph(checkpoint, tensors, offsets, directory, options.mode, True, batches)
-        exact = compare_logits(_outputs(open_session(directory), inputs), expected)
+        exact = compare_logits(_outputs(open_session(directory, exact=True), inputs), expected)
     finally:
         shutil.move(kept, graph)
         for path, copy in copies:

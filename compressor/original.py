@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,8 @@ def export_original(checkpoint: Any, directory: Path, batches: list[Batch]) -> P
     """Writes the uncompressed artifact into a directory, by the same exporter; returns the graph's path."""
     from compressor.export.writing import export_graph
 
+    if checkpoint.config is not None:
+        (directory / "config.json").write_text(json.dumps(checkpoint.config))
     offsets = write_tensors(directory / "model.safetensors", OriginalTensors(checkpoint), checkpoint.tied)
     tensors = EncodedTensors([directory / "model.safetensors"])
     return export_graph(checkpoint, tensors, offsets, directory, "default", False, batches)

@@ -100,7 +100,8 @@ def run(options: RunOptions) -> Artifact:
         report["gates"] = {"passed": not failures, "failures": failures}
         _finish(partial, options, report, work, checkpoint, batches if recipe.evaluation.tokens else [])
     except (CheckpointError, DataError):
-        shutil.rmtree(partial, ignore_errors=True)  # the input is at fault: there is nothing to resume
+        if not (partial / WEIGHTS).exists():  # the input is at fault: there is nothing to resume
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -267,11 +268,12 @@ def _finish(
     """Sizes and hashes into the report, the working folder away, and the artifact into its place."""
     from compressor.evaluate.bench import bench, size
 
-    shutil.rmtree(work.folder)
     if options.format == "onnx":
-        report["size"] = size(partial)
         report["speed"] = bench(partial)
         report["original_speed"] = bench_original(checkpoint, partial, batches) if batches else None
+    shutil.rmtree(work.folder)  # only now that nothing can fail but the disk: --resume needs it
+    if options.format == "onnx":
+        report["size"] = size(partial)
     else:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         report["size"] = {"bytes": sum(files.values()), "files": files}

@@ -28,7 +28,7 @@ _SAMPLED = 32
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table: Tensor, scales: Tensor, learned: LearnedMatrix) -> Tensor:
-        values = learned.grid(table.detach())[learned.index].view(*scales.shape, -1)
+        values = learned.values(table.detach()).view(*scales.shape, -1)
         ctx.save_for_backward(scales, values)
         ctx.learned = learned
         return (values * scales.unsqueeze(2)).flatten(1)
@@ -39,7 +39,7 @@ class _Decode(torch.autograd.Function):
         learned = ctx.learned
         upstream = upstream.float().reshape(values.shape)
         to_scales = (upstream * values).sum(2)
-        if not ctx.needs_input_grad[0]:
+        if not learned.learns_table:
             return None, to_scales, None
         to_values = (upstream * scales.unsqueeze(2)).reshape(-1, learned.dim)
         to_table = torch.zeros(learned.table.shape).index_add_(0, learned.index, to_values)
@@ -51,7 +51,7 @@ class LearnedMatrix(nn.Module):
     """One encoded matrix with its scales, and for a codebook its table and codes, open to learning.
 
     table (n_codebooks·2**width, dim) in steps of the int4 grid, scales (rows, n_groups), index (rows·vectors,) into the
-    table. A uniform grid is a table of whole numbers that stays as it is. `mapping_rate` 0 leaves the codes alone.
+    table. A uniform grid has values in place of table and index. `mapping_rate` 0 leaves the codes alone.
     """
 
     def __init__(self, encoding: Codebook | Affine, mapping_rate: float, neighbours: int, delta: float) -> None:
@@ -64,14 +64,12 @@ class LearnedMatrix(nn.Module):
             index = encoding.codes + (book * size).int().unsqueeze(1)
             self.table = nn.Parameter(encoding.table.float().flatten(0, 1))
         else:
-            top = 2**encoding.bits - 1
             self.dim, self.mapping_rate = 1, 0.0
-            zero = encoding.zero
-            middle = float(zero) if not isinstance(zero, Tensor) else float(top)
-            codes = encoding.codes.view(len(encoding.codes), -1, encoding.group)
-            index = codes if not isinstance(zero, Tensor) else codes - zero.unsqueeze(2) + top
-            steps = torch.arange(2 * top + 1 if isinstance(zero, Tensor) else top + 1) - middle
-            self.table = nn.Parameter(steps.unsqueeze(1), requires_grad=False)
+            zero = encoding.zero.unsqueeze(2) if isinstance(encoding.zero, Tensor) else encoding.zero
+            values = encoding.codes.view(len(encoding.codes), -1, encoding.group) - zero
+            whole = bool((values == values.round()).all())
+            self._values, index = values.to(torch.int16 if whole else torch.bfloat16).flatten(), torch.empty(0)
+            self.table = nn.Parameter(torch.empty(0, 1), requires_grad=False)
         self.index = index.int().flatten()
         self.scales = nn.Parameter(encoding.scales.decode())
         self._gathered: Tensor | None = None
@@ -81,10 +79,23 @@ class LearnedMatrix(nn.Module):
     def learns_table(self) -> bool:
         return isinstance(self.encoding, Codebook)
 
+    def values(self, table: Tensor) -> Tensor:
+        """The matrix without its scales, flat, in a small type that holds it exactly."""
+        if not self.learns_table:
+            return self._values
+        grid = self.grid(table)
+        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(self.dim)
+        if whole is None or not self._snaps:
+            return grid[self.index].flatten()
+        return grid.to(torch.int8).view(whole).flatten()[self.index].view(torch.int8)  # a codeword in one piece
+
+    @property
+    def _snaps(self) -> bool:
+        return isinstance(self.encoding, Codebook) and self.encoding.on_int4_grid
+
     def grid(self, table: Tensor) -> Tensor:
         """The table as it will be stored: codewords on the int4 grid, where they are not free."""
-        snaps = isinstance(self.encoding, Codebook) and self.encoding.on_int4_grid
-        return table.round().clamp(-8, 7) if snaps else table
+        return table.round().clamp(-8, 7) if self._snaps else table
 
     def forward(self) -> Tensor:
         """The matrix (rows, columns) in its own row order."""

@@ -159,10 +159,11 @@ def measure_baselines(arguments: argparse.Namespace) -> None:
     for members in families.values():
         best = min(members, key=lambda setting: _mean(results[setting.name]))
         figures = results[best.name]["perplexity"]
-        for name in SETS:
-            if name not in figures:
-                figures[name] = bench.perplexity(bench.encode(best), set_windows(name))
-                write_results("baselines", results)
+        missing = [name for name in SETS if name not in figures]
+        tensors = bench.encode(best) if missing else None
+        for name in missing:
+            figures[name] = bench.perplexity(tensors, set_windows(name))
+            write_results("baselines", results)
         for setting in members:
             shutil.rmtree(bench.work_folder(setting), ignore_errors=True)
     print(baselines_table(results))

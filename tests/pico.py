@@ -11,7 +11,28 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 VOCABULARY = 300
-WORDS = "the of river stone and to bridge in water old light house walks slowly over under green hill bird sings".split()
+WORDS = [
+    "the",
+    "of",
+    "river",
+    "stone",
+    "and",
+    "to",
+    "bridge",
+    "in",
+    "water",
+    "old",
+    "light",
+    "house",
+    "walks",
+    "slowly",
+    "over",
+    "under",
+    "green",
+    "hill",
+    "bird",
+    "sings",
+]
 
 
 def text(seed: int, n_words: int = 2500) -> str:
@@ -149,7 +170,7 @@ def token_batches(n_batches: int = 3, size: int = 2, length: int = 20) -> list[d
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight (rows, columns), scaled as trained ones are, and the second moment (columns, columns) of correlated inputs."""
+    """A weight (rows, columns) and the second moment (columns, columns) of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     weight = 0.02 * torch.randn(rows, columns, generator=generator)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + 0.5 * torch.eye(columns)

@@ -20,9 +20,9 @@ LAYERS = (
     ("pipeline",),
     ("learn", "judge", "original"),
     ("encode", "samples"),
-    ("report",),
+    ("report", "evaluate"),
     ("survey", "training", "streaming", "workers"),
-    ("evaluate", "export", "passes"),
+    ("export", "passes"),
     ("plan", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),
     ("progress",),
@@ -83,8 +83,8 @@ def test_a_pass_stands_on_core_and_ops_alone(module):
 
 # The pipeline's files and torch: a command that only reads a recipe or a header must start in a moment.
 WITHOUT_TORCH = (
-    "cli", "recipe", "recipe_file", "plan", "inspection", "progress", "failure", "core.settings", "core.passes", "core.spec",
-    "core.roles", "core.errors", "core.options", "core.artifact", "ops.widths",
+    "cli", "recipe", "recipe_file", "plan", "inspection", "progress", "failure", "core.settings", "core.passes",
+    "core.spec", "core.roles", "core.errors", "core.options", "core.artifact", "ops.widths",
 )  # fmt: skip
 
 

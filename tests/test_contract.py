@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -99,7 +100,9 @@ def test_a_pass_leaves_its_arguments_alone(name, settings):
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_parts_rebuild_the_weights_and_are_smaller(name, settings):
     encoding = encoded(made(name, **settings))
-    torch.testing.assert_close(restore(describe(encoding), encoding.parts()).decode(), encoding.decode(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        restore(describe(encoding), encoding.parts()).decode(), encoding.decode(), rtol=0, atol=0
+    )
     spec = made(name, **settings).spec_for("w", (29, 90), "linear")
     assert encoding.nbytes == spec.nbytes(29, 90) < 2 * 29 * 90
 
@@ -227,10 +230,10 @@ def test_block_steps_learn(tmp_path, llama):
     assert not torch.equal(plain[norm].decode(), learned[norm].decode())
 
 
-@pytest.mark.parametrize("build", [pico.gpt2, pico.bert, pico.albert])
+@pytest.mark.parametrize("build", [pico.gpt2, pico.bert, pico.albert, functools.partial(pico.albert, n_groups=2)])
 def test_other_architectures_are_encoded_as_planned(tmp_path, build):
     directory = build(tmp_path / "model")
-    tensors, network, plan = encode(directory, tmp_path / "work", text_of("affine", {"bits": 8, "method": "gptq"}))
+    tensors, _, plan = encode(directory, tmp_path / "work", text_of("affine", {"bits": 8, "method": "gptq"}))
     checkpoint = open_checkpoint(directory)
     planned = {tensor.name: tensor for tensor in plan.tensors}
     assert set(planned) <= set(tensors)

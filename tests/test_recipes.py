@@ -112,7 +112,7 @@ WRONG = {
     "passes: [{pass: jlcm, grup: 2}]": f"{STEP_1} (jlcm): no setting 'grup'. Did you mean 'group'? {JLCM}",
     "passes: [{pass: jlcm, width: 99}]": f"{STEP_1} (jlcm): width is 99; it should be less than or equal to 12",
     "passes: [{pass: jlcm, width: two}]": f"{STEP_1} (jlcm): width is 'two'; it should be an integer",
-    "passes: [{pass: jlcm, reorder: 1}]": f"{STEP_1} (jlcm): reorder is 1; it should be true or false",
+    "passes: [{pass: jlcm, feedback: 1}]": f"{STEP_1} (jlcm): feedback is 1; it should be true or false",
     "passes: [{pass: jlcm}, {pass: affine, bits: 5}]": (
         "recipe.yaml, step 2 (affine): bits is 5; it should be 2, 3, 4 or 8"
     ),

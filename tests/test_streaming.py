@@ -195,7 +195,11 @@ def test_importance_is_the_gradient_of_the_whole_model(tmp_path, name):
     assert found.importance.keys() == of_layers.keys() | of_blocks.keys()
     for key, parts in (of_layers | of_blocks).items():
         torch.testing.assert_close(
-            found.importance[key], shares(torch.cat(parts).mean(1)), rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+            found.importance[key],
+            shares(torch.cat(parts).mean(1)),
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda m, k=key: f"{k}: {m}",
         )
     for key, parts in of_blocks.items():
         torch.testing.assert_close(found.channels[key], shares(torch.cat(parts).sum(0)), rtol=1e-4, atol=1e-4)

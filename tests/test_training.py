@@ -139,7 +139,9 @@ def test_codes_move_to_where_the_summed_proximal_gradient_is_least():
     matrix.move()
     codebook = matrix.encoding.table.float().flatten() / 8  # distances in eighths of the grid
     for row in range(16):
-        steps = [proximal_gradient(codebook, int(before[row]), float(g[row] / g.pow(2).mean().sqrt()), 0.1) for g in upstream]
+        steps = [
+            proximal_gradient(codebook, int(before[row]), float(g[row] / g.pow(2).mean().sqrt()), 0.1) for g in upstream
+        ]
         total = sum(steps)
         expected = int(total.argmin()) if float(total.min()) < -1 / 100 else int(before[row])
         assert int(matrix.index[row]) == expected, row
@@ -250,9 +252,7 @@ def test_reconstruction_nears_the_originals_output(name):
     # Every kind of parameter on its own has to lower the loss, or it does not learn.
     for rates in (RATES, dataclasses.replace(RATES, dense=1e-12), Rates(1e-12, 0.01, 1e-12)):
         learner = Student(module, student.results(), 0.0, prefix="b.")
-        found = reconstruct(
-            learner, "b.", lambda block, i: block(inputs[i]), targets, tokens, channels, 30, rates
-        )
+        found = reconstruct(learner, "b.", lambda block, i: block(inputs[i]), targets, tokens, channels, 30, rates)
         assert found["loss_after"] < 0.95 * found["loss_before"]
 
     def loss(tensors) -> float:
@@ -285,7 +285,9 @@ def test_distillation_lowers_the_divergence(tmp_path, tied):
         total = 0.0
         for batch, original in zip(batches, originals, strict=True):
             logits = torch.func.functional_call(module, weights, (), batch).logits
-            total += float(functional.kl_div(logits.log_softmax(-1), original, reduction="none", log_target=True).sum(-1).mean())
+            total += float(
+                functional.kl_div(logits.log_softmax(-1), original, reduction="none", log_target=True).sum(-1).mean()
+            )
         return total / len(batches)
 
     before = divergence()

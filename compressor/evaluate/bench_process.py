@@ -49,14 +49,21 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 def decoder_speed(session: DecoderSession, settings: dict[str, Any]) -> dict[str, float]:
     """Tokens per second one at a time after a prompt, and of many at once."""
     vocabulary = session.config.get("vocab_size") or 256
-    ids = np.random.default_rng(0).integers(0, vocabulary, size=max(settings["prompt"], settings["prefill"]))
-    prompt, n = ids[: settings["prompt"]], settings["new"]
-    many = ids[None, : settings["prefill"]]
+    longest = positions(session, settings["prompt"] + settings["prefill"] + settings["new"])
+    n, prefill = min(settings["new"], longest // 2), min(settings["prefill"], longest)
+    ids = np.random.default_rng(0).integers(0, vocabulary, size=max(settings["prompt"], prefill))
+    prompt, many = ids[: min(settings["prompt"], longest - n)], ids[None, :prefill]
     decoding = [decode_seconds(session, prompt, n) for _ in range(settings["repeats"] + 1)][1:]
     return {
         "decode_tokens_per_second": n / statistics.median(decoding),
-        "prefill_tokens_per_second": settings["prefill"] / seconds(lambda: session.logits(many), settings["repeats"]),
+        "prefill_tokens_per_second": prefill / seconds(lambda: session.logits(many), settings["repeats"]),
     }
+
+
+def positions(session: ModuleSession, wanted: int) -> int:
+    """`wanted` tokens, or as many as the network has positions for."""
+    known = (session.config.get(key) for key in ("max_position_embeddings", "n_positions"))
+    return min(wanted, *(limit for limit in known if limit), wanted)
 
 
 def decode_seconds(session: DecoderSession, prompt: np.ndarray, n: int) -> float:
@@ -86,7 +93,7 @@ def inputs_for(session: ModuleSession) -> dict[str, np.ndarray]:
     inputs = {}
     for name, entry in session.inputs.items():
         dtype = np.dtype(DTYPES[entry.type])
-        open_axis = PIXELS if len(entry.shape) == 4 else SEQUENCE
+        open_axis = PIXELS if len(entry.shape) == 4 else positions(session, SEQUENCE)
         shape = [
             length if isinstance(length, int) else (1 if axis == 0 else open_axis)
             for axis, length in enumerate(entry.shape)

@@ -23,15 +23,19 @@ DTYPES = {
 class ModuleSession:
     """A graph whose inputs are fed by name."""
 
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, threads: int | None = None, exact: bool = False) -> None:
         """Opens an artifact's directory, or an .onnx file.
+
+        Args:
+            exact: Activations of products that onnxruntime fuses itself (DequantizeLinear and MatMul) stay float32; by
+                its own default they become int8.
 
         Raises:
             CheckpointError: There is no graph, or this onnxruntime cannot load it.
         """
         self.path = graph_path(Path(path))
         self.config = _config(self.path.parent)
-        self.session = _open(self.path, threads)
+        self.session = _open(self.path, threads, exact)
         self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
         self.outputs = [entry.name for entry in self.session.get_outputs()]
 
@@ -65,8 +69,8 @@ class EncoderSession(ModuleSession):
 class DecoderSession(ModuleSession):
     """A causal language model: input_ids, attention_mask, past_key_values.{i}.key and .value → logits, present.…"""
 
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
-        super().__init__(path, threads)
+    def __init__(self, path: str | Path, threads: int | None = None, exact: bool = False) -> None:
+        super().__init__(path, threads, exact)
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         self.present = [name.replace("past_key_values", "present") for name in self.past]
         if "logits" not in self.outputs or not set(self.present) <= set(self.outputs):
@@ -136,9 +140,9 @@ class DecoderSession(ModuleSession):
         return np.zeros((batch, heads, 0, size), DTYPES[entry.type])
 
 
-def open_session(path: str | Path, threads: int | None = None) -> ModuleSession:
+def open_session(path: str | Path, threads: int | None = None, exact: bool = False) -> ModuleSession:
     """A DecoderSession, EncoderSession or ModuleSession, as the graph's inputs say."""
-    session = ModuleSession(path, threads)
+    session = ModuleSession(path, threads, exact)
     if any(name.startswith("past_key_values.") for name in session.inputs):
         kind: type[ModuleSession] = DecoderSession
     else:
@@ -146,7 +150,7 @@ def open_session(path: str | Path, threads: int | None = None) -> ModuleSession:
     if kind is ModuleSession:
         return session
     del session  # one copy of the weights at a time
-    return kind(path, threads)
+    return kind(path, threads, exact)
 
 
 def graph_path(path: Path) -> Path:
@@ -173,8 +177,10 @@ def sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
     return int(generator.choice(kept, p=probability[kept] / probability[kept].sum()))
 
 
-def _open(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+def _open(path: Path, threads: int | None, exact: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads

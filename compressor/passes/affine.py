@@ -17,6 +17,9 @@ from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
 from compressor.ops.grids import code, search_scale
 
+_ROWS = 8192
+"""Encoded at a time: tables have many rows, and every step holds several copies of them."""
+
 
 def hqq_zero(groups: Tensor, scale: Tensor, zero: Tensor, bits: int, iterations: int = 20) -> Tensor:
     """The zero point (…, 1) that HQQ finds for groups (…, size): min ‖W − Ŵ‖_p, p = 0.7, by half-quadratic splitting.
@@ -41,12 +44,22 @@ class Affine(AffineSettings):
         """The encoding of a matrix (out, in); `hessian` (in, in), the inputs' second moment, is needed by gptq."""
         n_rows, columns = weight.shape
         group = group_columns(self.group, columns)
-        padding = -columns % group
-        weight = functional.pad(weight.float(), (0, padding))
+        factor = None
+        if self.method == "gptq" and hessian is not None:
+            padding = -columns % group
+            factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)), self.damping)
+        found = [self._encode_rows(rows, factor, group) for rows in weight.split(_ROWS)]
+        codes, scale, zero = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+        point: float | Tensor = float(zero[0, 0]) if self.zero != "learned" else zero.int()
+        return AffineEncoding((n_rows, columns), self.bits, group, codes, Scales.of(scale, self.scale_bits), point)
+
+    def _encode_rows(self, weight: Tensor, factor: Tensor | None, group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (rows, columns) int, scales and zeros (rows, n_groups): rows know nothing of one another."""
+        n_rows = len(weight)
+        weight = functional.pad(weight.float(), (0, -weight.shape[1] % group))
         scales, zeros = self._grids(weight.view(n_rows, -1, group), 1.0)
         scale, zero = scales.clone(), zeros.clone()
-        if self.method == "gptq" and hessian is not None:
-            factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)), self.damping)
+        if factor is not None:
             emphasis = factor.diagonal().pow(-2)
 
             def quantise(begin: int, current: Tensor, _: Tensor) -> Tensor:
@@ -59,10 +72,7 @@ class Affine(AffineSettings):
 
             weight = error_feedback(weight, factor, 1, quantise, group * max(1, 64 // group))
         codes = code(weight.view(n_rows, -1, group), scale.unsqueeze(2), zero.unsqueeze(2), self.bits)
-        point: float | Tensor = float(zero[0, 0]) if self.zero != "learned" else zero.int()
-        return AffineEncoding(
-            (n_rows, columns), self.bits, group, codes.flatten(1).int(), Scales.of(scale, self.scale_bits), point
-        )
+        return codes.flatten(1).int(), scale, zero
 
     def _grids(self, groups: Tensor, emphasis: Tensor | float) -> tuple[Tensor, Tensor]:
         """Scales as they are stored, and zeros, (rows, n_groups)."""

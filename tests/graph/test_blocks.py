@@ -33,6 +33,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", LAYERS)
 def test_unfolded_inputs_times_the_matrix_are_the_outputs(name):
     layer, shape = LAYERS[name]

@@ -79,9 +79,7 @@ def test_the_quantiser_sees_the_rest_of_its_buffer():
 
 def test_feedback_beats_rounding():
     weight, hessian = correlated(20, 90)
-    found = error_feedback(
-        weight, inverse_factor(hessian, DAMPING), 1, lambda _, current, __: rounded(current[:, :1])
-    )
+    found = error_feedback(weight, inverse_factor(hessian, DAMPING), 1, lambda _, current, __: rounded(current[:, :1]))
     errors = [weight - found, weight - rounded(weight)]
     mine, naive = (float(((error @ hessian) * error).sum()) for error in errors)
     assert mine < 0.8 * naive

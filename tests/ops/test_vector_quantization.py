@@ -34,7 +34,11 @@ def test_the_lowest_of_equal_codewords_is_taken():
 
 
 def test_kmeans_is_weighted_lloyd():
-    points, weights, first = gaussian(60, 3), torch.rand(60, generator=torch.Generator().manual_seed(2)), gaussian(6, 3, 1)
+    points, weights, first = (
+        gaussian(60, 3),
+        torch.rand(60, generator=torch.Generator().manual_seed(2)),
+        gaussian(6, 3, 1),
+    )
     first[4] = 50.0  # nearest to nothing
     expected = first.double().clone()
     for _ in range(3):

@@ -25,9 +25,7 @@ def error(method: str, rows: int = 96, columns: int = 160, **settings) -> float:
 
 
 SETTINGS = list(
-    itertools.product(
-        ("rtn", "hqq", "gptq"), (2, 3, 4, 8), (16, 64, "row"), ("middle", "half", "learned"), (8, 16)
-    )
+    itertools.product(("rtn", "hqq", "gptq"), (2, 3, 4, 8), (16, 64, "row"), ("middle", "half", "learned"), (8, 16))
 )
 
 

@@ -61,9 +61,7 @@ def naive_codes(encoding, weight, hessian, damping):
     padded = torch.zeros(columns, columns, dtype=torch.float64)
     padded[: len(hessian), : len(hessian)] = hessian.double()
     padded.diagonal()[padded.diagonal() == 0] = 1.0
-    inverse = torch.linalg.inv(
-        padded + damping * padded.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
-    )
+    inverse = torch.linalg.inv(padded + damping * padded.diagonal().mean() * torch.eye(columns, dtype=torch.float64))
     current = torch.zeros(len(weight), columns, dtype=torch.float64)
     current[:, : weight.shape[1]] = weight.double()
     codes = torch.empty(len(weight), columns // dim, dtype=torch.long)
@@ -177,9 +175,7 @@ def test_a_permutation_of_stored_rows_changes_nothing():
     scales = dataclasses.replace(
         encoding.scales, values=encoding.scales.values[shuffle], row=encoding.scales.row[shuffle]
     )
-    moved = dataclasses.replace(
-        encoding, codes=encoding.codes[shuffle], order=encoding.order[shuffle], scales=scales
-    )
+    moved = dataclasses.replace(encoding, codes=encoding.codes[shuffle], order=encoding.order[shuffle], scales=scales)
     torch.testing.assert_close(moved.decode(), encoding.decode(), rtol=0, atol=0)
 
 
