@@ -89,6 +89,26 @@ def test_the_same_seed_gives_the_same_bytes_and_leaves_the_global_generator(name
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_where_a_pass_samples_it_samples_by_its_generator():
+    weight, hessian = pico.correlated(256, 200)  # more weights than k-means looks at
+    method = made("jlcm", width=3, dim=1, group="row")
+    torch.manual_seed(1)
+    first = method.encode(weight, hessian, torch.Generator().manual_seed(6))
+    torch.manual_seed(2)
+    same_parts(first, method.encode(weight, hessian, torch.Generator().manual_seed(6)))
+    other = method.encode(weight, hessian, torch.Generator().manual_seed(7))
+    assert any(not torch.equal(part, other.parts()[key]) for key, part in first.parts().items())
+
+
+def test_each_tensor_has_a_generator_of_its_own():
+    def draw(seed: int, name: str) -> int:
+        torch.manual_seed(torch.seed())
+        return int(torch.randint(2**40, (1,), generator=Work(Path("nowhere"), seed).generator(name)))
+
+    assert draw(0, "a.weight") == draw(0, "a.weight")
+    assert len({draw(0, "a.weight"), draw(0, "b.weight"), draw(1, "a.weight")}) == 3
+
+
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_pass_leaves_its_arguments_alone(name, settings):
     weight, hessian = pico.correlated(29, 90)
@@ -199,10 +219,13 @@ def test_a_sweep_gives_the_same_bytes_whatever_the_global_seed(tmp_path, llama, 
 def test_later_layers_make_up_for_earlier_ones(tmp_path, llama, name):
     """Encoded from the compressed prefix, a layer is another than from the original one."""
     settings = VARIANTS[name][-1]
-    alone, _, _ = encode(llama, tmp_path / "a", text_of(name, settings, ", select: ['*.2.mlp.down*']"))
-    after, _, _ = encode(llama, tmp_path / "b", text_of(name, settings))
-    key = "model.layers.2.mlp.down_proj.weight"
-    assert not torch.equal(alone[key].decode(), after[key].decode())
+    key = "model.layers.1.mlp.down_proj.weight"
+    found = []
+    for number, select in enumerate(("*.1.mlp.down*", "*.1.mlp.*", "*")):
+        tensors, _, _ = encode(llama, tmp_path / str(number), text_of(name, settings, f", select: ['{select}']"))
+        found.append(tensors[key].decode())
+    assert not torch.equal(found[0], found[1])  # of the layers before it in its block
+    assert not torch.equal(found[1], found[2])  # of the blocks before
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(16, "float16"), (32, "float32"), (4, None)])

@@ -24,7 +24,7 @@ LAYERS = {
     "conv2d": (nn.Conv2d(3, 5, 3), (2, 3, 9, 8)),
     "conv2d, strided and padded": (nn.Conv2d(3, 5, (3, 5), stride=(2, 1), padding=(1, 2)), (2, 3, 9, 8)),
     "conv2d, dilated": (nn.Conv2d(3, 5, 3, dilation=2, padding=1), (2, 3, 9, 8)),
-    "conv2d, same": (nn.Conv2d(3, 5, (4, 3), padding="same"), (2, 3, 9, 8)),
+    "conv2d, same": (nn.Conv2d(3, 5, (4, 2), padding="same"), (2, 3, 9, 8)),
     "conv2d, valid": (nn.Conv2d(3, 5, 3, padding="valid"), (2, 3, 9, 8)),
     "conv1d": (nn.Conv1d(3, 5, 4), (2, 3, 11)),
     "conv1d, strided and padded": (nn.Conv1d(3, 5, 3, stride=2, padding=2, dilation=2), (2, 3, 11)),
