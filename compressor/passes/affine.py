@@ -19,6 +19,8 @@ from compressor.ops.grids import code, search_scale
 
 _ROWS = 8192
 """Encoded at a time: tables have many rows, and every step holds several copies of them."""
+_HEADROOM = 1.25
+"""Of a row's 8-bit scales: errors that are fed forward may let a group grow."""
 
 
 def hqq_zero(groups: Tensor, scale: Tensor, zero: Tensor, bits: int, iterations: int = 20) -> Tensor:
@@ -49,37 +51,48 @@ class Affine(AffineSettings):
             padding = -columns % group
             factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)), self.damping)
         found = [self._encode_rows(rows, factor, group) for rows in weight.split(_ROWS)]
-        codes, scale, zero = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+        codes, scale, zero, top = (torch.cat(parts) for parts in zip(*found, strict=True))
         point: float | Tensor = float(zero[0, 0]) if self.zero != "learned" else zero.int()
-        return AffineEncoding((n_rows, columns), self.bits, group, codes, Scales.of(scale, self.scale_bits), point)
+        stored = Scales.of(scale)
+        if self.scale_bits == 8:
+            stored = Scales((scale / (top.float() / 255)).round().to(torch.uint8), top)
+        return AffineEncoding((n_rows, columns), self.bits, group, codes, stored, point)
 
-    def _encode_rows(self, weight: Tensor, factor: Tensor | None, group: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (rows, columns) int, scales and zeros (rows, n_groups): rows know nothing of one another."""
+    def _encode_rows(self, weight: Tensor, factor: Tensor | None, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes (rows, columns) int, scales and zeros (rows, n_groups), and the largest scale (rows, 1) that is stored.
+
+        Rows know nothing of one another.
+        """
         n_rows = len(weight)
         weight = functional.pad(weight.float(), (0, -weight.shape[1] % group))
-        scales, zeros = self._grids(weight.view(n_rows, -1, group), 1.0)
-        scale, zero = scales.clone(), zeros.clone()
+        groups = weight.view(n_rows, -1, group)
+        free, _ = self._grids(groups, 1.0, None)
+        top = (free.abs().amax(1, keepdim=True) * (_HEADROOM if factor is not None else 1.0)).clamp_min(1e-6).half()
+        scale, zero = self._grids(groups, 1.0, top)
         if factor is not None:
             emphasis = factor.diagonal().pow(-2)
 
             def quantise(begin: int, current: Tensor, _: Tensor) -> Tensor:
                 at = begin // group
                 if begin % group == 0:
-                    found = self._grids(current[:, :group].unsqueeze(1), emphasis[begin : begin + group])
+                    found = self._grids(current[:, :group].unsqueeze(1), emphasis[begin : begin + group], top)
                     scale[:, at : at + 1], zero[:, at : at + 1] = found
                 s, z = scale[:, at : at + 1], zero[:, at : at + 1]
                 return (code(current[:, :1], s, z, self.bits) - z) * s
 
             weight = error_feedback(weight, factor, 1, quantise, group * max(1, 64 // group))
         codes = code(weight.view(n_rows, -1, group), scale.unsqueeze(2), zero.unsqueeze(2), self.bits)
-        return codes.flatten(1).int(), scale, zero
+        return codes.flatten(1).int(), scale, zero, top
 
-    def _grids(self, groups: Tensor, emphasis: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Scales as they are stored, and zeros, (rows, n_groups)."""
+    def _grids(self, groups: Tensor, emphasis: Tensor | float, top: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scales and zeros (rows, n_groups); scales as they are stored, in 8 bits as shares of the row's `top`."""
         scale, zero = search_scale(groups, self.bits, self.zero, emphasis, signed=self.scale_bits == 16)
         if self.method == "hqq" and self.zero == "learned":
             zero = hqq_zero(groups, scale, zero, self.bits).round().clamp(0, 2**self.bits - 1)
         scale = scale.squeeze(-1)
         if self.scale_bits == 16:
             scale = torch.where(scale.abs() < 6.2e-5, 6.2e-5, scale).half().float()
+        elif top is not None:
+            step = top.float() / 255
+            scale = (scale / step).round().clamp(1, 255) * step
         return scale, zero.squeeze(-1)
