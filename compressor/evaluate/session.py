@@ -56,14 +56,19 @@ class ModuleSession:
 class EncoderSession(ModuleSession):
     """A graph of input_ids and attention_mask; token_type_ids and position_ids are made up where it asks for them."""
 
+    def run(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """As any graph, from input_ids alone if need be."""
+        filled = dict(inputs)
+        shape = np.shape(filled.get("input_ids", ()))
+        if len(shape) == 2:
+            filled.setdefault("attention_mask", np.ones(shape, np.int64))
+            filled.setdefault("token_type_ids", np.zeros(shape, np.int64))
+            filled.setdefault("position_ids", np.broadcast_to(np.arange(shape[1]), shape))
+        return super().run(filled, outputs)
+
     def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """The first output, float32: hidden states (batch, n, width), or logits."""
-        filled = dict(batch)
-        shape = filled["input_ids"].shape
-        filled.setdefault("attention_mask", np.ones(shape, np.int64))
-        filled.setdefault("token_type_ids", np.zeros(shape, np.int64))
-        filled.setdefault("position_ids", np.broadcast_to(np.arange(shape[1]), shape))
-        return self.run(filled, self.outputs[:1])[self.outputs[0]].astype(np.float32, copy=False)
+        return self.run(batch, self.outputs[:1])[self.outputs[0]].astype(np.float32, copy=False)
 
 
 class DecoderSession(ModuleSession):
