@@ -98,13 +98,19 @@ def measure_artifacts(arguments: argparse.Namespace) -> None:
             "megabytes": size(directory)["bytes"] / 1e6,
             "bits_per_weight": round(bits_per_weight(directory), 3),
             "cpu_seconds": _cpu_seconds(report["cost"]),
-            "perplexity": perplexities(directory, SETS, arguments.threads),
+            "perplexity": _kept(found.get(name), report) | perplexities(directory, arguments.sets, arguments.threads),
             "sha256": report["sha256"]["model.safetensors"],
         }
         write_results("quality", results)
         print(f"{name}: {found[name]}", flush=True)
     write_results("quality", results)
     print(quality_table(results))
+
+
+def _kept(entry: dict[str, Any] | None, report: dict[str, Any]) -> dict[str, float]:
+    """What was measured of the very same weights before."""
+    same = entry is not None and entry["sha256"] == report["sha256"]["model.safetensors"]
+    return entry["perplexity"] if entry is not None and same else {}
 
 
 def _cpu_seconds(cost: dict[str, dict[str, float]]) -> float:
@@ -120,7 +126,7 @@ def quality_table(results: dict[str, Any]) -> str:
         found = entry["perplexity"]
         rows.append([
             f"`{name}`", number(entry["megabytes"]), f"{entry['bits_per_weight']:.2f}",
-            *(number(found[key]) for key in SETS), f"{found['moby_8'] / reference['moby_8']:.2f}",
+            *(number(found.get(key)) for key in SETS), f"{found['moby_8'] / reference['moby_8']:.2f}",
             number(entry["cpu_seconds"], 0),
         ])  # fmt: skip
     columns = ["recipe", "MB, all files", "bits per weight", *map(_title, SETS), "× original", "CPU-seconds"]
@@ -241,6 +247,7 @@ def main() -> None:
     artifacts = commands.add_parser("artifacts", help="finished artifacts, in onnxruntime")
     artifacts.add_argument("directories", nargs="+")
     artifacts.add_argument("--threads", type=int)
+    artifacts.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     artifacts.set_defaults(run=measure_artifacts)
     baselines = commands.add_parser("baselines", help="round-to-nearest, HQQ and GPTQ, in torch")
     baselines.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], choices=[2, 3, 4])
