@@ -1,6 +1,6 @@
 """Writes the weights of a Hugging Face directory as a bare state dict, model.pt, with config and tokenizer beside it.
 
-    python scripts/state_dict.py SOURCE TARGET
+python scripts/state_dict.py SOURCE TARGET
 """
 
 from __future__ import annotations

@@ -12,9 +12,7 @@ from compressor.checkpoints.checkpoint import Checkpoint, TensorInfo
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
 
-def open_checkpoint(
-    path: str | PathLike[str], *, arch: str | None = None, trust_pickle: bool = False
-) -> Checkpoint:
+def open_checkpoint(path: str | PathLike[str], *, arch: str | None = None, trust_pickle: bool = False) -> Checkpoint:
     """The checkpoint at `path`: a directory or a file, of any supported kind.
 
     Args:

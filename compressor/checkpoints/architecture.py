@@ -122,9 +122,7 @@ def call_reference(reference: str) -> nn.Module:
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [
-                name for name in vars(found) if not name.startswith("_") and callable(vars(found)[name])
-            ]
+            public = [name for name in vars(found) if not name.startswith("_") and callable(vars(found)[name])]
             raise CheckpointError(f"--arch {reference}: '{part}' is not there. {suggestion(part, public)}")
         found = getattr(found, part)
     _needs_no_arguments(reference, found)
@@ -136,9 +134,7 @@ def call_reference(reference: str) -> nn.Module:
             f"--arch {reference}: the call failed; {type(error).__name__}: {error}; make it return the module"
         ) from error
     if not isinstance(module, nn.Module):
-        raise CheckpointError(
-            f"--arch {reference}: returned a {type(module).__name__}; a torch.nn.Module was expected"
-        )
+        raise CheckpointError(f"--arch {reference}: returned a {type(module).__name__}; a torch.nn.Module was expected")
     return module
 
 
@@ -149,8 +145,7 @@ def _needs_no_arguments(reference: str, found: Any) -> None:
         inspect.signature(found).bind()
     except TypeError as error:
         raise CheckpointError(
-            f"--arch {reference}: must be callable without arguments; {error}; write a function that fills "
-            "them in"
+            f"--arch {reference}: must be callable without arguments; {error}; write a function that fills them in"
         ) from error
     except ValueError:
         return  # built in, without a signature: the call itself will tell

@@ -57,9 +57,7 @@ class Checkpoint:
         _refuse_packed(self)
 
     def __repr__(self) -> str:
-        return (
-            f"Checkpoint({str(self.path)!r}, {self.kind}, {self.architecture}, {len(self.tensors)} tensors)"
-        )
+        return f"Checkpoint({str(self.path)!r}, {self.kind}, {self.architecture}, {len(self.tensors)} tensors)"
 
     def name_tensors(self, rename: dict[str, str], ties: Any) -> None:
         """Set `tensors` and `tied` from stored name -> module name and the declared ties of these names.

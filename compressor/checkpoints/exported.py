@@ -27,9 +27,7 @@ def open_exported(path: Path, *, trust_pickle: bool) -> StateDictSource:
     try:
         program = torch.export.load(path)
     except UNREADABLE as error:
-        raise CheckpointError(
-            f"{path}: is not a readable exported program; {error}; export it again"
-        ) from error
+        raise CheckpointError(f"{path}: is not a readable exported program; {error}; export it again") from error
     tensors = find_state_dict(path, dict(program.state_dict))
     infos = {name: tensor_info(path, name, tensor) for name, tensor in tensors.items()}
     homes = dict.fromkeys(tensors, path)

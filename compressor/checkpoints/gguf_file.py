@@ -128,9 +128,7 @@ def open_reader(path: Path) -> GGUFReader:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise CheckpointError(
-            f"{path}: is not a GGUF file; it starts with {magic!r}; give a file of llama.cpp"
-        )
+        raise CheckpointError(f"{path}: is not a GGUF file; it starts with {magic!r}; give a file of llama.cpp")
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
@@ -139,9 +137,7 @@ def open_reader(path: Path) -> GGUFReader:
             f"more ({error}); fetch it again"
         ) from error
     if int(metadata(reader, "split.count") or 1) > 1:
-        raise CheckpointError(
-            f"{path}: is one part of a split file; join the parts with llama-gguf-split --merge"
-        )
+        raise CheckpointError(f"{path}: is one part of a split file; join the parts with llama-gguf-split --merge")
     return reader
 
 
@@ -162,8 +158,7 @@ def hugging_face_name(path: Path, name: str) -> str:
     if name == "rope_freqs.weight":
         return name
     raise CheckpointError(
-        f"{path}: tensor '{name}' has no place in the Llama and Qwen families; give the Hugging Face "
-        "directory instead"
+        f"{path}: tensor '{name}' has no place in the Llama and Qwen families; give the Hugging Face directory instead"
     )
 
 
@@ -186,9 +181,7 @@ def read_config(path: Path, reader: GGUFReader) -> dict[str, Any]:
     )
     _refuse_per_layer(path, config)
     _refuse_scaled_rotary(path, reader)
-    head_dim = metadata(reader, f"{family}.attention.key_length") or metadata(
-        reader, f"{family}.rope.dimension_count"
-    )
+    head_dim = metadata(reader, f"{family}.attention.key_length") or metadata(reader, f"{family}.rope.dimension_count")
     config["head_dim"] = head_dim or config["hidden_size"] // config["num_attention_heads"]
     base = metadata(reader, f"{family}.rope.freq_base") or 10000.0
     config["rope_theta"] = base
@@ -215,8 +208,7 @@ def _refuse_scaled_rotary(path: Path, reader: GGUFReader) -> None:
     if table or kind not in (None, "none"):
         found = "a table of rotary factors" if table else f"rotary scaling '{kind}'"
         raise CheckpointError(
-            f"{path}: has {found}, whose settings are not in its metadata; give --arch DIR with the model's "
-            "config.json"
+            f"{path}: has {found}, whose settings are not in its metadata; give --arch DIR with the model's config.json"
         )
 
 
@@ -236,9 +228,7 @@ def write_gguf_tokenizer(path: Path, directory: Path) -> list[Path]:
     from compressor.checkpoints.tokenizer import find_tokenizer, write_compact
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path.parent), gguf_file=path.name, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{path}: its tokenizer cannot be read; {error}; give --arch DIR with tokenizer.json"

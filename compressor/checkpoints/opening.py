@@ -66,11 +66,7 @@ def weight_files(directory: Path) -> list[Path]:
             return [directory / name]
         if (directory / f"{name}.index.json").is_file():
             return indexed_files(directory / f"{name}.index.json")
-    found = [
-        path
-        for path in sorted(directory.iterdir())
-        if path.suffix in SUFFIXES and path.name not in NO_WEIGHTS
-    ]
+    found = [path for path in sorted(directory.iterdir()) if path.suffix in SUFFIXES and path.name not in NO_WEIGHTS]
     if len(found) == 1:
         return found
     if not found:
@@ -94,8 +90,7 @@ def indexed_files(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}; "
-            "fetch them"
+            f"{index.parent}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}; fetch them"
         )
     return [index.parent / name for name in names]
 
@@ -168,9 +163,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_scripted(
-    found: Location, source: Source, arch: str | None, config: dict[str, Any] | None
-) -> None:
+def _refuse_scripted(found: Location, source: Source, arch: str | None, config: dict[str, Any] | None) -> None:
     if source.kind != "state_dict" or arch is not None or config is not None:
         return
     from compressor.checkpoints.state_dict import is_torchscript

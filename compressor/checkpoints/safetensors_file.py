@@ -86,8 +86,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
             )
         if size < 8 + length:
             raise CheckpointError(
-                f"{path}: is truncated; it has {size} bytes, its header alone takes {8 + length}; fetch it "
-                "again"
+                f"{path}: is truncated; it has {size} bytes, its header alone takes {8 + length}; fetch it again"
             )
         header = _parse(path, file.read(length))
     header.pop("__metadata__", None)
@@ -105,9 +104,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: its safetensors header is corrupt; {error}; fetch it again"
-        ) from error
+        raise CheckpointError(f"{path}: its safetensors header is corrupt; {error}; fetch it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is corrupt; not an object; fetch it again")
     return header
@@ -119,13 +116,10 @@ def _info(path: Path, name: str, entry: Any) -> TensorInfo:
         dtype = str(entry["dtype"])
         begin, end = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: the header of tensor '{name}' is corrupt; {error!r}; fetch it again"
-        ) from error
+        raise CheckpointError(f"{path}: the header of tensor '{name}' is corrupt; {error!r}; fetch it again") from error
     if dtype not in ITEM_SIZE:
         raise CheckpointError(
-            f"{path}: tensor '{name}' is of type {dtype}; known: {', '.join(ITEM_SIZE)}; convert it to one "
-            "of these"
+            f"{path}: tensor '{name}' is of type {dtype}; known: {', '.join(ITEM_SIZE)}; convert it to one of these"
         )
     expected = math.prod(shape) * ITEM_SIZE[dtype]
     if begin < 0 or end - begin != expected:

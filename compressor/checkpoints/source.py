@@ -66,9 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read; {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: is not valid JSON; {error}; repair the file or fetch it again"
-        ) from error
+        raise CheckpointError(f"{path}: is not valid JSON; {error}; repair the file or fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}; an object was expected")
     return content

@@ -59,9 +59,7 @@ class StateDictSource(Source):
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self.loaded[name]
-        return (
-            tensor.clone() if tensor.device.type != "meta" else read_at_offset(self.homes[name], name, tensor)
-        )
+        return tensor.clone() if tensor.device.type != "meta" else read_at_offset(self.homes[name], name, tensor)
 
 
 def read_at_offset(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -146,11 +144,7 @@ def _load_trusted(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except (*READ_ERRORS, ImportError) as error:
-        hint = (
-            "put the code of its classes on PYTHONPATH"
-            if isinstance(error, ImportError | AttributeError)
-            else ""
-        )
+        hint = "put the code of its classes on PYTHONPATH" if isinstance(error, ImportError | AttributeError) else ""
         raise _unreadable(path, error, hint) from error
 
 

@@ -91,9 +91,7 @@ def load_torchscript(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the archive by its attribute path."""
     try:
         with zipfile.ZipFile(path) as archive:
-            root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix(
-                "/data.pkl"
-            )
+            root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
             content = Unpickler(path, archive, root).load()
     except (
         pickle.UnpicklingError,

@@ -28,9 +28,7 @@ class Residual(nn.Module):
             self.bn3 = nn.BatchNorm2d(n_out)
         self.relu = nn.ReLU(inplace=True)
         changes = stride != 1 or n_in != n_out
-        self.downsample = (
-            nn.Sequential(conv(n_in, n_out, 1, stride), nn.BatchNorm2d(n_out)) if changes else None
-        )
+        self.downsample = nn.Sequential(conv(n_in, n_out, 1, stride), nn.BatchNorm2d(n_out)) if changes else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -69,9 +67,7 @@ class ConvNormActivation(nn.Sequential):
     """Convolution, batch norm, ReLU6."""
 
     def __init__(self, n_in: int, n_out: int, size: int, stride: int = 1, groups: int = 1):
-        super().__init__(
-            conv(n_in, n_out, size, stride, groups), nn.BatchNorm2d(n_out), nn.ReLU6(inplace=True)
-        )
+        super().__init__(conv(n_in, n_out, size, stride, groups), nn.BatchNorm2d(n_out), nn.ReLU6(inplace=True))
 
 
 class InvertedResidual(nn.Module):
@@ -91,9 +87,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 of any width; `blocks` lists (hidden channels, outputs, whether it expands)."""
 
-    def __init__(
-        self, channels: int, stem: int, blocks: list[tuple[int, int, bool]], last: int, n_classes: int = 1000
-    ):
+    def __init__(self, channels: int, stem: int, blocks: list[tuple[int, int, bool]], last: int, n_classes: int = 1000):
         super().__init__()
         layers: list[nn.Module] = [ConvNormActivation(channels, stem, 3, 2)]
         n_in = stem

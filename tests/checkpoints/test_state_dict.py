@@ -91,9 +91,7 @@ def test_one_parameter_with_two_values_is_refused(tmp_path):
     state = {name: tensor.clone() for name, tensor in small().state_dict().items()}
     state["head.weight"] += 1
     torch.save(state, tmp_path / "net.pt")
-    with pytest.raises(
-        CheckpointError, match=r"'head.weight' and 'embed.weight' are one parameter of the module"
-    ):
+    with pytest.raises(CheckpointError, match=r"'head.weight' and 'embed.weight' are one parameter of the module"):
         open_checkpoint(tmp_path / "net.pt", arch=ARCH).check()
 
 
@@ -127,9 +125,7 @@ class Hostile:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, zipped):
     target = tmp_path / "owned"
-    torch.save(
-        {"a": torch.ones(2), "b": Hostile(target)}, tmp_path / "net.pt", _use_new_zipfile_serialization=zipped
-    )
+    torch.save({"a": torch.ones(2), "b": Hostile(target)}, tmp_path / "net.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"found \w+.mkdir; nothing of it was run; .* --trust-pickle"):
         open_checkpoint(tmp_path / "net.pt", arch=ARCH)
     assert not target.exists()
@@ -189,9 +185,7 @@ def test_torchscript_gives_its_weights_and_is_never_run(tmp_path):
 def test_an_exported_program_needs_trust(tmp_path):
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
     torch.export.save(torch.export.export(model, (torch.ones(2, 4),)), tmp_path / "net.pt2")
-    with pytest.raises(
-        CheckpointError, match=r"exported program, and reading it executes code .* --trust-pickle"
-    ):
+    with pytest.raises(CheckpointError, match=r"exported program, and reading it executes code .* --trust-pickle"):
         open_checkpoint(tmp_path / "net.pt2")
     checkpoint = open_checkpoint(tmp_path / "net.pt2", trust_pickle=True)
     assert checkpoint.kind == "pt2"

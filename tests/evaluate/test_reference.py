@@ -79,9 +79,7 @@ def test_only_one_block_has_weights_at_a_time(tmp_path):
 
     def watched(module, names=None, device="cpu"):
         materialise(module, names, device)
-        loaded = [
-            any(not p.is_meta for p in module.get_submodule(name).parameters()) for name in block_names(module)
-        ]
+        loaded = [any(not p.is_meta for p in module.get_submodule(name).parameters()) for name in block_names(module)]
         most.append(sum(loaded))
 
     checkpoint.materialise = watched
