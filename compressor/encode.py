@@ -175,9 +175,11 @@ def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Pa
                         moment = moment + _TABLE_RIDGE * torch.eye(len(moment))
                 tensors[name] = _encode(chosen, name, module, moment, work)
         write_tensors(file, tensors)
-    for name, tensor in EncodedTensors([file]).items():
+    stored = EncodedTensors([file])
+    for name in stored:
+        tensor = stored[name]
         if not isinstance(tensor.encoding, Dense) or tensor.encoding.values.dtype == torch.float16:
-            network.replace(name, tensor.decode())
+            network.replace(name, lambda name=name: stored[name].decode())
     return file
 
 

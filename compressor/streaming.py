@@ -43,16 +43,16 @@ class Network:
             name for name in self.module.state_dict() if name not in dict(self.module.named_parameters())
         ]
         self.outside = [name for name in names if not name.startswith(in_blocks)] if self.blocks != [""] else []
-        self._replaced: dict[str, Tensor] = {}
+        self._replaced: dict[str, Callable[[], Tensor]] = {}
         self._calls: list[list[Arguments]] = []
         self._entered: list[Tensor] = []
         self._wrap: Callable[[Tensor], Any] = _as_it_is
         self._by_keyword = False
         self.last: list[Tensor] = []
 
-    def replace(self, name: str, tensor: Tensor) -> None:
-        """From now on the network computes with `tensor` in place of the checkpoint's."""
-        self._replaced[name] = tensor
+    def replace(self, name: str, decode: Callable[[], Tensor]) -> None:
+        """From now on the network computes with what `decode` gives, each time it is due, not with the checkpoint's."""
+        self._replaced[name] = decode
 
     def block(self, name: str) -> nn.Module:
         return self.module.get_submodule(name) if name else self.module
@@ -61,7 +61,7 @@ class Network:
     def loaded(self, names: list[str]) -> Iterator[None]:
         """Holds the named parameters in memory, float32, with what was replaced in place."""
         self.checkpoint.materialise(self.module, names)
-        self._each(names, lambda name, p: self._replaced.get(name, p.data).float())
+        self._each(names, lambda name, p: (self._replaced[name]() if name in self._replaced else p.data).float())
         try:
             yield
         finally:

@@ -79,7 +79,7 @@ def test_a_replaced_tensor_is_what_the_network_computes_with(tmp_path):
     network, module, batches = network_of(directory), whole(directory), pico.token_batches()
     other = 2 * module.model.embed_tokens.weight.data
     module.model.embed_tokens.weight.data = other  # tied: the head's as well
-    network.replace("model.embed_tokens.weight", other)
+    network.replace("model.embed_tokens.weight", lambda: other)
     for _ in network.sweep(batches):
         pass
     with network.tail() as run:
@@ -238,7 +238,7 @@ def test_gradients_that_are_not_finite_are_refused_by_name(tmp_path):
     directory = pico.llama(tmp_path)
     network = network_of(directory)
     head = 1e30 * open_checkpoint(directory).read("model.embed_tokens.weight").float()
-    network.replace("model.embed_tokens.weight", head)
+    network.replace("model.embed_tokens.weight", lambda: head)
     with pytest.raises(CheckpointError, match=r"the gradient at 'model.layers.2\S*' is not finite"):
         survey(network, pico.token_batches(), tmp_path, True, torch.Generator())
 

@@ -46,6 +46,8 @@ def unpack_plane(packed: Tensor, width: int, n_codes: int) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> list[Tensor]:
     """Packs codes (rows, n) below 2**bits into one uint8 array per plane of `plane_widths(bits)`."""
+    if len(plane_widths(bits)) == 1:
+        return [pack_plane(codes, bits)]
     planes, shift = [], 0
     for width in plane_widths(bits):
         planes.append(pack_plane((codes.to(torch.int32) >> shift) & (2**width - 1), width))

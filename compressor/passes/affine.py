@@ -58,8 +58,8 @@ class Affine(AffineSettings):
             stored = Scales((scale / (top.float() / 255)).round().to(torch.uint8), top)
         return AffineEncoding((n_rows, columns), self.bits, group, codes, stored, point)
 
-    def _encode_rows(self, weight: Tensor, factor: Tensor | None, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes (rows, columns) int, scales and zeros (rows, n_groups), and the largest scale (rows, 1) that is stored.
+    def _encode_rows(self, weight: Tensor, factor: Tensor | None, group: int) -> tuple[Tensor, ...]:
+        """Codes (rows, columns) uint8, scales and zeros (rows, n_groups), and the largest scale (rows, 1) that is stored.
 
         Rows know nothing of one another.
         """
@@ -82,10 +82,10 @@ class Affine(AffineSettings):
 
             weight = error_feedback(weight, factor, 1, quantise, group * max(1, 64 // group))
         codes = code(weight.view(n_rows, -1, group), scale.unsqueeze(2), zero.unsqueeze(2), self.bits)
-        return codes.flatten(1).int(), scale, zero, top
+        return codes.flatten(1).to(torch.uint8), scale, zero, top
 
     def _grids(self, groups: Tensor, emphasis: Tensor | float, top: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scales and zeros (rows, n_groups); scales as they are stored, in 8 bits as shares of the row's `top`."""
+        """Scales and zeros (rows, n_groups); scales as they are stored, in 8 bits as shares of `top`."""
         scale, zero = search_scale(groups, self.bits, self.zero, emphasis, signed=self.scale_bits == 16)
         if self.method == "hqq" and self.zero == "learned":
             zero = hqq_zero(groups, scale, zero, self.bits).round().clamp(0, 2**self.bits - 1)
