@@ -59,7 +59,7 @@ class Affine(AffineSettings):
         return AffineEncoding((n_rows, columns), self.bits, group, codes, stored, point)
 
     def _encode_rows(self, weight: Tensor, factor: Tensor | None, group: int) -> tuple[Tensor, ...]:
-        """Codes (rows, columns) uint8, scales and zeros (rows, n_groups), and the largest scale (rows, 1) that is stored.
+        """Codes (rows, columns) uint8, scales and zeros (rows, n_groups), and the largest stored scale (rows, 1).
 
         Rows know nothing of one another.
         """
