@@ -155,7 +155,8 @@ def _ties(network: Network) -> dict[str, str]:
 def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Path:
     """Encodes what lies in no block: embeddings, head, norms; the network computes with the result from here on."""
     file = work.file("outside")
-    canonical = {_ties(network).get(name, name): name for name in network.outside}
+    ties = _ties(network)
+    canonical = dict.fromkeys(ties.get(name, name) for name in network.outside)
     if not file.exists():
         tensors: dict[str, EncodedTensor] = {}
         with network.loaded(network.outside):
@@ -204,10 +205,11 @@ def _encode_block(
     for name, module in found.items():
         if passes[name] is not None and name not in tensors:
             tensors[name] = _encode(passes[name], name, module, None, work)
+    done = tensors.keys() | _ties(network).keys()
     return tensors | {
         f"{dotted}{name}": choice.dense(f"{dotted}{name}", tensor)
         for name, tensor in block.state_dict(keep_vars=True).items()
-        if f"{dotted}{name}" not in tensors and f"{dotted}{name}" not in _ties(network)
+        if f"{dotted}{name}" not in done
     }
 
 

@@ -1,7 +1,7 @@
 """The learning stage: the whole network, as encoded, is distilled on the original's predictions.
 
 The original runs block by block first and leaves only its head inputs. The student is held whole, in bfloat16 where the
-processor multiplies that in hardware; `--dry-run` counts it.
+processor multiplies that in hardware; the plan's peak memory does not count it yet.
 """
 
 from __future__ import annotations

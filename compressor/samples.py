@@ -18,7 +18,7 @@ from compressor.data.disjoint import check_disjoint
 from compressor.data.text import Text
 from compressor.data.tokens import encode_sentences, tokenize, windows
 from compressor.recipe import Recipe
-from compressor.streaming import Batch
+from compressor.streaming import Batch, as_batch
 
 TOKENS_PER_BATCH = 2048
 EXAMPLES_PER_BATCH = 32
@@ -93,14 +93,6 @@ def calibration_batches(source: Text | Arrays, recipe: Recipe, tokenizer: Path, 
     order = np.random.default_rng(seed).permutation(len(source))[: settings.samples]
     chosen = source.take(np.sort(order))
     return [as_batch(part) for part in chosen.batches(EXAMPLES_PER_BATCH)]
-
-
-def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
-    """Arrays as arguments: a single one, unless it is input_ids, goes by position."""
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    if len(tensors) == 1 and "input_ids" not in tensors:
-        return {"": next(iter(tensors.values()))}
-    return tensors
 
 
 def evaluation_windows(source: Text, recipe: Recipe, tokenizer: Path) -> np.ndarray:

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,14 @@ from compressor.graph.blocks import block_names, detached, fast_bfloat16, first_
 
 Batch = dict[str, Tensor]
 Arguments = tuple[tuple, dict]
+
+
+def as_batch(arrays: Mapping[str, np.ndarray]) -> Batch:
+    """Arrays as arguments: a single one, unless it is input_ids, goes by position."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    if len(tensors) == 1 and "input_ids" not in tensors:
+        return {"": next(iter(tensors.values()))}
+    return tensors
 
 
 class _Stop(Exception):

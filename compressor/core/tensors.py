@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compressor.core.encoding import Dense, Encoding, Layout, describe, restore
@@ -93,7 +93,7 @@ def _open(path: Path):
         return safe_open(str(path), framework="pt")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read; {error}") from error
-    except Exception as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file; {error}") from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.streaming import Network
+from compressor.streaming import Network, as_batch
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint
@@ -30,7 +30,7 @@ def original_outputs(checkpoint: Checkpoint, batches: Iterable[dict[str, np.ndar
     Args:
         batches: Arguments of its forward by name. A single one, unless it is input_ids, is given by position.
     """
-    calls = [_arguments(batch) for batch in batches]
+    calls = [as_batch(batch) for batch in batches]
     network = Network(checkpoint, fast=False)
     for name, _, _ in network.sweep(calls):
         if not name:
@@ -42,13 +42,6 @@ def original_outputs(checkpoint: Checkpoint, batches: Iterable[dict[str, np.ndar
         for call, hidden in zip(calls, network.last, strict=True):
             output = _first(run(call, hidden)).float().numpy()
             yield output
-
-
-def _arguments(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    tensors = {name: torch.as_tensor(np.asarray(value)) for name, value in batch.items()}
-    if len(tensors) == 1 and "input_ids" not in tensors:
-        return {"": next(iter(tensors.values()))}
-    return tensors
 
 
 def _first(output: Any) -> Tensor:
