@@ -7,8 +7,8 @@ at the first block without one, and gives the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from compressor.core.encoding import Dense, Layout
 from compressor.core.errors import PassError
-from compressor.core.passes import Pass
+from compressor.core.passes import Need, Statistics
 from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
-from compressor.graph.blocks import is_grouped, layers, layout_of
-from compressor.passes.affine import Affine
+from compressor.graph.blocks import first_tensor, is_grouped, layers, layout_of
 from compressor.plan import Plan, PlannedTensor
-from compressor.recipe import Recipe
-from compressor.streaming import Batch, Network, hidden_of, layer_stages, second_moments
-from compressor.survey import Survey
+from compressor.recipe import Recipe, load_pass
+from compressor.streaming import Arguments, Batch, Network, hidden_of, layer_stages, second_moments
+from compressor.survey import Survey, load_gradients
 from compressor.training import Rates, Student, reconstruct
 
 _TABLE_RIDGE = 0.1
@@ -51,21 +50,30 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """What one matrix goes through: `prune` says which weights stay, `encode` how they are stored."""
+
+    encode: Any
+    prune: Any = None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.encode.needs | (self.prune.needs if self.prune else frozenset())
+
+
+@dataclass(frozen=True)
 class Choice:
-    """Which pass encodes a tensor, as the plan says."""
+    """Which passes a tensor goes through, as the plan says."""
 
     recipe: Recipe
     plan: Plan
 
-    def of(self, name: str, module: nn.Module) -> Pass | None:
-        """The pass, or None where the tensor stays dense."""
-        by = self._planned[name].by if name in self._planned else ""
-        if not by or isinstance(self._planned[name].spec, DenseSpec) or layout_of(module) is None or is_grouped(module):
+    def of(self, name: str, module: nn.Module) -> Chain | None:
+        """The passes, or None where the tensor stays dense."""
+        planned = self._planned.get(name)
+        if planned is None or planned.method is None or layout_of(module) is None or is_grouped(module):
             return None
-        if by == "embeddings":
-            table = self.recipe.embeddings.model_dump()
-            return Affine(**table, method="gptq")
-        return next(step.load() for step in reversed(self.recipe.passes) if step.name == by and step.selects(name))
+        return Chain(load_pass(planned.method), planned.prune and load_pass(planned.prune))
 
     def dense(self, name: str, tensor: Tensor) -> EncodedTensor:
         """The tensor as it is, floats in the precision that the plan says."""
@@ -99,7 +107,10 @@ def encode_network(
         if not file.exists():
             tensors = _encode_block(network, block, name, reached, choice, survey, work)
             if targets:
-                tensors |= _reconstruct(network, block, name, tensors, reached, wanted, survey, learning, work)
+                open_tensors = _reconstruct(
+                    network, block, name, tensors, reached, wanted, survey, learning, plan.pruned, work
+                )
+                tensors |= open_tensors
             write_tensors(file, tensors)
         _compute_with(network, block, name, EncodedTensors([file]))
         files.append(file)
@@ -126,11 +137,11 @@ def _original_outputs(network: Network, batches: list[Batch]) -> Iterator[list[T
 
 def _reconstruct(
     network: Network, block: nn.Module, prefix: str, tensors: dict[str, EncodedTensor], reached: list,
-    wanted: list[Tensor], survey: Survey, settings: Any, work: Work,
+    wanted: list[Tensor], survey: Survey, settings: Any, pruned: Collection[str], work: Work,
 ) -> dict[str, EncodedTensor]:  # fmt: skip
     """The block's codebooks, scales, codes, norms and biases after learning on the original's output."""
     dotted = f"{prefix}."
-    student = Student(block, tensors, settings.mapping_rate, settings.neighbours, settings.delta, dotted)
+    student = Student(block, tensors, settings.mapping_rate, settings.neighbours, settings.delta, dotted, pruned)
     if not student.learned:
         return {}
     rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
@@ -174,7 +185,7 @@ def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Pa
                     moment = survey.head_moment / survey.head_moment.diagonal().mean()
                     if isinstance(module, nn.Embedding):
                         moment = moment + _TABLE_RIDGE * torch.eye(len(moment))
-                tensors[name] = _encode(chosen, name, module, moment, work)
+                tensors[name] = _encode(chosen, name, module, Statistics(moment), work)
         write_tensors(file, tensors)
     stored = EncodedTensors([file])
     for name in stored:
@@ -191,20 +202,23 @@ def _encode_block(
     dotted = f"{prefix}." if prefix else ""
     found = layers(block, dotted)
     passes = {name: choice.of(name, module) for name, module in found.items()}
+    gradients = load_gradients(work.folder, prefix) if any(_wants_gradient(chain) for chain in passes.values()) else {}
+    n_sequences = max(1, sum(_n_examples(arguments) for arguments in reached))
     tensors: dict[str, EncodedTensor] = {}
     for stage in layer_stages(network, block, dotted, reached[0]):
         due = [name for name in stage.names if passes[name] is not None]
         if not due:
             continue
-        moments: dict[str, Tensor] = {}
+        moments, n_rows = {}, 0
         if any("data" in passes[name].needs for name in due):
-            moments = second_moments(network, block, found, due, stage.calls, reached, survey.importance)
+            moments, n_rows = second_moments(network, block, found, due, stage.calls, reached, survey.importance)
         for name in due:
-            tensors[name] = _encode(passes[name], name, found[name], moments.get(name), work)
+            known = Statistics(moments.get(name), gradients.get(name), n_sequences, n_rows // n_sequences)
+            tensors[name] = _encode(passes[name], name, found[name], known, work)
             found[name].weight.data = tensors[name].decode()
     for name, module in found.items():
         if passes[name] is not None and name not in tensors:
-            tensors[name] = _encode(passes[name], name, module, None, work)
+            tensors[name] = _encode(passes[name], name, module, Statistics(), work)
     done = tensors.keys() | _ties(network).keys()
     return tensors | {
         f"{dotted}{name}": choice.dense(f"{dotted}{name}", tensor)
@@ -213,15 +227,29 @@ def _encode_block(
     }
 
 
-def _encode(chosen: Any, name: str, module: nn.Module, moment: Tensor | None, work: Work) -> EncodedTensor:
+def _n_examples(arguments: Arguments) -> int:
+    args, kwargs = arguments
+    return len(first_tensor((*args, *kwargs.values())))
+
+
+def _wants_gradient(chain: Chain | None) -> bool:
+    return chain is not None and chain.prune is not None and chain.prune.gradient_norm is not None
+
+
+def _encode(chain: Chain, name: str, module: nn.Module, known: Statistics, work: Work) -> EncodedTensor:
     layout = layout_of(module)
     assert layout is not None
-    weight = layout.matrix(module.weight.data.float())
-    if moment is None and "data" in chosen.needs:
-        moment = torch.eye(weight.shape[1])
-    encoding = chosen.encode(weight, moment, work.generator(name))
-    if encoding.shape != tuple(weight.shape) or not bool(encoding.decode().isfinite().all()):
-        raise PassError(f"{name}: {chosen.name} gave an encoding that does not rebuild {tuple(weight.shape)}")
+    weight, mask = layout.matrix(module.weight.data.float()), None
+    if known.hessian is None and "data" in chain.needs:
+        known = replace(known, hessian=torch.eye(weight.shape[1]))
+    if chain.prune is not None:
+        weight, mask = chain.prune.prune(weight, known)
+    encoding = chain.encode.encode(weight, known.hessian, work.generator(name), mask)
+    decoded = encoding.decode()
+    if encoding.shape != tuple(weight.shape) or not bool(decoded.isfinite().all()):
+        raise PassError(f"{name}: {chain.encode.name} gave an encoding that does not rebuild {tuple(weight.shape)}")
+    if mask is not None and bool((decoded[~mask] != 0).any()):
+        raise PassError(f"{name}: {chain.encode.name} brought back weights that {chain.prune.name} had dropped")
     return EncodedTensor(encoding, Layout(layout.shape, layout.transposed))
 
 

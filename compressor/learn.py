@@ -6,7 +6,7 @@ processor multiplies that in hardware; the plan's peak memory does not count it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.encode import Work
+from compressor.plan import Plan
 from compressor.progress import Progress
 from compressor.recipe import Distill, Recipe
 from compressor.streaming import Batch, Network
@@ -25,8 +26,8 @@ LEARNED = "learned.safetensors"
 
 
 def learn(
-    checkpoint: Any, tensors: EncodedTensors, files: list[Path], batches: list[Batch], recipe: Recipe, work: Work,
-    progress: Progress,
+    checkpoint: Any, tensors: EncodedTensors, files: list[Path], batches: list[Batch], recipe: Recipe, plan: Plan,
+    work: Work, progress: Progress,
 ) -> EncodedTensors:  # fmt: skip
     """The tensors with what was learned in place of what was encoded; unchanged where nothing learns."""
     settings = recipe.distill
@@ -38,7 +39,7 @@ def learn(
         with progress.task("running the original", len(network.blocks)) as task:
             rows = head_inputs(network, batches, lambda: task.advance())
         teacher_head = checkpoint.read(_head_name(network)).float()
-        student = _student(checkpoint, tensors, settings, network.fast)
+        student = _student(checkpoint, tensors, settings, plan.pruned, network.fast)
         dtype = torch.bfloat16 if network.fast else torch.float32
         head = head_of(student.module)
         rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
@@ -61,7 +62,9 @@ def _cycle(batches: list[Batch], rows: list[Tensor]) -> Callable[[int], tuple[Ba
     return lambda step: (batches[step % len(batches)], rows[step % len(batches)])
 
 
-def _student(checkpoint: Any, tensors: EncodedTensors, settings: Distill, fast: bool) -> Student:
+def _student(
+    checkpoint: Any, tensors: EncodedTensors, settings: Distill, pruned: Collection[str], fast: bool
+) -> Student:
     module: nn.Module = checkpoint.build()
     if hasattr(module, "config"):
         module.config.use_cache = False
@@ -72,4 +75,4 @@ def _student(checkpoint: Any, tensors: EncodedTensors, settings: Distill, fast: 
             shared[id(parameter)] = nn.Parameter(tensors[name].decode().to(dtype), requires_grad=False)
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, shared[id(parameter)])
-    return Student(module, tensors, settings.mapping_rate)
+    return Student(module, tensors, settings.mapping_rate, pruned=pruned)

@@ -14,6 +14,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from torch import nn
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import REPORT, Artifact, refuse_target
+from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, ResourceError, UsageError
 from compressor.core.options import RunOptions
-from compressor.core.tensors import EncodedTensors, write_tensors
+from compressor.core.spec import SparseSpec
+from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.encode import Work, encode_network
 from compressor.judge import failed_gates, judge, prove
 from compressor.learn import learn
@@ -195,7 +198,7 @@ def _encode(
     if recipe.distill.steps:
         with clock.stage("learning"):
             further = learning_batches(samples.calibration, recipe, work.folder.parent, options.seed)
-            tensors = learn(checkpoint, tensors, files, further, recipe, work, progress)
+            tensors = learn(checkpoint, tensors, files, further, recipe, plan, work, progress)
     return tensors, batches
 
 
@@ -219,7 +222,28 @@ def _survey(network: Network, batches: list[Batch], recipe: Recipe, work: Work, 
 def _write(checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, partial: Path) -> dict[str, tuple[int, int]]:
     if checkpoint.config is not None:
         (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=1, ensure_ascii=False) + "\n")
-    return write_tensors(partial / WEIGHTS, tensors, tensors.tied)
+    return write_tensors(partial / WEIGHTS, _Stored(tensors, plan), tensors.tied)
+
+
+class _Stored(Mapping[str, EncodedTensor]):
+    """The tensors as the plan stores them: sparse ones without the codes of zeros."""
+
+    def __init__(self, tensors: EncodedTensors, plan: Plan) -> None:
+        self.tensors = tensors
+        self.sparse = {tensor.name for tensor in plan.tensors if isinstance(tensor.spec, SparseSpec)}
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        tensor = self.tensors[name]
+        if name not in self.sparse:
+            return tensor
+        assert isinstance(tensor.encoding, (Affine, Codebook))
+        return EncodedTensor(Sparse(tensor.encoding.shape, tensor.encoding), tensor.layout)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _export(

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoints.tokenizer import copied_size
 from compressor.core.errors import RecipeError
-from compressor.core.passes import Role
+from compressor.core.passes import Pass, Role
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
-from compressor.core.spec import DenseSpec, Spec
-from compressor.recipe import SMALLEST, Recipe
+from compressor.core.spec import DenseSpec, Spec, sparse_spec
+from compressor.recipe import SMALLEST, Chosen, Recipe
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint, TensorInfo
@@ -35,7 +35,10 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor: what it is, how it will be stored and by which pass, or why it stays as it is."""
+    """One tensor: what it is, how it will be stored and by which passes, or why it stays as it is.
+
+    `by` names what chose the encoding, `method` is the pass that makes it, after `prune` if there is one.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -46,6 +49,8 @@ class PlannedTensor:
     by: str = ""
     reason: str = ""
     transposed: bool = False
+    method: Pass | None = None
+    prune: Pass | None = None
 
     @property
     def bytes_after(self) -> int:
@@ -87,6 +92,11 @@ class Plan:
         """Of every file that running the artifact needs."""
         return sum(self.files.values())
 
+    @property
+    def pruned(self) -> frozenset[str]:
+        """The names of the tensors that lose weights."""
+        return frozenset(tensor.name for tensor in self.tensors if tensor.prune is not None)
+
     def as_json(self) -> dict[str, Any]:
         plain = {key: value for key, value in asdict(self).items() if key != "tensors"}
         totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
@@ -101,7 +111,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> P
     """
     _refuse_idle_patterns(checkpoint, recipe)
     config = checkpoint.config or {}
-    tensors = tuple(_planned(info, config, recipe) for info in checkpoint.tensors.values())
+    tensors = tuple(_planned(info, config, recipe, format) for info in checkpoint.tensors.values())
     if not any(tensor.by for tensor in tensors):
         reasons = sorted({tensor.reason for tensor in tensors if tensor.reason})
         raise RecipeError(f"{recipe.name}: encodes no tensor of {checkpoint.path}; {'; '.join(reasons)}")
@@ -119,21 +129,30 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> P
     )
 
 
-def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe) -> PlannedTensor:
+def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: str) -> PlannedTensor:
     role = role_of(info.name, info.shape, config)
     matrix = matrix_shape(info.name, info.shape, config)
-    spec, by = None, ""
     transposed = is_transposed(info.name, config) and role == "linear"
     reason = _reason(info, role)
-    if not reason:
-        spec, by = recipe.choose(info.name, matrix, role)
-        if spec is None:
-            reason = "no pass of the recipe makes it smaller"
+    chosen = Chosen() if reason else recipe.choose(info.name, matrix, role)
+    spec = chosen.spec
     if spec is None:
+        reason = reason or "no pass of the recipe makes it smaller"
         matrix = (info.shape[0] if info.shape else 1, math.prod(info.shape[1:]))
         kept = recipe.export.dense.replace("float", "F") if _is_float(info) else info.dtype
         spec = DenseSpec(dtype=kept)
-    return PlannedTensor(info.name, info.shape, role, matrix, info.nbytes, spec, by, reason, transposed)
+    if chosen.prune is not None:
+        if not (chosen.method and chosen.method.keeps_zeros):
+            raise RecipeError(
+                f"{recipe.name}: '{info.name}' is pruned by {chosen.prune.name}, but {chosen.by} as it is set has no "
+                "exact zero; choose a grid that has one, as zero: middle"
+            )
+        if format == "safetensors":
+            spec = sparse_spec(spec, *matrix, chosen.prune.kept(*matrix))
+    return PlannedTensor(
+        info.name, info.shape, role, matrix, info.nbytes, spec, chosen.by, reason, transposed, chosen.method,
+        chosen.prune,
+    )  # fmt: skip
 
 
 def _is_float(info: TensorInfo) -> bool:

@@ -10,13 +10,14 @@ import fnmatch
 import importlib
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from compressor.core.passes import Need, Pass, Role
-from compressor.core.settings import GroupSetting, Rate
+from compressor.core.settings import AffineSettings, GroupSetting, Rate
 from compressor.core.spec import AffineSpec, DenseSpec, Spec
 
 Positive = Annotated[int, Field(ge=1)]
@@ -24,6 +25,24 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 SMALLEST = 4096
 """Matrices with fewer weights stay dense: they do not count, and some are precious."""
+
+
+_ONLY_PRUNED = AffineSettings(bits=8, group=64)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a recipe does with one matrix.
+
+    by       the step that names the encoding, "embeddings" for tables, "" where the matrix stays dense
+    method   the pass that encodes it; None for plain floats
+    prune    the pass that drops weights before
+    """
+
+    by: str = ""
+    method: Pass | None = None
+    prune: Pass | None = None
+    spec: Spec | None = None
 
 
 class _Section(BaseModel):
@@ -67,6 +86,12 @@ class Embeddings(_Section):
     group: GroupSetting = 32
     zero: Literal["middle", "learned"] = "middle"
     scale_bits: Literal[8, 16] = 8
+
+    def method(self) -> AffineSettings | None:
+        """The pass that encodes such a table; None for plain floats."""
+        if self.bits >= 16:
+            return None
+        return AffineSettings(**self.model_dump(), method="gptq")
 
     def spec(self) -> Spec:
         """The encoding of such a table."""
@@ -126,11 +151,6 @@ class Step(BaseModel):
         """Whether the pass is for the tensor of that name; `*` in a pattern matches dots as well."""
         return _any_matches(self.select, tensor) and not _any_matches(self.skip, tensor)
 
-    def load(self) -> Pass:
-        """The pass itself, with these settings. Imports its file, and with it torch."""
-        module = importlib.import_module(f"compressor.passes.{self.name}")
-        return pass_class(module, self.name)(**self.settings.model_dump())
-
 
 class Recipe(BaseModel):
     """What to do with a network."""
@@ -153,20 +173,26 @@ class Recipe(BaseModel):
         learning: frozenset[Need] = frozenset({"data", "gradients"} if self.distill.steps else ())
         return learning.union(*(step.settings.needs for step in self.passes))
 
-    def choose(self, name: str, shape: tuple[int, int], role: Role) -> tuple[Spec | None, str]:
-        """How a matrix will be stored and by which pass ("embeddings" for tables).
+    def choose(self, name: str, shape: tuple[int, int], role: Role) -> Chosen:
+        """Which passes a matrix goes through and how it is stored: the last step of each kind that is for it.
 
-        (None, "") where it stays dense: too small, no pass is for it, or its encoding would not be smaller.
+        Nothing where it stays dense: too small, no pass is for it, or its encoding would not be smaller. What is
+        only pruned is stored at 8 bits.
         """
         if math.prod(shape) < SMALLEST:
-            return None, ""
+            return Chosen()
         if role == "embedding":
-            return self.embeddings.spec(), "embeddings"
-        for step in reversed(self.passes):
-            spec = step.settings.spec_for(name, shape, role) if step.selects(name) else None
+            return Chosen("embeddings", self.embeddings.method(), None, self.embeddings.spec())
+        steps = [step for step in self.passes if step.settings.stage == "weight" and step.selects(name)]
+        prune = next((step.settings for step in reversed(steps) if step.settings.prunes), None)
+        prune = prune if prune is None or prune.kept(*shape) < math.prod(shape) else None
+        for step in [step for step in reversed(steps) if not step.settings.prunes]:
+            spec = step.settings.spec_for(name, shape, role)
             if spec is not None and spec.nbytes(*shape) < 4 * math.prod(shape):
-                return spec, step.name
-        return None, ""
+                return Chosen(step.name, step.settings, prune, spec)
+        if prune is not None and role in ("linear", "conv"):
+            return Chosen(prune.name, _ONLY_PRUNED, prune, _ONLY_PRUNED.spec_for(name, shape, role))
+        return Chosen()
 
     def to_dict(self) -> dict[str, Any]:
         """As it would be written in YAML, every setting spelt out; for provenance."""
@@ -187,6 +213,12 @@ def load_recipe(name: str | Path, sets: Iterable[str] = ()) -> Recipe:
     from compressor.recipe_file import read_recipe
 
     return read_recipe(str(name), list(sets))
+
+
+def load_pass(settings: Pass) -> Pass:
+    """The pass itself, with these settings. Imports its file, and with it torch."""
+    module = importlib.import_module(f"compressor.passes.{settings.name}")
+    return pass_class(module, settings.name)(**settings.model_dump())
 
 
 def pass_class(module: Any, name: str) -> type[Pass]:

@@ -255,8 +255,8 @@ def second_moments(
     calls: int,
     reached: list[Arguments],
     importance: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """H = mean over tokens of t·xxᵀ (in, in) per layer; t is the importance of a token for that layer, or 1.
+) -> tuple[dict[str, Tensor], int]:
+    """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
 
     The layers share their input, so that without importance they share one H. The forward ends at the last call.
     """
@@ -291,4 +291,4 @@ def second_moments(
     for total in sums.values():
         total.div_(max(1, counts["tokens"]))
     shared = next(iter(sums.values()))
-    return {name: sums.get(name, shared) for name in names}
+    return {name: sums.get(name, shared) for name in names}, counts["tokens"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -216,3 +217,8 @@ def _collector(into: list[Tensor]):
         output.register_hook(lambda gradient: into.append(gradient.float().pow(2).mean(-1).flatten()))
 
     return hook
+
+
+def load_gradients(folder: Path, block: str) -> dict[str, Tensor]:
+    """The gathered gradients (out, in) of a block's weights, by name."""
+    return load_file(folder / f"gradients-{block or 'network'}.safetensors")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,18 +51,25 @@ class LearnedMatrix(nn.Module):
     """One encoded matrix with its scales, and for a codebook its table and codes, open to learning.
 
     table (n_codebooks·2**width, dim) in steps of the int4 grid, scales (rows, n_groups), index (rows·vectors,) into the
-    table. A uniform grid has values in place of table and index. `mapping_rate` 0 leaves the codes alone.
+    table. A uniform grid has values in place of table and index. `mapping_rate` 0 leaves the codes alone; so does
+    `keeps_zeros`, for a pruned matrix, with which a zero in a codeword stays one.
     """
 
-    def __init__(self, encoding: Codebook | Affine, mapping_rate: float, neighbours: int, delta: float) -> None:
+    def __init__(
+        self, encoding: Codebook | Affine, mapping_rate: float, neighbours: int, delta: float,
+        keeps_zeros: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoding = encoding
-        self.mapping_rate, self.neighbours, self.delta = mapping_rate, neighbours, delta
+        self.mapping_rate, self.neighbours, self.delta = 0.0 if keeps_zeros else mapping_rate, neighbours, delta
         if isinstance(encoding, Codebook):
             self.dim, size = encoding.dim, encoding.table.shape[1]
             book = torch.repeat_interleave(torch.arange(len(encoding.counts)), torch.tensor(encoding.counts))
             index = encoding.codes + (book * size).int().unsqueeze(1)
             self.table = nn.Parameter(encoding.table.float().flatten(0, 1))
+            if keeps_zeros:
+                open_places = self.table.detach() != 0
+                self.table.register_hook(lambda gradient: gradient * open_places)
         else:
             self.dim, self.mapping_rate = 1, 0.0
             zero = encoding.zero.unsqueeze(2) if isinstance(encoding.zero, Tensor) else encoding.zero
@@ -174,7 +181,7 @@ class Student(nn.Module):
 
     def __init__(
         self, module: nn.Module, tensors: Mapping[str, EncodedTensor], mapping_rate: float,
-        neighbours: int = 4, delta: float = 0.1, prefix: str = "",
+        neighbours: int = 4, delta: float = 0.1, prefix: str = "", pruned: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.module, self.learned = module, {}
@@ -183,7 +190,7 @@ class Student(nn.Module):
         for name, parameter in ((f"{prefix}{name}", parameter) for name, parameter in parameters.items()):
             tensor = tensors[name]
             if isinstance(tensor.encoding, (Affine, Codebook)):
-                self.learned[name] = LearnedMatrix(tensor.encoding, mapping_rate, neighbours, delta)
+                self.learned[name] = LearnedMatrix(tensor.encoding, mapping_rate, neighbours, delta, name in pruned)
                 self.layouts[name] = tensor.layout
             elif tensor.encoding.kind == "dense" and parameter.dim() == 1:
                 self.dense[name] = nn.Parameter(tensor.decode())

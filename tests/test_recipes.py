@@ -94,7 +94,7 @@ def test_patterns_select_and_skip(folder):
 def test_the_last_pass_that_selects_a_tensor_stores_it(folder):
     write(folder, "passes: [{pass: affine, bits: 2}, {pass: affine, bits: 8, select: '*down*'}]")
     recipe = load_recipe("recipe.yaml")
-    bits = [recipe.choose(name, (64, 128), "linear")[0].bits for name in ("up.weight", "down.weight")]
+    bits = [recipe.choose(name, (64, 128), "linear").spec.bits for name in ("up.weight", "down.weight")]
     assert bits == [2, 8]
 
 

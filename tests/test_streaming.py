@@ -146,7 +146,7 @@ def test_second_moments_are_those_of_the_whole_model(tmp_path, name, weighted):
         expected = [[f"{prefix}{layer}.weight" for layer in stage] for stage in STAGES[name]]
         assert [stage.names for stage in stages] == expected
         for stage in stages:
-            of = second_moments(network, block, layers(block, prefix), stage.names, stage.calls, reached, importance)
+            of, _ = second_moments(network, block, layers(block, prefix), stage.names, stage.calls, reached, importance)
             found |= of
     for key, rows in inputs.items():
         weights = importance.get(key, torch.ones(n_tokens))
@@ -256,7 +256,7 @@ def test_layers_that_share_weights_are_one_block(tmp_path):
         calls = {name.rsplit(".", 2)[1]: stage.calls for stage in stages for name in stage.names}
         assert (calls["query"], calls["ffn"], calls["embedding_hidden_mapping_in"]) == (4, 4, 1)
         names = [f"{ALBERT_LAYER}.attention.{part}.weight" for part in ("query", "key", "value")]
-        moments = second_moments(network, block, layers(block), names, 4, reached, {})
+        moments, _ = second_moments(network, block, layers(block), names, 4, reached, {})
     rows = torch.cat(caught_inputs(module, names, batches)[names[0]])
     torch.testing.assert_close(moments[names[1]], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
     assert survey(network_of(directory), batches, tmp_path, True, torch.Generator()).importance == {}

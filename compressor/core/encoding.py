@@ -8,14 +8,16 @@ of the network again. The arrays in `parts()` are what the artifact stores, byte
     Affine     ŵ = scale · (code − zero)             2, 3, 4, 8 bits in groups of columns
     Codebook   ŵ = scale · table[codebook of row, code]   a code stands for `dim` neighbouring columns
     Binary     ŵ = scale · (±1)
-    Sparse     mask and the encoding of what it keeps
+    Sparse     a mask, and codes or values only where it is set
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -168,6 +170,16 @@ class Affine(Encoding):
         grouped = self.codes.view(rows, -1, self.group).float()
         return ((grouped - zero) * self.scales.decode().unsqueeze(-1)).flatten(1)[:, :columns]
 
+    @property
+    def code_bits(self) -> int:
+        return self.bits
+
+    def zero_codes(self) -> Tensor:
+        """The code of zero everywhere, like `codes`; zero points are whole."""
+        if not isinstance(self.zero, Tensor):
+            return torch.full_like(self.codes, int(self.zero))
+        return self.zero.to(self.codes.dtype).repeat_interleave(self.group, 1)
+
     def parts(self) -> dict[str, Tensor]:
         parts = {**_plane_parts(self.codes, self.bits), **self.scales.parts()}
         if isinstance(self.zero, Tensor):
@@ -231,6 +243,16 @@ class Codebook(Encoding):
     def on_int4_grid(self) -> bool:
         return self.table.dtype == torch.int8
 
+    @property
+    def code_bits(self) -> int:
+        return self.width
+
+    def zero_codes(self) -> Tensor:
+        """The code of the zero codeword everywhere, like `codes`; codewords of one weight, rows in their own order."""
+        word = (self.table[..., 0] == 0).int().argmax(1).to(self.codes.dtype)
+        rows = torch.repeat_interleave(word, torch.tensor(self.counts))
+        return rows.unsqueeze(1).expand_as(self.codes).clone()
+
     def parts(self) -> dict[str, Tensor]:
         table = self.table
         if self.on_int4_grid:
@@ -282,28 +304,51 @@ class Binary(Encoding):
 
 @dataclass(frozen=True)
 class Sparse(Encoding):
-    """A mask (rows, columns) of kept weights and the encoding of the kept values, a matrix of one row."""
+    """A mask of what is not zero, and of the encoding of the whole matrix only the codes (or values) in it.
+
+    Lossless beside `inner`, which is Dense, Affine with whole zero points, or Codebook with codewords of one weight and
+    rows in their own order.
+    """
 
     kind = "sparse"
-    mask: Tensor
-    inner: Encoding
+    inner: Dense | Affine | Codebook
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """What is not zero: bool (rows, columns)."""
+        return self.inner.decode() != 0
 
     def decode(self) -> Tensor:
-        matrix = torch.zeros(self.shape)
-        matrix[self.mask] = self.inner.decode().flatten()
-        return matrix
+        return self.inner.decode()
 
     def parts(self) -> dict[str, Tensor]:
-        inner = {f"kept.{name}": part for name, part in self.inner.parts().items()}
-        return {"mask": pack_plane(self.mask.to(torch.uint8), 1), **inner}
+        parts = {"mask": pack_plane(self.mask.to(torch.uint8), 1)}
+        if isinstance(self.inner, Dense):
+            return parts | {"weight": self.inner.values[self.mask].unsqueeze(0)}
+        kept = self.inner.codes[:, : self.shape[1]][self.mask].unsqueeze(0)
+        others = {name: part for name, part in self.inner.parts().items() if not name.startswith("codes")}
+        return parts | others | _plane_parts(kept, self.inner.code_bits)
 
     def settings(self) -> dict[str, Any]:
-        return {"kept": describe(self.inner)}
+        return {"inner": describe(self.inner)}
 
     @classmethod
     def rebuild(cls, shape, settings, parts):
-        kept = {name[5:]: part for name, part in parts.items() if name.startswith("kept.")}
-        return cls(shape, unpack_plane(parts["mask"], 1, shape[1]).bool(), restore(settings["kept"], kept))
+        mask = unpack_plane(parts["mask"], 1, shape[1]).bool()
+        inner = settings["inner"]
+        if inner["kind"] == "dense":
+            values = torch.zeros(shape, dtype=parts["weight"].dtype)
+            values[mask] = parts["weight"].flatten()
+            return cls(shape, Dense(shape, values))
+        bits = inner["bits"] if inner["kind"] == "affine" else inner["width"]
+        kept = unpack(_planes(parts, bits), bits, int(mask.sum())).flatten()
+        columns = n_groups(shape[1], inner["group"]) * inner["group"]
+        hollow = {name: part for name, part in parts.items() if name != "mask" and not name.startswith("codes")}
+        hollow |= _plane_parts(torch.zeros(shape[0], columns, dtype=kept.dtype), bits)
+        whole = restore(inner, hollow)
+        codes = whole.zero_codes()
+        codes[:, : shape[1]][mask] = kept
+        return cls(shape, dataclasses.replace(whole, codes=codes))
 
 
 KINDS: dict[str, type[Encoding]] = {kind.kind: kind for kind in (Dense, Affine, Codebook, Binary, Sparse)}

@@ -8,11 +8,15 @@ the work.
 from __future__ import annotations
 
 from abc import ABC
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from compressor.core.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Need = Literal["data", "labels", "gradients", "training"]
 Stage = Literal["structure", "rewrite", "weight"]
@@ -21,18 +25,37 @@ STAGES: tuple[Stage, ...] = ("structure", "rewrite", "weight")
 """In this order they stand in a recipe."""
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What a pass that drops weights may know of a matrix (out, in).
+
+    hessian       (in, in): mean over tokens of t·xxᵀ, t the importance of a token, or 1
+    gradient      (out, in): Σ|g| or √Σg² over sequences, by the pass's `gradient_norm`
+    n_sequences   that were seen, of `window` tokens (or positions) each
+    sparsity      the share to drop of this very matrix, where shares are allocated; None: the pass's own
+    """
+
+    hessian: Tensor | None = None
+    gradient: Tensor | None = None
+    n_sequences: int = 1
+    window: int = 1
+    sparsity: float | None = None
+
+
 class Pass(BaseModel, ABC):
     """One published method with its settings.
 
     name    in recipes; the file name of the pass
     stage   structure: a smaller network · rewrite: the same function, other weights · weight: an encoding per tensor
     paper   authors, title, link
+    prunes  a weight pass that says which weights are kept, before another says how these are stored
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str]
     stage: ClassVar[Stage]
     paper: ClassVar[str]
+    prunes: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -46,3 +69,17 @@ class Pass(BaseModel, ABC):
     def cost(self, tokens: int) -> float:
         """Forward passes over the calibration tokens that the pass takes, about; a backward pass counts as two."""
         return 0.0
+
+    def kept(self, rows: int, columns: int) -> int:
+        """How many weights of such a matrix stay; of a pass that prunes."""
+        return rows * columns
+
+    @property
+    def gradient_norm(self) -> Literal[1, 2] | None:
+        """p, where the pass asks for Σ|g| (1) or √Σg² (2) per weight over calibration sequences."""
+        return None
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether its encoding holds exact zeros, so that what a pass before has dropped stays dropped."""
+        return True

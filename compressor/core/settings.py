@@ -49,6 +49,10 @@ class AffineSettings(Pass):
     def cost(self, tokens: int) -> float:
         return 3.0 if self.method == "gptq" else 0.0
 
+    @property
+    def keeps_zeros(self) -> bool:
+        return self.zero != "half"
+
 
 class JlcmSettings(Pass):
     """Jointly learned codebooks and mappings.

@@ -7,6 +7,7 @@ No torch: a plan is made from headers. For the same matrix a spec names the very
     AffineSpec     ŵ = scale · (code − zero)
     CodebookSpec   ŵ = scale · table[codebook of row, code]
     BinarySpec     ŵ = scale · (±1)
+    SparseSpec     a mask, and of another spec only the codes that it keeps
 """
 
 from __future__ import annotations
@@ -177,6 +178,41 @@ class BinarySpec(Spec):
     @property
     def label(self) -> str:
         return "binary"
+
+
+class SparseSpec(Spec):
+    """A bit per weight for what is not zero, and the inner encoding's codes of these `kept` weights only."""
+
+    kind = "sparse"
+    inner: DenseSpec | AffineSpec | CodebookSpec
+    kept: int
+
+    def parts(self, rows: int, columns: int) -> Parts:
+        inner = self.inner
+        parts: Parts = {"mask": ("U8", (rows, packed_columns(columns, 1)))}
+        if isinstance(inner, DenseSpec):
+            return parts | {"weight": (inner.dtype, (1, self.kept))}
+        others = {name: part for name, part in inner.parts(rows, columns).items() if not name.startswith("codes")}
+        bits = inner.bits if isinstance(inner, AffineSpec) else inner.width
+        return parts | others | _codes("codes", 1, self.kept, bits)
+
+    def describe(self, rows: int, columns: int) -> dict[str, Any]:
+        return {"kind": self.kind, "shape": [rows, columns], "inner": self.inner.describe(rows, columns)}
+
+    @property
+    def label(self) -> str:
+        return f"mask, {self.inner.label}"
+
+
+def sparse_spec(spec: Spec, rows: int, columns: int, kept: int) -> Spec:
+    """The smaller of `spec` and its sparse form, for a matrix of which `kept` weights are not zero."""
+    one_by_one = isinstance(spec, (DenseSpec, AffineSpec)) or (
+        isinstance(spec, CodebookSpec) and spec.dim == 1 and not spec.reorder
+    )
+    if not one_by_one:
+        return spec
+    sparse = SparseSpec(inner=spec, kept=kept)
+    return sparse if sparse.nbytes(rows, columns) < spec.nbytes(rows, columns) else spec
 
 
 def _group_label(group: Group) -> str:

@@ -19,14 +19,49 @@ def nearest(points: Tensor, codewords: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+def nearest_within(points: Tensor, kept: Tensor, codewords: Tensor, supports: Tensor) -> Tensor:
+    """As `nearest`, among the codewords whose support lies in `kept`: supports (K, dim) and kept (n, dim), bool.
+
+    A codeword of empty support must be there. Distances may be in another basis than the supports.
+    """
+    places = 2 ** torch.arange(kept.shape[1])
+    pattern, found = (kept * places).sum(1), torch.empty(len(points), dtype=torch.long)
+    for value in pattern.unique().tolist():
+        rows = (pattern == value).nonzero().flatten()
+        words = (~(supports & ~kept[rows[0]]).any(1)).nonzero().flatten()
+        found[rows] = words[nearest(points[rows], codewords[words])]
+    return found
+
+
 def kmeans(points: Tensor, weights: Tensor, codewords: Tensor, iterations: int) -> Tensor:
     """Codewords (K, dim) after `iterations` of Lloyd on Σ_i weight_i·‖x_i − C_{k(i)}‖²; an empty codeword stays."""
     for _ in range(iterations):
-        index = nearest(points, codewords)
-        mass = torch.zeros(len(codewords)).index_add_(0, index, weights).unsqueeze(1)
-        total = torch.zeros_like(codewords).index_add_(0, index, points * weights.unsqueeze(1))
-        codewords = torch.where(mass > 0, total / mass.clamp_min(torch.finfo(torch.float32).tiny), codewords)
+        codewords = _means(points, weights, codewords, nearest(points, codewords))
     return codewords
+
+
+def sparse_kmeans(
+    points: Tensor, kept: Tensor, weights: Tensor, size: int, iterations: int, generator: torch.Generator
+) -> Tensor:
+    """Codewords (size, dim) for points that are zero where not `kept`, bool (n, dim); each with a support of its own.
+
+    Lloyd from points drawn at random, the first codeword zero, so that each support gets codewords by its frequency.
+    """
+    drawn = torch.randperm(len(points), generator=generator)[:size]
+    drawn = drawn.repeat(-(-size // len(drawn)))[:size]
+    codewords, supports = points[drawn].clone(), kept[drawn].clone()
+    codewords[0], supports[0] = 0.0, False
+    for _ in range(iterations):
+        index = nearest_within(points, kept, codewords, supports)
+        codewords = _means(points, weights, codewords, index) * supports
+    return codewords
+
+
+def _means(points: Tensor, weights: Tensor, codewords: Tensor, index: Tensor) -> Tensor:
+    """Weighted means of the points of each codeword; where it has none it stays."""
+    mass = torch.zeros(len(codewords)).index_add_(0, index, weights).unsqueeze(1)
+    total = torch.zeros_like(codewords).index_add_(0, index, points * weights.unsqueeze(1))
+    return torch.where(mass > 0, total / mass.clamp_min(torch.finfo(torch.float32).tiny), codewords)
 
 
 def gaussian_codebook(size: int, dim: int, generator: torch.Generator, iterations: int = 12) -> Tensor:

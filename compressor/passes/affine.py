@@ -42,15 +42,22 @@ def hqq_zero(groups: Tensor, scale: Tensor, zero: Tensor, bits: int, iterations:
 class Affine(AffineSettings):
     """A grid per group; see the module for the methods."""
 
-    def encode(self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator) -> AffineEncoding:
-        """The encoding of a matrix (out, in); `hessian` (in, in), the inputs' second moment, is needed by gptq."""
+    def encode(
+        self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator, mask: Tensor | None = None
+    ) -> AffineEncoding:
+        """The encoding of a matrix (out, in); `hessian` (in, in), the inputs' second moment, is needed by gptq.
+
+        Where `mask` (out, in) is False the weight is 0 and stays so.
+        """
         n_rows, columns = weight.shape
         group = group_columns(self.group, columns)
         factor = None
         if self.method == "gptq" and hessian is not None:
             padding = -columns % group
             factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)), self.damping)
-        found = [self._encode_rows(rows, factor, group) for rows in weight.split(_ROWS)]
+        masks = [None] * -(-n_rows // _ROWS) if mask is None else mask.split(_ROWS)
+        parts = zip(weight.split(_ROWS), masks, strict=True)
+        found = [self._encode_rows(rows, kept, factor, group) for rows, kept in parts]
         codes, scale, zero, top = (torch.cat(parts) for parts in zip(*found, strict=True))
         point: float | Tensor = float(zero[0, 0]) if self.zero != "learned" else zero.int()
         stored = Scales.of(scale)
@@ -58,7 +65,9 @@ class Affine(AffineSettings):
             stored = Scales((scale / (top.float() / 255)).round().to(torch.uint8), top)
         return AffineEncoding((n_rows, columns), self.bits, group, codes, stored, point)
 
-    def _encode_rows(self, weight: Tensor, factor: Tensor | None, group: int) -> tuple[Tensor, ...]:
+    def _encode_rows(
+        self, weight: Tensor, mask: Tensor | None, factor: Tensor | None, group: int
+    ) -> tuple[Tensor, ...]:
         """Codes (rows, columns) uint8, scales and zeros (rows, n_groups), and the largest stored scale (rows, 1).
 
         Rows know nothing of one another.
@@ -78,7 +87,8 @@ class Affine(AffineSettings):
                     found = self._grids(current[:, :group].unsqueeze(1), emphasis[begin : begin + group], top)
                     scale[:, at : at + 1], zero[:, at : at + 1] = found
                 s, z = scale[:, at : at + 1], zero[:, at : at + 1]
-                return (code(current[:, :1], s, z, self.bits) - z) * s
+                values = (code(current[:, :1], s, z, self.bits) - z) * s
+                return values if mask is None or begin >= mask.shape[1] else values * mask[:, begin : begin + 1]
 
             weight = error_feedback(weight, factor, 1, quantise, group * max(1, 64 // group))
         codes = code(weight.view(n_rows, -1, group), scale.unsqueeze(2), zero.unsqueeze(2), self.bits)

@@ -19,11 +19,20 @@ from compressor.core.encoding import Codebook, Scales
 from compressor.core.settings import JlcmSettings
 from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
-from compressor.ops.vector_quantization import balanced_clusters, gaussian_codebook, kmeans, nearest
+from compressor.ops.vector_quantization import (
+    balanced_clusters,
+    gaussian_codebook,
+    kmeans,
+    nearest,
+    nearest_within,
+    sparse_kmeans,
+)
 
 GRID_LOW, GRID_HIGH = -8, 7
 _QUANTILES = 16
 _POINTS_PER_CODEWORD = 24
+_RANDOM_START = 3
+"""Times as many iterations of k-means where it starts from random points."""
 
 
 def proximal_gradient(codebook: Tensor, current: int, upstream: float | Tensor, delta: float) -> Tensor:
@@ -70,30 +79,41 @@ def start(width: int, dim: int) -> tuple[Tensor, float]:
 
 
 def group_scales(weight: Tensor, group: int, resolution: float) -> Tensor:
-    """Scales (rows, n_groups): rms/resolution, more where the group's largest weight would leave the grid."""
+    """Scales (rows, n_groups): rms/resolution, more where the group's largest weight would leave the grid.
+
+    The rms is of what is not zero.
+    """
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -columns % group)).view(rows, -1, group)
-    present = torch.full((padded.shape[1],), float(group))
-    present[-1] -= -columns % group
-    rms = (padded.pow(2).sum(2) / present).sqrt()
+    rms = (padded.pow(2).sum(2) / (padded != 0).sum(2).clamp_min(1)).sqrt()
     return torch.maximum(rms / resolution, padded.abs().amax(2) / (GRID_HIGH + 1.5)).clamp_min(1e-7)
 
 
 class Jlcm(JlcmSettings):
     """Learned codebooks; see the module for the method."""
 
-    def encode(self, weight: Tensor, hessian: Tensor, generator: torch.Generator) -> Codebook:
-        """The encoding of a matrix (out, in) whose inputs have the second moment `hessian` (in, in)."""
+    def encode(
+        self, weight: Tensor, hessian: Tensor, generator: torch.Generator, mask: Tensor | None = None
+    ) -> Codebook:
+        """The encoding of a matrix (out, in) whose inputs have the second moment `hessian` (in, in).
+
+        Where `mask` (out, in) is False the weight is 0 and stays so: its codeword is 0 there.
+        """
         n_rows, columns = weight.shape
         group = group_columns(self.group, columns, self.dim)
         padding = -columns % group
         weight = torch.nn.functional.pad(weight.float(), (0, padding))
         hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+        kept = None if mask is None else torch.nn.functional.pad(mask, (0, padding), value=True)
         _, resolution = start(self.width, self.dim)
         scales = Scales.of(group_scales(weight[:, :columns], group, resolution), self.scale_bits)
         order, counts = self._order(weight)
-        table = self._table(weight, scales.decode(), hessian.diagonal(), order, counts, group, generator)
-        codes = self._assign(weight, hessian, scales.decode(), table, order, counts, group)
+        moment, size, found = hessian.diagonal(), scales.decode(), []
+        for rows in order.split(counts):
+            places = None if kept is None else kept[rows]
+            found.append(self._table(weight[rows], size[rows], moment, places, group, generator))
+        table = torch.stack(found)
+        codes = self._assign(weight, hessian, size, table, kept, order, counts, group)
         stored = Scales(scales.values[order], None if scales.row is None else scales.row[order])
         table = table.to(torch.int8 if self.grid == "int4" else torch.float16)
         return Codebook(
@@ -108,26 +128,31 @@ class Jlcm(JlcmSettings):
         return balanced_clusters(row_features(weight), n)
 
     def _table(
-        self, weight: Tensor, scales: Tensor, moment: Tensor, order: Tensor, counts: tuple[int, ...], group: int,
+        self, weight: Tensor, scales: Tensor, moment: Tensor, kept: Tensor | None, group: int,
         generator: torch.Generator,
     ) -> Tensor:  # fmt: skip
-        """Codebooks (n, 2**width, dim) on the grid, by k-means weighted with the root of the inputs' moment."""
+        """A codebook (2**width, dim) for these rows on the grid: k-means weighted with the root of the inputs' moment.
+
+        With `kept`, codewords are zero in some places, and among them is zero itself.
+        """
         first, resolution = start(self.width, self.dim)
         emphasis = (moment.view(-1, self.dim).mean(1) / moment.mean().clamp_min(1e-30)).sqrt().clamp_min(1e-3)
-        tables = []
-        for rows in order.split(counts):
-            scaled = weight[rows].view(len(rows), -1, group) / (scales[rows] * resolution).clamp_min(1e-12).unsqueeze(2)
-            points = scaled.reshape(-1, self.dim)
-            n_points = min(len(points), max(40_000, _POINTS_PER_CODEWORD * len(first)))
-            sample = torch.randperm(len(points), generator=generator)[:n_points]
-            weights = emphasis[sample % len(emphasis)]
-            tables.append(kmeans(points[sample], weights, first.clone(), self.kmeans_iterations))
-        learned = torch.stack(tables)
+        scaled = weight.view(len(weight), -1, group) / (scales * resolution).clamp_min(1e-12).unsqueeze(2)
+        points = scaled.reshape(-1, self.dim)
+        n_points = min(len(points), max(40_000, _POINTS_PER_CODEWORD * len(first)))
+        sample = torch.randperm(len(points), generator=generator)[:n_points]
+        weights = emphasis[sample % len(emphasis)]
+        if kept is None:
+            learned = kmeans(points[sample], weights, first.clone(), self.kmeans_iterations)
+        else:
+            places = kept.reshape(-1, self.dim)[sample]
+            rounds = _RANDOM_START * self.kmeans_iterations
+            learned = sparse_kmeans(points[sample], places, weights, len(first), rounds, generator)
         return snap(learned, resolution) if self.grid == "int4" else (learned * resolution).half().float()
 
     def _assign(
-        self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, order: Tensor, counts: tuple[int, ...],
-        group: int,
+        self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, kept: Tensor | None, order: Tensor,
+        counts: tuple[int, ...], group: int,
     ) -> Tensor:  # fmt: skip
         """Codes (rows, columns / dim) in the matrix's row order, chosen with error feedback, or without (factor 1)."""
         codes = torch.empty(len(weight), weight.shape[1] // self.dim, dtype=torch.long)
@@ -138,7 +163,11 @@ class Jlcm(JlcmSettings):
             target = (current[:, : self.dim] / scale) @ inverse
             values = torch.empty(len(weight), self.dim)
             for rows, codewords in _books(order, counts, table):
-                code = nearest(target[rows], codewords @ inverse)
+                if kept is None:
+                    code = nearest(target[rows], codewords @ inverse)
+                else:
+                    places = kept[rows, begin : begin + self.dim]
+                    code = nearest_within(target[rows], places, codewords @ inverse, codewords != 0)
                 codes[rows, begin // self.dim] = code
                 values[rows] = codewords[code]
             return values * scale

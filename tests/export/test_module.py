@@ -156,8 +156,7 @@ def test_a_module_is_left_as_it_was(tmp_path):
 
 
 def sparse(weight: torch.Tensor) -> Encoding:
-    mask = weight > 0
-    return Sparse(tuple(weight.shape), mask, Dense((1, int(mask.sum())), weight[mask][None]))
+    return Sparse(tuple(weight.shape), Dense(tuple(weight.shape), weight.relu()))
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):
