@@ -7,7 +7,7 @@ at the first block without one, and gives the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.calibrate import correct_means, layer_means
 from compressor.core.encoding import Dense, Layout
 from compressor.core.errors import PassError
 from compressor.core.passes import Need, Statistics
 from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
-from compressor.graph.blocks import first_tensor, is_grouped, layers, layout_of
+from compressor.graph.blocks import first_tensor, geometry, layers, layout_of, unfolds
 from compressor.plan import Plan, PlannedTensor
 from compressor.recipe import Recipe, load_pass
 from compressor.streaming import Arguments, Batch, Network, hidden_of, layer_stages, second_moments
@@ -71,7 +72,7 @@ class Choice:
     def of(self, name: str, module: nn.Module) -> Chain | None:
         """The passes, or None where the tensor stays dense."""
         planned = self._planned.get(name)
-        if planned is None or planned.method is None or layout_of(module) is None or is_grouped(module):
+        if planned is None or planned.method is None or layout_of(module) is None:
             return None
         return Chain(load_pass(planned.method), planned.prune and load_pass(planned.prune))
 
@@ -105,12 +106,17 @@ def encode_network(
         file = work.file(name)
         wanted = next(targets) if targets else []
         if not file.exists():
+            means = layer_means(block, reached) if recipe.calibration.correct_means else {}
             tensors = _encode_block(network, block, name, reached, choice, survey, work)
             if targets:
                 open_tensors = _reconstruct(
                     network, block, name, tensors, reached, wanted, survey, learning, plan.pruned, work
                 )
                 tensors |= open_tensors
+            if means:
+                prefix = f"{name}." if name else ""
+                moved = correct_means(block, reached, means)
+                tensors |= {prefix + part: choice.dense(prefix + part, tensor) for part, tensor in moved.items()}
             write_tensors(file, tensors)
         _compute_with(network, block, name, EncodedTensors([file]))
         files.append(file)
@@ -206,16 +212,14 @@ def _encode_block(
     n_sequences = max(1, sum(_n_examples(arguments) for arguments in reached))
     tensors: dict[str, EncodedTensor] = {}
     for stage in layer_stages(network, block, dotted, reached[0]):
-        due = [name for name in stage.names if passes[name] is not None]
-        if not due:
-            continue
-        moments, n_rows = {}, 0
-        if any("data" in passes[name].needs for name in due):
-            moments, n_rows = second_moments(network, block, found, due, stage.calls, reached, survey.importance)
-        for name in due:
-            known = Statistics(moments.get(name), gradients.get(name), n_sequences, n_rows // n_sequences)
-            tensors[name] = _encode(passes[name], name, found[name], known, work)
-            found[name].weight.data = tensors[name].decode()
+        for due in _alike([name for name in stage.names if passes[name] is not None], found):
+            moments, n_rows = {}, 0
+            if unfolds(found[due[0]]) and any("data" in passes[name].needs for name in due):
+                moments, n_rows = second_moments(network, block, found, due, stage.calls, reached, survey.importance)
+            for name in due:
+                known = Statistics(moments.get(name), gradients.get(name), n_sequences, n_rows // n_sequences)
+                tensors[name] = _encode(passes[name], name, found[name], known, work)
+                found[name].weight.data = tensors[name].decode()
     for name, module in found.items():
         if passes[name] is not None and name not in tensors:
             tensors[name] = _encode(passes[name], name, module, Statistics(), work)
@@ -225,6 +229,15 @@ def _encode_block(
         for name, tensor in block.state_dict(keep_vars=True).items()
         if f"{dotted}{name}" not in done
     }
+
+
+def _alike(names: list[str], found: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The layers in groups that make the same rows of their shared input: its second moment is that of the group."""
+    groups: dict[tuple, list[str]] = {}
+    for name in names:
+        module = found[name]
+        groups.setdefault((unfolds(module), geometry(module), layout_of(module).transposed), []).append(name)
+    return list(groups.values())
 
 
 def _n_examples(arguments: Arguments) -> int:
@@ -256,8 +269,8 @@ def _encode(chain: Chain, name: str, module: nn.Module, known: Statistics, work:
 def _compute_with(network: Network, block: nn.Module, prefix: str, tensors: EncodedTensors) -> None:
     """Puts the decoded weights into the loaded block: what is evaluated is what is shipped."""
     dotted = f"{prefix}." if prefix else ""
-    parameters = dict(block.named_parameters())
+    held = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     for name in tensors:
-        parameter = parameters.get(name.removeprefix(dotted))
-        if parameter is not None:
-            parameter.data = tensors[name].decode()
+        tensor = held.get(name.removeprefix(dotted))
+        if tensor is not None and tensor.is_floating_point():
+            tensor.data = tensors[name].decode()

@@ -82,7 +82,7 @@ def run(options: RunOptions) -> Artifact:
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
     checkpoint.check()
     plan = make_plan(checkpoint, recipe, options.format)
-    _refuse_unwritable(plan, options)
+    _refuse_unwritable(plan, options, recipe)
     samples = load_samples(checkpoint, recipe, options)
     progress.say(_announcement(plan, checkpoint))
     partial = options.directory.with_name(options.directory.name + ".partial")
@@ -135,15 +135,24 @@ def compress(model: nn.Module | str | Path, recipe: str = "llm-2bit", **options:
         return run(RunOptions(model=str(path), recipe=recipe, trust_pickle=True, **options))
 
 
-def _refuse_unwritable(plan: Plan, options: RunOptions) -> None:
+def _refuse_unwritable(plan: Plan, options: RunOptions, recipe: Recipe) -> None:
     """Refuses, before work begins, what the format cannot hold."""
     if options.format != "onnx":
         return
+    from compressor.export.int8_operations import int8_refusal
     from compressor.export.lowering import refusal
 
+    static = recipe.export.activations == "static_int8"
+    if static and not any(tensor.by and tensor.role == "conv" for tensor in plan.tensors):
+        raise UsageError(
+            f"{plan.recipe}: activations: static_int8 is of convolutions, and no convolution of {plan.model} is "
+            "encoded; write activations: int8"
+        )
     for tensor in plan.tensors:
         operator = {"linear": "matmul", "embedding": "embedding"}.get(tensor.role, "constant")
         reason = refusal(tensor.describe(), operator, options.mode) if tensor.by else None
+        if tensor.by and static and tensor.role == "conv":
+            reason = reason or int8_refusal(tensor.describe())
         if reason:
             raise UsageError(f"{plan.recipe}: '{tensor.name}' cannot be written to ONNX: {reason}")
 
@@ -257,8 +266,8 @@ def _export(
     from compressor.export.lowering import least_version
     from compressor.export.writing import export_graph
 
-    exact = recipe.export.activations == "exact"
-    graph = export_graph(checkpoint, tensors, offsets, partial, options.mode, exact, batches)
+    exact, static = (recipe.export.activations == kind for kind in ("exact", "static_int8"))
+    graph = export_graph(checkpoint, tensors, offsets, partial, options.mode, exact, batches, static)
     slow = slow_paths(graph, exact)
     if slow:
         raise ExportError(f"{graph}: onnxruntime would run it slowly: {'; '.join(slow[:3])}; please report the recipe")

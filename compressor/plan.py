@@ -15,8 +15,8 @@ from compressor.checkpoints.tokenizer import copied_size
 from compressor.core.errors import RecipeError
 from compressor.core.passes import Pass, Role
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
-from compressor.core.spec import DenseSpec, Spec, sparse_spec
-from compressor.recipe import SMALLEST, Chosen, Recipe
+from compressor.core.spec import AffineSpec, DenseSpec, Spec, sparse_spec
+from compressor.recipe import Chosen, Recipe
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint, TensorInfo
@@ -29,6 +29,7 @@ SECONDS_PER_WEIGHT = 1.0e-6
 BASE_MEMORY = 400_000_000
 """torch and transformers, imported."""
 GRAPH_BYTES_PER_PART = 420
+GRAPH_BYTES_PER_CONVOLUTION = 1500
 CONFIG_BYTES = 4096
 _ALIGNMENT = 64
 
@@ -121,7 +122,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> P
         recipe=recipe.name,
         tensors=tensors,
         tied=dict(checkpoint.tied),
-        files=_files(checkpoint, tensors, format),
+        files=_files(checkpoint, tensors, format, recipe.export.activations == "static_int8"),
         needs=tuple(sorted(recipe.required)),
         peak_memory=_peak_memory(tensors, config, recipe),
         cpu_seconds=_cpu_seconds(tensors, recipe),
@@ -133,8 +134,10 @@ def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: s
     role = role_of(info.name, info.shape, config)
     matrix = matrix_shape(info.name, info.shape, config)
     transposed = is_transposed(info.name, config) and role == "linear"
-    reason = _reason(info, role)
+    reason = _reason(info, role, recipe.smallest(role))
     chosen = Chosen() if reason else recipe.choose(info.name, matrix, role)
+    if _is_depthwise(info, role) and not (isinstance(chosen.spec, AffineSpec) and chosen.spec.bits == 8):
+        chosen, reason = Chosen(), reason or "depthwise convolution, at fewer than 8 bits"
     spec = chosen.spec
     if spec is None:
         reason = reason or "no pass of the recipe makes it smaller"
@@ -160,17 +163,21 @@ def _is_float(info: TensorInfo) -> bool:
     return info.dtype in FLOATS or not re.fullmatch(r"BOOL|[IU]\d+", info.dtype)
 
 
-def _reason(info: TensorInfo, role: Role) -> str:
+def _is_depthwise(info: TensorInfo, role: Role) -> bool:
+    return role == "conv" and info.shape[1] == 1 and info.shape[0] > 1
+
+
+def _reason(info: TensorInfo, role: Role, smallest: int) -> str:
     if not _is_float(info):
         return "not of floating point"
     if len(info.shape) < 2:
         return "bias" if info.name.endswith("bias") else "norm or vector"
     if role == "other":
         return f"{len(info.shape)} dimensions: no layer that is known"
-    if role == "conv" and info.shape[1] == 1 and info.shape[0] > 1:
-        return "depthwise convolution"
-    if math.prod(info.shape) < SMALLEST:
-        return f"small: fewer than {SMALLEST} weights"
+    if info.name.endswith("in_proj_weight"):
+        return "joined projection of torch's MultiheadAttention: no layer of its own"
+    if math.prod(info.shape) < smallest:
+        return f"small: fewer than {smallest} weights"
     return ""
 
 
@@ -188,16 +195,22 @@ def _refuse_idle_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
                     )
 
 
-def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: str) -> dict[str, int]:
+def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: str, static: bool) -> dict[str, int]:
     header = header_bytes(tensors, checkpoint.tied)
-    n_parts = sum(len(tensor.spec.parts(*tensor.matrix)) for tensor in tensors)
     files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
     if format == "onnx":
-        files["model.onnx"] = 20_000 + GRAPH_BYTES_PER_PART * n_parts
+        files["model.onnx"] = (2_000 if static else 20_000) + sum(_graph_bytes(tensor, static) for tensor in tensors)
     if checkpoint.config is not None:
         files["configuration"] = CONFIG_BYTES
     files |= {path.name: copied_size(path) for path in checkpoint.tokenizer_files}
     return files
+
+
+def _graph_bytes(tensor: PlannedTensor, static: bool) -> int:
+    """Of its share in the graph. Convolutions on int8 hold a scale and a bias for each channel in it; norms fold."""
+    if not static or tensor.role == "linear":
+        return GRAPH_BYTES_PER_PART * len(tensor.spec.parts(*tensor.matrix))
+    return GRAPH_BYTES_PER_CONVOLUTION + 8 * tensor.matrix[0] if tensor.by else 0
 
 
 def header_bytes(tensors: tuple[PlannedTensor, ...], tied: dict[str, str]) -> int:

@@ -53,9 +53,11 @@ class Calibration(_Section):
     """The text, or the samples, that passes learn from.
 
     token_importance: weigh each token by the loss's gradient at each layer; one backward pass.
+    correct_means: set biases and the means of batch norms so that each layer's mean output is the original's again.
     """
 
     token_importance: bool = True
+    correct_means: bool = False
     tokens: Positive = 16384
     window: Annotated[int, Field(ge=16)] = 512
     samples: Positive = 256
@@ -101,10 +103,15 @@ class Embeddings(_Section):
 
 
 class Export(_Section):
-    """The artifact: the type of what stays dense, and the precision of activations in matrix products."""
+    """The artifact: the type of what stays dense, and the precision of activations.
+
+    int8          in matrix products, scaled as they come
+    static_int8   in convolutions as well, in ranges that the calibration data show; needs their weights in 8 bits
+    exact         float32
+    """
 
     dense: Literal["float16", "float32"] = "float32"
-    activations: Literal["int8", "exact"] = "int8"
+    activations: Literal["int8", "static_int8", "exact"] = "int8"
 
 
 class Gates(_Section):
@@ -171,7 +178,13 @@ class Recipe(BaseModel):
     def required(self) -> frozenset[Need]:
         """What the passes, as they are set, cannot do without."""
         learning: frozenset[Need] = frozenset({"data", "gradients"} if self.distill.steps else ())
-        return learning.union(*(step.settings.needs for step in self.passes))
+        measures = self.calibration.correct_means or self.export.activations == "static_int8"
+        calibrating: frozenset[Need] = frozenset({"data"} if measures else ())
+        return learning.union(calibrating, *(step.settings.needs for step in self.passes))
+
+    def smallest(self, role: Role) -> int:
+        """Matrices with fewer weights stay dense. Of convolutions on int8 none: floats between them cost time."""
+        return 1 if role == "conv" and self.export.activations == "static_int8" else SMALLEST
 
     def choose(self, name: str, shape: tuple[int, int], role: Role) -> Chosen:
         """Which passes a matrix goes through and how it is stored: the last step of each kind that is for it.
@@ -179,7 +192,7 @@ class Recipe(BaseModel):
         Nothing where it stays dense: too small, no pass is for it, or its encoding would not be smaller. What is
         only pruned is stored at 8 bits.
         """
-        if math.prod(shape) < SMALLEST:
+        if math.prod(shape) < self.smallest(role):
             return Chosen()
         if role == "embedding":
             return Chosen("embeddings", self.embeddings.method(), None, self.embeddings.spec())

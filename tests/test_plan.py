@@ -132,20 +132,19 @@ def test_every_tensor_is_planned_or_has_a_reason(checkpoint):
     assert found["layers.1.norm.weight"] == ("", "norm or vector")
     assert found["small.weight"] == ("", "small: fewer than 4096 weights")
     assert found["ids"] == ("", "not of floating point")
-    assert found["depthwise.weight"] == ("", "depthwise convolution")
+    assert found["depthwise.weight"] == ("", "depthwise convolution, at fewer than 8 bits")
     assert list(found) == list(checkpoint.tensors)
     assert plan.as_json()["bytes_after"] == sum(plan.files.values())
 
 
-@pytest.mark.parametrize("recipe", ["llm-2bit", "llm-4bit", "encoder-4bit"])
+@pytest.mark.parametrize("recipe", ["llm-2bit", "llm-4bit", "encoder-4bit", "cnn-int8"])
 def test_the_planned_file_has_the_bytes_of_the_written_one(checkpoint, recipe, tmp_path):
     plan = make_plan(checkpoint, load_recipe(recipe))
     tensors = {}
     for planned in plan.tensors:
         if isinstance(planned.spec, DenseSpec):
-            tensors[planned.name] = EncodedTensor.dense(
-                torch.zeros(planned.shape), torch.int64 if planned.spec.dtype == "I64" else torch.float32
-            )
+            dtype = {"I64": torch.int64, "F16": torch.float16}.get(planned.spec.dtype, torch.float32)
+            tensors[planned.name] = EncodedTensor.dense(torch.zeros(planned.shape), dtype)
         else:
             encoding = encoding_of(planned.spec, *planned.matrix)
             tensors[planned.name] = EncodedTensor(encoding, Layout(planned.shape, planned.transposed))
@@ -153,6 +152,14 @@ def test_the_planned_file_has_the_bytes_of_the_written_one(checkpoint, recipe, t
     written = (tmp_path / "out.safetensors").stat().st_size
     assert plan.files["model.safetensors"] == written
     assert header_bytes(plan.tensors, {}) == written - sum(tensor.bytes_after for tensor in plan.tensors)
+
+
+def test_convolutions_on_int8_are_all_encoded_and_their_graph_is_counted(checkpoint):
+    plan = make_plan(checkpoint, load_recipe("cnn-int8"))
+    depthwise = next(tensor for tensor in plan.tensors if tensor.name == "depthwise.weight")
+    assert (depthwise.by, depthwise.bytes_after) == ("affine", 1000 * 9 + 1000 * 2)
+    without = make_plan(checkpoint, load_recipe("cnn-int8", ["affine.skip=depthwise*"]))
+    assert plan.files["model.onnx"] - without.files["model.onnx"] > 8 * 1000, "a scale and a bias for each channel"
 
 
 def test_dense_tensors_are_planned_in_the_type_of_the_export_section(checkpoint):

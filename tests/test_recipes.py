@@ -40,7 +40,7 @@ def test_shipped_recipes_load_and_say_what_they_need(name):
 
 
 def test_the_recipes_that_are_promised_are_shipped():
-    promised = {"llm-2bit", "llm-3bit", "llm-4bit", "encoder-4bit", "llm-2bit-fast", "llm-2bit-best"}
+    promised = {"cnn-int8", "llm-2bit", "llm-3bit", "llm-4bit", "encoder-4bit", "llm-2bit-fast", "llm-2bit-best"}
     assert promised <= set(shipped_recipes())
 
 

@@ -111,6 +111,12 @@ class Lowering:
             matrix = self.builder.op("Transpose", matrix, perm=[1, 0])
         return matrix if shape == (parts.n_rows, parts.columns) else self.builder.reshape(matrix, *shape)
 
+    def int8_codes(self, name: str) -> ir.Value:
+        """q − 128 of an affine tensor of 8 bits, int8 in the tensor's shape, through nodes that fold at load."""
+        b, parts = self.builder, self._parts(name)
+        centred = b.op("Sub", parts.plane_index("codes", 8, parts.columns), b.constant(np.array(128, np.int32)))
+        return b.reshape(b.cast(centred, ir.DataType.INT8), *parts.description["tensor_shape"])
+
     def close(self) -> int:
         """Ends writing; the bytes that standard mode added beside the stored parts."""
         return self._repacked.close() if self._repacked else 0

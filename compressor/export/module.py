@@ -12,7 +12,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,21 @@ from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.errors import ExportError
 from compressor.core.tensors import EncodedTensors
 from compressor.export.builder import CONTRIBUTED, GraphBuilder
+from compressor.export.int8_operations import int8_operations, observed
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, Mode
+from compressor.export.ranges import Range, output_ranges
+from compressor.export.static_int8 import StaticInt8
 from compressor.export.substitution import Substitution
 
 MODEL_FILE = "model.onnx"
+OBSERVED_FILE = "model.observed.onnx"
 PREFIX = "network."
 TRACED_OPSET = 21
 
 
 def export_module(
     module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]],
-    out_dir: Path, mode: Mode = "default", exact: bool = False,
+    out_dir: Path, mode: Mode = "default", exact: bool = False, calibration: Sequence[Mapping[str, Tensor]] = (),
 ) -> Path:  # fmt: skip
     """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path.
 
@@ -46,6 +50,8 @@ def export_module(
     Args:
         module: Its parameters may be on meta; their values are not used, only those of `tensors` are.
         example: Inputs by the names of forward's arguments; a single one may have any other name, or none ("").
+        calibration: Batches like it. Where there are any, convolutions compute on int8 activations whose ranges are
+            those of these batches.
 
     Raises:
         ExportError: torch cannot trace the module, or a tensor has an encoding that its consumer cannot use.
@@ -58,12 +64,51 @@ def export_module(
     inputs = {name or "input": value for name, value in _repeated(example).items()}
     model = _traced(shell, inputs, path)
     empty = {name for name, tensor in module.named_buffers() if tensor.is_meta} | set(dict(module.named_parameters()))
-    weights = _free_weights(model.graph, shell.network, empty, tensors, path)
+    _free_weights(model.graph, shell.network, empty, tensors, path)
     model = onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
     _name_ends(model.graph, inputs, notes[-1])
+    ranges = _ranges(model.clone(), tensors, offsets, out_dir, calibration) if calibration else []
+    lowering = Lowering(tensors, offsets, GraphBuilder(model.graph), mode, exact, out_dir)
+    if calibration:
+        StaticInt8(lowering, int8_operations(model.graph, _describe(tensors)), ranges).rewrite()
+    return _written(model, lowering, mode, path)
+
+
+def _ranges(
+    model: ir.Model, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], out_dir: Path,
+    calibration: Sequence[Mapping[str, Tensor]],
+) -> list[Range]:  # fmt: skip
+    """The ranges that int8 operations of the traced network need, from the same graph on floats."""
+    values = observed(int8_operations(model.graph, _describe(tensors)))
+    if not values:
+        raise ExportError(f"{out_dir}: no convolution is stored as int8; activations: static_int8 needs some")
+    names = [f"observed.{i}" for i in range(len(values))]
+    builder = GraphBuilder(model.graph)
+    for name, value in zip(names, values, strict=True):
+        seen = builder.op("Identity", value, name=name)
+        seen.type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.outputs.append(seen)
+    path = out_dir / OBSERVED_FILE
+    try:
+        _written(model, Lowering(tensors, offsets, builder, "default", True, out_dir), "default", path)
+        return output_ranges(path, calibration, names)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _describe(tensors: EncodedTensors) -> Callable[[ir.Value | None], dict[str, Any] | None]:
+    def describe(value: ir.Value | None) -> dict[str, Any] | None:
+        name = None if value is None else value.metadata_props.get("tensor")
+        return None if name is None else tensors.describe(name)
+
+    return describe
+
+
+def _written(model: ir.Model, lowering: Lowering, mode: Mode, path: Path) -> Path:
+    """Lowers what still uses weights, and saves the graph."""
     names = [output.name for output in model.graph.outputs]
     model.graph.opset_imports.update({"": OPSETS[mode], CONTRIBUTED: 1})
-    lowering = Lowering(tensors, offsets, GraphBuilder(model.graph), mode, exact, out_dir)
+    weights = [value for value in model.graph.inputs if "tensor" in value.metadata_props]
     Substitution(model.graph, lowering).substitute(weights)
     for output, name in zip(model.graph.outputs, names, strict=True):
         output.name = name
@@ -187,13 +232,10 @@ def _traced(shell: _Shell, inputs: dict[str, Tensor], path: Path) -> ir.Model:
     return program.model
 
 
-def _free_weights(
-    graph: ir.Graph, network: nn.Module, empty: set[str], tensors: EncodedTensors, path: Path
-) -> dict[str, ir.Value]:
-    """Makes the initialisers that `tensors` hold free values; returns them by their names in the network."""
+def _free_weights(graph: ir.Graph, network: nn.Module, empty: set[str], tensors: EncodedTensors, path: Path) -> None:
+    """Makes the initialisers that `tensors` hold inputs of the graph, which note their tensor's name."""
     stored = {*tensors, *tensors.tied}
     aliases = {name: group for group in parameter_names(network).values() for name in group}
-    weights: dict[str, ir.Value] = {}
     for label, value in list(graph.initializers.items()):
         name = label.removeprefix(PREFIX)
         found = next((alias for alias in aliases.get(name, [name]) if alias in stored), None)
@@ -203,9 +245,7 @@ def _free_weights(
             graph.initializers.pop(label)
             value.const_value = None
             graph.inputs.append(value)
-            weights[name] = value
             value.metadata_props["tensor"] = tensors.tied.get(found, found)
-    return weights
 
 
 def _name_ends(graph: ir.Graph, inputs: Mapping[str, Tensor], outputs: list[str]) -> None:

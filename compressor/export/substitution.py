@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -28,7 +28,7 @@ class Substitution:
         self.graph, self.lowering = graph, lowering
         self._constants: dict[str, ir.Value] = {}
 
-    def substitute(self, weights: Mapping[str, ir.Value]) -> None:
+    def substitute(self, weights: Sequence[ir.Value]) -> None:
         """Replaces every use of the values, which are inputs of the graph and stand for the tensor that their metadata
         name, and removes the inputs.
 
@@ -36,16 +36,16 @@ class Substitution:
             ExportError: A consumer cannot be given the encoding of its tensor.
         """
         in_products = {
-            _tensor(value) for value in weights.values() if any(self._can_multiply(value, p) for p in _products(value))
+            _tensor(value) for value in weights if any(self._can_multiply(value, p) for p in _products(value))
         }
-        for value in weights.values():
+        for value in weights:
             for product in list(_products(value)):
                 if self._can_multiply(value, product):
                     self._multiply(value, product)
             for node in list(_gathers(value)):
                 if self._can_embed(value):
                     self._embed(value, node, _tensor(value) in in_products)
-        for value in weights.values():
+        for value in weights:
             if value.uses():
                 value.replace_all_uses_with(self._constant(value), replace_graph_outputs=True)
             self.graph.inputs.remove(value)

@@ -15,9 +15,12 @@ from compressor.export.forms import Mode
 
 def export_graph(
     checkpoint: Any, tensors: EncodedTensors, offsets: dict[str, tuple[int, int]], directory: Path, mode: Mode,
-    exact: bool, batches: list[dict[str, Tensor]],
+    exact: bool, batches: list[dict[str, Tensor]], static: bool = False,
 ) -> Path:  # fmt: skip
-    """`directory`/model.onnx, over the packed weights beside it: a decoder with its cache, or the module as it is."""
+    """`directory`/model.onnx, over the packed weights beside it: a decoder with its cache, or the module as it is.
+
+    `static`: the module's convolutions compute on int8 activations in the ranges of `batches`.
+    """
     config = checkpoint.config
     if checkpoint.family == "decoder" and config is not None and decoder_refusal(config) is None:
         from compressor.export.genai import write_genai_config
@@ -28,4 +31,5 @@ def export_graph(
     from compressor.export.module import encoder_example, export_module
 
     example = encoder_example(config) if checkpoint.family == "encoder" else batches[0] if batches else {}
-    return export_module(checkpoint.build(), example, tensors, offsets, directory, mode, exact)
+    calibration = batches if static else []
+    return export_module(checkpoint.build(), example, tensors, offsets, directory, mode, exact, calibration)

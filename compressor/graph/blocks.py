@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from compressor.core.encoding import Layout
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 def block_names(module: nn.Module) -> list[str]:
     """Names of the blocks in execution order; [""] where the network is one block."""
@@ -29,11 +31,14 @@ def block_names(module: nn.Module) -> list[str]:
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """How the module's `weight` is a matrix (outputs, inputs), or None for a layer that is not encoded."""
+    """How the module's `weight` is a matrix (outputs, inputs), or None for a layer that is not encoded.
+
+    A grouped convolution's columns are the inputs of one group; a transposed convolution's rows are its inputs.
+    """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return None
-    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)):
+    if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)):
         return Layout(tuple(weight.shape))
     if type(module).__name__ == "Conv1D":  # GPT-2's linear, stored (inputs, outputs)
         return Layout(tuple(weight.shape), transposed=True)
@@ -54,7 +59,7 @@ def layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
 def unfold_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
     """The inputs of a layer as rows (tokens or positions, columns of its matrix), float32.
 
-    Grouped convolutions have a matrix per group and are refused by the caller; embeddings have no inputs to multiply.
+    Of layers that `unfolds` says yes to.
     """
     if isinstance(module, nn.Conv2d):
         patches = functional.unfold(
@@ -83,9 +88,21 @@ def _same_padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
     return (width, width, height, height)
 
 
-def is_grouped(module: nn.Module) -> bool:
-    """Whether the layer is a convolution whose outputs see only some of the inputs."""
-    return getattr(module, "groups", 1) > 1
+def unfolds(module: nn.Module) -> bool:
+    """Whether the layer's output is its inputs, as rows, times its whole matrix.
+
+    Not so of grouped convolutions, which have a matrix per group, of transposed and three-dimensional ones, and of
+    embeddings.
+    """
+    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or type(module).__name__ == "Conv1D"
+    return plain and getattr(module, "groups", 1) == 1
+
+
+def geometry(module: nn.Module) -> tuple:
+    """Equal for layers that unfold the same input to the same rows."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return ()
+    return (module.kernel_size, module.stride, module.padding, module.dilation)
 
 
 @dataclass

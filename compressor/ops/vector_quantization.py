@@ -45,9 +45,12 @@ def sparse_kmeans(
 ) -> Tensor:
     """Codewords (size, dim) for points that are zero where not `kept`, bool (n, dim); each with a support of its own.
 
-    Lloyd from points drawn at random, the first codeword zero, so that each support gets codewords by its frequency.
+    Lloyd from points drawn at random, so that each support gets codewords by its frequency; the first is zero, for
+    all points of which nothing is kept.
     """
-    drawn = torch.randperm(len(points), generator=generator)[:size]
+    alive = kept.any(1).nonzero().flatten()
+    alive = alive if len(alive) else torch.arange(len(points))
+    drawn = alive[torch.randperm(len(alive), generator=generator)[:size]]
     drawn = drawn.repeat(-(-size // len(drawn)))[:size]
     codewords, supports = points[drawn].clone(), kept[drawn].clone()
     codewords[0], supports[0] = 0.0, False

@@ -31,6 +31,8 @@ from compressor.ops.vector_quantization import (
 GRID_LOW, GRID_HIGH = -8, 7
 _QUANTILES = 16
 _POINTS_PER_CODEWORD = 24
+_PRUNED_RESOLUTION = 3.5
+"""Grid steps per rms of what a pass has kept: its tails are lighter than a Gaussian's."""
 _RANDOM_START = 3
 """Times as many iterations of k-means where it starts from random points."""
 
@@ -105,14 +107,15 @@ class Jlcm(JlcmSettings):
         weight = torch.nn.functional.pad(weight.float(), (0, padding))
         hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
         kept = None if mask is None else torch.nn.functional.pad(mask, (0, padding), value=True)
-        _, resolution = start(self.width, self.dim)
+        resolution = start(self.width, self.dim)[1] if mask is None else _PRUNED_RESOLUTION
         scales = Scales.of(group_scales(weight[:, :columns], group, resolution), self.scale_bits)
         order, counts = self._order(weight)
         moment, size, found = hessian.diagonal(), scales.decode(), []
         for rows in order.split(counts):
             places = None if kept is None else kept[rows]
-            found.append(self._table(weight[rows], size[rows], moment, places, group, generator))
-        table = torch.stack(found)
+            found.append(self._table(weight[rows], size[rows] * resolution, moment, places, group, generator))
+        table = torch.stack(found) * resolution
+        table = snap(table, 1.0) if self.grid == "int4" else table.half().float()
         codes = self._assign(weight, hessian, size, table, kept, order, counts, group)
         stored = Scales(scales.values[order], None if scales.row is None else scales.row[order])
         table = table.to(torch.int8 if self.grid == "int4" else torch.float16)
@@ -128,27 +131,24 @@ class Jlcm(JlcmSettings):
         return balanced_clusters(row_features(weight), n)
 
     def _table(
-        self, weight: Tensor, scales: Tensor, moment: Tensor, kept: Tensor | None, group: int,
+        self, weight: Tensor, rms: Tensor, moment: Tensor, kept: Tensor | None, group: int,
         generator: torch.Generator,
     ) -> Tensor:  # fmt: skip
-        """A codebook (2**width, dim) for these rows on the grid: k-means weighted with the root of the inputs' moment.
+        """A codebook (2**width, dim) of these rows in units of `rms`: k-means weighted with the root of the moment.
 
         With `kept`, codewords are zero in some places, and among them is zero itself.
         """
-        first, resolution = start(self.width, self.dim)
+        first, _ = start(self.width, self.dim)
         emphasis = (moment.view(-1, self.dim).mean(1) / moment.mean().clamp_min(1e-30)).sqrt().clamp_min(1e-3)
-        scaled = weight.view(len(weight), -1, group) / (scales * resolution).clamp_min(1e-12).unsqueeze(2)
+        scaled = weight.view(len(weight), -1, group) / rms.clamp_min(1e-12).unsqueeze(2)
         points = scaled.reshape(-1, self.dim)
         n_points = min(len(points), max(40_000, _POINTS_PER_CODEWORD * len(first)))
         sample = torch.randperm(len(points), generator=generator)[:n_points]
         weights = emphasis[sample % len(emphasis)]
         if kept is None:
-            learned = kmeans(points[sample], weights, first.clone(), self.kmeans_iterations)
-        else:
-            places = kept.reshape(-1, self.dim)[sample]
-            rounds = _RANDOM_START * self.kmeans_iterations
-            learned = sparse_kmeans(points[sample], places, weights, len(first), rounds, generator)
-        return snap(learned, resolution) if self.grid == "int4" else (learned * resolution).half().float()
+            return kmeans(points[sample], weights, first.clone(), self.kmeans_iterations)
+        places, rounds = kept.reshape(-1, self.dim)[sample], _RANDOM_START * self.kmeans_iterations
+        return sparse_kmeans(points[sample], places, weights, len(first), rounds, generator)
 
     def _assign(
         self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, kept: Tensor | None, order: Tensor,

@@ -11,11 +11,11 @@ from compressor.graph.blocks import (
     block_names,
     detached,
     first_tensor,
-    is_grouped,
     layers,
     layout_of,
     stages,
     unfold_inputs,
+    unfolds,
 )
 from tests.pico import ResNet, Tied
 
@@ -49,17 +49,21 @@ def test_unfolded_inputs_times_the_matrix_are_the_outputs(name):
 
 
 def test_what_is_no_matrix_is_left_alone():
-    unknown = (nn.LayerNorm(4), nn.ConvTranspose2d(2, 3, 3), nn.Conv3d(2, 3, 3), nn.ReLU(), nn.BatchNorm2d(3))
-    assert [layout_of(module) for module in unknown] == [None] * 5
+    unknown = (nn.LayerNorm(4), nn.MultiheadAttention(4, 2), nn.ReLU(), nn.BatchNorm2d(3))
+    assert [layout_of(module) for module in unknown] == [None] * 4
 
 
 def test_a_shared_layer_is_found_once_by_its_first_name():
     assert list(layers(Tied(), "net.")) == ["net.first.weight", "net.second.weight", "net.head.weight"]
 
 
-def test_depthwise_convolutions_are_grouped():
+def test_grouped_transposed_and_deep_convolutions_are_matrices_that_do_not_unfold():
     network = ResNet()
-    assert [is_grouped(module) for module in (network.stem, network.depthwise, network.head)] == [False, True, False]
+    assert [unfolds(module) for module in (network.stem, network.depthwise, network.head)] == [True, False, True]
+    for module in (network.depthwise, nn.ConvTranspose2d(2, 3, 3), nn.Conv3d(2, 3, 3), nn.Embedding(3, 4)):
+        layout = layout_of(module)
+        assert layout is not None and not unfolds(module)
+        assert torch.equal(layout.tensor(layout.matrix(module.weight)), module.weight)
 
 
 class Lists(nn.Module):

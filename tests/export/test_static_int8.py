@@ -1,0 +1,174 @@
+"""Convolutions on int8 activations: onnxruntime fuses them, and computes what torch computes within rounding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from pico_networks import compressed, rounded
+from torch import Tensor, nn
+
+from compressor.core.encoding import Affine
+from compressor.core.errors import ExportError
+from compressor.export.check import slow_paths
+from compressor.export.module import export_module
+from compressor.export.ranges import example_range
+from compressor.export.static_int8 import enlarged, quantisation
+
+
+class Pico(nn.Module):
+    """An image's stem and a depthwise convolution on floats; on int8 the others, a sum, a pool, a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.first = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.expand, self.expand_norm = nn.Conv2d(16, 40, 1, bias=False), nn.BatchNorm2d(40)
+        self.depthwise, self.depthwise_norm = nn.Conv2d(40, 40, 3, padding=1, groups=40), nn.BatchNorm2d(40)
+        self.project, self.second = nn.Conv2d(40, 16, 1), nn.Conv2d(16, 16, (3, 1), padding=(1, 0))
+        self.grouped = nn.Conv2d(16, 24, 3, stride=2, groups=4)
+        self.left, self.right = nn.Conv2d(24, 8, 1), nn.Conv2d(24, 12, 3, padding=1)
+        self.head = nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(nn.functional.relu6(self.stem_norm(self.stem(x))))
+        x = nn.functional.hardtanh(self.expand_norm(self.expand(x)), -1, 2)
+        x = self.project(torch.relu(self.depthwise_norm(self.depthwise(x))))
+        x = nn.functional.max_pool2d(torch.relu(x + self.second(x)), 2)
+        x = self.grouped(x)
+        return self.head(torch.cat([self.left(x), self.right(x)], 1).mean((2, 3)))
+
+
+def pico(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    network = Pico().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.3, 2.0)
+            module.weight.data.uniform_(-1.5, 1.5)
+            module.bias.data.normal_(0, 0.3)
+    return network
+
+
+def by_row(weight: Tensor) -> Affine:
+    return rounded(weight, 8, weight.shape[1])
+
+
+def images(n: int, seed: int, size: int = 20) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def exported(module: nn.Module, directory: Path, mode="default", encode=by_row) -> Path:
+    encoded = compressed(module, directory, encode)
+    calibration = [{"": images(8, 1)}, {"": images(8, 2)}]
+    return export_module(module, {"": images(1, 0)}, *encoded, directory, mode, calibration=calibration)
+
+
+def run(path: Path, image: Tensor) -> np.ndarray:
+    return onnxruntime.InferenceSession(path).run(None, {"input": image.numpy()})[0]
+
+
+def fused(path: Path) -> Counter:
+    """The operators that onnxruntime really runs."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(path.with_suffix(".fused"))
+    onnxruntime.InferenceSession(path, options)
+    return Counter(node.op_type for node in onnx.load(path.with_suffix(".fused"), load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize("mode", ["default", "standard", "compat"])
+def test_int8_kernels_run_and_agree_with_torch(tmp_path, mode):
+    module = pico()
+    path = exported(module, tmp_path, mode, by_row if mode != "compat" else by_row_but_the_head)
+    for batch in (1, 3):
+        image = images(batch, 3)
+        with torch.no_grad():
+            expected = module(image).numpy()
+        found = run(path, image)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 0.04 * np.abs(expected).max()
+    operators = fused(path)
+    assert operators["QLinearConv"] == 7
+    assert (operators["QLinearAdd"], operators["QLinearConcat"]) == (1, 1)
+    assert (operators["NhwcMaxPool"], operators["BatchNormalization"], operators["Relu"]) == (1, 0, 0)
+    assert not slow_paths(path)
+
+
+def by_row_but_the_head(weight: Tensor) -> Affine:
+    return rounded(weight, 4, 16) if weight.shape == (10, 20) else by_row(weight)
+
+
+def test_only_what_pays_computes_on_int8(tmp_path):
+    path = exported(pico(), tmp_path)
+    graph = onnx.load(path, load_external_data=False).graph
+    by_output = {name: node for node in graph.node for name in node.output}
+    on_floats = [
+        node for node in graph.node if node.op_type == "Conv" and by_output[node.input[1]].op_type != "DequantizeLinear"
+    ]
+    assert len(on_floats) == 2, "the stem, and the depthwise convolution behind it"
+    assert on_floats[0].input[0] == "input"
+    assert sum(node.op_type == "Conv" for node in graph.node) == 9
+
+
+def test_the_graph_is_the_same_each_time_and_holds_no_weights(tmp_path):
+    written = exported(pico(), tmp_path).read_bytes()
+    assert exported(pico(), tmp_path).read_bytes() == written
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.safetensors"}
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    inside = {entry.name: list(entry.dims) for entry in graph.initializer if not entry.external_data}
+    assert all(len(dims) <= 1 or dims == [256, 2] for dims in inside.values()), inside
+
+
+def test_without_calibration_activations_stay_floats(tmp_path):
+    module = pico()
+    encoded = compressed(module, tmp_path, by_row)
+    path = export_module(module, {"": images(1, 0)}, *encoded, tmp_path, exact=True)
+    with torch.no_grad():
+        expected = module(images(2, 3)).numpy()
+    assert np.abs(run(path, images(2, 3)) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert fused(path)["QLinearConv"] == 0
+
+
+def test_a_channel_that_its_norm_has_switched_off_keeps_its_bias(tmp_path):
+    module = pico()
+    assert isinstance(module.depthwise_norm, nn.BatchNorm2d)
+    module.depthwise_norm.weight.data[:20] = 1e-14
+    module.depthwise_norm.bias.data[:20] = 3.0
+    path = exported(module, tmp_path)
+    with torch.no_grad():
+        expected = module(images(2, 3)).numpy()
+    assert np.abs(run(path, images(2, 3)) - expected).max() < 0.04 * np.abs(expected).max()
+
+
+def test_a_network_without_int8_weights_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="no convolution is stored as int8"):
+        exported(pico(), tmp_path, encode=lambda weight: rounded(weight, 4, 16))
+
+
+@pytest.mark.parametrize(("low", "high", "scale", "zero"), [
+    (0.0, 6.0, 6 / 255, 0), (-1.0, 3.0, 4 / 255, 64), (2.0, 5.1, 0.02, 0), (-5.1, -2.0, 0.02, 255), (0, 0, 1, 0),
+])  # fmt: skip
+def test_zero_is_exact_in_every_range(low, high, scale, zero):
+    found = quantisation(low, high)
+    assert found[0] == pytest.approx(scale)
+    assert found[1] == zero
+
+
+def test_ranges_leave_out_the_outliers_of_an_example():
+    values = np.arange(20_000, dtype=np.float32)
+    np.random.default_rng(0).shuffle(values)
+    assert example_range(values) == (2.0, 19_997.0)
+    assert example_range(np.array([[3.0, -1.0]], np.float32)) == (-1.0, 3.0)
+
+
+def test_scales_are_enlarged_only_where_the_bias_needs_it():
+    scale, bias = np.array([0.5, -1e-12, 1e-30, 0.0]), np.array([100.0, 4.0, 0.0, -8.0])
+    found = enlarged(scale, bias)
+    np.testing.assert_allclose(found, [0.5, -4 / 2**30, 1e-20, 8 / 2**30])
+    assert (np.abs(bias / found) <= 2**30).all()
