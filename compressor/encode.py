@@ -22,11 +22,13 @@ from compressor.core.errors import PassError
 from compressor.core.passes import Need, Statistics
 from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.gradients import load_gradients
 from compressor.graph.blocks import first_tensor, geometry, layers, layout_of, unfolds
 from compressor.plan import Plan, PlannedTensor
 from compressor.recipe import Recipe, load_pass
 from compressor.streaming import Arguments, Batch, Network, hidden_of, layer_stages, second_moments
-from compressor.survey import Survey, load_gradients
+from compressor.shares import allocated_shares
+from compressor.survey import Survey
 from compressor.training import Rates, Student, reconstruct
 
 _TABLE_RIDGE = 0.1
@@ -100,6 +102,7 @@ def encode_network(
     if network.outside:
         files.append(_outside(network, choice, survey, work))
         advance("tables")
+    shares = allocated_shares(network, plan, work.folder)
     learning = next((step.settings for step in recipe.passes if getattr(step.settings, "block_steps", 0)), None)
     targets = _original_outputs(network, batches) if learning and has_blocks(network) else None
     for name, block, reached in network.sweep(batches):
@@ -107,7 +110,7 @@ def encode_network(
         wanted = next(targets) if targets else []
         if not file.exists():
             means = layer_means(block, reached) if recipe.calibration.correct_means else {}
-            tensors = _encode_block(network, block, name, reached, choice, survey, work)
+            tensors = _encode_block(network, block, name, reached, choice, shares, survey, work)
             if targets:
                 open_tensors = _reconstruct(
                     network, block, name, tensors, reached, wanted, survey, learning, plan.pruned, work
@@ -202,8 +205,9 @@ def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Pa
 
 
 def _encode_block(
-    network: Network, block: nn.Module, prefix: str, reached: list, choice: Choice, survey: Survey, work: Work
-) -> dict[str, EncodedTensor]:
+    network: Network, block: nn.Module, prefix: str, reached: list, choice: Choice, shares: Mapping[str, float],
+    survey: Survey, work: Work,
+) -> dict[str, EncodedTensor]:  # fmt: skip
     """The tensors of one block; its weights are replaced as they are encoded, so that later layers make up for it."""
     dotted = f"{prefix}." if prefix else ""
     found = layers(block, dotted)
@@ -218,6 +222,7 @@ def _encode_block(
                 moments, n_rows = second_moments(network, block, found, due, stage.calls, reached, survey.importance)
             for name in due:
                 known = Statistics(moments.get(name), gradients.get(name), n_sequences, n_rows // n_sequences)
+                known = replace(known, sparsity=shares.get(name))
                 tensors[name] = _encode(passes[name], name, found[name], known, work)
                 found[name].weight.data = tensors[name].decode()
     for name, module in found.items():

@@ -197,7 +197,7 @@ def _encode(
         batches = calibration_batches(samples.calibration, recipe, work.folder.parent, options.seed)
     network = Network(checkpoint)
     with clock.stage("survey"):
-        found = _survey(network, batches, recipe, work, progress)
+        found = _survey(network, batches, recipe, plan, work, progress)
     with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
         network = Network(checkpoint)
         tensors, files = encode_network(
@@ -211,17 +211,22 @@ def _encode(
     return tensors, batches
 
 
-def _survey(network: Network, batches: list[Batch], recipe: Recipe, work: Work, progress: Progress) -> Survey:
+def _survey(
+    network: Network, batches: list[Batch], recipe: Recipe, plan: Plan, work: Work, progress: Progress
+) -> Survey:
     file = work.folder / "survey.bin"
     if file.exists():
         return Survey.unpack(load_file(file))
     gradients = recipe.calibration.token_importance and network.blocks != [""]
-    directions = 2 if gradients else 1
+    norm = plan.gradient_norm
+    directions = (2 if gradients else 1) + (2 if norm else 0)
     if not batches:
         return Survey()
     with progress.task("surveying", directions * len(network.blocks)) as task:
         generator = work.generator("survey")
-        found = survey(network, batches, work.folder, gradients, generator, lambda: task.advance())
+        found = survey(
+            network, batches, work.folder, gradients, generator, lambda: task.advance(), norm, plan.pruned
+        )
     partial = file.with_suffix(".partial")
     save_file(found.pack(), partial)
     partial.rename(file)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.checkpoints.tokenizer import copied_size
 from compressor.core.errors import RecipeError
@@ -98,6 +98,12 @@ class Plan:
         """The names of the tensors that lose weights."""
         return frozenset(tensor.name for tensor in self.tensors if tensor.prune is not None)
 
+    @property
+    def gradient_norm(self) -> Literal[1, 2] | None:
+        """The p of the weights' gradients that the passes which drop weights ask for, if any does."""
+        norms = (tensor.prune.gradient_norm for tensor in self.tensors if tensor.prune is not None)
+        return next((norm for norm in norms if norm is not None), None)
+
     def as_json(self) -> dict[str, Any]:
         plain = {key: value for key, value in asdict(self).items() if key != "tensors"}
         totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
@@ -112,7 +118,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> P
     """
     _refuse_idle_patterns(checkpoint, recipe)
     config = checkpoint.config or {}
-    tensors = tuple(_planned(info, config, recipe, format) for info in checkpoint.tensors.values())
+    has_blocks = any(block_of(name) for name in checkpoint.tensors)
+    tensors = tuple(_planned(info, config, recipe, format, has_blocks) for info in checkpoint.tensors.values())
+    _refuse_two_norms(tensors, recipe)
     if not any(tensor.by for tensor in tensors):
         reasons = sorted({tensor.reason for tensor in tensors if tensor.reason})
         raise RecipeError(f"{recipe.name}: encodes no tensor of {checkpoint.path}; {'; '.join(reasons)}")
@@ -130,7 +138,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> P
     )
 
 
-def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: str) -> PlannedTensor:
+def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: str, has_blocks: bool) -> PlannedTensor:
     role = role_of(info.name, info.shape, config)
     matrix = matrix_shape(info.name, info.shape, config)
     transposed = is_transposed(info.name, config) and role == "linear"
@@ -138,6 +146,10 @@ def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: s
     chosen = Chosen() if reason else recipe.choose(info.name, matrix, role)
     if _is_depthwise(info, role) and not (isinstance(chosen.spec, AffineSpec) and chosen.spec.bits == 8):
         chosen, reason = Chosen(), reason or "depthwise convolution, at fewer than 8 bits"
+    if chosen.prune and (_is_depthwise(info, role) or (has_blocks and not block_of(info.name))):
+        only = chosen.by == chosen.prune.name
+        chosen = Chosen() if only else replace(chosen, prune=None)
+        reason = f"{recipe.name} prunes it and no more, and prunes only layers of blocks" if only else reason
     spec = chosen.spec
     if spec is None:
         reason = reason or "no pass of the recipe makes it smaller"
@@ -156,6 +168,12 @@ def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: s
         info.name, info.shape, role, matrix, info.nbytes, spec, chosen.by, reason, transposed, chosen.method,
         chosen.prune,
     )  # fmt: skip
+
+
+def _refuse_two_norms(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> None:
+    norms = {tensor.prune.gradient_norm for tensor in tensors if tensor.prune is not None} - {None}
+    if len(norms) > 1:
+        raise RecipeError(f"{recipe.name}: steps ask for gradients of p 1 and of p 2; one pass over them gives one p")
 
 
 def _is_float(info: TensorInfo) -> bool:

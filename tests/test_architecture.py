@@ -21,7 +21,7 @@ LAYERS = (
     ("learn", "judge", "original"),
     ("encode", "samples"),
     ("report", "evaluate"),
-    ("survey", "training", "streaming", "workers"),
+    ("calibrate", "survey", "shares", "gradients", "backward", "training", "streaming", "workers"),
     ("export", "passes"),
     ("plan", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),

@@ -8,6 +8,7 @@ the work.
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -40,6 +41,24 @@ class Statistics:
     n_sequences: int = 1
     window: int = 1
     sparsity: float | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a layer's inputs were in the original, x, beside what they are behind the compressed prefix, x̂.
+
+    cross                 (in, in): mean over tokens of t·xx̂ᵀ, as a hessian is of t·x̂x̂ᵀ
+    original, compressed  (n, in): x and x̂ of the same tokens, sampled; none where nothing follows
+    weights               (n,): their t; None where it is 1
+    follow                f (n, out) → (n, out), what follows the product: bias, norm, activation; None: nothing that
+                          is not linear
+    """
+
+    cross: Tensor
+    original: Tensor | None = None
+    compressed: Tensor | None = None
+    weights: Tensor | None = None
+    follow: Callable[[Tensor], Tensor] | None = None
 
 
 class Pass(BaseModel, ABC):
@@ -78,6 +97,11 @@ class Pass(BaseModel, ABC):
     def gradient_norm(self) -> Literal[1, 2] | None:
         """p, where the pass asks for Σ|g| (1) or √Σg² (2) per weight over calibration sequences."""
         return None
+
+    @property
+    def allocates(self) -> bool:
+        """Whether matrices lose different shares, as its `allocate` says once gradients are known."""
+        return False
 
     @property
     def keeps_zeros(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressor.core.passes import Need, Pass, Role
 from compressor.core.spec import AffineSpec, CodebookSpec, Group, Spec
@@ -15,6 +15,14 @@ from compressor.core.spec import AffineSpec, CodebookSpec, Group, Spec
 GroupSetting = Annotated[int, Field(ge=16, multiple_of=16)] | Literal["row"]
 Steps = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+
+SPARSEGPT_COLUMNS = 128
+"""Of a matrix that SparseGPT chooses from at a time."""
+
+
+def whole_share(n: int, share: float) -> int:
+    """⌊n·share⌋, where 100 · 0.29 is 29."""
+    return int(n * share + 1e-9)
 
 
 class AffineSettings(Pass):
@@ -109,4 +117,181 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
         return 4.0 + 3.0 * self.block_steps * 4 / windows
 
 
-SETTINGS: dict[str, type[Pass]] = {kind.name: kind for kind in (AffineSettings, JlcmSettings)}
+class RoundingSettings(Pass):
+    """Learned rounding: AdaRound, BRECQ, signed gradients, coordinate descent.
+
+    start         nearest: from the grid point nearest to each weight; feedback: from error feedback, as affine's gptq
+    unit          layer: on the output of each layer; block: on that of each block, or of a network without blocks
+    loss          of the output: mse, the plain squared error; fisher, weighted by the gradient of the network's loss;
+                  kl, of the network's predictions, for networks of one block that end in class logits
+    activation    the loss of a layer is taken behind the norm and the activation that follow it, if they are modules
+    grid          uniform; codebook: 2**bits levels of the int4 grid, learned per tensor
+    learn         what learns: rounding, scale, zero
+    optimizer     adam: a rectified sigmoid, with a penalty that drives it to 0 or 1; signsgd: signed gradients of an
+                  offset; descent: one column after the other to the best point of the grid, without an activation
+    steps         of the optimizer, of descent sweeps over the columns; 0 leaves the start as it is
+    rate          learning rate of the rounding; none is 1/steps for signsgd and 0.1 for adam
+    scale_rate    of scales, relative to their start
+    penalty       λ, of the mean rounding penalty beside a loss that starts at 1
+    """
+
+    name = "rounding"
+    stage = "weight"
+    paper = "Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, ICML 2020, \
+https://arxiv.org/abs/2004.10568"
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group: GroupSetting = 64
+    zero: Literal["middle", "half", "learned"] = "middle"
+    scale_bits: Literal[8, 16] = 16
+    damping: Rate = 0.01
+    start: Literal["nearest", "feedback"] = "feedback"
+    unit: Literal["layer", "block"] = "layer"
+    loss: Literal["mse", "fisher", "kl"] = "mse"
+    activation: bool = True
+    grid: Literal["uniform", "codebook"] = "uniform"
+    learn: Annotated[list[Literal["rounding", "scale", "zero"]], Field(min_length=1)] = Field(["rounding"])
+    optimizer: Literal["adam", "signsgd", "descent"] = "descent"
+    steps: Steps = 4
+    rate: Rate | None = None
+    scale_rate: Rate = 1e-3
+    penalty: Annotated[float, Field(ge=0)] = 100.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RoundingSettings:
+        if self.loss == "kl" and self.unit != "block":
+            raise ValueError("loss kl is of the network's predictions and not of a layer's output; write unit: block")
+        if self.grid == "codebook" and self.bits > 3:
+            raise ValueError(
+                f"grid codebook takes some of the 16 levels of the int4 grid, and bits {self.bits} would take all; "
+                "write bits: 2 or 3, or grid: uniform"
+            )
+        if self.grid == "codebook" and self.zero != "middle":
+            raise ValueError(f"grid codebook has no zero point, but zero is {self.zero}; leave zero out")
+        if self.optimizer == "descent" and (
+            self.unit == "block" or "rounding" not in self.learn or "zero" in self.learn
+        ):
+            raise ValueError(
+                "optimizer descent moves codes, and scales if learn has them, on the output of a layer; write "
+                "optimizer: adam or signsgd for another unit, or to learn zero alone or with them"
+            )
+        if "zero" in self.learn and self.zero != "learned":
+            raise ValueError(f"learn has zero, but zero is {self.zero}, the same for every group; write zero: learned")
+        return self
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate of the rounding."""
+        return self.rate or (1 / max(1, self.steps) if self.optimizer == "signsgd" else 0.1)
+
+    @property
+    def block_steps(self) -> int:
+        """Steps on the output of a block."""
+        return self.steps if self.unit == "block" else 0
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        if self.unit == "block" or self.loss == "fisher":
+            return frozenset({"data", "gradients"})
+        return frozenset({"data"} if self.start == "feedback" or self.steps else ())
+
+    def spec_for(self, name: str, shape: tuple[int, int], role: Role) -> Spec | None:
+        if role not in ("linear", "conv"):
+            return None
+        if self.grid == "codebook":
+            return CodebookSpec(width=self.bits, dim=1, group=self.group, scale_bits=self.scale_bits)
+        return AffineSpec(bits=self.bits, group=self.group, zero=self.zero, scale_bits=self.scale_bits)
+
+    def cost(self, tokens: int) -> float:
+        if self.unit == "block":
+            return 6.0 + 3.0 * self.steps * 2048 / max(tokens, 2048)
+        return 6.0 + self.steps * 600 / max(tokens, 600)  # a product with a matrix (in, in) is about 600 tokens' worth
+
+    @property
+    def keeps_zeros(self) -> bool:
+        return self.zero != "half"
+
+
+class GblmSettings(Pass):
+    """Which weights to drop: by gradient and activation, or by a baseline.
+
+    score        gblm: |W|·(‖X‖ + α·‖G‖) per row; wanda: |W|·‖X‖ per row; magnitude: |W|, one threshold per matrix;
+                 sparsegpt: w²/U², with the kept weights making up for the dropped
+    sparsity     the share that is dropped
+    pattern      "N:M" instead: N of each run of M columns of a row, as 2:4 and 4:8
+    p            of the norm of a weight's gradients over sequences
+    alpha        α, of the gradient beside the activation, for 128 sequences; other numbers are rescaled to it
+    variant      reference: ‖X‖ as the authors' code has it, over a sequence on average; paper: over all 128 sequences
+    allocation   uniform: every matrix the same share; importance: less from matrices with more outliers (OWL)
+    damping      of sparsegpt's Hessian, as a share of its mean diagonal
+    """
+
+    name = "gblm"
+    stage = "weight"
+    prunes = True
+    paper = "Das et al., Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models, 2023, \
+https://arxiv.org/abs/2311.04902"
+
+    score: Literal["gblm", "wanda", "magnitude", "sparsegpt"] = "gblm"
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    pattern: Annotated[str, Field(pattern=r"^[1-9]\d?:[1-9]\d?$")] | None = None
+    p: Literal[1, 2] = 1
+    alpha: Annotated[float, Field(ge=0)] = 100.0
+    variant: Literal["reference", "paper"] = "reference"
+    allocation: Literal["uniform", "importance"] = "uniform"
+    damping: Rate = 0.01
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GblmSettings:
+        if self.run is None:
+            return self
+        n, m = self.run
+        if n >= m:
+            raise ValueError(f"pattern {self.pattern} drops {n} of {m}, which leaves nothing; write as 2:4")
+        if self.sparsity not in (0.5, n / m):
+            raise ValueError(f"pattern {self.pattern} is a sparsity of {n / m:g}, not {self.sparsity}; leave one out")
+        if self.allocation == "importance":
+            raise ValueError(f"pattern {self.pattern} is the same share everywhere; leave allocation or pattern out")
+        return self
+
+    @property
+    def run(self) -> tuple[int, int] | None:
+        """(N, M) of the pattern."""
+        if self.pattern is None:
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @property
+    def allocates(self) -> bool:
+        return self.allocation == "importance"
+
+    @property
+    def gradient_norm(self) -> Literal[1, 2] | None:
+        return self.p if self.score == "gblm" or self.allocates else None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        if self.gradient_norm is not None:
+            return frozenset({"data", "gradients"})
+        return frozenset() if self.score == "magnitude" else frozenset({"data"})
+
+    def kept(self, rows: int, columns: int) -> int:
+        """Exact with the same share for every matrix; the mean where shares are allocated."""
+        if self.run is not None:
+            n, m = self.run
+            return rows * (columns - columns // m * n - columns % m * n // m)
+        if self.score == "magnitude":
+            return rows * columns - whole_share(rows * columns, self.sparsity)
+        if self.score == "sparsegpt":
+            widths = [min(SPARSEGPT_COLUMNS, columns - i) for i in range(0, columns, SPARSEGPT_COLUMNS)]
+            return rows * columns - sum(whole_share(rows * width, self.sparsity) for width in widths)
+        return rows * (columns - whole_share(columns, self.sparsity))
+
+    def cost(self, tokens: int) -> float:
+        return (3.0 if "data" in self.needs else 0.0) + (4.0 if "gradients" in self.needs else 0.0)
+
+
+SETTINGS: dict[str, type[Pass]] = {
+    kind.name: kind for kind in (AffineSettings, GblmSettings, JlcmSettings, RoundingSettings)
+}
