@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.backward import head_of
 from compressor.calibrate import correct_means, layer_means
 from compressor.core.encoding import Dense, Layout
 from compressor.core.errors import PassError
@@ -26,8 +27,8 @@ from compressor.gradients import load_gradients
 from compressor.graph.blocks import first_tensor, geometry, layers, layout_of, unfolds
 from compressor.plan import Plan, PlannedTensor
 from compressor.recipe import Recipe, load_pass
-from compressor.streaming import Arguments, Batch, Network, hidden_of, layer_stages, second_moments
 from compressor.shares import allocated_shares
+from compressor.streaming import Arguments, Batch, Network, hidden_of, layer_stages, second_moments
 from compressor.survey import Survey
 from compressor.training import Rates, Student, reconstruct
 
@@ -179,22 +180,9 @@ def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Pa
     canonical = dict.fromkeys(ties.get(name, name) for name in network.outside)
     if not file.exists():
         tensors: dict[str, EncodedTensor] = {}
-        with network.loaded(network.outside):
-            found = layers(network.module)
-            head = getattr(network.module, "get_output_embeddings", lambda: None)()
-            for name in canonical:
-                tensor = network.module.state_dict(keep_vars=True)[name]
-                module = found.get(name)
-                chosen = choice.of(name, module) if module is not None else None
-                if chosen is None:
-                    tensors[name] = choice.dense(name, tensor)
-                    continue
-                moment = None
-                if survey.head_moment is not None and head is not None and head.weight is module.weight:
-                    moment = survey.head_moment / survey.head_moment.diagonal().mean()
-                    if isinstance(module, nn.Embedding):
-                        moment = moment + _TABLE_RIDGE * torch.eye(len(moment))
-                tensors[name] = _encode(chosen, name, module, Statistics(moment), work)
+        for name in canonical:  # one at a time: tables are large
+            with network.loaded([name]):
+                tensors[name] = _encode_outside(network, name, choice, survey, work)
         write_tensors(file, tensors)
     stored = EncodedTensors([file])
     for name in stored:
@@ -202,6 +190,20 @@ def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Pa
         if not isinstance(tensor.encoding, Dense) or tensor.encoding.values.dtype == torch.float16:
             network.replace(name, lambda name=name: stored[name].decode())
     return file
+
+
+def _encode_outside(network: Network, name: str, choice: Choice, survey: Survey, work: Work) -> EncodedTensor:
+    """A tensor that lies in no block, from what is loaded."""
+    module = layers(network.module).get(name)
+    chain = choice.of(name, module) if module is not None else None
+    if module is None or chain is None:
+        return choice.dense(name, network.module.state_dict(keep_vars=True)[name])
+    moment, head = None, head_of(network.module)
+    if survey.head_moment is not None and head is not None and head.weight is module.weight:
+        moment = survey.head_moment / survey.head_moment.diagonal().mean()
+        if isinstance(module, nn.Embedding):
+            moment = moment + _TABLE_RIDGE * torch.eye(len(moment))
+    return _encode(chain, name, module, Statistics(moment), work)
 
 
 def _encode_block(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressor.backward import HiddenFiles, back_through, head_input, head_of, label_gradient
+from compressor.backward import HiddenFiles, back_through, give_back, head_input, head_of, label_gradient
 from compressor.core.errors import CheckpointError
 from compressor.graph.blocks import layers, layout_of
 from compressor.streaming import Batch, Network, _Stop, hidden_of
@@ -126,6 +126,7 @@ def gather_gradients(
                 break
             stored.add([hidden_of(arguments) for arguments in reached])
             del reached
+            give_back()
             advance()
         if network.blocks == [""]:
             return _whole(network, sequences, files, generator, advance)
@@ -151,6 +152,8 @@ def _streamed(
                 sums.open()
                 back_through(network, index, stored, upstream, sums.add)
             files.write(name, sums.totals, len(sequences))
+            del sums
+            give_back()
         advance()
     if before:
         _through_entry(network, sequences, upstream, outside)

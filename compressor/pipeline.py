@@ -31,6 +31,7 @@ from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.encode import Work, encode_network
+from compressor.generated import generated_tokens, n_batches
 from compressor.judge import failed_gates, judge, prove
 from compressor.learn import learn
 from compressor.original import bench_original
@@ -38,7 +39,14 @@ from compressor.plan import Plan, make_plan
 from compressor.progress import Progress
 from compressor.recipe import Recipe, load_recipe
 from compressor.recipe_file import restore_recipe
-from compressor.samples import Samples, calibration_batches, learning_batches, load_samples
+from compressor.samples import (
+    Samples,
+    calibration_batches,
+    learning_batches,
+    learning_window,
+    load_samples,
+    n_generated,
+)
 from compressor.streaming import Batch, Network
 from compressor.survey import Survey, survey
 
@@ -193,9 +201,11 @@ def _encode(
 ) -> tuple[EncodedTensors, list[Batch]]:  # fmt: skip
     """The survey and the encoding sweep."""
     batches: list[Batch] = []
-    if samples.calibration is not None:
-        batches = calibration_batches(samples.calibration, recipe, work.folder.parent, options.seed)
     network = Network(checkpoint)
+    with clock.stage("generation"):
+        written = _generated(checkpoint, recipe, work, network.fast, progress)
+    if samples.calibration is not None:
+        batches = calibration_batches(samples.calibration, recipe, work.folder.parent, options.seed, written)
     with clock.stage("survey"):
         found = _survey(network, batches, recipe, plan, work, progress)
     with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
@@ -206,9 +216,23 @@ def _encode(
     del network
     if recipe.distill.steps:
         with clock.stage("learning"):
-            further = learning_batches(samples.calibration, recipe, work.folder.parent, options.seed)
+            further = learning_batches(samples.calibration, recipe, work.folder.parent, options.seed, written)
             tensors = learn(checkpoint, tensors, files, further, recipe, plan, work, progress)
     return tensors, batches
+
+
+def _generated(
+    checkpoint: Checkpoint, recipe: Recipe, work: Work, fast: bool, progress: Progress
+) -> torch.Tensor | None:
+    """What the original writes; None where the recipe asks for nothing of it."""
+    n = n_generated(recipe)
+    if not n:
+        return None
+    with progress.task("the original writes text", n_batches(n)) as task:
+        return generated_tokens(
+            checkpoint, work.folder.parent, n, learning_window(recipe), work.folder, work.generator, fast,
+            lambda: task.advance(),
+        )  # fmt: skip
 
 
 def _survey(

@@ -53,10 +53,12 @@ class Calibration(_Section):
     """The text, or the samples, that passes learn from.
 
     token_importance: weigh each token by the loss's gradient at each layer; one backward pass.
+    generated: share of the text that the original itself writes; decoders only.
     correct_means: set biases and the means of batch norms so that each layer's mean output is the original's again.
     """
 
     token_importance: bool = True
+    generated: Share = 0.0
     correct_means: bool = False
     tokens: Positive = 16384
     window: Annotated[int, Field(ge=16)] = 512
@@ -68,6 +70,7 @@ class Distill(_Section):
 
     steps                    of Adam, about 2,048 tokens each; 0 is off
     tokens                   of text; more steps go over it again
+    generated                share of it that the original itself writes
     codebook_rate            learning rates: of codewords in steps of the int4 grid, of scales relative to their mean,
     scale_rate, dense_rate   of norms and biases
     mapping_rate             of the proximal search that moves codes; 0 leaves them
@@ -75,6 +78,7 @@ class Distill(_Section):
 
     steps: Annotated[int, Field(ge=0)] = 0
     tokens: Positive = 131072
+    generated: Share = 0.0
     codebook_rate: Rate = 0.03
     scale_rate: Rate = 0.01
     dense_rate: Rate = 1e-3

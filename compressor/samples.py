@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from compressor import data
 from compressor.core.errors import DataError
@@ -73,29 +75,62 @@ def load_samples(checkpoint: Any, recipe: Recipe, options: RunOptions) -> Sample
     return Samples(calibration, evaluation, check_disjoint(calibration, evaluation))
 
 
-def learning_batches(source: Text | Arrays | None, recipe: Recipe, tokenizer: Path, seed: int) -> list[Batch]:
-    """Windows of half the calibration's length, for gradient steps: attention costs least so."""
+def learning_window(recipe: Recipe) -> int:
+    """Half the calibration's window, for gradient steps: attention costs least so."""
+    return max(16, recipe.calibration.window // 2)
+
+
+def n_generated(recipe: Recipe) -> int:
+    """How many documents of a learning window's length the original has to write, for calibration and distillation."""
+    calibration, learning = recipe.calibration, recipe.distill
+    tokens = [calibration.tokens * calibration.generated]
+    if learning.steps:
+        tokens.append(min(learning.tokens, learning.steps * TOKENS_PER_BATCH) * learning.generated)
+    return math.ceil(max(tokens) / learning_window(recipe))
+
+
+def learning_batches(
+    source: Text | Arrays | None, recipe: Recipe, tokenizer: Path, seed: int, generated: Tensor | None = None
+) -> list[Batch]:
+    """Windows for gradient steps; `generated` (documents, window) is what the original wrote."""
     if not isinstance(source, Text):
         return []
-    window = max(16, recipe.calibration.window // 2)
-    ids = tokenize(source, tokenizer)
-    n = max(1, min(recipe.distill.tokens // window, len(ids) // window))
-    chosen = torch.from_numpy(windows(ids, window, n, seed + 1))
-    return [{"input_ids": part} for part in chosen.split(max(1, TOKENS_PER_BATCH // window)) if len(part)]
+    settings = recipe.distill
+    share = 0.0 if generated is None else settings.generated
+    return _text_batches(source, tokenizer, settings.tokens, learning_window(recipe), share, generated, seed + 1)
 
 
-def calibration_batches(source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int) -> list[Batch]:
-    """The forward's arguments, batch by batch."""
+def calibration_batches(
+    source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int, generated: Tensor | None = None
+) -> list[Batch]:
+    """The forward's arguments, batch by batch; `generated` (documents, tokens) is what the original wrote."""
     settings = recipe.calibration
     if isinstance(source, Text):
-        ids = tokenize(source, tokenizer)
-        n = max(1, min(settings.tokens // settings.window, len(ids) // settings.window))
-        chosen = torch.from_numpy(windows(ids, settings.window, n, seed))
-        return [{"input_ids": part} for part in chosen.split(max(1, TOKENS_PER_BATCH // settings.window))]
+        share = 0.0 if generated is None else settings.generated
+        return _text_batches(source, tokenizer, settings.tokens, settings.window, share, generated, seed)
     order = np.random.default_rng(seed).permutation(len(source))[: settings.samples]
     chosen = source.take(np.sort(order))
     largest = max(array[0].size for array in chosen.inputs.values())
     return [as_batch(part) for part in chosen.batches(max(1, min(EXAMPLES_PER_BATCH, VALUES_PER_BATCH // largest)))]
+
+
+def _text_batches(
+    source: Text, tokenizer: Path, tokens: int, window: int, share: float, generated: Tensor | None, seed: int
+) -> list[Batch]:
+    """`tokens` in windows, `share` of them generated and spread evenly among those of the text."""
+    n = max(1, tokens // window)
+    written = torch.empty(0, window, dtype=torch.long)
+    if generated is not None and share:
+        ids = generated.flatten()
+        written = ids[: len(ids) // window * window].view(-1, window)[: round(n * share)]
+    parts = [written]
+    if len(written) < n:
+        ids = tokenize(source, tokenizer)
+        n_real = max(1, min(n - len(written), len(ids) // window))
+        parts = [torch.from_numpy(windows(ids, window, n_real, seed)), written]
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
+    chosen = torch.cat(parts)[places.argsort(stable=True)]
+    return [{"input_ids": part} for part in chosen.split(max(1, TOKENS_PER_BATCH // window)) if len(part)]
 
 
 def evaluation_windows(source: Text, recipe: Recipe, tokenizer: Path) -> np.ndarray:

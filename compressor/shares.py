@@ -16,7 +16,7 @@ from compressor.streaming import Network
 
 @torch.no_grad()
 def allocated_shares(network: Network, plan: Plan, folder: Path) -> dict[str, float]:
-    """The share to drop per tensor name, from its weights and the gradients that `folder` holds; one block at a time."""
+    """The share to drop per tensor name, from its weights and the gradients that `folder` holds; block by block."""
     wanted = {tensor.name: tensor.prune for tensor in plan.tensors if tensor.prune and tensor.prune.allocates}
     outliers: dict[Pass, dict[str, float]] = {settings: {} for settings in wanted.values()}
     shapes: dict[str, tuple[int, int]] = {}

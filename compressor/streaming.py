@@ -114,7 +114,7 @@ class Network:
         with blocks that only note it. A network whose blocks are not called once each, in order, is one block.
         """
         if self.blocks != [""]:
-            with self.loaded(self.outside):
+            with self.loaded(self._before_head()):
                 for wrap in (_as_it_is, _in_a_tuple):
                     self._calls, self._wrap = [self._note_calls(batch, wrap) for batch in batches], wrap
                     if all(len(calls) == len(self.blocks) for calls in self._calls):
@@ -123,6 +123,14 @@ class Network:
                     self._entered.clear()
             self.blocks, self.outside = [""], []
         return [((batch[""],), {}) if "" in batch else ((), dict(batch)) for batch in batches]
+
+    def _before_head(self) -> list[str]:
+        """What lies outside of the blocks but for an output head of its own, which only comes after them."""
+        head = getattr(self.module, "get_output_embeddings", lambda: None)()
+        if not isinstance(head, nn.Linear):
+            return self.outside
+        uses = [name for name, p in self.module.named_parameters(remove_duplicate=False) if p is head.weight]
+        return [name for name in self.outside if uses != [name]]
 
     def _note_calls(self, batch: Batch, wrap: Callable[[Tensor], Any]) -> list[Arguments]:
         calls: list[Arguments] = []

@@ -34,8 +34,8 @@ from compressor.data.tokens import tokenize, windows
 from compressor.evaluate.language import evaluate_language
 from compressor.evaluate.reference import original_logits
 from compressor.export.loading import decoded_checkpoint
-from compressor.graph.blocks import layers
 from compressor.gradients import GradientFiles, gather_gradients, load_gradients
+from compressor.graph.blocks import layers
 from compressor.passes.gblm import Gblm, outlier_fraction
 from compressor.streaming import Batch, Network, layer_stages, second_moments
 
@@ -67,13 +67,13 @@ def runs() -> list[Run]:
         for score in SCORES
     ]
     found += [
-        Run("alpha", f"p = {p}, α = {alpha:g}", {"p": p, "alpha": float(alpha), **HALF})
-        for alpha in (100, 10, 1, 1000) for p in (1, 2)
+        Run("alpha", f"p = {p}, α = {alpha}", {"p": p, "alpha": float(alpha), **HALF})
+        for p, alphas in ((1, (10, 30, 3, 1000)), (2, (100, 10, 1000))) for alpha in alphas
     ]  # fmt: skip
     found.append(Run("alpha", "p = 1, α = 100, paper", {"variant": "paper", **HALF}))
     found += [
         Run("sequences", f"{score}, {n} sequences", {"score": score, **HALF}, n)
-        for n in (64, 128) for score in ("gblm", "wanda")
+        for n in (128,) for score in ("gblm", "wanda")
     ]  # fmt: skip
     found += [
         Run("text", f"{score}, addresses of 1850–1856 and 2010–2014", {"score": score, **HALF}, source="tuning")
@@ -126,7 +126,7 @@ class Bench:
             gradients = load_gradients(folder, name)
             found = layers(block, f"{name}.")
             moments = _moments(network, block, f"{name}.", reached) if run.shares == "activations" else iter(())
-            dense = {key: moment for key, moment in moments}
+            dense = dict(moments)
             for key, module in found.items():
                 weight = module.weight.data
                 known = Statistics(dense.get(key), window=WINDOW)

@@ -19,7 +19,7 @@ LAYERS = (
     ("failure", "inspection", "tables", "examples", "generation"),
     ("pipeline",),
     ("learn", "judge", "original"),
-    ("encode", "samples"),
+    ("encode", "generated", "samples"),
     ("report", "evaluate"),
     ("calibrate", "survey", "shares", "gradients", "backward", "training", "streaming", "workers"),
     ("export", "passes"),

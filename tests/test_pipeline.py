@@ -194,12 +194,13 @@ class _Step(Task):
 
 
 DISTILLED = ("distill.steps=3", "distill.tokens=256", "calibration.tokens=512")
+GENERATED = (*DISTILLED, "distill.generated=0.5", "calibration.generated=0.5")
 
 
 @pytest.mark.parametrize(
     ("task", "n", "sets"),
     [("surveying", 4, ()), ("encoding", 1, ()), ("encoding", 3, ()), ("encoding", 3, ("jlcm.block_steps=3",)),
-     ("distilling", 2, DISTILLED)],
+     ("distilling", 2, DISTILLED), ("the original writes text", 1, GENERATED)],
 )  # fmt: skip
 def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(llama, task, n, sets):
     run(options(llama, "whole", sets=sets))
@@ -211,7 +212,7 @@ def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(llama, task, n, s
     again = Interrupting("none", -1)
     run(options(llama, "parts", sets=sets, resume=True, progress=again))
     assert shipped("parts") == shipped("whole")
-    assert ("surveying" in again.seen) == (task == "surveying")
+    assert ("surveying" in again.seen) == (task in ("surveying", "the original writes text"))
     assert not Path("parts.partial").exists()
 
 
@@ -220,6 +221,14 @@ def test_distillation_changes_the_artifact_and_is_reported(llama):
     report = check_report(run(options(llama, "learned", sets=DISTILLED)))
     assert shipped("plain")["model.safetensors"] != shipped("learned")["model.safetensors"]
     assert [entry["step"] for entry in report["learning"]] == [3]
+
+
+def test_text_that_the_original_writes_is_learned_from_in_both_places(llama):
+    weights = set()
+    for name, further in (("plain", ()), ("calibrated", GENERATED[4:]), ("distilled", GENERATED[3:4])):
+        run(options(llama, name, sets=(*DISTILLED, *further)))
+        weights.add(shipped(name)["model.safetensors"])
+    assert len(weights) == 3
 
 
 def test_only_the_same_run_is_resumed(llama):

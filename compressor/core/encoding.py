@@ -26,6 +26,9 @@ from torch import Tensor
 from compressor.ops.packing import pack, pack_plane, unpack, unpack_plane
 from compressor.ops.widths import n_groups, plane_widths
 
+_ROWS = 4096
+"""Decoded at a time."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -165,10 +168,14 @@ class Affine(Encoding):
     zero: float | Tensor
 
     def decode(self) -> Tensor:
-        rows, columns = self.shape
-        zero = self.zero.float().unsqueeze(-1) if isinstance(self.zero, Tensor) else self.zero
-        grouped = self.codes.view(rows, -1, self.group).float()
-        return ((grouped - zero) * self.scales.decode().unsqueeze(-1)).flatten(1)[:, :columns]
+        matrix = torch.empty(self.shape)
+        scales = self.scales.decode().unsqueeze(-1)
+        for start in range(0, self.shape[0], _ROWS):  # tables have many rows, and each step copies them
+            rows = slice(start, start + _ROWS)
+            zero = self.zero[rows].float().unsqueeze(-1) if isinstance(self.zero, Tensor) else self.zero
+            grouped = self.codes[rows].view(-1, scales.shape[1], self.group).float()
+            matrix[rows] = grouped.sub_(zero).mul_(scales[rows]).flatten(1)[:, : self.shape[1]]
+        return matrix
 
     @property
     def code_bits(self) -> int:
@@ -196,7 +203,7 @@ class Affine(Encoding):
         groups = n_groups(shape[1], group)
         if zero is None:
             zeros = {f"codes{name[5:]}": part for name, part in parts.items() if name.startswith("zeros")}
-            zero = unpack(_planes(zeros, bits), bits, groups)
+            zero = unpack(_planes(zeros, bits), bits, groups).int()
         codes = unpack(_planes(parts, bits), bits, groups * group)
         return cls(shape, bits, group, codes, Scales.rebuild(parts), zero)
 
@@ -275,7 +282,7 @@ class Codebook(Encoding):
         table = parts["table"]
         if settings["grid"] == "int4":
             size = 2**width * dim
-            table = (unpack_plane(table, 4, size) - 8).to(torch.int8).view(len(counts), 2**width, dim)
+            table = (unpack_plane(table, 4, size).to(torch.int8) - 8).view(len(counts), 2**width, dim)
         codes = unpack(_planes(parts, width), width, n_groups(shape[1], group) * group // dim)
         return cls(shape, width, dim, group, codes, table, Scales.rebuild(parts), counts, parts.get("order"))
 

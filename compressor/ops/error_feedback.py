@@ -20,17 +20,17 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
     Raises the damping tenfold, up to three times, where rounding leaves H indefinite.
     """
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    mean = diagonal.mean()
+    dead = hessian.diagonal() == 0
+    mean = hessian.diagonal().masked_fill(dead, 1.0).mean()
     for _ in range(4):
-        hessian.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        work = hessian.clone()
+        work.diagonal().add_(damping * mean).masked_fill_(dead, 1.0 + float(damping * mean))
+        work, failed = torch.linalg.cholesky_ex(work)  # one matrix at a time lives on: they are large
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            work = torch.cholesky_inverse(work)
+            work, failed = torch.linalg.cholesky_ex(work, upper=True)
             if not failed:
-                return upper
+                return work
         damping *= 10
     raise ValueError("the Hessian has no Cholesky factor; are the calibration activations finite?")
 

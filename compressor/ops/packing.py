@@ -32,16 +32,16 @@ def pack_plane(codes: Tensor, width: int) -> Tensor:
 
 
 def unpack_plane(packed: Tensor, width: int, n_codes: int) -> Tensor:
-    """The inverse of `pack_plane`: (rows, bytes) uint8 to (rows, n_codes) int32."""
+    """The inverse of `pack_plane`: (rows, bytes) uint8 to (rows, n_codes) uint8, int32 for 16 bits."""
     rows = packed.shape[0]
     if width == 8:
-        return packed[:, :n_codes].to(torch.int32)
+        return packed[:, :n_codes]
     if width == 16:
         pairs = packed.view(rows, -1, 2).to(torch.int32)
         return (pairs[..., 0] | pairs[..., 1] << 8)[:, :n_codes]
     shifts = torch.arange(0, 8, width, dtype=torch.uint8)
     spread = (packed.unsqueeze(-1) >> shifts) & (2**width - 1)
-    return spread.reshape(rows, -1)[:, :n_codes].to(torch.int32)
+    return spread.reshape(rows, -1)[:, :n_codes]
 
 
 def pack(codes: Tensor, bits: int) -> list[Tensor]:
@@ -56,10 +56,10 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
 
 
 def unpack(planes: list[Tensor], bits: int, n_codes: int) -> Tensor:
-    """The inverse of `pack`: codes (rows, n_codes) as int32."""
+    """The inverse of `pack`: codes (rows, n_codes), uint8 up to 8 bits, else int32."""
     codes, shift = None, 0
     for width, plane in zip(plane_widths(bits), planes, strict=True):
-        part = unpack_plane(plane, width, n_codes) << shift
+        part = unpack_plane(plane, width, n_codes).to(torch.uint8 if bits <= 8 else torch.int32) << shift
         codes = part if codes is None else codes | part
         shift += width
     return codes
