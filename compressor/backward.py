@@ -27,7 +27,7 @@ def _trim() -> Callable[[int], int]:
 
 
 def give_back() -> None:
-    """Returns freed memory to the system: glibc keeps what it cannot merge, more with every block that comes and goes."""
+    """Returns freed memory to the system: glibc keeps what it cannot merge, more with every block that has gone."""
     _trim()(0)
 
 

@@ -36,6 +36,10 @@ _TABLE_RIDGE = 0.1
 """Of a tied table's second moment: as a head it is weighed by its inputs, as an embedding every column counts."""
 
 
+Learners = dict[str, Any]
+"""Name of a tensor -> what learns it on its block's output, of a pass's own."""
+
+
 @dataclass
 class Work:
     """A run's working folder and what it needs to draw the same numbers again."""
@@ -111,10 +115,11 @@ def encode_network(
         wanted = next(targets) if targets else []
         if not file.exists():
             means = layer_means(block, reached) if recipe.calibration.correct_means else {}
-            tensors = _encode_block(network, block, name, reached, choice, shares, survey, work)
+            learners: Learners = {}
+            tensors = _encode_block(network, block, name, reached, choice, shares, survey, work, learners)
             if targets:
                 open_tensors = _reconstruct(
-                    network, block, name, tensors, reached, wanted, survey, learning, plan.pruned, work
+                    network, block, name, tensors, reached, wanted, survey, learning, plan.pruned, work, learners
                 )
                 tensors |= open_tensors
             if means:
@@ -147,17 +152,19 @@ def _original_outputs(network: Network, batches: list[Batch]) -> Iterator[list[T
 
 def _reconstruct(
     network: Network, block: nn.Module, prefix: str, tensors: dict[str, EncodedTensor], reached: list,
-    wanted: list[Tensor], survey: Survey, settings: Any, pruned: Collection[str], work: Work,
+    wanted: list[Tensor], survey: Survey, settings: Any, pruned: Collection[str], work: Work, learners: Learners,
 ) -> dict[str, EncodedTensor]:  # fmt: skip
     """The block's codebooks, scales, codes, norms and biases after learning on the original's output."""
     dotted = f"{prefix}."
-    student = Student(block, tensors, settings.mapping_rate, settings.neighbours, settings.delta, dotted, pruned)
+    student = Student(
+        block, tensors, settings.mapping_rate, settings.neighbours, settings.delta, dotted, pruned, learners
+    )
     if not student.learned:
         return {}
     rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
     entry = reconstruct(
         student, dotted, lambda module, i: network.step(module, reached[i]), wanted, survey.importance.get(prefix),
-        survey.channels.get(prefix), settings.block_steps, rates,
+        survey.channels.get(prefix), settings.block_steps, rates, getattr(load_pass(settings), "optimiser", None),
     )  # fmt: skip
     work.log.append({"block": prefix} | entry)
     return student.results()
@@ -208,7 +215,7 @@ def _encode_outside(network: Network, name: str, choice: Choice, survey: Survey,
 
 def _encode_block(
     network: Network, block: nn.Module, prefix: str, reached: list, choice: Choice, shares: Mapping[str, float],
-    survey: Survey, work: Work,
+    survey: Survey, work: Work, learners: Learners,
 ) -> dict[str, EncodedTensor]:  # fmt: skip
     """The tensors of one block; its weights are replaced as they are encoded, so that later layers make up for it."""
     dotted = f"{prefix}." if prefix else ""
@@ -225,7 +232,7 @@ def _encode_block(
             for name in due:
                 known = Statistics(moments.get(name), gradients.get(name), n_sequences, n_rows // n_sequences)
                 known = replace(known, sparsity=shares.get(name))
-                tensors[name] = _encode(passes[name], name, found[name], known, work)
+                tensors[name] = _encode(passes[name], name, found[name], known, work, learners)
                 found[name].weight.data = tensors[name].decode()
     for name, module in found.items():
         if passes[name] is not None and name not in tensors:
@@ -256,7 +263,10 @@ def _wants_gradient(chain: Chain | None) -> bool:
     return chain is not None and chain.prune is not None and chain.prune.gradient_norm is not None
 
 
-def _encode(chain: Chain, name: str, module: nn.Module, known: Statistics, work: Work) -> EncodedTensor:
+def _encode(
+    chain: Chain, name: str, module: nn.Module, known: Statistics, work: Work, learners: Learners | None = None
+) -> EncodedTensor:
+    """A layer's weight through its chain; `learners` gets what is to learn on the block's output."""
     layout = layout_of(module)
     assert layout is not None
     weight, mask = layout.matrix(module.weight.data.float()), None
@@ -264,7 +274,11 @@ def _encode(chain: Chain, name: str, module: nn.Module, known: Statistics, work:
         known = replace(known, hessian=torch.eye(weight.shape[1]))
     if chain.prune is not None:
         weight, mask = chain.prune.prune(weight, known)
-    encoding = chain.encode.encode(weight, known.hessian, work.generator(name), mask)
+    if learners is not None and getattr(chain.encode, "unit", "layer") == "block":
+        learners[name] = chain.encode.learner(weight, known.hessian, mask)
+        encoding = learners[name].result()
+    else:
+        encoding = chain.encode.encode(weight, known.hessian, work.generator(name), mask)
     decoded = encoding.decode()
     if encoding.shape != tuple(weight.shape) or not bool(decoded.isfinite().all()):
         raise PassError(f"{name}: {chain.encode.name} gave an encoding that does not rebuild {tuple(weight.shape)}")

@@ -248,9 +248,7 @@ def _survey(
         return Survey()
     with progress.task("surveying", directions * len(network.blocks)) as task:
         generator = work.generator("survey")
-        found = survey(
-            network, batches, work.folder, gradients, generator, lambda: task.advance(), norm, plan.pruned
-        )
+        found = survey(network, batches, work.folder, gradients, generator, lambda: task.advance(), norm, plan.pruned)
     partial = file.with_suffix(".partial")
     save_file(found.pack(), partial)
     partial.rename(file)

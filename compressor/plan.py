@@ -121,6 +121,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> P
     has_blocks = any(block_of(name) for name in checkpoint.tensors)
     tensors = tuple(_planned(info, config, recipe, format, has_blocks) for info in checkpoint.tensors.values())
     _refuse_two_norms(tensors, recipe)
+    if not has_blocks and any(getattr(step.settings, "unit", "layer") == "block" for step in recipe.passes):
+        raise RecipeError(
+            f"{recipe.name}: unit is block, but {checkpoint.path} has no repeated blocks; write unit: layer"
+        )
     if not any(tensor.by for tensor in tensors):
         reasons = sorted({tensor.reason for tensor in tensors if tensor.reason})
         raise RecipeError(f"{recipe.name}: encodes no tensor of {checkpoint.path}; {'; '.join(reasons)}")

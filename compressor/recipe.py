@@ -27,7 +27,7 @@ SMALLEST = 4096
 """Matrices with fewer weights stay dense: they do not count, and some are precious."""
 
 
-_ONLY_PRUNED = AffineSettings(bits=8, group=64)
+ONLY_PRUNED = AffineSettings(bits=8, group=64)
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Recipe(BaseModel):
             if spec is not None and spec.nbytes(*shape) < 4 * math.prod(shape):
                 return Chosen(step.name, step.settings, prune, spec)
         if prune is not None and role in ("linear", "conv"):
-            return Chosen(prune.name, _ONLY_PRUNED, prune, _ONLY_PRUNED.spec_for(name, shape, role))
+            return Chosen(prune.name, ONLY_PRUNED, prune, ONLY_PRUNED.spec_for(name, shape, role))
         return Chosen()
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,9 +30,15 @@ Values = dict[str, tuple[Any, str]]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with `1e-3` as a number, as everybody expects, and without repeated keys."""
+    """YAML with `1e-3` as a number and `2:4` as a text, as everybody expects, and without repeated keys."""
 
 
+_INTEGER = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INTEGER]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,20 @@ class LearnedMatrix(nn.Module):
         order = getattr(self.encoding, "order", None)
         return stored if order is None else torch.zeros_like(stored).index_copy(0, order.long(), stored)
 
+    @property
+    def n_codes(self) -> int:
+        return len(self.index)
+
+    def parameter_groups(self, rates: Rates) -> list[dict]:
+        """For an optimiser."""
+        size = float(self.scales.detach().abs().mean())
+        tables = [{"params": [self.table], "lr": rates.codebook}] if self.learns_table else []
+        return [*tables, {"params": [self.scales], "lr": rates.scale * size}]
+
+    def penalty(self, step: int, steps: int) -> float:
+        """Nothing beside the loss."""
+        return 0.0
+
     def gather(self, gradient: Tensor) -> None:
         """Adds a step's gradient of the values, scaled to unit root mean square, to what codes will move by."""
         if not self.mapping_rate:
@@ -177,11 +192,12 @@ class Rates:
 
 
 class Student(nn.Module):
-    """A network whose encoded matrices are `LearnedMatrix`es and whose norms and biases are open."""
+    """A network whose encoded matrices are `LearnedMatrix`es or a pass's own `learners`, with open norms and biases."""
 
     def __init__(
         self, module: nn.Module, tensors: Mapping[str, EncodedTensor], mapping_rate: float,
         neighbours: int = 4, delta: float = 0.1, prefix: str = "", pruned: Collection[str] = (),
+        learners: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.module, self.learned = module, {}
@@ -190,7 +206,9 @@ class Student(nn.Module):
         for name, parameter in ((f"{prefix}{name}", parameter) for name, parameter in parameters.items()):
             tensor = tensors[name]
             if isinstance(tensor.encoding, (Affine, Codebook)):
-                self.learned[name] = LearnedMatrix(tensor.encoding, mapping_rate, neighbours, delta, name in pruned)
+                self.learned[name] = (learners or {}).get(name) or LearnedMatrix(
+                    tensor.encoding, mapping_rate, neighbours, delta, name in pruned
+                )
                 self.layouts[name] = tensor.layout
             elif tensor.encoding.kind == "dense" and parameter.dim() == 1:
                 self.dense[name] = nn.Parameter(tensor.decode())
@@ -203,17 +221,19 @@ class Student(nn.Module):
 
     def groups(self, rates: Rates) -> list[dict]:
         """Parameter groups of an optimiser."""
-        tables = [learned.table for learned in self.learned.values() if learned.learns_table]
-        groups = [{"params": tables, "lr": rates.codebook}, {"params": list(self.dense.values()), "lr": rates.dense}]
+        groups = [{"params": list(self.dense.values()), "lr": rates.dense}]
         for learned in self.learned.values():
-            size = float(learned.scales.detach().abs().mean())
-            groups.append({"params": [learned.scales], "lr": rates.scale * size})
+            groups += learned.parameter_groups(rates)
         return [group for group in groups if group["params"]]
+
+    def penalty(self, step: int, steps: int) -> Tensor | float:
+        """What the matrices ask for beside the loss, at a step; 0 of most."""
+        return sum(learned.penalty(step, steps) for learned in self.learned.values()) / max(1, len(self.learned))
 
     @property
     def flipped_fraction(self) -> float:
         """Moves of codes so far over the number of codes."""
-        n_codes = sum(len(learned.index) for learned in self.learned.values())
+        n_codes = sum(learned.n_codes for learned in self.learned.values())
         return sum(learned.flipped for learned in self.learned.values()) / max(1, n_codes)
 
     def results(self) -> dict[str, EncodedTensor]:
@@ -275,14 +295,16 @@ def _set_rates(optimiser: torch.optim.Optimizer, initial: list[float], share: fl
 def reconstruct(
     student: Student, prefix: str, forward: Callable[[nn.Module, int], Tensor], targets: list[Tensor],
     tokens: Tensor | None, channels: Tensor | None, steps: int, rates: Rates,
+    make: Callable[[list[dict]], torch.optim.Optimizer] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """`steps` of Adam on the block's output error, Σ_t a_t Σ_c b_c (y − ŷ)²_tc, a batch each.
+    """`steps` of Adam, or what `make` makes, on the block's output error, Σ_t a_t Σ_c b_c (y − ŷ)²_tc, a batch each.
 
     The tokens' weights a and the channels' b are the gradient of the final loss, so that the few massive activations,
     which are most of the plain squared error, do not hide the rest (BRECQ's diagonal Fisher, arXiv 2102.05426, in rank
     one). forward(module, i) runs the block on batch i; targets (…, width) are what the original's block gave.
     """
-    optimiser = torch.optim.Adam(student.groups(rates), betas=(0.9, 0.95), fused=True)
+    groups = student.groups(rates)
+    optimiser = make(groups) if make else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     initial = [group["lr"] for group in optimiser.param_groups]
     starts = [0]
     for target in targets:
@@ -303,7 +325,7 @@ def reconstruct(
                 error = error * tokens[starts[i] : starts[i + 1]]
             loss = error.mean()
             losses.append(float(loss.detach()))
-            (loss / max(losses[0], 1e-30)).backward()
+            (loss / max(losses[0], 1e-30) + student.penalty(step, steps)).backward()
         optimiser.step()
         optimiser.zero_grad()
         for learned in student.learned.values():

@@ -114,6 +114,9 @@ def main() -> None:
         results[str(n_layers)] = watch(n_layers, arguments.threads)
         write_results("gradients", results)
     print(gradients_table(results))
+    import make_tables
+
+    make_tables.main()
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import torch
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.encoding import Encoding, describe, restore
-from compressor.core.passes import STAGES, Pass
+from compressor.core.passes import STAGES, Pass, Statistics
 from compressor.core.settings import SETTINGS
 from compressor.core.tensors import write_tensors
 from compressor.encode import Work, encode_network
 from compressor.export.lowering import refusal
 from compressor.plan import make_plan
-from compressor.recipe import load_recipe, pass_class
+from compressor.recipe import ONLY_PRUNED, load_pass, load_recipe, pass_class
 from compressor.recipe_file import known_passes
 from compressor.streaming import Network
 from compressor.survey import Survey
@@ -28,8 +28,15 @@ ROOT = Path(__file__).parents[1]
 PASSES = sorted(path.stem for path in (ROOT / "compressor" / "passes").glob("*.py") if not path.stem.startswith("_"))
 # At least one line per value of the settings that change what a pass does or needs.
 VARIANTS = {
+    "gblm": [{"score": "magnitude"}, {"score": "sparsegpt"}, {"pattern": "2:4", "score": "wanda"}, {"score": "wanda"}],
     "affine": [{"method": "rtn"}, {"method": "hqq", "zero": "learned"}, {"method": "gptq"}],
     "jlcm": [{}, {"width": 4, "dim": 2, "codebooks": 3}],
+    "rounding": [
+        {},
+        {"optimizer": "adam", "steps": 20},
+        {"optimizer": "signsgd", "steps": 20, "learn": ["rounding", "scale"], "start": "nearest"},
+        {"grid": "codebook", "bits": 3},
+    ],
 }
 CASES = [(name, settings) for name in PASSES for settings in VARIANTS.get(name, [{}])]
 BYTES = {"U8": 1, "U16": 2, "F16": 2, "F32": 4, "I32": 4}
@@ -39,9 +46,17 @@ def made(name: str, **settings) -> Pass:
     return pass_class(importlib.import_module(f"compressor.passes.{name}"), name)(**settings)
 
 
+def applied(method: Pass, weight: torch.Tensor, hessian: torch.Tensor | None, generator: torch.Generator) -> Encoding:
+    """What a pass makes of a matrix; what it only prunes is stored at eight bits."""
+    if not method.prunes:
+        return method.encode(weight, hessian, generator)
+    pruned, kept = method.prune(weight, Statistics(hessian, weight.abs() * 1e-3, 4, 16))
+    return load_pass(ONLY_PRUNED).encode(pruned, None, generator, kept)
+
+
 def encoded(method: Pass, hessian: torch.Tensor | None = None) -> Encoding:
     weight, moment = pico.correlated(29, 90)
-    return method.encode(weight, moment if hessian is None else hessian, torch.Generator().manual_seed(6))
+    return applied(method, weight, moment if hessian is None else hessian, torch.Generator().manual_seed(6))
 
 
 def same_parts(first: Encoding, second: Encoding) -> None:
@@ -112,7 +127,7 @@ def test_each_tensor_has_a_generator_of_its_own():
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_pass_leaves_its_arguments_alone(name, settings):
     weight, hessian = pico.correlated(29, 90)
-    made(name, **settings).encode(weight, hessian, torch.Generator())
+    applied(made(name, **settings), weight, hessian, torch.Generator())
     for found, kept in zip((weight, hessian), pico.correlated(29, 90), strict=True):
         assert torch.equal(found, kept)
 
@@ -123,7 +138,8 @@ def test_parts_rebuild_the_weights_and_are_smaller(name, settings):
     torch.testing.assert_close(
         restore(describe(encoding), encoding.parts()).decode(), encoding.decode(), rtol=0, atol=0
     )
-    spec = made(name, **settings).spec_for("w", (29, 90), "linear")
+    method = ONLY_PRUNED if made(name).prunes else made(name, **settings)
+    spec = method.spec_for("w", (29, 90), "linear")
     assert encoding.nbytes == spec.nbytes(29, 90) < 2 * 29 * 90
 
 
@@ -137,7 +153,7 @@ def test_declared_needs_are_the_real_ones(name, settings):
         return
     same_parts(first, second)
     weight, _ = pico.correlated(29, 90)
-    same_parts(first, method.encode(weight, None, torch.Generator().manual_seed(0)))
+    same_parts(first, applied(method, weight, None, torch.Generator().manual_seed(0)))
 
 
 def test_gradient_steps_need_gradients():

@@ -1,4 +1,4 @@
-"""Passes that drop weights, in runs: what is dropped stays dropped whatever comes after, and files are really smaller."""
+"""Passes that drop weights, in runs: what is dropped stays dropped whatever comes after, and files are smaller."""
 
 from __future__ import annotations
 

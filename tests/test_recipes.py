@@ -186,3 +186,10 @@ def test_a_pass_of_an_earlier_stage_cannot_follow(folder, monkeypatch):
         "recipe.yaml, step 2 (rotate): a rewrite pass cannot follow the weight pass 'affine'; write the steps in the "
         "order structure → rewrite → weight"
     )
+
+
+def test_a_pattern_is_a_text_without_quotation_marks(folder):
+    write(folder, "passes: [{pass: gblm, pattern: 2:4, sparsity: 5e-1}]\ncalibration: {tokens: 8_192}")
+    recipe = load_recipe("recipe.yaml")
+    assert recipe.passes[0].settings.pattern == "2:4"
+    assert recipe.calibration.tokens == 8192

@@ -8,7 +8,6 @@ the work.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -43,24 +42,6 @@ class Statistics:
     sparsity: float | None = None
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """What a layer's inputs were in the original, x, beside what they are behind the compressed prefix, x̂.
-
-    cross                 (in, in): mean over tokens of t·xx̂ᵀ, as a hessian is of t·x̂x̂ᵀ
-    original, compressed  (n, in): x and x̂ of the same tokens, sampled; none where nothing follows
-    weights               (n,): their t; None where it is 1
-    follow                f (n, out) → (n, out), what follows the product: bias, norm, activation; None: nothing that
-                          is not linear
-    """
-
-    cross: Tensor
-    original: Tensor | None = None
-    compressed: Tensor | None = None
-    weights: Tensor | None = None
-    follow: Callable[[Tensor], Tensor] | None = None
-
-
 class Pass(BaseModel, ABC):
     """One published method with its settings.
 
@@ -88,6 +69,14 @@ class Pass(BaseModel, ABC):
     def cost(self, tokens: int) -> float:
         """Forward passes over the calibration tokens that the pass takes, about; a backward pass counts as two."""
         return 0.0
+
+    def ladder(self) -> tuple[Pass, ...]:
+        """The same pass at other widths, of which an allocation chooses one per tensor; itself among them."""
+        return (self,)
+
+    def quick(self) -> Pass:
+        """A faster pass whose errors rise and fall with the width as its own do."""
+        return self
 
     def kept(self, rows: int, columns: int) -> int:
         """How many weights of such a matrix stay; of a pass that prunes."""

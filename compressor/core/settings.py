@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,19 @@ Rate = Annotated[float, Field(gt=0)]
 
 SPARSEGPT_COLUMNS = 128
 """Of a matrix that SparseGPT chooses from at a time."""
+
+
+WIDTHS = (2, 3, 4, 8)
+"""Bits that uniform grids are allocated in."""
+GROUPS = (32, 64, 128)
+CODES = ((4, 1), (8, 4), (9, 4), (10, 4), (12, 4), (6, 2), (7, 2))
+"""(width, dim) that codebooks are allocated in: 2 to 4 bits per weight."""
+
+
+def uniform_ladder(step: Any) -> tuple[Any, ...]:
+    """A pass with fields `bits` and `group` at every width, and in the usual groups beside its own."""
+    groups = (step.group,) if step.group == "row" else sorted({step.group, *GROUPS})
+    return tuple(step.model_copy(update={"bits": bits, "group": group}) for bits in WIDTHS for group in groups)
 
 
 def whole_share(n: int, share: float) -> int:
@@ -53,6 +66,12 @@ class AffineSettings(Pass):
             return None
         group: Group = self.group
         return AffineSpec(bits=self.bits, group=group, zero=self.zero, scale_bits=self.scale_bits)
+
+    def ladder(self) -> tuple[Pass, ...]:
+        return uniform_ladder(self)
+
+    def quick(self) -> Pass:
+        return self.model_copy(update={"method": "rtn"})
 
     def cost(self, tokens: int) -> float:
         return 3.0 if self.method == "gptq" else 0.0
@@ -112,6 +131,14 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
             grid=self.grid, reorder=min(self.codebooks, shape[0]) > 1,
         )  # fmt: skip
 
+    def ladder(self) -> tuple[Pass, ...]:
+        codes = sorted({(self.width, self.dim), *CODES}, key=lambda code: (code[0] / code[1], code))
+        return tuple(self.model_copy(update={"width": width, "dim": dim}) for width, dim in codes)
+
+    def quick(self) -> Pass:
+        changed = {"feedback": False, "kmeans_iterations": 0, "codebooks": 1, "block_steps": 0}
+        return self.model_copy(update=changed)
+
     def cost(self, tokens: int) -> float:
         windows = max(tokens // 512, 1)
         return 4.0 + 3.0 * self.block_steps * 4 / windows
@@ -121,14 +148,11 @@ class RoundingSettings(Pass):
     """Learned rounding: AdaRound, BRECQ, signed gradients, coordinate descent.
 
     start         nearest: from the grid point nearest to each weight; feedback: from error feedback, as affine's gptq
-    unit          layer: on the output of each layer; block: on that of each block, or of a network without blocks
-    loss          of the output: mse, the plain squared error; fisher, weighted by the gradient of the network's loss;
-                  kl, of the network's predictions, for networks of one block that end in class logits
-    activation    the loss of a layer is taken behind the norm and the activation that follow it, if they are modules
+    unit          layer: on the output of each layer; block: on that of each block, where the network has blocks
     grid          uniform; codebook: 2**bits levels of the int4 grid, learned per tensor
     learn         what learns: rounding, scale, zero
     optimizer     adam: a rectified sigmoid, with a penalty that drives it to 0 or 1; signsgd: signed gradients of an
-                  offset; descent: one column after the other to the best point of the grid, without an activation
+                  offset; descent: one column after the other to the best point of the grid
     steps         of the optimizer, of descent sweeps over the columns; 0 leaves the start as it is
     rate          learning rate of the rounding; none is 1/steps for signsgd and 0.1 for adam
     scale_rate    of scales, relative to their start
@@ -137,6 +161,11 @@ class RoundingSettings(Pass):
 
     name = "rounding"
     stage = "weight"
+    mapping_rate: ClassVar[float] = 0.0
+    neighbours: ClassVar[int] = 1
+    delta: ClassVar[float] = 1.0
+    codebook_rate: ClassVar[float] = 0.03
+    dense_rate: ClassVar[float] = 1e-3
     paper = "Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, ICML 2020, \
 https://arxiv.org/abs/2004.10568"
 
@@ -147,8 +176,6 @@ https://arxiv.org/abs/2004.10568"
     damping: Rate = 0.01
     start: Literal["nearest", "feedback"] = "feedback"
     unit: Literal["layer", "block"] = "layer"
-    loss: Literal["mse", "fisher", "kl"] = "mse"
-    activation: bool = True
     grid: Literal["uniform", "codebook"] = "uniform"
     learn: Annotated[list[Literal["rounding", "scale", "zero"]], Field(min_length=1)] = Field(["rounding"])
     optimizer: Literal["adam", "signsgd", "descent"] = "descent"
@@ -159,8 +186,6 @@ https://arxiv.org/abs/2004.10568"
 
     @model_validator(mode="after")
     def _fits_together(self) -> RoundingSettings:
-        if self.loss == "kl" and self.unit != "block":
-            raise ValueError("loss kl is of the network's predictions and not of a layer's output; write unit: block")
         if self.grid == "codebook" and self.bits > 3:
             raise ValueError(
                 f"grid codebook takes some of the 16 levels of the int4 grid, and bits {self.bits} would take all; "
@@ -191,7 +216,7 @@ https://arxiv.org/abs/2004.10568"
 
     @property
     def needs(self) -> frozenset[Need]:
-        if self.unit == "block" or self.loss == "fisher":
+        if self.unit == "block":
             return frozenset({"data", "gradients"})
         return frozenset({"data"} if self.start == "feedback" or self.steps else ())
 
@@ -201,6 +226,13 @@ https://arxiv.org/abs/2004.10568"
         if self.grid == "codebook":
             return CodebookSpec(width=self.bits, dim=1, group=self.group, scale_bits=self.scale_bits)
         return AffineSpec(bits=self.bits, group=self.group, zero=self.zero, scale_bits=self.scale_bits)
+
+    def ladder(self) -> tuple[Pass, ...]:
+        found = uniform_ladder(self)
+        return tuple(step for step in found if step.bits <= 3) if self.grid == "codebook" else found
+
+    def quick(self) -> Pass:
+        return AffineSettings(bits=self.bits, group=self.group, zero=self.zero, scale_bits=self.scale_bits)
 
     def cost(self, tokens: int) -> float:
         if self.unit == "block":

@@ -1,8 +1,8 @@
 """Coordinate descent on a quadratic loss of a matrix whose values lie on a grid.
 
-L(Ŵ) = tr(ŴHŴᵀ) − 2·tr(PŴᵀ): with all other columns fixed, column j is best at ŵ_j − E_j/H_jj, E = ŴH − P, and on the grid
-at the point nearest to that; every move lowers the loss (QuantEase, Behdin et al., arXiv 2309.01885, algorithm 1). Scales
-of groups likewise: with d the values of a group without their scale, s − ⟨E_g, d⟩/(dᵀ·H_gg·d).
+L(Ŵ) = tr(ŴHŴᵀ) − 2·tr(PŴᵀ): with all other columns fixed, column j is best at ŵ_j − E_j/H_jj, E = ŴH − P, and on the
+grid at the point nearest to that; every move lowers the loss (QuantEase, Behdin et al., arXiv 2309.01885, algorithm 1).
+Scales of groups likewise: with d the values of a group without their scale, s − ⟨E_g, d⟩/(dᵀ·H_gg·d).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def descend(
 ) -> Fitted:  # fmt: skip
     """`start` with codes, and with `scale_bits` also scales, after `sweeps` over all columns.
 
-    Hessian H (columns, columns) and P (rows, columns), padded as the start is. Where `mask` (rows, columns) is False the
-    value stays 0. Inputs that are always zero leave their column alone.
+    Hessian H (columns, columns) and P (rows, columns), padded as the start is. Where `mask` (rows, columns) is False
+    the value stays 0. Inputs that are always zero leave their column alone.
     """
     scale, zero = start.scale.clone(), start.zero
     group, n_columns = start.group, start.due.shape[1]

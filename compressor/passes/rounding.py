@@ -1,15 +1,16 @@
 """Learned rounding: each weight goes to one of its two neighbours on the grid, whichever serves the layer's output.
 
 AdaRound (Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568), equations 21
-to 25; BRECQ (Li et al., arXiv 2102.05426) for `unit: block` and `loss: fisher`; SignRound (Cheng et al., "Optimize
+to 25; BRECQ (Li et al., arXiv 2102.05426) for `unit: block`; SignRound (Cheng et al., "Optimize
 Weight Rounding via Signed Gradient Descent", arXiv 2309.05516) for `optimizer: signsgd`. What is open to choice follows
 Yvinec et al. (arXiv 2308.07662): the loss, the degrees of freedom, the grid, the variable and the optimiser.
 
 Where this leaves the papers: rounding may start from error feedback (GPTQ), that is from the weight with the errors of
 the columns before it fed forward; a weight beyond the grid may come one step inward; the loss counts as a share of
-the start's, so that `penalty` means the same everywhere; where no activation follows, the squared error over all
-calibration rows is computed from second moments, tr(ŴHŴᵀ) − 2·tr(PŴᵀ), in place of a sum over minibatches; and a
-matrix row (an output) that ends with a larger loss than it started with goes back to its start.
+the start's, so that `penalty` means the same everywhere; a layer's inputs are those behind the compressed prefix on
+both sides, and no activation follows, so that the squared error over all calibration rows comes from second moments,
+tr(ŴHŴᵀ) − 2·tr(WHŴᵀ), in place of a sum over minibatches; and a matrix row (an output) that ends with a larger loss
+than it started with goes back to its start.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.core.encoding import Affine, Codebook, Scales
-from compressor.core.passes import Pairs
 from compressor.core.settings import RoundingSettings
 from compressor.core.spec import group_columns
 from compressor.ops.descent import descend
@@ -30,8 +30,6 @@ ZETA, GAMMA = 1.1, -0.1
 _WARM_UP = 0.2
 _BETAS = (20.0, 2.0)
 _SHRINK = (0.5, 1.5)
-_BATCH = 256
-_CHUNK = 1024
 
 
 def initial_v(remainder: Tensor) -> Tensor:
@@ -120,11 +118,11 @@ class RoundedMatrix(nn.Module):
             return self._whole(self._hard(self._position(scale, zero)), scale, zero)
 
     def penalty(self, step: int, steps: int) -> Tensor | float:
-        """The mean over weights of the rounding penalty at a step; 0 where rounding is not soft."""
+        """λ times the mean over weights of the rounding penalty at a step; 0 where rounding is not soft."""
         beta = beta_at(step, steps)
         if beta is None or not self.soft:
             return 0.0
-        return rounding_penalty(soft_rounding(self.v), beta) / self.v.numel()
+        return self.settings.penalty * rounding_penalty(soft_rounding(self.v), beta) / self.v.numel()
 
     def parameter_groups(self, rates: object = None) -> list[dict]:
         """For an optimiser, by the pass's own rates."""
@@ -211,11 +209,10 @@ class RoundedMatrix(nn.Module):
 
 
 class Moments:
-    """Σ_t t·‖Wx − Ŵx̂‖² over all calibration rows, from H = Σ t·x̂x̂ᵀ and P = W·Σ t·xx̂ᵀ; up to a constant per row."""
+    """Σ_t t·‖Wx − Ŵx‖² over all calibration rows, from H = Σ t·xxᵀ and P = WH; up to a constant per row."""
 
-    def __init__(self, weight: Tensor, hessian: Tensor, cross: Tensor | None) -> None:
-        self.weight, self.hessian = weight, hessian
-        self.pull = weight @ (hessian if cross is None else cross)
+    def __init__(self, weight: Tensor, hessian: Tensor) -> None:
+        self.weight, self.hessian, self.pull = weight, hessian, weight @ hessian
 
     def size(self, matrix: Tensor) -> Tensor:
         """The loss of Ŵ (out, in) were x̂ = x: what losses are a share of."""
@@ -231,36 +228,8 @@ class Moments:
         return (matrix * (2 * (matrix.detach() @ self.hessian - self.pull))).sum()
 
 
-class Outputs:
-    """Σ t·‖f(Wx) − f(Ŵx̂)‖² over sampled rows, f with the bias and the activation that follows."""
-
-    def __init__(self, weight: Tensor, pairs: Pairs, generator: torch.Generator) -> None:
-        self.pairs, self.generator = pairs, generator
-        self.wanted = torch.cat([pairs.follow(part @ weight.T) for part in pairs.original.split(_CHUNK)])
-
-    def size(self, matrix: Tensor) -> Tensor:
-        """The loss of Ŵ (out, in)."""
-        return self.rows(matrix).sum()
-
-    def rows(self, matrix: Tensor) -> Tensor:
-        """Of each row of Ŵ (out, in), over all samples: (out,)."""
-        parts = torch.arange(len(self.wanted)).split(_CHUNK)
-        return torch.stack([self._error(matrix, part) for part in parts]).sum(0)
-
-    def __call__(self, matrix: Tensor) -> Tensor:
-        """On a minibatch, as if it were all samples."""
-        n = min(_BATCH, len(self.wanted))
-        chosen = torch.randint(len(self.wanted), (n,), generator=self.generator)
-        return self._error(matrix, chosen).sum() * (len(self.wanted) / n)
-
-    def _error(self, matrix: Tensor, chosen: Tensor) -> Tensor:
-        found = self.pairs.follow(self.pairs.compressed[chosen] @ matrix.T)
-        error = (found - self.wanted[chosen]).pow(2)
-        return (error if self.pairs.weights is None else error * self.pairs.weights[chosen].unsqueeze(1)).sum(0)
-
-
 @torch.no_grad()
-def learn(matrix: RoundedMatrix, loss: Moments | Outputs) -> None:
+def learn(matrix: RoundedMatrix, loss: Moments) -> None:
     """`steps` of the settings' optimiser on loss / loss of the start + penalty·mean(1 − |2h − 1|^β)."""
     own = matrix.settings
     first = matrix.rounded()
@@ -272,7 +241,7 @@ def learn(matrix: RoundedMatrix, loss: Moments | Outputs) -> None:
         for group, rate in zip(optimiser.param_groups, initial, strict=True):
             group["lr"] = rate * (1 - step / own.steps)
         with torch.enable_grad():
-            total = loss(matrix()) * share + own.penalty * matrix.penalty(step, own.steps)
+            total = loss(matrix()) * share + matrix.penalty(step, own.steps)
             total.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -284,22 +253,18 @@ class Rounding(RoundingSettings):
     """Learned rounding; see the module for the method."""
 
     def encode(
-        self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator, mask: Tensor | None = None,
-        pairs: Pairs | None = None,
-    ) -> Affine | Codebook:  # fmt: skip
+        self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator, mask: Tensor | None = None
+    ) -> Affine | Codebook:
         """The encoding of a matrix (out, in) whose inputs have the second moment `hessian` (in, in).
 
-        `pairs` are the original's inputs beside the compressed network's; without them both are the same. Where `mask`
-        (out, in) is False the weight is 0 and stays so.
+        Where `mask` (out, in) is False the weight is 0 and stays so. With `unit: block` it is the start.
         """
         matrix = self.learner(weight, hessian, mask)
         if not self.steps or self.unit == "block" or hessian is None:
             return matrix.result()
-        loss = Moments(weight.float(), hessian, pairs and pairs.cross)
+        loss = Moments(weight.float(), hessian)
         if self.optimizer == "descent":
             return self._descended(matrix, loss, mask).result()
-        if pairs is not None and pairs.follow is not None:
-            loss = Outputs(weight.float(), pairs, generator)
         learn(matrix, loss)
         return matrix.result()
 
@@ -314,6 +279,10 @@ class Rounding(RoundingSettings):
         return RoundedMatrix(
             descend(matrix.start, hessian, pull, self.steps, matrix.mask, scale_bits), matrix.shape, self, mask
         )
+
+    def optimiser(self, groups: list[dict]) -> torch.optim.Optimizer:
+        """For the steps on a block's output."""
+        return optimiser_of(self.optimizer, groups)
 
     def learner(self, weight: Tensor, hessian: Tensor | None, mask: Tensor | None = None) -> RoundedMatrix:
         """The matrix at its start, open to learning."""

@@ -1,0 +1,39 @@
+"""Sizes and shares as people write them: 60MB, 1.5 GiB, 5 %."""
+
+from __future__ import annotations
+
+import re
+
+from compressor.core.errors import UsageError
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base ** (power + 1)
+    for power, letter in enumerate("KMGT")
+    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes: 60MB is 60,000,000, 60MiB is 60 · 2²⁰, a bare number is bytes.
+
+    Raises:
+        UsageError: It is no size; `option` names it.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or float(found[1]) == 0:
+        raise UsageError(f"{option}: '{text}' is no size; write 60MB, 1.5GB, 60MiB, or bytes")
+    return round(float(found[1]) * unit)
+
+
+def parse_share(text: str, option: str) -> float:
+    """A share above 0 and below 1: 5% and .05 are the same.
+
+    Raises:
+        UsageError: It is no such share; `option` names it.
+    """
+    found = re.fullmatch(r"(\d*\.?\d+)\s*(%?)", text.strip())
+    share = float(found[1]) / (100 if found[2] else 1) if found else 0.0
+    if not 0 < share < 1:
+        raise UsageError(f"{option}: '{text}' is no share above 0 and below 1; write 5% or .05")
+    return share
