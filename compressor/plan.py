@@ -147,10 +147,11 @@ def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: s
     matrix = matrix_shape(info.name, info.shape, config)
     transposed = is_transposed(info.name, config) and role == "linear"
     reason = _reason(info, role, recipe.smallest(role))
-    chosen = Chosen() if reason else recipe.choose(info.name, matrix, role)
-    if _is_depthwise(info, role) and not (isinstance(chosen.spec, AffineSpec) and chosen.spec.bits == 8):
-        chosen, reason = Chosen(), reason or "depthwise convolution, at fewer than 8 bits"
-    if chosen.prune and (_is_depthwise(info, role) or (has_blocks and not block_of(info.name))):
+    depthwise = is_depthwise(info, role)
+    chosen = Chosen() if reason else recipe.choose(info.name, matrix, role, depthwise)
+    if depthwise and chosen.spec is None:
+        reason = reason or "depthwise convolution, and no step has 8 bits"
+    if chosen.prune and (depthwise or (has_blocks and not block_of(info.name))):
         only = chosen.by == chosen.prune.name
         chosen = Chosen() if only else replace(chosen, prune=None)
         reason = f"{recipe.name} prunes it and no more, and prunes only layers of blocks" if only else reason
@@ -185,7 +186,7 @@ def _is_float(info: TensorInfo) -> bool:
     return info.dtype in FLOATS or not re.fullmatch(r"BOOL|[IU]\d+", info.dtype)
 
 
-def _is_depthwise(info: TensorInfo, role: Role) -> bool:
+def is_depthwise(info: TensorInfo, role: Role) -> bool:
     return role == "conv" and info.shape[1] == 1 and info.shape[0] > 1
 
 
@@ -218,17 +219,25 @@ def _refuse_idle_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: str, static: bool) -> dict[str, int]:
-    header = header_bytes(tensors, checkpoint.tied)
-    files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
-    if format == "onnx":
-        files["model.onnx"] = (2_000 if static else 20_000) + sum(_graph_bytes(tensor, static) for tensor in tensors)
+    files = model_files(tensors, checkpoint.tied, format, static)
     if checkpoint.config is not None:
         files["configuration"] = CONFIG_BYTES
     files |= {path.name: copied_size(path) for path in checkpoint.tokenizer_files}
     return files
 
 
-def _graph_bytes(tensor: PlannedTensor, static: bool) -> int:
+def model_files(
+    tensors: tuple[PlannedTensor, ...], tied: dict[str, str], format: str, static: bool
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of the weights' file, exact, and of the graph, about."""
+    header = header_bytes(tensors, tied)
+    files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
+    if format == "onnx":
+        files["model.onnx"] = (2_000 if static else 20_000) + sum(graph_bytes(tensor, static) for tensor in tensors)
+    return files
+
+
+def graph_bytes(tensor: PlannedTensor, static: bool) -> int:
     """Of its share in the graph. Convolutions on int8 hold a scale and a bias for each channel in it; norms fold."""
     if not static or tensor.role == "linear":
         return GRAPH_BYTES_PER_PART * len(tensor.spec.parts(*tensor.matrix))

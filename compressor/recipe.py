@@ -190,11 +190,12 @@ class Recipe(BaseModel):
         """Matrices with fewer weights stay dense. Of convolutions on int8 none: floats between them cost time."""
         return 1 if role == "conv" and self.export.activations == "static_int8" else SMALLEST
 
-    def choose(self, name: str, shape: tuple[int, int], role: Role) -> Chosen:
+    def choose(self, name: str, shape: tuple[int, int], role: Role, depthwise: bool = False) -> Chosen:
         """Which passes a matrix goes through and how it is stored: the last step of each kind that is for it.
 
         Nothing where it stays dense: too small, no pass is for it, or its encoding would not be smaller. What is
-        only pruned is stored at 8 bits.
+        only pruned is stored at 8 bits. A `depthwise` convolution takes a step of 8 bits: it has few weights and
+        shows every error.
         """
         if math.prod(shape) < self.smallest(role):
             return Chosen()
@@ -205,6 +206,8 @@ class Recipe(BaseModel):
         prune = prune if prune is None or prune.kept(*shape) < math.prod(shape) else None
         for step in [step for step in reversed(steps) if not step.settings.prunes]:
             spec = step.settings.spec_for(name, shape, role)
+            if depthwise and not (isinstance(spec, AffineSpec) and spec.bits == 8):
+                continue
             if spec is not None and spec.nbytes(*shape) < 4 * math.prod(shape):
                 return Chosen(step.name, step.settings, prune, spec)
         if prune is not None and role in ("linear", "conv"):

@@ -35,26 +35,31 @@ class Survey:
     channels      per block, (width,): how much each channel of its output matters, mean 1; under the block's own name
                   `importance` has how much each token does
     head_moment   mean xxᵀ of the output head's input (in, in); None for a network without a language-model head
+    scales        per layer weight, the mean of t before importance is relative to it; under "" that of the first
+                  block's input
     """
 
     importance: dict[str, Tensor] = field(default_factory=dict)
     channels: dict[str, Tensor] = field(default_factory=dict)
     head_moment: Tensor | None = None
+    scales: dict[str, float] = field(default_factory=dict)
 
     def pack(self) -> dict[str, Tensor]:
         """All of it as named tensors, for a file."""
         found = {f"importance {name}": tensor.contiguous() for name, tensor in self.importance.items()}
         found |= {f"channels {name}": tensor.contiguous() for name, tensor in self.channels.items()}
+        found |= {f"scales {name}": torch.tensor(value, dtype=torch.float64) for name, value in self.scales.items()}
         return found if self.head_moment is None else found | {"head moment": self.head_moment}
 
     @classmethod
     def unpack(cls, stored: dict[str, Tensor]) -> Survey:
         """The inverse of `pack`."""
-        kinds: dict[str, dict[str, Tensor]] = {"importance": {}, "channels": {}, "head": {}}
+        kinds: dict[str, dict[str, Tensor]] = {"importance": {}, "channels": {}, "head": {}, "scales": {}}
         for key, tensor in stored.items():
             kind, _, name = key.partition(" ")
             kinds[kind][name] = tensor
-        return cls(kinds["importance"], kinds["channels"], kinds["head"].get("moment"))
+        scales = {name: float(value) for name, value in kinds["scales"].items()}
+        return cls(kinds["importance"], kinds["channels"], kinds["head"].get("moment"), scales)
 
 
 def survey(
@@ -156,8 +161,10 @@ def _backward(
             for handle in handles:
                 handle.remove()
         for weight, parts in collected.items():
-            found.importance[weight] = _shares(torch.cat(parts), weight, network)
+            values = torch.cat(parts)
+            found.importance[weight], found.scales[weight] = _shares(values, weight, network), float(values.mean())
         advance()
+    found.scales[""] = float(torch.stack([part.pow(2).mean() for part in upstream]).mean())
 
 
 def _shares(values: Tensor, name: str, network: Network) -> Tensor:

@@ -132,7 +132,7 @@ def test_every_tensor_is_planned_or_has_a_reason(checkpoint):
     assert found["layers.1.norm.weight"] == ("", "norm or vector")
     assert found["small.weight"] == ("", "small: fewer than 4096 weights")
     assert found["ids"] == ("", "not of floating point")
-    assert found["depthwise.weight"] == ("", "depthwise convolution, at fewer than 8 bits")
+    assert found["depthwise.weight"] == ("", "depthwise convolution, and no step has 8 bits")
     assert list(found) == list(checkpoint.tensors)
     assert plan.as_json()["bytes_after"] == sum(plan.files.values())
 

@@ -1,0 +1,132 @@
+"""What it costs to store a tensor in fewer bits: an estimate for each tensor and width, from the untouched network.
+
+The error of a width is e = tr(D·H·Dᵀ), the mean squared error of the layer's output, with D = W − Ŵ of a sample of
+rows and H the second moment of its inputs. A width's Ŵ comes from a quick stand-in for the pass, times how much better
+the pass itself is at one width. What an error costs is k·e:
+
+    fisher     k = ½·s, s the mean of (∂ℓ/∂y)² that the survey found, with H weighted by token: the second-order rise of
+               ℓ in nats (Kronecker-factored, as in `survey`). For language models with blocks
+    measured   k = (rise of the loss with this tensor alone at one width) / e, of the network's outputs. For all others
+
+Costs add up. How the sum relates to the loss that is reported is measured with noise of the same costs (`Curve`). The
+idea of importance as a measured or a Fisher loss: Yvinec et al., arXiv 2308.07662; additive costs: HAWQ-V3, Yao et al.,
+ICML 2021, arXiv 2011.10680.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor.backward import head_of
+from compressor.encode import Work, _alike, has_blocks
+from compressor.graph.blocks import layers, layout_of, unfolds
+from compressor.ladder import Option, Options
+from compressor.recipe import load_pass
+from compressor.streaming import Batch, Network, layer_stages, second_moments
+from compressor.survey import Survey
+
+ROWS = 64
+"""Of a matrix, on which widths are compared."""
+TABLE_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of one tensor: e of each option; e of the quick stand-in at `probe`, and of white noise of variance 1."""
+
+    options: tuple[float, ...]
+    quick: float
+    probe: Option
+    white: float
+
+
+@torch.no_grad()
+def tensor_errors(
+    network: Network, batches: list[Batch], options: Options, survey: Survey, work: Work, advance: Callable[[str], None]
+) -> dict[str, Errors]:
+    """The errors of every option, block by block, in the untouched network."""
+    found: dict[str, Errors] = {}
+    for name, module in layers(network.module).items():
+        if name in network.outside and name in options:
+            with network.loaded([name]):
+                found[name] = _outside(network, name, module, batches, options[name], survey, work)
+    advance("tables")
+    for block, module, reached in network.sweep(batches):
+        prefix = f"{block}." if block else ""
+        inside = layers(module, prefix)
+        moments: dict[str, Tensor] = {}
+        for stage in layer_stages(network, module, prefix, reached[0]):
+            for due in _alike([name for name in stage.names if name in options], inside):
+                if unfolds(inside[due[0]]):
+                    moments, _ = second_moments(
+                        network, module, inside, due, stage.calls, reached, survey.importance
+                    )  # fmt: skip
+                for name in due:
+                    found[name] = _of_layer(inside[name], moments.pop(name, None), options[name], work.generator(name))
+        for name in inside.keys() & options.keys() - found.keys():
+            found[name] = _of_layer(inside[name], None, options[name], work.generator(name))
+        advance(block)
+        if not block:
+            break
+    return {name: found[name] for name in options if name in found}
+
+
+def _outside(
+    network: Network, name: str, module: nn.Module, batches: list[Batch], options: tuple[Option, ...], survey: Survey,
+    work: Work,
+) -> Errors:  # fmt: skip
+    """A table of a language model: each row counts as often as its token comes, at the input and in the head."""
+    generator, head = work.generator(name), head_of(network.module)
+    if not survey.scales or head is None:
+        return _of_layer(module, None, options, generator)
+    weight = module.weight.data.float()
+    moment = survey.scales[""] * isinstance(module, nn.Embedding) * torch.eye(weight.shape[1])
+    if head.weight is module.weight and survey.head_moment is not None:
+        moment = moment + survey.head_moment
+    ids = torch.cat([batch["input_ids"].flatten() for batch in batches])
+    if len(weight) != head.weight.shape[0]:
+        ids = torch.arange(len(weight))
+    rows = ids[torch.randperm(len(ids), generator=generator)[:TABLE_ROWS]]
+    return _errors(weight[rows], moment, 1 / len(rows), options, generator)
+
+
+def _of_layer(
+    module: nn.Module, moment: Tensor | None, options: tuple[Option, ...], generator: torch.Generator
+) -> Errors:
+    layout = layout_of(module)
+    assert layout is not None
+    weight = layout.matrix(module.weight.data.float())
+    rows = torch.randperm(len(weight), generator=generator)[: ROWS if moment is not None else TABLE_ROWS]
+    return _errors(weight[rows], moment, len(weight) / len(rows), options, generator)
+
+
+def _errors(
+    weight: Tensor, moment: Tensor | None, factor: float, options: tuple[Option, ...], generator: torch.Generator
+) -> Errors:
+    """Of rows (n, in) that stand for n·factor rows."""
+    moment = torch.eye(weight.shape[1]) if moment is None else moment
+
+    def error(method) -> float:
+        difference = weight - load_pass(method).encode(weight, moment, generator).decode()
+        return factor * float(((difference @ moment) * difference).sum().clamp_min(0))
+
+    probe = len(options) // 2
+    quick = [error(option.method.quick()) for option in options]
+    better = error(options[probe].method) / max(quick[probe], 1e-30)
+    white = factor * len(weight) * float(moment.diagonal().sum())
+    return Errors(tuple(better * each for each in quick), quick[probe], options[probe], white)
+
+
+def fisher_factors(network: Network, errors: Mapping[str, Errors], survey: Survey) -> dict[str, float]:
+    """k of each tensor from the survey's gradients; nats per unit of error."""
+    outside = set(network.outside)
+    return {name: 0.5 * (1.0 if name in outside else survey.scales.get(name, 0.0)) for name in errors}
+
+
+def has_fisher(network: Network, survey: Survey) -> bool:
+    """Whether the survey tells what errors cost."""
+    return has_blocks(network) and bool(survey.scales)
