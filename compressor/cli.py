@@ -77,6 +77,10 @@ def run(
     format: Annotated[Format, typer.Option(help="onnx, or only the packed weights.")] = Format.onnx,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="PASS.KEY=VALUE", help="Change a setting of the "
                     "recipe; also calibration.KEY, embeddings.KEY, and so on. Repeatable.")] = None,
+    target_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Give each tensor its own width, so that all "
+                           "files stay below 60MB, say, within 1 %.")] = None,
+    max_loss: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 5%, say: rise of perplexity, loss of cosine "
+                        "or points of accuracy. The smallest artifact within it, or a gate beside --target-size.")] = None,
     standard: Annotated[bool, typer.Option("--standard", help="Standard ONNX operators only.")] = False,
     compat: Annotated[bool, typer.Option("--compat", help="A graph that older onnxruntimes run fast.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
@@ -88,6 +92,7 @@ def run(
 ) -> None:  # fmt: skip
     """Compress MODEL by a recipe."""
     from compressor.core.options import RunOptions
+    from compressor.core.quantities import parse_share, parse_size
     from compressor.recipe import load_recipe
     from compressor.recipe_file import shipped_recipes
 
@@ -97,6 +102,8 @@ def run(
         model=model, recipe=recipe, output=output, data=data, eval=eval, arch=arch, trust_pickle=trust_pickle,
         format=format.value, sets=tuple(set_ or ()), mode="standard" if standard else "compat" if compat else "default",
         seed=seed, resume=resume, force=force,
+        target_size=None if target_size is None else parse_size(target_size, "--target-size"),
+        max_loss=None if max_loss is None else parse_share(max_loss, "--max-loss"),
     )  # fmt: skip
     _refuse_misspelt_command(model)
     if not recipe:
@@ -135,12 +142,23 @@ def _dry_run(options: Any, recipe: Any, json: bool) -> None:
 
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
     plan = make_plan(checkpoint, recipe, options.format)
+    reach = _reach(plan, recipe, options) if options.allocates else None
     if json:
-        _print_json(plan.as_json())
+        _print_json(plan.as_json() | ({"reach": reach} if reach else {}))
         return
-    from compressor.tables import plan_tables, show
+    from compressor.tables import plan_tables, reach_line, show
 
-    show(*plan_tables(plan))
+    show(*plan_tables(plan), *([reach_line(*reach, options.target_size)] if reach else []))
+
+
+def _reach(plan: Any, recipe: Any, options: Any) -> tuple[int, int]:
+    """Bytes of the smallest and the largest artifact that widths per tensor allow."""
+    from compressor.ladder import Ladder
+
+    ladder = Ladder.of(plan, recipe, options.format, options.mode)
+    if options.target_size is not None:
+        ladder.refuse_unreachable(options.target_size)
+    return ladder.reach()
 
 
 def _refuse_misspelt_command(word: str) -> None:

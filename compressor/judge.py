@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.allocate import Target
 from compressor.core.errors import VerificationError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
@@ -20,6 +21,7 @@ from compressor.evaluate.modules import evaluate_module
 from compressor.evaluate.proof import compare_logits
 from compressor.evaluate.reference import original_logits, original_outputs
 from compressor.evaluate.session import DecoderSession, EncoderSession, ModuleSession, open_session
+from compressor.losses import Kind
 from compressor.progress import Progress
 from compressor.recipe import Gates, Recipe
 from compressor.samples import Samples, evaluation_windows, sentence_batches
@@ -109,6 +111,33 @@ def _counted(arrays: Iterable[np.ndarray], task: Any) -> Iterator[np.ndarray]:
     for array in arrays:
         yield array
         task.advance()
+
+
+def promised(gates: Gates, target: Target) -> Gates:
+    """The gates, and what a target promises of the loss: the stricter of both."""
+    if target.loss is None:
+        return gates
+    if target.kind == "perplexity":
+        return gates.model_copy(update={"max_perplexity_ratio": min(1 + target.loss, gates.max_perplexity_ratio or 1e9)})
+    if target.kind == "cosine":
+        return gates.model_copy(update={"min_cosine": max(1 - target.loss, gates.min_cosine or 0.0)})
+    if target.logits:
+        drop = 1.0 if gates.max_accuracy_drop is None else gates.max_accuracy_drop
+        return gates.model_copy(update={"max_accuracy_drop": min(target.loss, drop)})
+    return gates.model_copy(update={"min_agreement": max(1 - target.loss, gates.min_agreement or 0.0)})
+
+
+def came_true(kind: Kind, quality: dict[str, Any] | None) -> float | None:
+    """The loss that was predicted, as it was measured on the evaluation data; None where it was not."""
+    if not quality:
+        return None
+    if kind == "perplexity":
+        return None if quality.get("ratio") is None else quality["ratio"] - 1
+    if kind == "cosine":
+        return 1 - quality["cosine"] if "cosine" in quality else None
+    if quality.get("accuracy") is not None:
+        return quality["original_accuracy"] - quality["accuracy"]
+    return 1 - quality["top1_agreement"] if "top1_agreement" in quality else None
 
 
 def failed_gates(gates: Gates, quality: dict[str, Any] | None) -> list[str]:

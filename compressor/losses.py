@@ -18,6 +18,7 @@ Kind = Literal["perplexity", "cosine", "accuracy"]
 """Of the loss that is promised: relative rise of perplexity; 1 − cosine of embeddings; share of changed classes."""
 TOKENS = 1024
 _SENTENCE = 32
+_POSITIONS = 64
 EXAMPLES = 64
 
 
@@ -66,21 +67,27 @@ class Judged:
 
 def judged(kind: Kind, wanted: Sequence[Tensor], found: Sequence[Tensor], logits: bool) -> Judged:
     """How far outputs are from those of the original; `logits` of classes are compared by KL."""
-    a, b = torch.cat([each.flatten(0, -2) if kind == "perplexity" else each for each in wanted]), torch.cat(
-        [each.flatten(0, -2) if kind == "perplexity" else each for each in found]
-    )
+    a, b = torch.cat([*wanted]), torch.cat([*found])
     if kind == "cosine":
-        cosine = functional.cosine_similarity(a.mean(1), b.mean(1), dim=-1).double().mean()
-        rise = float((1 - cosine).clamp_min(0))
+        first, second = (each.mean(1) if each.dim() == 3 else each for each in (a, b))
+        rise = float((1 - functional.cosine_similarity(first.double(), second.double(), dim=-1)).mean().clamp_min(0))
         return Judged(rise, rise)
     if kind == "perplexity" or logits:
-        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
-        rise = float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0))
+        rise = divergence(a.flatten(0, -2), b.flatten(0, -2))
     else:
         rise = float((a - b).pow(2).sum() / a.pow(2).sum().clamp_min(1e-30))
     if kind == "perplexity":
         return Judged(rise, float(np.expm1(min(rise, 50.0))))
     return Judged(rise, float((a.argmax(-1) != b.argmax(-1)).double().mean()))
+
+
+def divergence(wanted: Tensor, found: Tensor) -> float:
+    """Mean KL in nats of rows of logits (n, classes), some at a time."""
+    total = 0.0
+    for p, q in zip(wanted.split(_POSITIONS), found.split(_POSITIONS), strict=True):
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return max(0.0, total / len(wanted))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from compressor.allocate import Allocation, Target, allocate, summary, target_of
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import REPORT, Artifact, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
@@ -32,7 +33,8 @@ from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.encode import Work, encode_network
 from compressor.generated import generated_tokens, n_batches
-from compressor.judge import failed_gates, judge, prove
+from compressor.judge import came_true, failed_gates, judge, promised, prove
+from compressor.ladder import Ladder
 from compressor.learn import learn
 from compressor.original import bench_original
 from compressor.plan import Plan, make_plan
@@ -91,13 +93,23 @@ def run(options: RunOptions) -> Artifact:
     checkpoint.check()
     plan = make_plan(checkpoint, recipe, options.format)
     _refuse_unwritable(plan, options, recipe)
+    ladder = Ladder.of(plan, recipe, options.format, options.mode) if options.allocates else None
+    if ladder is not None and options.target_size is not None:
+        ladder.refuse_unreachable(options.target_size)
     samples = load_samples(checkpoint, recipe, options)
+    if ladder is not None and samples.calibration is None:
+        raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")
+    target = target_of(options, checkpoint.family, samples)
+    recipe = recipe.model_copy(update={"gates": promised(recipe.gates, target)})
     progress.say(_announcement(plan, checkpoint))
     partial = options.directory.with_name(options.directory.name + ".partial")
     try:
         work = _open_work(partial, recipe, checkpoint, samples, options)
         checkpoint.write_tokenizer(partial)
-        tensors, batches = _encode(checkpoint, recipe, plan, samples, work, progress, clock, options)
+        tensors, batches, allocation = _encode(
+            checkpoint, recipe, plan, ladder, target, samples, work, progress, clock, options
+        )
+        plan = allocation.plan if allocation else plan
         with clock.stage("export"):
             offsets = _write(checkpoint, tensors, plan, partial)
             tensors = EncodedTensors([partial / WEIGHTS])
@@ -108,6 +120,8 @@ def run(options: RunOptions) -> Artifact:
         report = _report(checkpoint, recipe, plan, samples, options, clock, work)
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
         failures = failed_gates(recipe.gates, quality)
+        if allocation is not None:
+            report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
         report["gates"] = {"passed": not failures, "failures": failures}
         _finish(partial, options, report, work, checkpoint, batches if recipe.evaluation.tokens else [])
     except (CheckpointError, DataError):
@@ -179,6 +193,7 @@ def _open_work(partial: Path, recipe: Recipe, checkpoint: Checkpoint, samples: S
     identity = {
         "recipe": recipe.to_dict(), "seed": options.seed, "source": checkpoint.digest(), "data": samples.digest(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "target": [options.target_size, options.max_loss],
     }  # fmt: skip
     folder, note = partial / "work", partial / "work" / "run.json"
     text = json.dumps(identity, sort_keys=True)
@@ -196,10 +211,10 @@ def _open_work(partial: Path, recipe: Recipe, checkpoint: Checkpoint, samples: S
 
 
 def _encode(
-    checkpoint: Checkpoint, recipe: Recipe, plan: Plan, samples: Samples, work: Work, progress: Progress, clock: _Clock,
-    options: RunOptions,
-) -> tuple[EncodedTensors, list[Batch]]:  # fmt: skip
-    """The survey and the encoding sweep."""
+    checkpoint: Checkpoint, recipe: Recipe, plan: Plan, ladder: Ladder | None, target: Target, samples: Samples,
+    work: Work, progress: Progress, clock: _Clock, options: RunOptions,
+) -> tuple[EncodedTensors, list[Batch], Allocation | None]:  # fmt: skip
+    """The survey, the allocation of widths where one is asked for, and the encoding sweep."""
     batches: list[Batch] = []
     network = Network(checkpoint)
     with clock.stage("generation"):
@@ -207,7 +222,15 @@ def _encode(
     if samples.calibration is not None:
         batches = calibration_batches(samples.calibration, recipe, work.folder.parent, options.seed, written)
     with clock.stage("survey"):
-        found = _survey(network, batches, recipe, plan, work, progress)
+        found = _survey(network, batches, recipe, plan, work, progress, ladder is not None)
+    allocation = None
+    if ladder is not None:
+        with clock.stage("allocation"):
+            allocation = allocate(checkpoint, batches, found, ladder, target, work, progress)
+        plan = allocation.plan
+        progress.say(summary(allocation.report))
+        if not recipe.calibration.token_importance:
+            found = dataclasses.replace(found, importance={}, channels={})
     with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
         network = Network(checkpoint)
         tensors, files = encode_network(
@@ -218,7 +241,7 @@ def _encode(
         with clock.stage("learning"):
             further = learning_batches(samples.calibration, recipe, work.folder.parent, options.seed, written)
             tensors = learn(checkpoint, tensors, files, further, recipe, plan, work, progress)
-    return tensors, batches
+    return tensors, batches, allocation
 
 
 def _generated(
@@ -236,12 +259,13 @@ def _generated(
 
 
 def _survey(
-    network: Network, batches: list[Batch], recipe: Recipe, plan: Plan, work: Work, progress: Progress
-) -> Survey:
+    network: Network, batches: list[Batch], recipe: Recipe, plan: Plan, work: Work, progress: Progress,
+    allocates: bool,
+) -> Survey:  # fmt: skip
     file = work.folder / "survey.bin"
     if file.exists():
         return Survey.unpack(load_file(file))
-    gradients = recipe.calibration.token_importance and network.blocks != [""]
+    gradients = (recipe.calibration.token_importance or allocates) and network.blocks != [""]
     norm = plan.gradient_norm
     directions = (2 if gradients else 1) + (2 if norm else 0)
     if not batches:

@@ -79,6 +79,12 @@ def plan_tables(plan: Plan) -> list[Any]:
     return [tensors, files, *ties, *plan.notes, total]
 
 
+def reach_line(smallest: int, largest: int, target: int | None) -> str:
+    """What widths per tensor allow, and whether a target lies there."""
+    verdict = "" if target is None else f"; {size(target)} can be reached"
+    return f"with a width for each tensor: {size(smallest)} to {size(largest)}, about{verdict}"
+
+
 def recipes_table(recipes: Sequence[Recipe]) -> Table:
     """All recipes, one row each."""
     made = table("recipe", "what it does", "needs")
@@ -127,6 +133,13 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
             beside = (report.get("original_speed") or {}) if section == "speed" else found
             original = beside.get(before) if before else None
             made.add_row(label, "" if original is None else f"{original:.4g}", f"{found[after]:.4g}")
+    allocation = report.get("allocation") or {}
+    if allocation.get("target_size"):
+        made.add_row("size, target", "", size(allocation["target_size"]))
+    if allocation:
+        made.add_row(f"loss of {allocation['kind']}, predicted", "", f"{allocation['predicted_loss']:.2%}")
+    if allocation.get("loss") is not None:
+        made.add_row(f"loss of {allocation['kind']}, measured", "", f"{allocation['loss']:.2%}")
     peaks = [((report.get(key) or {}).get("memory") or {}).get("peak_private") for key in ("original_speed", "speed")]
     if peaks[1]:
         made.add_row("memory in use, peak", size(peaks[0]) if peaks[0] else "", size(peaks[1]))

@@ -24,6 +24,8 @@ class RunOptions:
     eval      evaluation data; None: the built-in sample's other part
     sets      "section.key=value", over the recipe
     mode      how the graph is written: default, standard (DequantizeLinear) or compat (older onnxruntimes)
+    target_size   bytes of all files, which an allocation of widths stays below, within 1 %
+    max_loss      a gate on the loss of quality; without target_size also what widths are allocated for
     resume    go on with the blocks of an interrupted run
     force     replace an artifact that is already there
     """
@@ -39,6 +41,8 @@ class RunOptions:
     sets: tuple[str, ...] = ()
     mode: Mode = "default"
     seed: int = 0
+    target_size: int | None = None
+    max_loss: float | None = None
     resume: bool = False
     force: bool = False
     progress: Progress | None = None
@@ -46,6 +50,11 @@ class RunOptions:
     def with_progress(self, progress: Progress) -> RunOptions:
         """The same, reporting to `progress`."""
         return replace(self, progress=progress)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether widths are allocated per tensor."""
+        return self.target_size is not None or self.max_loss is not None
 
     @property
     def directory(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -115,6 +116,13 @@ def test_learning_beats_rounding_to_nearest_and_its_start(bits, settings):
     assert after < 0.8 * nearest
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_it_beats_error_feedback(bits):
+    feedback = error(encoded(bits=bits, steps=0))
+    assert error(encoded(bits=bits)) < 0.95 * feedback
+    assert error(encoded(bits=bits, learn=["rounding", "scale"])) < 0.9 * feedback
+
+
 def test_descent_by_the_definition():
     """One column at a time to the grid point of least loss, in float64 and by trying every point."""
     weight, hessian = pico.correlated(5, 24, seed=3)
@@ -207,3 +215,36 @@ def test_a_block_learns_in_a_run(tmp_path, optimizer):
     assert any(entry["flipped_fraction"] > 0 for entry in learning)
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(decoded[0][name].decode(), decoded[1][name].decode())
+
+
+def test_convolutions_learn_in_a_run(tmp_path, monkeypatch):
+    """The recipe cnn-4bit on a network with depthwise convolutions: nearer to the original than rounding to nearest."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for name, n in (("calibration", 24), ("evaluation", 40)):
+        np.savez(f"{name}.npz", image=generator.standard_normal((n, 3, 12, 12)).astype(np.float32))
+    pico.write_state_dict(pico.ResNet, tmp_path / "model.pt")
+    errors = []
+    for steps in (0, 4):
+        sets = (
+            "calibration.samples=24",
+            "calibration.correct_means=false",
+            "rounding.bits=3",
+            f"rounding.steps={steps}",
+        )
+        if not steps:
+            sets += ("rounding.start=nearest",)
+        artifact = run(
+            RunOptions(
+                model="model.pt",
+                recipe="cnn-4bit",
+                arch="tests.pico:ResNet",
+                data="calibration.npz",
+                eval="evaluation.npz",
+                output=tmp_path / f"out{steps}",
+                sets=sets,
+            )
+        )
+        assert artifact.report["proof"]["exact"]["max_relative_error"] < 1e-3
+        errors.append(artifact.report["quality"]["mean_relative_error"])
+    assert errors[1] < 0.8 * errors[0]

@@ -1,0 +1,256 @@
+"""Mixed precision: a width for every tensor, so that the network loses least within a budget of bytes.
+
+Costs come from `sensitivity`, the exact choice from `ops.allocation`, and the file that it makes is weighed before
+anything is encoded: the weights are known to the byte, and the graph is written without them. What was chosen lies in
+the run's working folder, so that an interrupted run goes on with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.core.options import RunOptions
+from compressor.core.spec import AffineSpec, CodebookSpec, SparseSpec, Spec
+from compressor.encode import Work
+from compressor.export.planned import planned_bytes
+from compressor.graph.blocks import layers, layout_of
+from compressor.ladder import Ladder, Option
+from compressor.losses import Curve, Judged, Kind, judged, outputs, probe
+from compressor.ops.allocation import Frontier, frontier
+from compressor.plan import Plan
+from compressor.progress import Progress
+from compressor.recipe import load_pass
+from compressor.samples import Samples
+from compressor.sensitivity import Errors, fisher_factors, has_fisher, tensor_errors
+from compressor.streaming import Batch, Network
+from compressor.survey import Survey
+
+WORDS: dict[Kind, str] = {
+    "perplexity": "rise of perplexity", "cosine": "loss of cosine", "accuracy": "share of changed classes",
+}  # fmt: skip
+UNITS = 25_000
+"""Of a budget: sizes are rounded up to one of them."""
+_ROUNDS = 4
+_LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01)
+"""Of the largest cost, at which the loss is measured with noise."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an allocation aims at; with both it is the size, and the loss is a gate.
+
+    size   bytes of all files; None: as few as the loss allows
+    loss   the largest, of the network's `kind`
+    kind   see `losses.Kind`
+    logits   whether the outputs are those of classes
+    """
+
+    size: int | None
+    loss: float | None
+    kind: Kind
+    logits: bool = False
+
+
+def target_of(options: RunOptions, family: str, samples: Samples) -> Target:
+    """What the options ask of a network of this family."""
+    kinds: dict[str, Kind] = {"decoder": "perplexity", "encoder": "cosine"}
+    labelled = any(getattr(source, "labels", None) is not None for source in (samples.calibration, samples.evaluation))
+    return Target(options.target_size, options.max_loss, kinds.get(family, "accuracy"), labelled)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The plan with the chosen widths, and what compression.json says of it."""
+
+    plan: Plan
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each option of each tensor costs, how it was found, and the loss of a sum of them."""
+
+    importance: str
+    of: dict[str, tuple[float, ...]]
+    curve: Curve
+
+
+def allocate(
+    checkpoint: Any, batches: list[Batch], survey: Survey, ladder: Ladder, target: Target, work: Work,
+    progress: Progress,
+) -> Allocation:  # fmt: skip
+    """Chooses a width for every tensor that a pass encodes."""
+    file = work.folder / "allocation.json"
+    if not file.exists():
+        costs = find_costs(checkpoint, batches, survey, ladder, target, work, progress)
+        chosen = _choose(checkpoint, batches, ladder, target, costs)
+        report = _report(ladder, chosen, costs, target)
+        report["expected_bytes"] = _weighed(checkpoint, batches, ladder)(ladder.plan_of(_options(ladder, chosen)))
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps({"chosen": chosen, "report": report}))
+        partial.rename(file)
+    stored = json.loads(file.read_text())
+    return Allocation(ladder.plan_of(_options(ladder, stored["chosen"])), stored["report"])
+
+
+def find_costs(
+    checkpoint: Any, batches: list[Batch], survey: Survey, ladder: Ladder, target: Target, work: Work,
+    progress: Progress,
+) -> Costs:  # fmt: skip
+    """Costs of every option, and what they come to."""
+    network = Network(checkpoint)
+    with progress.task("comparing widths", len(network.blocks) + 1) as task:
+        errors = tensor_errors(network, batches, ladder.options, survey, work, lambda note: task.advance(note=note))
+    few = probe(batches, target.kind)
+    wanted = list(outputs(checkpoint, few, {}))
+
+    def loss(changed: dict[str, Callable[[], Tensor]]) -> Judged:
+        return judged(target.kind, wanted, list(outputs(checkpoint, few, changed)), target.logits)
+
+    if has_fisher(network, survey):
+        importance, factors = "fisher", fisher_factors(network, errors, survey)
+    else:
+        importance, factors = "measured", {}
+        with progress.task("measuring importance", len(errors)) as task:
+            for name, found in errors.items():
+                rise = loss({name: _quantised(checkpoint, network, name, found.probe, work)}).rise
+                factors[name] = rise / max(found.quick, 1e-30)
+                task.advance(note=name)
+    of = {name: tuple(factors[name] * each for each in found.options) for name, found in errors.items()}
+    with progress.task("measuring what costs come to", len(_LEVELS)) as task:
+        curve = _curve(checkpoint, of, errors, factors, work, loss, task.advance)
+    return Costs(importance, of, curve)
+
+
+def _quantised(checkpoint: Any, network: Network, name: str, option: Option, work: Work) -> Callable[[], Tensor]:
+    """A tensor as a quick pass stores it."""
+    layout = layout_of(layers(network.module)[name])
+    assert layout is not None
+
+    def change() -> Tensor:
+        weight = layout.matrix(checkpoint.read(name).float())
+        encoding = load_pass(option.method.quick()).encode(weight, torch.eye(weight.shape[1]), work.generator(name))
+        return layout.tensor(encoding.decode())
+
+    return change
+
+
+def _curve(
+    checkpoint: Any, costs: dict[str, tuple[float, ...]], errors: dict[str, Errors], factors: dict[str, float],
+    work: Work, loss: Callable[[dict[str, Callable[[], Tensor]]], Judged], advance: Callable[[], None],
+) -> Curve:  # fmt: skip
+    """The loss with white noise in all tensors, each at its share of a sum of costs."""
+    shares = {name: each[len(each) // 2] for name, each in costs.items()}
+    largest, total = sum(max(each) for each in costs.values()), max(sum(shares.values()), 1e-30)
+
+    def noisy(name: str, level: float) -> Callable[[], Tensor]:
+        variance = level * largest * shares[name] / total / max(factors[name] * errors[name].white, 1e-30)
+
+        def change() -> Tensor:
+            tensor = checkpoint.read(name).float()
+            return tensor + variance**0.5 * torch.randn(tensor.shape, generator=work.generator(f"noise {name}"))
+
+        return change
+
+    points = []
+    for level in _LEVELS if largest > 0 else ():
+        points.append((level * largest, loss({name: noisy(name, level) for name in costs}).promised))
+        advance()
+    return Curve(tuple(points))
+
+
+def _choose(checkpoint: Any, batches: list[Batch], ladder: Ladder, target: Target, costs: Costs) -> dict[str, int]:
+    """The number of each tensor's option."""
+    names = list(costs.of)
+    sizes = [[option.nbytes for option in ladder.options[name]] for name in names]
+    prices = [costs.of[name] for name in names]
+    base, most = sum(map(min, sizes)), sum(map(max, sizes))
+    rest = ladder.reach()[1] - most
+    budget = most if target.size is None else min(most, max(base, round(1.02 * target.size) - min(rest, 0)))
+    found = frontier(sizes, prices, budget, max(1, (budget - base) // UNITS))
+    if target.size is None:
+        assert target.loss is not None
+        chosen = found.smallest(costs.curve.cost(target.loss)) or found.within(most)
+        return dict(zip(names, chosen, strict=True))
+    weigh, shift = _weighed(checkpoint, batches, ladder), 0
+    for _ in range(_ROUNDS):
+        chosen = dict(zip(names, _land(found, names, ladder, target.size - shift, rest), strict=True))
+        plan = ladder.plan_of(_options(ladder, chosen))
+        due = weigh(plan) - plan.bytes_after
+        if due == shift:
+            break
+        fits, shift = plan.bytes_after + due <= target.size, due
+        if fits and plan.bytes_after + due >= 0.998 * target.size:
+            break
+    return chosen
+
+
+def _land(found: Frontier, names: list[str], ladder: Ladder, limit: int, rest: int) -> list[int]:
+    """The options of the largest budget whose plan has at most `limit` bytes."""
+    low, high, best = found.base, found.base + found.resolution * len(found.costs), found.within(found.base)
+    for guess in (limit - rest, *[None] * 20):
+        budget = (low + high) // 2 if guess is None else min(max(guess, low), high)
+        chosen = found.within(budget)
+        if ladder.plan_of(_options(ladder, dict(zip(names, chosen, strict=True)))).bytes_after <= limit:
+            low, best = budget, chosen
+        else:
+            high = budget
+        if high - low <= found.resolution:
+            break
+    return best
+
+
+def _weighed(checkpoint: Any, batches: list[Batch], ladder: Ladder) -> Callable[[Plan], int]:
+    """Bytes of a plan's artifact: exactly, where the graph can be written without its weights."""
+    kind = ladder.recipe.export.activations
+    if ladder.format != "onnx" or ladder.mode == "standard" or kind == "static_int8":
+        return lambda plan: plan.bytes_after
+    return lambda plan: planned_bytes(plan, checkpoint, ladder.mode, kind == "exact", batches)
+
+
+def _options(ladder: Ladder, chosen: dict[str, int]) -> dict[str, Option]:
+    return {name: ladder.options[name][at] for name, at in chosen.items()}
+
+
+def _report(ladder: Ladder, chosen: dict[str, int], costs: Costs, target: Target) -> dict[str, Any]:
+    options = _options(ladder, chosen)
+    cost = sum(costs.of[name][at] for name, at in chosen.items())
+    tensors = {
+        name: {"bits": bits_of(option.spec), "stored": option.spec.label, "bytes": option.nbytes,
+               "cost": costs.of[name][chosen[name]]}
+        for name, option in options.items()
+    }  # fmt: skip
+    return {
+        "target_size": target.size, "max_loss": target.loss, "kind": target.kind, "importance": costs.importance,
+        "cost": cost, "predicted_loss": costs.curve.loss(cost), "measured_costs": list(costs.curve.points),
+        "tensors": tensors,
+    }  # fmt: skip
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The choice in lines of text: tensors that are alike in all blocks on one, with how many have which width."""
+    rows: dict[str, Counter[str]] = {}
+    for name, entry in report["tensors"].items():
+        rows.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), Counter())[entry["stored"]] += 1
+    lines = [f"widths by {report['importance']} importance:"]
+    for name, counts in rows.items():
+        lines.append(f"  {name}: {', '.join(f'{n} × {stored}' for stored, n in sorted(counts.items()))}")
+    expected = f"about {report['expected_bytes'] / 1e6:,.2f} MB"
+    return "\n".join([*lines, f"  {expected}; predicted {WORDS[report['kind']]}: {report['predicted_loss']:.2%}"])
+
+
+def bits_of(spec: Spec) -> float:
+    """Of a code, per weight."""
+    if isinstance(spec, SparseSpec):
+        return bits_of(spec.inner)
+    if isinstance(spec, CodebookSpec):
+        return spec.width / spec.dim
+    return spec.bits if isinstance(spec, AffineSpec) else 32
