@@ -47,16 +47,16 @@ _LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01)
 class Target:
     """What an allocation aims at; with both it is the size, and the loss is a gate.
 
-    size   bytes of all files; None: as few as the loss allows
-    loss   the largest, of the network's `kind`
-    kind   see `losses.Kind`
-    logits   whether the outputs are those of classes
+    size       bytes of all files; None: as few as the loss allows
+    loss       the largest, of the network's `kind`
+    kind       see `losses.Kind`
+    labelled   whether the outputs are known to be logits of classes
     """
 
     size: int | None
     loss: float | None
     kind: Kind
-    logits: bool = False
+    labelled: bool = False
 
 
 def target_of(options: RunOptions, family: str, samples: Samples) -> Target:
@@ -101,6 +101,16 @@ def allocate(
     return Allocation(ladder.plan_of(_options(ladder, stored["chosen"])), stored["report"])
 
 
+def refuse_unreachable(checkpoint: Any, batches: list[Batch], ladder: Ladder, target: Target) -> None:
+    """Refuses a size beyond the ladder's ends, which are weighed where headers leave it open.
+
+    Raises:
+        UsageError: No choice of widths comes within 1 % below it.
+    """
+    if target.size is not None and not ladder.is_certain(target.size):
+        ladder.refuse_unreachable(target.size, _weighed(checkpoint, batches, ladder))
+
+
 def find_costs(
     checkpoint: Any, batches: list[Batch], survey: Survey, ladder: Ladder, target: Target, work: Work,
     progress: Progress,
@@ -113,7 +123,7 @@ def find_costs(
     wanted = list(outputs(checkpoint, few, {}))
 
     def loss(changed: dict[str, Callable[[], Tensor]]) -> Judged:
-        return judged(target.kind, wanted, list(outputs(checkpoint, few, changed)), target.logits)
+        return judged(target.kind, wanted, list(outputs(checkpoint, few, changed)), target.labelled)
 
     if has_fisher(network, survey):
         importance, factors = "fisher", fisher_factors(network, errors, survey)

@@ -79,8 +79,9 @@ def run(
                     "recipe; also calibration.KEY, embeddings.KEY, and so on. Repeatable.")] = None,
     target_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Give each tensor its own width, so that all "
                            "files stay below 60MB, say, within 1 %.")] = None,
-    max_loss: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 5%, say: rise of perplexity, loss of cosine "
-                        "or points of accuracy. The smallest artifact within it, or a gate beside --target-size.")] = None,
+    max_loss: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 5%, say: rise of perplexity, loss of "
+                        "cosine, or points of accuracy. Makes the smallest artifact that is predicted to keep it, and "
+                        "checks it as a gate; beside --target-size it is the gate alone.")] = None,
     standard: Annotated[bool, typer.Option("--standard", help="Standard ONNX operators only.")] = False,
     compat: Annotated[bool, typer.Option("--compat", help="A graph that older onnxruntimes run fast.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,

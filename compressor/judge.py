@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -115,16 +116,16 @@ def _counted(arrays: Iterable[np.ndarray], task: Any) -> Iterator[np.ndarray]:
 
 def promised(gates: Gates, target: Target) -> Gates:
     """The gates, and what a target promises of the loss: the stricter of both."""
-    if target.loss is None:
+    loss = target.loss
+    if loss is None:
         return gates
     if target.kind == "perplexity":
-        return gates.model_copy(update={"max_perplexity_ratio": min(1 + target.loss, gates.max_perplexity_ratio or 1e9)})
-    if target.kind == "cosine":
-        return gates.model_copy(update={"min_cosine": max(1 - target.loss, gates.min_cosine or 0.0)})
-    if target.logits:
+        return gates.model_copy(update={"max_perplexity_ratio": min(1 + loss, gates.max_perplexity_ratio or math.inf)})
+    if target.kind == "accuracy" and target.labelled:
         drop = 1.0 if gates.max_accuracy_drop is None else gates.max_accuracy_drop
-        return gates.model_copy(update={"max_accuracy_drop": min(target.loss, drop)})
-    return gates.model_copy(update={"min_agreement": max(1 - target.loss, gates.min_agreement or 0.0)})
+        return gates.model_copy(update={"max_accuracy_drop": min(loss, drop)})
+    least = "min_cosine" if target.kind == "cosine" else "min_agreement"
+    return gates.model_copy(update={least: max(1 - loss, getattr(gates, least) or 0.0)})
 
 
 def came_true(kind: Kind, quality: dict[str, Any] | None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from compressor.core.errors import UsageError
@@ -52,29 +52,41 @@ class Ladder:
             _with(tensor, chosen[tensor.name]) if tensor.name in chosen else tensor for tensor in self.plan.tensors
         )
         static = self.recipe.export.activations == "static_int8"
-        return replace(
-            self.plan, tensors=tensors, files=self.plan.files | model_files(tensors, self.plan.tied, self.format, static)
-        )
+        files = self.plan.files | model_files(tensors, self.plan.tied, self.format, static)
+        return replace(self.plan, tensors=tensors, files=files)
 
     def reach(self) -> tuple[int, int]:
         """Bytes of the smallest and of the largest artifact."""
-        ends = (
-            self.plan_of({name: options[at] for name, options in self.options.items()}).bytes_after for at in (0, -1)
+        smallest, largest = self.ends()
+        return smallest.bytes_after, largest.bytes_after
+
+    def ends(self) -> tuple[Plan, Plan]:
+        """The plans of the smallest and of the largest options."""
+        smallest, largest = (
+            self.plan_of({name: options[at] for name, options in self.options.items()}) for at in (0, -1)
         )
-        smallest, largest = ends
         return smallest, largest
 
-    def refuse_unreachable(self, target: int) -> None:
-        """Raises UsageError where no choice of widths comes within 1 % below `target` bytes."""
-        smallest, largest = self.reach()
-        if smallest <= target and largest >= 0.99 * target:
+    def refuse_unreachable(self, target: int, weigh: Callable[[Plan], int] | None = None) -> None:
+        """Raises UsageError where no choice of widths comes within 1 % below `target` bytes.
+
+        Without `weigh`, which tells a plan's bytes exactly, only where it is certain: the graph's bytes are estimated.
+        """
+        ends = self.ends()
+        smallest, largest = (plan.bytes_after if weigh is None else weigh(plan) for plan in ends)
+        graph = 0 if weigh else ends[0].files.get("model.onnx", 0)
+        if smallest - graph <= target and largest + graph >= 0.99 * target:
             return
-        what = "no choice of widths is so small" if target < smallest else "no choice of widths is so large"
         raise UsageError(
-            f"--target-size: {self.plan.recipe} brings {self.plan.model} to {smallest / 1e6:,.2f} … "
-            f"{largest / 1e6:,.2f} MB, every file counted; found {target / 1e6:,.2f} MB, and {what}; give a size "
-            "in this range, or another recipe"
+            f"--target-size: {self.plan.recipe} brings {self.plan.model} to {smallest / 1e6:,.3g} … "
+            f"{largest / 1e6:,.3g} MB{'' if weigh else ', about'}, every file counted; found {target / 1e6:,.3g} MB; "
+            "give a size in this range, or another recipe"
         )
+
+    def is_certain(self, target: int) -> bool:
+        """Whether `target` lies well within the range, however many bytes the graph takes."""
+        (smallest, largest), graph = self.reach(), self.plan.files.get("model.onnx", 0)
+        return smallest + graph <= target <= largest - 2 * graph
 
 
 def _options(tensor: PlannedTensor, format: str, mode: Mode, static: bool) -> tuple[Option, ...]:
@@ -87,7 +99,8 @@ def _options(tensor: PlannedTensor, format: str, mode: Mode, static: bool) -> tu
             continue
         option = Option(method, spec, _nbytes(replace(tensor, spec=spec), static, format))
         found.setdefault(str(spec.parts(*tensor.matrix)) + str(spec.describe(*tensor.matrix)), option)
-    found.setdefault("", Option(tensor.method, tensor.spec, _nbytes(tensor, static, format))) if not found else None
+    if not found:
+        return (Option(tensor.method, tensor.spec, _nbytes(tensor, static, format)),)
     return tuple(sorted(found.values(), key=lambda option: option.nbytes))
 
 
@@ -116,5 +129,3 @@ def _nbytes(tensor: PlannedTensor, static: bool, format: str) -> int:
 
 def _with(tensor: PlannedTensor, option: Option) -> PlannedTensor:
     return replace(tensor, method=option.method, spec=option.spec)
-
-

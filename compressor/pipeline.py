@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressor.allocate import Allocation, Target, allocate, summary, target_of
+from compressor.allocate import Allocation, Target, allocate, refuse_unreachable, summary, target_of
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import REPORT, Artifact, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
@@ -124,7 +124,7 @@ def run(options: RunOptions) -> Artifact:
             report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
         report["gates"] = {"passed": not failures, "failures": failures}
         _finish(partial, options, report, work, checkpoint, batches if recipe.evaluation.tokens else [])
-    except (CheckpointError, DataError):
+    except (CheckpointError, DataError, UsageError):
         if not (partial / WEIGHTS).exists():  # the input is at fault: there is nothing to resume
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -221,6 +221,8 @@ def _encode(
         written = _generated(checkpoint, recipe, work, network.fast, progress)
     if samples.calibration is not None:
         batches = calibration_batches(samples.calibration, recipe, work.folder.parent, options.seed, written)
+    if ladder is not None:
+        refuse_unreachable(checkpoint, batches, ladder, target)
     with clock.stage("survey"):
         found = _survey(network, batches, recipe, plan, work, progress, ladder is not None)
     allocation = None

@@ -15,7 +15,7 @@ from compressor.checkpoints.tokenizer import copied_size
 from compressor.core.errors import RecipeError
 from compressor.core.passes import Pass, Role
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
-from compressor.core.spec import AffineSpec, DenseSpec, Spec, sparse_spec
+from compressor.core.spec import DenseSpec, Spec, sparse_spec
 from compressor.recipe import Chosen, Recipe
 
 if TYPE_CHECKING:

@@ -83,7 +83,9 @@ def _outside(
     generator, head = work.generator(name), head_of(network.module)
     if not survey.scales or head is None:
         return _of_layer(module, None, options, generator)
-    weight = module.weight.data.float()
+    layout = layout_of(module)
+    assert layout is not None
+    weight = layout.matrix(module.weight.data.float())
     moment = survey.scales[""] * isinstance(module, nn.Embedding) * torch.eye(weight.shape[1])
     if head.weight is module.weight and survey.head_moment is not None:
         moment = moment + survey.head_moment

@@ -226,6 +226,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=groups, choices=groups)
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
+    import make_tables
+
     bench = Bench()
     results = read_results("pruning") or {"dense": bench.losses(None), "runs": {}}
     for run in runs():
@@ -240,12 +242,10 @@ def main() -> None:
             "cpu_seconds": spent, "losses": bench.losses(tensors),
         }  # fmt: skip
         write_results("pruning", results)
+        make_tables.main()
         figures = ", ".join(f"{perplexity(losses):.2f}" for losses in results["runs"][key]["losses"].values())
         print(f"{key}: {figures}; {spent} CPU-seconds", flush=True)
     print(pruning_table(results))
-    import make_tables
-
-    make_tables.main()
 
 
 if __name__ == "__main__":

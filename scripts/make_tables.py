@@ -18,6 +18,7 @@ from bench_gradients import gradients_table
 from bench_memory import memory_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
+from bench_rounding import rounding_table
 from bench_speed import speed_table
 from bench_vision import vision_table
 from measured import ROOT, markdown, number, read_results
@@ -26,7 +27,7 @@ from compressor.recipe import load_recipe
 from compressor.recipe_file import shipped_recipes
 
 PAGES = (
-    "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/runtime.md",
+    "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md", "docs/runtime.md",
     "docs/design.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -35,6 +36,7 @@ COMMANDS = {
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py DIR…",
     "memory": "scripts/bench_memory.py", "vision": "scripts/bench_vision.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
+    "rounding": "scripts/bench_rounding.py",
 }  # fmt: skip
 LLAMA_CPP = (
     ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
@@ -93,6 +95,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning": lambda: measured_table("pruning", pruning_table),
     "gradients": lambda: measured_table("gradients", gradients_table),
     "vision": lambda: measured_table("vision", vision_table),
+    "rounding": lambda: measured_table("rounding", rounding_table),
 }
 
 

@@ -19,7 +19,7 @@ from compressor.plan import Plan, header_bytes
 
 
 class PlannedTensors(EncodedTensors):
-    """Tensors that are described as a plan says, and not there; those that stay as they are come from the checkpoint."""
+    """Tensors described as a plan says, and not there; those that stay as they are come from the checkpoint."""
 
     def __init__(self, plan: Plan, checkpoint: Any) -> None:
         super().__init__([], plan.tied)
