@@ -124,7 +124,7 @@ def run(options: RunOptions) -> Artifact:
             report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
         report["gates"] = {"passed": not failures, "failures": failures}
         _finish(partial, options, report, work, checkpoint, batches if recipe.evaluation.tokens else [])
-    except (CheckpointError, DataError, UsageError):
+    except (CheckpointError, DataError):
         if not (partial / WEIGHTS).exists():  # the input is at fault: there is nothing to resume
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -222,7 +222,11 @@ def _encode(
     if samples.calibration is not None:
         batches = calibration_batches(samples.calibration, recipe, work.folder.parent, options.seed, written)
     if ladder is not None:
-        refuse_unreachable(checkpoint, batches, ladder, target)
+        try:
+            refuse_unreachable(checkpoint, batches, ladder, target)
+        except UsageError:
+            shutil.rmtree(work.folder.parent)  # nothing is in it yet
+            raise
     with clock.stage("survey"):
         found = _survey(network, batches, recipe, plan, work, progress, ladder is not None)
     allocation = None

@@ -1,0 +1,210 @@
+"""Mixed precision on pico models: widths per tensor, sizes that land, what is reported, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import compressor.evaluate.bench
+import compressor.pipeline
+from compressor.checkpoints import open_checkpoint
+from compressor.core.errors import DataError, GateFailed, UsageError
+from compressor.core.options import RunOptions
+from compressor.core.settings import AffineSettings, JlcmSettings, RoundingSettings
+from compressor.core.tensors import EncodedTensors
+from compressor.export.forms import refusal
+from compressor.ladder import Ladder
+from compressor.losses import Curve, judged
+from compressor.pipeline import run
+from compressor.plan import make_plan
+from compressor.recipe import load_recipe
+from tests import pico
+
+AFFINE = """
+passes: [{pass: affine, method: gptq, bits: 4, group: 16, zero: learned}]
+calibration: {tokens: 256, window: 32, samples: 24}
+embeddings: {bits: 4, group: 16}
+evaluation: {tokens: 96, window: 32}
+"""
+JLCM = AFFINE.replace("affine, method: gptq, bits: 4, group: 16, zero: learned", "jlcm, width: 4, dim: 2, group: 16")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
+    monkeypatch.setattr(compressor.pipeline, "bench_original", lambda *_: None)
+    (tmp_path / "affine.yaml").write_text(AFFINE)
+    (tmp_path / "jlcm.yaml").write_text(JLCM)
+    (tmp_path / "calibration.txt").write_text(pico.text(1))
+    (tmp_path / "evaluation.txt").write_text(pico.text(2))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return pico.llama(tmp_path_factory.mktemp("model") / "llama")
+
+
+def of_llama(model: Path, recipe: str = "affine.yaml", output: str = "out", **changes) -> RunOptions:
+    known = {"data": "calibration.txt", "eval": "evaluation.txt"}
+    return RunOptions(str(model), recipe, Path(output), **(known | changes))
+
+
+def of_network(folder: Path, **changes) -> RunOptions:
+    module = pico.write_state_dict(pico.ResNet, folder / "weights.pt")
+    x = np.random.default_rng(0).standard_normal((40, 3, 12, 12)).astype(np.float32)
+    with torch.no_grad():
+        labels = module(torch.from_numpy(x)).argmax(1).numpy()
+    np.savez(folder / "data.npz", x=x, labels=labels)
+    known = {"arch": "tests.pico:ResNet", "data": "data.npz", "output": Path("out")}
+    return RunOptions("weights.pt", "affine.yaml", **(known | changes))
+
+
+def reach(options: RunOptions) -> tuple[int, int]:
+    checkpoint = open_checkpoint(options.model, arch=options.arch)
+    checkpoint.check()
+    recipe = load_recipe(options.recipe)
+    return Ladder.of(make_plan(checkpoint, recipe), recipe, "onnx", "default").reach()
+
+
+def check_allocation(report: dict, directory: Path, target: int) -> dict:
+    """The size lies within the bar, and the report says what is in the file; returns the part about it."""
+    allocation, size = report["allocation"], report["size"]["bytes"]
+    assert 0.99 * target <= size <= target
+    assert allocation["expected_bytes"] == size
+    assert allocation["target_size"] == target
+    tensors = EncodedTensors([directory / "model.safetensors"])
+    for name, entry in allocation["tensors"].items():
+        found = tensors.describe(name)
+        assert entry["bits"] == (found["bits"] if found["kind"] == "affine" else found["width"] / found["dim"])
+    assert 0 <= allocation["predicted_loss"] < 1
+    return allocation
+
+
+@pytest.mark.parametrize("recipe", ["affine.yaml", "jlcm.yaml"])
+def test_a_language_model_lands_below_its_target(llama, recipe):
+    options = of_llama(llama, recipe)
+    smallest, largest = reach(options)
+    target = (smallest + largest) // 2
+    artifact = run(of_llama(llama, recipe, target_size=target))
+    allocation = check_allocation(artifact.report, artifact.directory, target)
+    assert allocation["importance"] == "fisher"
+    assert allocation["loss"] == pytest.approx(artifact.report["quality"]["ratio"] - 1)
+    assert len({entry["stored"] for entry in allocation["tensors"].values()}) > 1
+    costs = [cost for cost, _ in allocation["measured_costs"]]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_a_network_lands_below_its_target_by_measured_importance(folder):
+    options = of_network(folder)
+    smallest, largest = reach(options)
+    target = (2 * smallest + largest) // 3
+    artifact = run(of_network(folder, target_size=target))
+    allocation = check_allocation(artifact.report, artifact.directory, target)
+    assert allocation["importance"] == "measured"
+    quality = artifact.report["quality"]
+    assert allocation["loss"] == pytest.approx(quality["original_accuracy"] - quality["accuracy"])
+
+
+def test_the_same_target_gives_the_same_bytes_also_when_resumed(llama, monkeypatch):
+    target = sum(reach(of_llama(llama))) // 2
+    whole = run(of_llama(llama, output="whole", target_size=target)).directory
+    real = compressor.pipeline.encode_network
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compressor.pipeline, "encode_network", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(of_llama(llama, output="again", target_size=target))
+    monkeypatch.setattr(compressor.pipeline, "encode_network", real)
+    monkeypatch.setattr(compressor.allocate, "find_costs", None)
+    with pytest.raises(UsageError, match="belongs to another run"):
+        run(of_llama(llama, output="again", target_size=target + 1, resume=True))
+    again = run(of_llama(llama, output="again", target_size=target, resume=True)).directory
+    for name in ("model.safetensors", "model.onnx"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_smaller_loss_takes_more_bytes_and_is_a_gate(llama):
+    sizes = []
+    for share in (0.2, 0.02):
+        try:
+            report = run(of_llama(llama, output=f"out{share}", max_loss=share)).report
+        except GateFailed as error:
+            assert "the artifact is kept" in str(error)
+            report = compressor.pipeline.Artifact.open(Path(f"out{share}")).report
+        assert report["allocation"]["predicted_loss"] <= share
+        assert report["recipe"]["gates"]["max_perplexity_ratio"] == pytest.approx(1 + share)
+        sizes.append(report["size"]["bytes"])
+    assert sizes[0] < sizes[1]
+
+
+def test_a_loss_that_was_not_kept_fails(llama):
+    with pytest.raises(GateFailed, match="perplexity ratio is .* the gate is 1.00001"):
+        run(of_llama(llama, target_size=reach(of_llama(llama))[0] + 3000, max_loss=0.00001))
+
+
+@pytest.mark.parametrize(("target", "says"), [(1000, "found 0.001 MB"), (10**9, "found 1e\\+03 MB")])
+def test_what_cannot_be_reached_is_refused_with_the_range(llama, target, says):
+    with pytest.raises(UsageError, match=f"--target-size: affine brings .* to .* … .* MB.*{says}"):
+        run(of_llama(llama, target_size=target))
+    assert not list(Path().glob("out*"))
+
+
+def test_a_network_without_data_is_refused(folder):
+    (folder / "affine.yaml").write_text("passes: [{pass: affine}]")
+    with pytest.raises(DataError, match="give --data"):
+        run(of_network(folder, data=None, target_size=100_000))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [AffineSettings(bits=3), JlcmSettings(width=5, dim=2), RoundingSettings(bits=2, grid="codebook"),
+     RoundingSettings(group="row")],
+    ids=str,
+)  # fmt: skip
+def test_a_ladder_holds_the_pass_itself_and_other_widths(settings):
+    ladder = settings.ladder()
+    assert settings in ladder
+    assert len({step.spec_for("fc.weight", (256, 256), "linear").nbytes(256, 256) for step in ladder}) > 1
+    assert all(type(step) is type(settings) and type(step)(**step.model_dump()) == step for step in ladder)
+    for step in ladder:
+        assert refusal(step.spec_for("fc.weight", (256, 256), "linear").describe(256, 256), "matmul") is None
+        assert step.quick().spec_for("fc.weight", (256, 256), "linear") is not None
+
+
+def test_options_are_sorted_and_no_two_store_the_same(llama):
+    recipe = load_recipe("affine.yaml")
+    ladder = Ladder.of(make_plan(open_checkpoint(llama), recipe), recipe, "onnx", "default")
+    for options in ladder.options.values():
+        sizes = [option.nbytes for option in options]
+        assert sizes == sorted(sizes)
+        assert len({option.spec.label for option in options}) == len(options) > 4
+
+
+def test_a_curve_goes_through_its_points_and_back():
+    curve = Curve(((4.0, 0.5), (1.0, 0.1), (2.0, 0.08)))
+    assert [curve.loss(cost) for cost in (0, 0.5, 1, 2, 3, 8)] == pytest.approx([0, 0.05, 0.1, 0.1, 0.3, 1.0])
+    for loss in (0.05, 0.3, 0.6):
+        assert curve.loss(curve.cost(loss)) == pytest.approx(loss)
+    assert curve.cost(0.1) == pytest.approx(2.0)
+
+
+def test_losses_are_those_of_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    wanted, found = torch.randn(2, 70, 9, generator=generator), torch.randn(2, 70, 9, generator=generator)
+    p, q = wanted.double().softmax(-1), found.double().softmax(-1)
+    divergence = float((p * (p / q).log()).sum(-1).mean())
+    assert judged("perplexity", [wanted], [found], False).rise == pytest.approx(divergence)
+    assert judged("perplexity", [wanted], [found], False).promised == pytest.approx(np.exp(divergence) - 1)
+    pooled = [each.double().mean(1) for each in (wanted, found)]
+    cosine = [float(a @ b / a.norm() / b.norm()) for a, b in zip(*pooled, strict=True)]
+    assert judged("cosine", [wanted], [found], False).promised == pytest.approx(1 - np.mean(cosine))
+    a, b = wanted[0], found[0]
+    assert judged("accuracy", [a], [b], False).rise == pytest.approx(float((a - b).pow(2).sum() / a.pow(2).sum()))
+    assert judged("accuracy", [a], [a], True) == judged("cosine", [a], [a], True)
