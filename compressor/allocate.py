@@ -7,10 +7,12 @@ the run's working folder, so that an interrupted run goes on with it.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,8 @@ WORDS: dict[Kind, str] = {
 }  # fmt: skip
 UNITS = 25_000
 """Of a budget: sizes are rounded up to one of them."""
+_SMALL, _MENUS = 0.02, 8
+"""Where the graph has a larger share of the bytes, this many sets of widths are tried."""
 _ROUNDS = 4
 _LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Of the largest cost, at which the loss is measured with noise."""
@@ -179,51 +183,114 @@ def _curve(
 
 def _choose(checkpoint: Any, batches: list[Batch], ladder: Ladder, target: Target, costs: Costs) -> dict[str, int]:
     """The number of each tensor's option."""
-    names = list(costs.of)
-    sizes = [[option.nbytes for option in ladder.options[name]] for name in names]
-    prices = [costs.of[name] for name in names]
-    base, most = sum(map(min, sizes)), sum(map(max, sizes))
-    rest = ladder.reach()[1] - most
-    budget = most if target.size is None else min(most, max(base, round(1.02 * target.size) - min(rest, 0)))
-    found = frontier(sizes, prices, budget, max(1, (budget - base) // UNITS))
     if target.size is None:
         assert target.loss is not None
-        chosen = found.smallest(costs.curve.cost(target.loss)) or found.within(most)
-        return dict(zip(names, chosen, strict=True))
-    weigh, shift = _weighed(checkpoint, batches, ladder), 0
+        menu = Menu.of(ladder, costs, ladder.ends()[1].bytes_after)
+        found = menu.frontier.smallest(costs.curve.cost(target.loss)) or menu.frontier.within(math.inf)
+        return menu.chosen(found)
+    size, graph = target.size, ladder.plan.files.get("model.onnx", 0)
+    weigh = _weighed(checkpoint, batches, ladder)
+    widths = sorted({bits_of(option.spec) for options in ladder.options.values() for option in options})
+    allowed = [set(widths)]
+    if graph > _SMALL * size:  # what a width needs in the graph, once for all tensors, decides whether it is worth it
+        allowed = [set(part) for n in range(1, len(widths) + 1) for part in itertools.combinations(widths, n)]
+    menus = [Menu.of(ladder, costs, size + graph, part) for part in allowed]
+    best: _Weighed | None = None
+    for menu in sorted(menus, key=lambda menu: menu.frontier.costs[-1])[:_MENUS]:
+        if best is not None and best.close and menu.frontier.costs[-1] >= best.cost:
+            break
+        found = _closest(menu, ladder, size, weigh)
+        best = min((each for each in (best, found) if each is not None), key=lambda each: each.order, default=None)
+    if best is not None:
+        return best.chosen
+    return {name: 0 for name in costs.of}
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The tensors with some of their options, of some widths; `kept` are their numbers."""
+
+    kept: dict[str, list[int]]
+    frontier: Frontier
+    costs: Costs
+
+    @classmethod
+    def of(cls, ladder: Ladder, costs: Costs, size: int, widths: Collection[float] | None = None) -> Menu:
+        """For plans of up to `size` bytes."""
+        kept = {}
+        for name in costs.of:
+            options = ladder.options[name]
+            some = [at for at, each in enumerate(options) if widths is None or bits_of(each.spec) in widths]
+            kept[name] = some or list(range(len(options)))
+        sizes = [[ladder.options[name][at].nbytes for at in some] for name, some in kept.items()]
+        prices = [[costs.of[name][at] for at in some] for name, some in kept.items()]
+        base, most = sum(map(min, sizes)), sum(map(max, sizes))
+        rest = ladder.reach()[0] - sum(ladder.options[name][0].nbytes for name in costs.of)
+        budget = max(base, min(most, size - rest))
+        return cls(kept, frontier(sizes, prices, budget, max(1, (budget - base) // UNITS)), costs)
+
+    def chosen(self, found: list[int]) -> dict[str, int]:
+        """The options' numbers by tensor."""
+        return {name: some[at] for (name, some), at in zip(self.kept.items(), found, strict=True)}
+
+    def land(self, ladder: Ladder, limit: int) -> dict[str, int]:
+        """The cheapest choice whose plan has at most `limit` bytes; the smallest where none has."""
+        least, most = 0, len(self.frontier.costs) - 1
+        while least < most:
+            middle = (least + most + 1) // 2
+            chosen = self.chosen(self.frontier.within(self.frontier.base + middle * self.frontier.resolution))
+            fits = ladder.plan_of(_options(ladder, chosen)).bytes_after <= limit
+            least, most = (middle, most) if fits else (least, middle - 1)
+        return self.chosen(self.frontier.within(self.frontier.base + least * self.frontier.resolution))
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """A choice, what it costs, and whether it comes within 1 % below the target."""
+
+    chosen: dict[str, int]
+    cost: float
+    close: bool
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        return (not self.close, self.cost)
+
+
+def _closest(menu: Menu, ladder: Ladder, size: int, weigh: Callable[[Plan], int]) -> _Weighed | None:
+    """The cheapest choice of at most `size` bytes, in a few rounds: how far a plan is off shows when it is weighed."""
+    best: _Weighed | None = None
+    limit, low, high = size, 0, 2 * size
     for _ in range(_ROUNDS):
-        chosen = dict(zip(names, _land(found, names, ladder, target.size - shift, rest), strict=True))
-        plan = ladder.plan_of(_options(ladder, chosen))
-        due = weigh(plan) - plan.bytes_after
-        if due == shift:
-            break
-        fits, shift = plan.bytes_after + due <= target.size, due
-        if fits and plan.bytes_after + due >= 0.998 * target.size:
-            break
-    return chosen
-
-
-def _land(found: Frontier, names: list[str], ladder: Ladder, limit: int, rest: int) -> list[int]:
-    """The options of the largest budget whose plan has at most `limit` bytes."""
-    low, high, best = found.base, found.base + found.resolution * len(found.costs), found.within(found.base)
-    for guess in (limit - rest, *[None] * 20):
-        budget = (low + high) // 2 if guess is None else min(max(guess, low), high)
-        chosen = found.within(budget)
-        if ladder.plan_of(_options(ladder, dict(zip(names, chosen, strict=True)))).bytes_after <= limit:
-            low, best = budget, chosen
-        else:
-            high = budget
-        if high - low <= found.resolution:
+        chosen = menu.land(ladder, limit)
+        weight = weigh(ladder.plan_of(_options(ladder, chosen)))
+        cost = sum(menu.costs.of[name][at] for name, at in chosen.items())
+        if weight <= size:
+            found = _Weighed(chosen, cost, weight >= 0.99 * size)
+            best = found if best is None else min(best, found, key=lambda each: each.order)
+            if weight >= 0.998 * size or cost <= menu.frontier.costs[-1]:
+                break
+        low, high = (limit, high) if weight <= size else (low, limit)
+        limit += size - weight
+        if not low < limit < high:
+            limit = (low + high) // 2
+        if high - low < 0.0005 * size:
             break
     return best
 
 
 def _weighed(checkpoint: Any, batches: list[Batch], ladder: Ladder) -> Callable[[Plan], int]:
     """Bytes of a plan's artifact: exactly, where the graph can be written without its weights."""
-    kind = ladder.recipe.export.activations
+    kind, known = ladder.recipe.export.activations, {}
     if ladder.format != "onnx" or ladder.mode == "standard" or kind == "static_int8":
         return lambda plan: plan.bytes_after
-    return lambda plan: planned_bytes(plan, checkpoint, ladder.mode, kind == "exact", batches)
+
+    def weigh(plan: Plan) -> int:
+        if plan.tensors not in known:
+            known[plan.tensors] = planned_bytes(plan, checkpoint, ladder.mode, kind == "exact", batches)
+        return known[plan.tensors]
+
+    return weigh
 
 
 def _options(ladder: Ladder, chosen: dict[str, int]) -> dict[str, Option]:

@@ -13,6 +13,7 @@ of 512 tokens of each text. Calibration is the built-in sample, windows of 512 t
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def runs() -> list[Run]:
     ]
     found += [
         Run("alpha", f"p = {p}, α = {alpha}", {"p": p, "alpha": float(alpha), **HALF})
-        for p, alphas in ((1, (10, 30, 1000)), (2, (100, 1000))) for alpha in alphas
+        for p, alphas in ((1, (10, 1000)), (2, (100, 1000))) for alpha in alphas
     ]  # fmt: skip
     found.append(Run("alpha", "p = 1, α = 100, paper", {"variant": "paper", **HALF}))
     found += [
@@ -234,6 +235,7 @@ def main() -> None:
         key = f"{run.group}: {run.name}"
         if run.group not in arguments.only or (key in results["runs"] and not arguments.again):
             continue
+        gc.collect()  # the last run's files are still mapped
         began = time.process_time()
         tensors = bench.prune(run)
         spent = round(time.process_time() - began, 1)

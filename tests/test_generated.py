@@ -14,7 +14,14 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import DataError
 from compressor.data.text import Text
 from compressor.encode import Work
-from compressor.generated import WINDOWS_AT_ONCE, generated_tokens, sample_documents, start_token
+from compressor.generated import (
+    WINDOWS_AT_ONCE,
+    SingleQueries,
+    attend,
+    generated_tokens,
+    sample_documents,
+    start_token,
+)
 from compressor.recipe import Calibration, Distill, Recipe, load_recipe
 from compressor.samples import calibration_batches, learning_batches, n_generated
 from tests import pico
@@ -56,6 +63,41 @@ def test_documents_are_drawn_from_the_networks_own_distribution(llama):
     with torch.no_grad():
         assert found.tolist() == naive_documents(module, 3, 4, 7, torch.Generator().manual_seed(1))
     assert len(set(map(tuple, found.tolist()))) == 4
+
+
+@pytest.mark.parametrize(("heads", "shared", "scale"), [(6, 6, None), (6, 2, None), (3, 1, 0.2)])
+def test_attention_of_one_query_is_the_definition(heads, shared, scale):
+    random = torch.Generator().manual_seed(2)
+    query = torch.randn(2, heads, 1, 5, generator=random)
+    keys, values = torch.randn(2, shared, 7, 5, generator=random), torch.randn(2, shared, 7, 3, generator=random)
+    found = attend(query, keys, values, scale)
+    for i, h in itertools.product(range(2), range(heads)):
+        mine = keys[i, h * shared // heads].double(), values[i, h * shared // heads].double()
+        weights = [math.exp(float(query[i, h, 0].double() @ key) * (scale or 5**-0.5)) for key in mine[0]]
+        wanted = sum(weight * value for weight, value in zip(weights, mine[1], strict=True)) / sum(weights)
+        torch.testing.assert_close(found[i, h, 0].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_only_one_query_without_a_mask_is_attended_to_otherwise(monkeypatch):
+    calls = []
+    monkeypatch.setattr("compressor.generated.attend", lambda *args, **kwargs: calls.append(kwargs) or attend(*args))
+    one, two = torch.ones(1, 2, 1, 4), torch.ones(1, 2, 2, 4)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with SingleQueries():
+        attention(two, two, two, is_causal=True)
+        attention(one, two, two, attn_mask=torch.ones(1, 1, 1, 2, dtype=torch.bool))
+        assert not calls
+        attention(one, two, two, scale=0.5)
+    attention(one, two, two)
+    assert calls == [{"scale": 0.5}]
+
+
+def test_the_networks_own_attention_is_replaced(llama, monkeypatch):
+    calls = []
+    monkeypatch.setattr("compressor.generated.attend", lambda *args, **kwargs: calls.append(1) or attend(*args))
+    module = AutoModelForCausalLM.from_pretrained(llama).eval()
+    sample_documents(module, 3, 2, 5, torch.Generator().manual_seed(1))
+    assert len(calls) == 5 * module.config.num_hidden_layers
 
 
 def test_the_same_seed_draws_the_same_text_whatever_the_global_seed(llama, tmp_path):

@@ -153,5 +153,5 @@ def detached(value: Any) -> Any:
 
 def fast_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices in hardware, so that sweeps may compute in it."""
-    capable = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return bool(capable())
+    queries = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, query, lambda: False)()) for query in queries)

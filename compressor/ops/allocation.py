@@ -37,7 +37,7 @@ class Frontier:
         """
         if budget < self.base:
             raise ValueError(f"budget of {budget:.0f} bytes: the smallest options take {self.base}")
-        return self._choice(min(int((budget - self.base) // self.resolution), len(self.costs) - 1))
+        return self._choice(int(min((budget - self.base) // self.resolution, len(self.costs) - 1)))
 
     def smallest(self, cost: float) -> list[int] | None:
         """The options of the smallest budget whose cost is at most `cost`; None where there is none."""
