@@ -88,7 +88,7 @@ class SingleQueries(TorchFunctionMode):
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale·qKᵀ)·V of query (batch, heads, 1, width), keys and values (batch, fewer or as many heads, n, width).
+    """softmax(scale·qKᵀ)·V of query (batch, heads, 1, width), keys and values (batch, fewer or as many heads, n, width)
 
     Heads in a row share keys and values. The scale is 1/√width if it is None.
     """

@@ -27,7 +27,8 @@ from compressor.recipe import load_recipe
 from compressor.recipe_file import shipped_recipes
 
 PAGES = (
-    "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md", "docs/runtime.md",
+    "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
+    "docs/runtime.md",
     "docs/design.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
