@@ -18,7 +18,7 @@ from compressor.ops.error_feedback import inverse_factor
 from compressor.ops.grids import code
 from compressor.ops.uniform import Grid
 
-_ROWS = 8192
+_VALUES = 8192 * 576
 """Encoded at a time: tables have many rows, and every step holds several copies of them."""
 
 
@@ -53,13 +53,16 @@ class Affine(AffineSettings):
         factor = None
         if self.method == "gptq" and hessian is not None:
             padding = -columns % group
-            factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)), self.damping)
+            factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)) if padding else hessian,
+                                    self.damping)
         grid = Grid(self.bits, group, self.zero, self.scale_bits, self._refine if self.method == "hqq" else None)
-        masks = [None] * -(-n_rows // _ROWS) if mask is None else mask.split(_ROWS)
-        found = [grid.fit(rows, kept, factor) for rows, kept in zip(weight.split(_ROWS), masks, strict=True)]
-        codes, scale, zero, top = (
-            torch.cat([getattr(part, name) for part in found]) for name in ("codes", "scale", "zero", "top")
-        )
+        at_once = max(1, _VALUES // columns)
+        masks = [None] * -(-n_rows // at_once) if mask is None else mask.split(at_once)
+        found = []
+        for rows, kept in zip(weight.split(at_once), masks, strict=True):
+            fitted = grid.fit(rows, kept, factor)
+            found.append((fitted.codes, fitted.scale, fitted.zero, fitted.top))  # without `due`, as large as the weight
+        codes, scale, zero, top = (torch.cat(parts) for parts in zip(*found, strict=True))
         point: float | Tensor = float(zero[0, 0]) if self.zero != "learned" else zero.int()
         stored = Scales.of(scale)
         if self.scale_bits == 8:

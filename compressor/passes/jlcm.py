@@ -104,8 +104,10 @@ class Jlcm(JlcmSettings):
         n_rows, columns = weight.shape
         group = group_columns(self.group, columns, self.dim)
         padding = -columns % group
-        weight = torch.nn.functional.pad(weight.float(), (0, padding))
-        hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+        weight = weight.float()
+        if padding:  # pad copies even by nothing, and Hessians are large
+            weight = torch.nn.functional.pad(weight, (0, padding))
+            hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
         kept = None if mask is None else torch.nn.functional.pad(mask, (0, padding), value=True)
         resolution = start(self.width, self.dim)[1] if mask is None else _PRUNED_RESOLUTION
         scales = Scales.of(group_scales(weight[:, :columns], group, resolution), self.scale_bits)
