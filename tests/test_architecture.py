@@ -25,7 +25,7 @@ LAYERS = (
     ("export", "passes"),
     ("plan", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),
-    ("progress",),
+    ("progress", "inference"),
     ("core",),
     ("ops",),
 )

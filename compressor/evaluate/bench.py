@@ -8,16 +8,14 @@ None elsewhere.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import compressor
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.session import graph_path
+from compressor.inference import process_of
 
 NOT_NEEDED = ("compression.json", "report.html")
 POLL_SECONDS = 0.01
@@ -50,10 +48,8 @@ def bench(
     settings = {
         "path": str(graph), "threads": threads, "prompt": prompt, "new": new, "prefill": prefill, "repeats": repeats,
     }  # fmt: skip
-    package = str(Path(compressor.__file__).resolve().parents[1])
-    paths = [package, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [sys.executable, "-m", "compressor.evaluate.bench_process", json.dumps(settings)]
+    command, environment = process_of("compressor.evaluate.bench_process")
+    command.append(json.dumps(settings))
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peak = 0
     try:
