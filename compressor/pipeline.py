@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import hashlib
 import json
 import platform
@@ -28,6 +29,7 @@ from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import REPORT, Artifact, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, ResourceError, UsageError
+from compressor.core.memory import give_back
 from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
@@ -76,6 +78,8 @@ class _Stage:
     def __exit__(self, *_: object) -> None:
         spent = {"cpu_seconds": time.process_time() - self.cpu, "seconds": time.monotonic() - self.wall}
         self.clock.stages[self.name] = {key: round(value, 2) for key, value in spent.items()}
+        gc.collect()  # networks hold themselves in cycles
+        give_back()
 
 
 def run(options: RunOptions) -> Artifact:

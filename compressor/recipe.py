@@ -49,6 +49,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+TOKENS_PER_BATCH = 2048
+
+
 class Calibration(_Section):
     """The text, or the samples, that passes learn from.
 

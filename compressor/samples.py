@@ -19,10 +19,9 @@ from compressor.data.arrays import Arrays
 from compressor.data.disjoint import check_disjoint
 from compressor.data.text import Text
 from compressor.data.tokens import encode_sentences, tokenize, windows
-from compressor.recipe import Recipe
+from compressor.recipe import TOKENS_PER_BATCH, Recipe
 from compressor.streaming import Batch, as_batch
 
-TOKENS_PER_BATCH = 2048
 EXAMPLES_PER_BATCH = 32
 VALUES_PER_BATCH = 2**20
 """Of one input: a few images at a time are several times faster than many, since memory is used again."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from compressor.core.memory import give_back
 from compressor.core.encoding import Affine, Codebook, Scales
 from compressor.core.tensors import EncodedTensor
 
@@ -270,12 +271,15 @@ def distill(
             outputs.append(table)
             gradients.append(found.to_table.to(dtype))
         torch.autograd.backward(outputs, gradients)
+        loss = found.loss
+        del weights, hidden, table, rows, found, outputs, gradients  # before the next step makes its own
         optimiser.step()
         optimiser.zero_grad()
         for learned in student.learned.values():
             learned.move()
-        running, count = running + found.loss, count + 1
-        advance(f"KL {found.loss:.3f}")
+        give_back()
+        running, count = running + loss, count + 1
+        advance(f"KL {loss:.3f}")
         if count == 10 or step == steps - 1:
             yield {"step": step + 1, "kl": running / count, "flipped_fraction": student.flipped_fraction}
             running, count = 0.0, 0

@@ -166,21 +166,29 @@ def main() -> None:
     parser.add_argument("--recipe", default="llm-2bit-fast")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--plan", action="store_true", help="only the plan's figures again, of what has been measured")
     parser.add_argument("--set", action="append", default=[], dest="sets")
     arguments = parser.parse_args()
     source, sets = make_model(arguments.layers), [*SETS, *arguments.sets]
     target = cached("memory") / arguments.recipe
     plan = make_plan(open_checkpoint(source), load_recipe(arguments.recipe, sets))
+    planned = {"planned_memory": plan.peak_memory, "planned_bytes": plan.bytes_after}
+    if arguments.plan:
+        return record(arguments.recipe, read_results("memory")[arguments.recipe] | planned)
     command = [sys.executable, "-m", "compressor", str(source), "--recipe", arguments.recipe, "-o", str(target)]
     command += ["--force", *(part for setting in sets for part in ("--set", setting))]
     found = watch(command, {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
     written = size(target)["bytes"]
     shutil.rmtree(target)
-    entry = {**found, "planned_memory": plan.peak_memory, "bytes": written, "planned_bytes": plan.bytes_after}
+    entry = {**found, "bytes": written, **planned}
     print(memory_table({arguments.recipe: entry}))
-    if arguments.layers != LAYERS:
-        return
-    write_results("memory", read_results("memory") | {arguments.recipe: entry})
+    if arguments.layers == LAYERS:
+        record(arguments.recipe, entry)
+
+
+def record(recipe: str, entry: dict[str, Any]) -> None:
+    """Into docs/measured, and from there into the pages."""
+    write_results("memory", read_results("memory") | {recipe: entry})
     import make_tables
 
     make_tables.main()

@@ -23,7 +23,7 @@ LAYERS = (
     ("report", "evaluate"),
     ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming", "workers"),
     ("export", "passes"),
-    ("plan", "recipe", "recipe_file"),
+    ("plan", "footprint", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),
     ("progress", "inference"),
     ("core",),
