@@ -11,22 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.core.errors import ResourceError
 from compressor.core.roles import block_of
 from compressor.core.spec import CodebookSpec
-from compressor.recipe import TOKENS_PER_BATCH, Recipe
+from compressor.recipe import TOKENS_PER_BATCH, WINDOWS_AT_ONCE, Recipe, learning_window
 
 if TYPE_CHECKING:
-    from compressor.plan import PlannedTensor
+    from compressor.plan import Plan, PlannedTensor
 
 BASE = 400_000_000
 """Python, torch and transformers, imported; the texts."""
 FLOAT = 4
-_CHUNKS = 170_000_000
-"""What encoding holds of a table's rows, some at a time."""
+_CHUNK, _COPIES = 8192 * 576, 9
+"""Values of a table that are encoded at a time, and arrays of that many floats meanwhile."""
 _POSITIONS = 512
 """Whose logits are held at a time, in four arrays."""
 _SAVED = 3.5
-"""Values that a backward pass keeps per output of a linear: that output, its neighbours, what norms computed in floats."""
+"""Values that a backward pass keeps per output of a linear: it, its neighbours, what norms computed in floats."""
 _MATRICES = 5
 """Of a layer's size, while it is encoded: weight, what is left of it, chosen values, points, decoded."""
 
@@ -38,9 +39,38 @@ def peak_memory(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe
     states = FLOAT * width * recipe.calibration.tokens
     kept = 4 if _learns_blocks(recipe) else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
     peak = max(stages) + kept * states
-    if recipe.distill.steps and any(block_of(tensor.name) for tensor in tensors):
-        peak = max(peak, _distillation(tensors, width, recipe))
+    if any(block_of(tensor.name) for tensor in tensors):
+        if recipe.distill.steps:
+            peak = max(peak, _distillation(tensors, width, recipe))
+        if recipe.calibration.generated or (recipe.distill.steps and recipe.distill.generated):
+            peak = max(peak, _generation(tensors, config, width, recipe))
     return BASE + int(peak)
+
+
+def refuse_beyond(limit: int, plan: Plan, config: dict[str, Any], recipe: Recipe) -> None:
+    """Raises ResourceError where the plan's peak memory exceeds `limit` bytes, and says what would stay within it."""
+    if plan.peak_memory <= limit:
+        return
+    tried: list[str] = []
+    least = plan.peak_memory
+    for section, key, value in (
+        ("distill", "steps", 0), ("calibration", "tokens", max(TOKENS_PER_BATCH, recipe.calibration.tokens // 4)),
+        ("calibration", "generated", 0.0), ("calibration", "token_importance", False),
+    ):  # fmt: skip
+        changed = getattr(recipe, section).model_copy(update={key: value})
+        candidate = recipe.model_copy(update={section: changed})
+        found = peak_memory(plan.tensors, config, candidate)
+        if found < least:
+            tried.append(f"--set {section}.{key}={str(value).lower()}")
+            recipe, least = candidate, found
+        if least <= limit:
+            break
+    advice = f"about {least / 1e9:.2g} GB with {' '.join(tried)}" if tried else "no setting lowers that"
+    more = "" if least <= limit else "; for less give another recipe, a smaller model or a higher --max-ram"
+    raise ResourceError(
+        f"--max-ram: {plan.recipe} needs about {plan.peak_memory / 1e9:.2g} GB for {plan.model}; found "
+        f"{limit / 1e9:.2g} GB; {advice}{more}"
+    )
 
 
 def _count(tensors: Sequence[PlannedTensor]) -> int:
@@ -58,7 +88,7 @@ def _wants_gradients(recipe: Recipe) -> bool:
 def _tables(tensors: Sequence[PlannedTensor]) -> float:
     """The largest table while it is encoded: as it is, its codes, decoded to be checked."""
     largest = max((_count([tensor]) for tensor in tensors if tensor.role == "embedding"), default=0)
-    return (2 * FLOAT + 1) * largest + (_CHUNKS if largest else 0)
+    return (2 * FLOAT + 1) * largest + _COPIES * FLOAT * min(largest, _CHUNK)
 
 
 def _outside(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
@@ -113,6 +143,17 @@ def _distillation(tensors: Sequence[PlannedTensor], width: int, recipe: Recipe) 
     logits = 4 * FLOAT * _POSITIONS * max((tensor.shape[0] for tensor in tables), default=0)
     given = 2 * width * recipe.distill.tokens
     return resident + _activations(layers, size) + logits + given
+
+
+def _generation(tensors: Sequence[PlannedTensor], config: dict[str, Any], width: int, recipe: Recipe) -> float:
+    """The whole original, with the keys and values of what it writes at once, and the logits of a token."""
+    size = 2 if multiplies_bfloat16() else FLOAT
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    cached = int(config.get("num_key_value_heads") or heads) * int(config.get("head_dim") or width // heads)
+    layers = len({block_of(tensor.name) for tensor in tensors} - {""})
+    cache = 2 * size * layers * cached * WINDOWS_AT_ONCE * learning_window(recipe)
+    vocabulary = max((tensor.shape[0] for tensor in tensors if tensor.role == "embedding"), default=0)
+    return sum(tensor.bytes_before for tensor in tensors) + cache + 3 * FLOAT * WINDOWS_AT_ONCE * vocabulary
 
 
 def _open_bytes(tensor: PlannedTensor, recipe: Recipe) -> float:

@@ -1,6 +1,6 @@
 """onnxruntime's sessions: in this process, or for large weights in one of their own.
 
-While it folds and packs weights onnxruntime needs several times their bytes, and what it frees stays with its allocator.
+While it folds and packs weights onnxruntime needs several times their bytes; what it frees stays with its allocator.
 In a process of its own that adds nothing to the run's memory, and all of it goes back at the end. Never imports torch.
 """
 

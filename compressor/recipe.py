@@ -50,6 +50,8 @@ class _Section(BaseModel):
 
 
 TOKENS_PER_BATCH = 2048
+WINDOWS_AT_ONCE = 128
+"""Documents that the original writes side by side."""
 
 
 class Calibration(_Section):
@@ -225,6 +227,11 @@ class Recipe(BaseModel):
         ]
         head = {"name": self.name, "description": self.description, "needs": self.needs, "passes": steps}
         return head | {section: getattr(self, section).model_dump() for section in SECTIONS}
+
+
+def learning_window(recipe: Recipe) -> int:
+    """Half the calibration's window, for gradient steps: attention costs least so."""
+    return max(16, recipe.calibration.window // 2)
 
 
 def load_recipe(name: str | Path, sets: Iterable[str] = ()) -> Recipe:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from compressor.core.memory import give_back
 from compressor.core.encoding import Affine, Codebook, Scales
+from compressor.core.memory import give_back
 from compressor.core.tensors import EncodedTensor
 
 _POSITIONS = 512

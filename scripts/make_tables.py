@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_gradients import gradients_table
+from bench_loading import loading_table
 from bench_memory import memory_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
@@ -35,7 +36,7 @@ MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "quality": "scripts/bench_quality.py artifacts DIR…", "baselines": "scripts/bench_quality.py baselines",
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py DIR…",
-    "memory": "scripts/bench_memory.py", "vision": "scripts/bench_vision.py",
+    "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py",
 }  # fmt: skip
@@ -93,6 +94,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: measured_table("steps", steps_table),
     "speed": lambda: measured_table("speed", speed_table),
     "memory": lambda: measured_table("memory", memory_table),
+    "loading": lambda: measured_table("loading", loading_table),
     "pruning": lambda: measured_table("pruning", pruning_table),
     "gradients": lambda: measured_table("gradients", gradients_table),
     "vision": lambda: measured_table("vision", vision_table),

@@ -53,8 +53,9 @@ class Affine(AffineSettings):
         factor = None
         if self.method == "gptq" and hessian is not None:
             padding = -columns % group
-            factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)) if padding else hessian,
-                                    self.damping)
+            factor = inverse_factor(
+                functional.pad(hessian, (0, padding, 0, padding)) if padding else hessian, self.damping
+            )
         grid = Grid(self.bits, group, self.zero, self.scale_bits, self._refine if self.method == "hqq" else None)
         at_once = max(1, _VALUES // columns)
         masks = [None] * -(-n_rows // at_once) if mask is None else mask.split(at_once)

@@ -76,12 +76,12 @@ ENCODINGS: dict[str, Encoding] = {
         f"codebook{width}x{dim}": codebook(width, dim)
         for width, dim in (
             (1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (4, 2), (5, 2), (6, 2), (8, 2), (3, 4), (4, 4), (8, 4),
-            (9, 4), (11, 4), (12, 4), (16, 8),
+            (7, 2), (9, 4), (10, 4), (11, 4), (12, 4), (16, 8),
         )
     },
     **{
         f"codebook{width}x{dim}books": codebook(width, dim, 64, 5, True)
-        for width, dim in ((2, 1), (3, 1), (4, 2), (8, 4), (9, 4), (12, 4))
+        for width, dim in ((2, 1), (3, 1), (4, 2), (7, 2), (8, 4), (9, 4), (12, 4))
     },
     "codebook8x4ordered": codebook(8, 4, ordered=True),
     "codebook8x4whole": codebook(8, 4, COLUMNS),
