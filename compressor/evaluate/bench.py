@@ -38,8 +38,8 @@ def bench(
         repeats: Of which the median counts.
 
     Returns:
-        `kind`, `threads`, `load_seconds`, `memory` (bytes: start, loaded, peak_private, peak_resident), and for
-        decoders the two speeds, for other graphs `latency_seconds` per run of one input.
+        `kind`, `threads`, `load_seconds`, `load_cpu_seconds`, `memory` (bytes: start, loaded, peak_private,
+        peak_resident), and for decoders the two speeds, for other graphs `latency_seconds` per run of one input.
 
     Raises:
         CheckpointError: The artifact cannot be opened or run.
