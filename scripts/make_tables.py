@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_gradients import gradients_table
+from bench_layers import layers_table
 from bench_loading import loading_table
 from bench_memory import memory_table
 from bench_pruning import pruning_table
@@ -38,7 +39,7 @@ COMMANDS = {
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py DIR…",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
-    "rounding": "scripts/bench_rounding.py",
+    "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
 }  # fmt: skip
 LLAMA_CPP = (
     ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
@@ -92,6 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": lambda: measured_table("quality", quality_table),
     "baselines": lambda: measured_table("baselines", baselines_table),
     "steps": lambda: measured_table("steps", steps_table),
+    "layers": lambda: measured_table("layers", layers_table),
     "speed": lambda: measured_table("speed", speed_table),
     "memory": lambda: measured_table("memory", memory_table),
     "loading": lambda: measured_table("loading", loading_table),

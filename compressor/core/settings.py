@@ -91,6 +91,7 @@ class JlcmSettings(Pass):
     kmeans_iterations   of the weighted k-means that starts the codebooks
     feedback            codes with error feedback; without it each code is the nearest, for comparison
     damping             of the Hessian in the error feedback, as a share of its mean diagonal
+    descent_rounds      of coordinate descent behind it, over scales and codes, on the layer's output error; 0 is off
     block_steps         gradient steps on each block's output; 0 is off
     mapping_rate        of the proximal search that moves codes in these steps; 0 leaves them
     codebook_rate, scale_rate, dense_rate   learning rates, as in the recipe's section distill
@@ -111,6 +112,7 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
     kmeans_iterations: Steps = 4
     feedback: bool = True
     damping: Rate = 0.01
+    descent_rounds: Steps = 2
     block_steps: Steps = 0
     mapping_rate: Annotated[float, Field(ge=0)] = 0.0
     codebook_rate: Rate = 0.03
@@ -136,12 +138,12 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
         return tuple(self.model_copy(update={"width": width, "dim": dim}) for width, dim in codes)
 
     def quick(self) -> Pass:
-        changed = {"feedback": False, "kmeans_iterations": 0, "codebooks": 1, "block_steps": 0}
+        changed = {"feedback": False, "kmeans_iterations": 0, "codebooks": 1, "block_steps": 0, "descent_rounds": 0}
         return self.model_copy(update=changed)
 
     def cost(self, tokens: int) -> float:
         windows = max(tokens // 512, 1)
-        return 4.0 + 3.0 * self.block_steps * 4 / windows
+        return 4.0 + self.descent_rounds + 3.0 * self.block_steps * 4 / windows
 
 
 class RoundingSettings(Pass):
