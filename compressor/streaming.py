@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.memory import give_back
 from compressor.graph.blocks import block_names, detached, fast_bfloat16, first_tensor, layers, stages, unfold_inputs
+from compressor.ops.gram import add_gram, mirror
 
 Batch = dict[str, Tensor]
 Arguments = tuple[tuple, dict]
@@ -284,8 +285,7 @@ def second_moments(
                 if name in importance:
                     token = importance[name][counts["tokens"] : counts["tokens"] + len(rows)]
                     seen = rows * token.sqrt().unsqueeze(1)
-                product = seen.T @ seen
-                sums[name] = sums[name].add_(product) if name in sums else product
+                add_gram(sums.setdefault(name, torch.zeros(seen.shape[1], seen.shape[1])), seen)
         counts["tokens"] += len(rows)
         counts["calls"] += 1
         if counts["calls"] == calls:
@@ -300,6 +300,6 @@ def second_moments(
     finally:
         handle.remove()
     for total in sums.values():
-        total.div_(max(1, counts["tokens"]))
+        mirror(total.div_(max(1, counts["tokens"])))
     shared = next(iter(sums.values()))
     return {name: sums.get(name, shared) for name in names}, counts["tokens"]

@@ -9,6 +9,7 @@ rounded to the int4 grid straight-through. `distill` learns all of a network at 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ class LearnedMatrix(nn.Module):
         learned = self.scales.detach()
         scales = Scales.of(learned.clamp_min(1e-8) if bits == 8 else learned, bits)
         if isinstance(old, Affine):
-            return Affine(old.shape, old.bits, old.group, old.codes, scales, old.zero)
+            return dataclasses.replace(old, scales=scales)
         table = self.grid(self.table.detach()).to(old.table.dtype).view(old.table.shape)
         codes = (self.index % old.table.shape[1]).view(old.codes.shape).int()
         return Codebook(old.shape, old.width, old.dim, old.group, codes, table, scales, old.counts, old.order)

@@ -44,6 +44,9 @@ class AffineSettings(Pass):
     rtn     rounds to nearest, with a searched scale
     hqq     half-quadratic fitting of scale and zero point, no data
     gptq    rounds column by column and feeds the error forward
+
+    zero    the zero point: middle, half a step below it, or of each group its own, a whole number of steps (learned) or
+            of 8 bits (fine)
     """
 
     name = "affine"
@@ -53,7 +56,7 @@ class AffineSettings(Pass):
     method: Literal["rtn", "hqq", "gptq"] = "rtn"
     bits: Literal[2, 3, 4, 8] = 4
     group: GroupSetting = 64
-    zero: Literal["middle", "half", "learned"] = "middle"
+    zero: Literal["middle", "half", "learned", "fine"] = "middle"
     scale_bits: Literal[8, 16] = 16
     damping: Rate = 0.01
 
@@ -78,7 +81,7 @@ class AffineSettings(Pass):
 
     @property
     def keeps_zeros(self) -> bool:
-        return self.zero != "half"
+        return self.zero in ("middle", "learned")
 
 
 class JlcmSettings(Pass):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from compressor.export.decoding import unpacked
+from compressor.export.decoding import unpacked, zero_points
 from compressor.export.forms import Form, stored_codes
 from compressor.export.parts import Parts, digits
 from compressor.export.units import Unit
@@ -59,14 +59,27 @@ def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
         return b.op("Expand", b.constant(np.array([byte], np.uint8)), b.integers(parts.n_rows, zero_bytes))
     if parts.description.get("zero", 0) is not None:
         return None
-    if form.direct and blocks == parts.groups:
+    if form.direct and blocks == parts.groups and not form.shifted:
         return parts.by_row("zeros", UINT8, zero_bytes)
-    spread = _per_block(parts, unpacked(parts, "zeros", parts.groups), form)
+    zeros = b.cast(_whole_zeros(parts), ir.DataType.INT32) if form.shifted else unpacked(parts, "zeros", parts.groups)
+    spread = _per_block(parts, zeros, form)
     padded = _padded(parts, spread, blocks, packed_columns(blocks, form.bits) * 8 // form.bits)
     per = 8 // form.bits
     weights = b.constant((2 ** np.arange(0, 8, form.bits)).astype(np.int32))
     grouped = b.op("Mul", b.reshape(padded, parts.n_rows, -1, per), weights)
     return b.cast(b.op("ReduceSum", grouped, b.integers(2), keepdims=0), UINT8)
+
+
+def kernel_shifts(parts: Parts) -> ir.Value:
+    """What a group's inputs are multiplied by, beside the product with whole zero points: float32 (rows, groups)."""
+    b = parts.builder
+    return b.op("Mul", parts.scales(), b.op("Sub", _whole_zeros(parts), zero_points(parts)))
+
+
+def _whole_zeros(parts: Parts) -> ir.Value:
+    """The codes nearest to the zero points, float32 (rows, groups)."""
+    b = parts.builder
+    return b.op("Min", b.op("Round", zero_points(parts)), b.constant(float(2 ** parts.description["bits"] - 1)))
 
 
 def _looked_up(parts: Parts, form: Form) -> ir.Value:

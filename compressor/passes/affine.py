@@ -13,10 +13,11 @@ from torch.nn import functional
 from compressor.core.encoding import Affine as AffineEncoding
 from compressor.core.encoding import Scales
 from compressor.core.settings import AffineSettings
-from compressor.core.spec import group_columns
+from compressor.core.spec import ZEROS, group_columns
 from compressor.ops.error_feedback import inverse_factor
-from compressor.ops.grids import code
+from compressor.ops.grids import code, nearest_zero
 from compressor.ops.uniform import Grid
+from compressor.ops.widths import zero_steps
 
 _VALUES = 8192 * 576
 """Encoded at a time: tables have many rows, and every step holds several copies of them."""
@@ -64,13 +65,14 @@ class Affine(AffineSettings):
             fitted = grid.fit(rows, kept, factor)
             found.append((fitted.codes, fitted.scale, fitted.zero, fitted.top))  # without `due`, as large as the weight
         codes, scale, zero, top = (torch.cat(parts) for parts in zip(*found, strict=True))
-        point: float | Tensor = float(zero[0, 0]) if self.zero != "learned" else zero.int()
+        steps = zero_steps(self.zero, self.bits)
+        point: float | Tensor = float(zero[0, 0]) if self.zero in ZEROS else zero if steps > 1 else zero.int()
         stored = Scales.of(scale)
         if self.scale_bits == 8:
             stored = Scales((scale / (top.float() / 255)).round().to(torch.uint8), top)
-        return AffineEncoding((n_rows, columns), self.bits, group, codes, stored, point)
+        return AffineEncoding((n_rows, columns), self.bits, group, codes, stored, point, steps)
 
     def _refine(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        if self.zero != "learned":
+        if self.zero in ZEROS:
             return zero
-        return hqq_zero(groups, scale, zero, self.bits).round().clamp(0, 2**self.bits - 1)
+        return nearest_zero(hqq_zero(groups, scale, zero, self.bits), self.bits, self.zero)
