@@ -113,9 +113,7 @@ def measure() -> dict[str, Any]:
 
 def layers_table(results: dict[str, Any]) -> str:
     """A row per step."""
-    rows = [
-        [name, f"{100 * entry['error']:.2f} %", number(entry["cpu_seconds"], 1)] for name, entry in results.items()
-    ]
+    rows = [[name, f"{100 * entry['error']:.2f} %", number(entry["cpu_seconds"], 1)] for name, entry in results.items()]
     return markdown(["step", "share of the output", "CPU-seconds, 21 matrices"], rows)
 
 
