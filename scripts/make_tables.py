@@ -23,6 +23,7 @@ from bench_quality import baselines_table, best_baselines, quality_table, steps_
 from bench_rounding import rounding_table
 from bench_speed import speed_table
 from bench_vision import vision_table
+from bench_zeros import zeros_table
 from measured import ROOT, markdown, number, read_results
 
 from compressor.recipe import load_recipe
@@ -40,6 +41,7 @@ COMMANDS = {
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
+    "zeros": "scripts/bench_zeros.py",
 }  # fmt: skip
 LLAMA_CPP = (
     ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
@@ -101,6 +103,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gradients": lambda: measured_table("gradients", gradients_table),
     "vision": lambda: measured_table("vision", vision_table),
     "rounding": lambda: measured_table("rounding", rounding_table),
+    "zeros": lambda: measured_table("zeros", zeros_table),
 }
 
 
