@@ -32,16 +32,15 @@ def contract(run: Propagation, left: Value, right: Value, where: str) -> Value:
         run.consumed.update(origin for origin in origins if origin)
     left_on = [axis for axis in left.axes if len(left.shape) - 1 not in axis.varies]
     right_on = [axis for axis in right.axes if len(right.shape) - 2 not in axis.varies]
-    batch, last = ending_batch(inner), None
+    batch = torch.broadcast_shapes(*(value.shape[:-1] for value in inner))
+    last = len(batch)
     for axis in ending:
-        last = len(axis.labels.shape) - 1
         if last not in axis.varies:
             continue
         if not axis.zero:
             run.labels.fix(axis.labels, f"{NOT_ZERO}, {where}")
-        rest = run.labels.fuse(axis, (last,))
-        if rest.varies:
-            labels = rest.labels.select(-1, 0)[..., None, None]
+        if axis.varies != (last,):
+            labels = run.labels.fuse(axis, (last,)).labels.select(-1, 0)[..., None, None]
             left_on.append(Axis(labels.expand(*batch, 1, 1), True))
     operands = [
         _reduced(left, left_on, -1), _reduced(right, right_on, -2),
@@ -52,11 +51,6 @@ def contract(run: Propagation, left: Value, right: Value, where: str) -> Value:
     if vector:
         shape, axes = shape[:-2] + shape[-1:], tuple(replace(a, labels=a.labels.select(-2, 0)) for a in axes)
     return Value(shape, axes)
-
-
-def ending_batch(inner: Sequence[Value]) -> torch.Size:
-    """The batch dimensions of a product of values (…, k)."""
-    return torch.broadcast_shapes(*(value.shape[:-1] for value in inner))
 
 
 def _matrix(value: Value, at: int) -> Value:
