@@ -42,11 +42,11 @@ class Group:
     reason: str = ""
 
     def __repr__(self) -> str:
-        return f"Group({self.name!r}, {self.size} units, {len(self.members)} members{self.reason and ': '}{self.reason})"
+        return (
+            f"Group({self.name!r}, {self.size} units, {len(self.members)} members{self.reason and ': '}{self.reason})"
+        )
 
     @property
     def producers(self) -> tuple[Member, ...]:
         """The members that are the zero-invariant group."""
         return tuple(member for member in self.members if member.role == "producer")
-
-

@@ -14,6 +14,7 @@ from compressor.graph.labels import HIDDEN, Axis, Value, compact, flat
 if TYPE_CHECKING:
     from compressor.graph.propagation import Propagation
 
+ZERO_OF_ZEROS = frozenset("sum mean amax amin max min norm linalg_vector_norm std var cumsum".split())
 NOT_ZERO = "is not zero where its channel is masked"
 
 
@@ -25,11 +26,8 @@ def contract(run: Propagation, left: Value, right: Value, where: str) -> Value:
     """
     vector = len(left.shape) == 1
     left, right = _matrix(left, 0), _matrix(right, 1)
-    inner = [_inner(run, left, -1, -2), _inner(run, right, -2, -1)]
+    inner = _consumed(run, [_inner(run, left, -1, -2), _inner(run, right, -2, -1)])
     ending = run.labels.meet(inner, any, f"in a product {where}")
-    parameters = [[axis.origin for axis in value.axes if axis.origin] for value in inner]
-    for origins in parameters[1:] if parameters[1] else parameters[:1]:
-        run.consumed.update(origin for origin in origins if origin)
     left_on = [axis for axis in left.axes if len(left.shape) - 1 not in axis.varies]
     right_on = [axis for axis in right.axes if len(right.shape) - 2 not in axis.varies]
     batch = torch.broadcast_shapes(*(value.shape[:-1] for value in inner))
@@ -41,7 +39,8 @@ def contract(run: Propagation, left: Value, right: Value, where: str) -> Value:
             run.labels.fix(axis.labels, f"{NOT_ZERO}, {where}")
         if axis.varies != (last,):
             labels = run.labels.fuse(axis, (last,)).labels.select(-1, 0)[..., None, None]
-            left_on.append(Axis(labels.expand(*batch, 1, 1), True))
+            for going_on in (left_on, right_on):
+                going_on.append(Axis(labels.expand(*batch, 1, 1), True))
     operands = [
         _reduced(left, left_on, -1), _reduced(right, right_on, -2),
     ]  # fmt: skip
@@ -53,6 +52,15 @@ def contract(run: Propagation, left: Value, right: Value, where: str) -> Value:
     return Value(shape, axes)
 
 
+def _consumed(run: Propagation, inner: list[Value]) -> list[Value]:
+    """Notes which parameter reads the other operand: its columns are removed but not zero where a unit is masked."""
+    reader = 1 if any(axis.origin for axis in inner[1].axes) else 0
+    axes = inner[reader].axes
+    run.consumed.update(axis.origin for axis in axes if axis.origin)
+    inner[reader] = Value(inner[reader].shape, tuple(replace(a, zero=a.zero and a.origin is None) for a in axes))
+    return inner
+
+
 def _matrix(value: Value, at: int) -> Value:
     """A vector as a matrix: (k) as (1, k) or (k, 1)."""
     if len(value.shape) != 1:
@@ -62,14 +70,12 @@ def _matrix(value: Value, at: int) -> Value:
 
 
 def _inner(run: Propagation, value: Value, k: int, other: int) -> Value:
-    """What a product sums over: (…, k), of axes that vary on k, and of those that vary on the batch alone."""
+    """What a product sums over: (…, k), with the axes that vary on k."""
     n = len(value.shape)
     axes = []
     for axis in value.axes:
         if n + k in axis.varies:
             axis = run.labels.fuse(axis, (n + other,))
-            axes.append(replace(axis, labels=axis.labels.select(other, 0)))
-        elif n + other not in axis.varies:
             axes.append(replace(axis, labels=axis.labels.select(other, 0)))
     shape = [size for dim, size in enumerate(value.shape) if dim != n + other]
     return Value(torch.Size(shape), tuple(axes))
@@ -171,7 +177,7 @@ def attention(run: Propagation, q: Value, k: Value, v: Value, mask: Value | None
     if mask is not None:
         axes = tuple(a for axis in mask.axes if (a := run.labels.tie(axis, _last_two(mask), where)) is not None)
         shape = torch.Size([*mask.shape[:-2], 1, 1])
-        operands.append(Value(shape, tuple(replace(a, labels=a.labels[..., :1, :1]) for a in axes)))
+        operands.append(Value(shape, tuple(replace(a, labels=a.labels[..., :1, :1]) for a in axes), even=mask.even))
     axes = run.labels.meet(operands, any, f"in the attention {where}")
     shape = torch.Size([*heads, q.shape[-2], v.shape[-1]])
     return Value(shape, tuple(replace(axis, labels=axis.labels.expand(shape), zero=True) for axis in axes))
@@ -197,11 +203,11 @@ def _for_heads(value: Value, heads: torch.Size) -> Value:
     return Value(torch.Size([*value.shape[:-3], heads[-1], *value.shape[-2:]]), axes)
 
 
-def reduce(run: Propagation, value: Value, dims: list[int], shape: torch.Size, reason: str, summed: bool) -> Value:
+def reduce(run: Propagation, value: Value, dims: list[int], shape: torch.Size, reason: str, how: str) -> Value:
     """Over `dims`: a sum of what is zero where masked lets its channels end; anything else keeps them together."""
     axes = []
     for axis in value.axes:
-        if summed and axis.zero and axis.origin is None and set(axis.varies) <= set(dims):
+        if how == "sum" and axis.zero and axis.origin is None and set(axis.varies) <= set(dims):
             continue
         kept = run.labels.tie(axis, dims, reason)
         if kept is None:
@@ -213,5 +219,5 @@ def reduce(run: Propagation, value: Value, dims: list[int], shape: torch.Size, r
         else:
             labels = flat(labels, dims)
             labels = labels[tuple(slice(0, n) for n in shape)]
-        axes.append(replace(kept, labels=labels, zero=kept.zero and summed))
+        axes.append(replace(kept, labels=labels, zero=kept.zero and how in ZERO_OF_ZEROS))
     return Value(shape, tuple(axes))

@@ -41,11 +41,22 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A tensor of the network: its shape and the channels in it; `constant` where it is known."""
+    """A tensor of the network: its shape and the channels in it.
+
+    constant   its values, where they are known
+    even       the dimensions along which all of its entries are the same, so that any length of them would do
+    """
 
     shape: torch.Size
     axes: tuple[Axis, ...] = ()
     constant: Tensor | None = None
+    even: frozenset[int] = frozenset()
+
+    @property
+    def extents(self) -> set[int]:
+        """The dimensions, counted from the last as −1, −2, …, that a channel would have to be removed from."""
+        n = len(self.shape)
+        return {dim - n for dim, size in enumerate(self.shape) if size > 1 and dim not in self.even}
 
 
 def varying(labels: Tensor) -> tuple[int, ...]:
@@ -143,8 +154,7 @@ class Labels:
         for entry in found:
             axis: Axis | None = entry.axis
             for i, value in enumerate(operands):
-                offset = len(shape) - len(value.shape)
-                extents = {offset + dim for dim, size in enumerate(value.shape) if size > 1}
+                extents = {len(shape) + dim for dim in value.extents}
                 if axis is not None:
                     loose = (set(axis.varies) & extents) - entry.covered.get(i, set())
                     axis = self.tie(axis, sorted(loose), f"meets values of a fixed size {where}")
@@ -204,4 +214,8 @@ class _Meeting:
 
 
 def _aligned(labels: Tensor, shape: torch.Size) -> Tensor:
-    return labels.expand(shape) if labels.dim() == len(shape) else labels[(None,) * (len(shape) - labels.dim())].expand(shape)
+    return (
+        labels.expand(shape)
+        if labels.dim() == len(shape)
+        else labels[(None,) * (len(shape) - labels.dim())].expand(shape)
+    )

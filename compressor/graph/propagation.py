@@ -41,8 +41,10 @@ MEANS = frozenset(
 )
 NO_CHANNELS = frozenset(
     "arange zeros ones full zeros_like ones_like full_like empty scalar_tensor rand_like randn_like new_ones new_zeros "
-    "new_full sym_size eq lt gt _assert_tensor_metadata".split()
+    "new_full sym_size _assert_tensor_metadata".split()
 )
+
+FILLS = frozenset("zeros ones full zeros_like ones_like full_like new_ones new_zeros new_full".split())
 
 
 class Propagation:
@@ -110,17 +112,18 @@ class Propagation:
             return self._move(node, name)
         if name in POOLS:
             return self._pool(node)
-        if name in MEANS or name == "sum":
+        of_two = len(node.args) > 1 and isinstance(node.args[1], fx.Node)  # the smaller of two values, entry by entry
+        if (name in MEANS or name == "sum") and not of_two:
             return self._reduce(node, name)
         pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-        if name in POINTWISE or pointwise:
+        if name in POINTWISE or pointwise or (name in ("min", "max") and of_two):
             return self._pointwise(node)
         if name not in NO_CHANNELS:
             for source in node.all_input_nodes:
                 found = self._values.get(source)
                 for value in found if isinstance(found, list) else [found]:
                     self.fix(value, f"reaches {name} {place(node)}, which channels are not followed through")
-        return _bare(node)
+        return _bare(node, name in FILLS)
 
     def _constant(self, node: fx.Node) -> Result:
         """The value itself, where all arguments are known."""
@@ -146,6 +149,11 @@ class Propagation:
             Value(val.shape, tuple(axis for axis in axes if axis.varies))
             for axes, val in zip(kinds, shapes if several else [shapes], strict=True)
         ]
+        if name == "expand":
+            offset = len(shapes.shape) - len(source.shape)
+            grown = {dim for dim in range(len(source.shape)) if source.shape[dim] == 1} | source.even
+            even = frozenset(range(offset)) | frozenset(offset + dim for dim in grown)
+            return replace(found[0], even=even)
         return found if several else found[0]
 
     def _plain(self, node: fx.Node) -> Tensor:
@@ -162,7 +170,9 @@ class Propagation:
 
         axes = self.labels.meet(operands, zero, f"in {node.target._opname} {place(node)}")  # type: ignore[union-attr]
         shape = node.meta["val"].shape
-        return Value(shape, tuple(replace(axis, labels=axis.labels.expand(shape)) for axis in axes))
+        spread = {len(shape) + dim for value in operands for dim in value.extents}
+        even = frozenset(dim for dim in range(len(shape)) if shape[dim] > 1 and dim not in spread)
+        return Value(shape, tuple(replace(axis, labels=axis.labels.expand(shape)) for axis in axes), even=even)
 
     def _pool(self, node: fx.Node) -> Result:
         """Over all but the first two dimensions."""
@@ -190,7 +200,7 @@ class Propagation:
         listed = [dim % max(1, len(source.shape)) for dim in listed]
         reason = f"{'summed' if name == 'sum' else 'normalised'} together by {name} {place(node)}"
         shapes = val if isinstance(val, (list, tuple)) else [val]
-        found = [reduce(self, source, listed, each.shape, reason, name == "sum") for each in shapes]
+        found = [reduce(self, source, listed, each.shape, reason, name) for each in shapes]
         return found if isinstance(val, (list, tuple)) else found[0]
 
 
@@ -232,8 +242,10 @@ def _resized(labels: Tensor, shape: torch.Size) -> Tensor:
     return labels.expand(shape)
 
 
-def _bare(node: fx.Node) -> Result:
+def _bare(node: fx.Node, filled: bool = False) -> Result:
     val = node.meta.get("val")
+    if filled and isinstance(val, Tensor):
+        return Value(val.shape, even=frozenset(range(val.dim())))
     if isinstance(val, (list, tuple)):
         return [Value(each.shape) if isinstance(each, Tensor) else Value(torch.Size()) for each in val]
     return Value(val.shape) if isinstance(val, Tensor) else None
@@ -241,9 +253,7 @@ def _bare(node: fx.Node) -> Result:
 
 def _linear(run: Propagation, node: fx.Node) -> Value:
     x, weight = run.value(node.args[0]), run.value(node.args[1])
-    right = Value(
-        weight.shape[::-1], tuple(replace(axis, labels=axis.labels.transpose(0, 1)) for axis in weight.axes)
-    )
+    right = Value(weight.shape[::-1], tuple(replace(axis, labels=axis.labels.transpose(0, 1)) for axis in weight.axes))
     found = contract(run, x, right, place(node))
     return _with_bias(run, node, found, run.value(node.args[2])) if len(node.args) > 2 and node.args[2] else found
 
@@ -403,13 +413,16 @@ def _layer_norm(run: Propagation, node: fx.Node) -> Value:
     x, normalised = run.value(node.args[0]), len(node.args[1])  # type: ignore[arg-type]
     reason = f"normalised together {place(node)}"
     axes = []
+    for each in node.args[2:4]:
+        for entry in run.value(each).axes:
+            run.labels.fix(entry.labels, reason)
+            for axis in x.axes:
+                if axis.varies == (len(x.shape) - 1,) and normalised == 1:
+                    run.labels.unite(entry.labels, axis.labels.reshape(-1, x.shape[-1])[0])
     for axis in x.axes:
         kept = run.labels.tie(axis, range(len(x.shape) - normalised, len(x.shape)), reason)
         if kept is not None:
             axes.append(replace(kept, zero=False))
-    for each in node.args[2:4]:
-        if isinstance(each, fx.Node):
-            run.fix(run.value(each), reason)
     return Value(x.shape, tuple(axes))
 
 

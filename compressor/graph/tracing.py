@@ -63,9 +63,7 @@ def trace(module: nn.Module, example: Example) -> Trace:
         place: program.state_dict.get(name, program.constants.get(name))
         for place, name in signature.inputs_to_buffers.items()
     }
-    lifted = {
-        place: program.constants[name] for place, name in signature.inputs_to_lifted_tensor_constants.items()
-    }
+    lifted = {place: program.constants[name] for place, name in signature.inputs_to_lifted_tensor_constants.items()}
     constants = {place: value.detach() for place, value in (buffers | lifted).items() if isinstance(value, Tensor)}
     return Trace(program.graph, {place: names[name] for place, name in found.items()}, constants)
 
@@ -74,18 +72,18 @@ def trace(module: nn.Module, example: Example) -> Trace:
 def _evaluated(module: nn.Module) -> Iterator[None]:
     """In eval mode and without a cache of keys and values, which are no part of what is computed."""
     training = [child for child in module.modules() if child.training]
-    config = getattr(module, "config", None)
-    cached = getattr(config, "use_cache", None)
+    configs = {id(config): config for child in module.modules() if (config := getattr(child, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     module.eval()
-    if cached is not None:
-        config.use_cache = False  # type: ignore[union-attr]
+    for config in caching:
+        config.use_cache = False
     try:
         yield
     finally:
         for child in training:
             child.training = True
-        if cached is not None:
-            config.use_cache = cached  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = True
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
