@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import PassError
 from compressor.core.groups import Group, Member
+from compressor.core.structure import Removal
 from compressor.graph.attributes import follow
-
-Removal = Mapping[Group, Tensor]
-"""Which units of each group go: LongTensors of their numbers."""
-
 
 @torch.no_grad()
 def zero_units(module: nn.Module, group: Group, units: Tensor) -> None:
