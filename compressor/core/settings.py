@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from compressor.core.passes import Need, Pass, Role
 from compressor.core.spec import AffineSpec, CodebookSpec, Group, Spec
 from compressor.core.structure_settings import LrpSettings
+from compressor.core.training_settings import HessoSettings, OtoSettings
 
 GroupSetting = Annotated[int, Field(ge=16, multiple_of=16)] | Literal["row"]
 Steps = Annotated[int, Field(ge=0)]
@@ -331,5 +332,8 @@ https://arxiv.org/abs/2311.04902"
 
 
 SETTINGS: dict[str, type[Pass]] = {
-    kind.name: kind for kind in (AffineSettings, GblmSettings, JlcmSettings, LrpSettings, RoundingSettings)
+    kind.name: kind
+    for kind in (
+        AffineSettings, GblmSettings, HessoSettings, JlcmSettings, LrpSettings, OtoSettings, RoundingSettings
+    )
 }

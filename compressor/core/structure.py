@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from compressor.core.groups import Group
+
+if TYPE_CHECKING:
+    from compressor.core.sparsifier import Trainer
+    from compressor.core.training_settings import TrainingPass
 
 Removal = Mapping[Group, Tensor]
 """Which units of each group go: LongTensors of their numbers."""
@@ -45,6 +49,7 @@ class Subject:
     labels      (n,) per batch; None where there are none, and the network's own classes serve
     selects     whether the recipe's step is for a tensor of that name
     advance     reports progress: a share of the pass's whole work, and a note
+    trainer     of the module, as the settings of a pass that trains say
     """
 
     module: nn.Module
@@ -54,6 +59,7 @@ class Subject:
     generator: torch.Generator
     selects: Callable[[str], bool]
     advance: Callable[[float, str], None]
+    trainer: Callable[[TrainingPass], Trainer]
 
     def call(self, batch: Batch) -> Any:
         """The forward of a batch; {"": tensor} is one argument by position."""
