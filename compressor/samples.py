@@ -19,6 +19,7 @@ from compressor.data.arrays import Arrays
 from compressor.data.disjoint import check_disjoint
 from compressor.data.text import Text
 from compressor.data.tokens import encode_sentences, tokenize, windows
+from compressor.fitting import Examples
 from compressor.recipe import TOKENS_PER_BATCH, Recipe, learning_window
 from compressor.streaming import Batch, as_batch
 
@@ -113,6 +114,15 @@ def calibration_labels(source: Text | Arrays | None, recipe: Recipe, seed: int) 
     chosen, size = _chosen(source, recipe, seed)
     assert chosen.labels is not None
     return list(torch.from_numpy(chosen.labels.astype(np.int64)).split(size))
+
+
+def training_examples(source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int) -> Examples:
+    """All of the calibration data, for passes that train; of a text the windows that it is calibrated on."""
+    if isinstance(source, Text):
+        batches = calibration_batches(source, recipe, tokenizer, seed)
+        return Examples({"input_ids": torch.cat([batch["input_ids"] for batch in batches])})
+    labels = None if source.labels is None else torch.from_numpy(source.labels.astype(np.int64))
+    return Examples(as_batch(source.inputs), labels)
 
 
 def _chosen(source: Arrays, recipe: Recipe, seed: int) -> tuple[Arrays, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.core.errors import CheckpointError
 from compressor.core.groups import Group
 from compressor.core.structure import Outcome, Removal, Subject
+from compressor.core.training_settings import TrainingPass
 from compressor.encode import Work
+from compressor.fitting import Examples, Fitting
 from compressor.graph.blocks import first_tensor
 from compressor.graph.groups import find_groups
 from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
+from compressor.parallel import rank, wait
 from compressor.progress import Progress
-from compressor.recipe import Recipe, load_pass
+from compressor.recipe import Recipe, Step, load_pass
 from compressor.streaming import Batch
 
 LARGEST_ERROR = 1e-4
@@ -73,11 +77,26 @@ class GraphSurgeon:
         return smaller
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The data that structure passes choose by, and train on.
+
+    batches    arguments of the forward, some hundred examples
+    labels     (n,) per batch; None where there are none
+    examples   all of the data, made when a pass trains
+    """
+
+    batches: list[Batch]
+    labels: list[Tensor] | None
+    examples: Callable[[], Examples]
+
+
 def restructure(
-    checkpoint: Checkpoint, recipe: Recipe, batches: list[Batch], labels: list[Tensor] | None, work: Work,
-    progress: Progress,
-) -> tuple[Checkpoint, list[dict[str, Any]]]:  # fmt: skip
+    checkpoint: Checkpoint, recipe: Recipe, data: Reference, work: Work, progress: Progress
+) -> tuple[Checkpoint, list[dict[str, Any]]]:
     """The smaller network after all structure passes of the recipe, and each one's report.
+
+    Under torchrun every process calls this: all of them train, the first alone does the rest.
 
     Raises:
         CheckpointError: The network cannot be traced, or not made smaller.
@@ -85,30 +104,40 @@ def restructure(
     found, reports = checkpoint, []
     for number, step in enumerate(recipe.structure):
         folder = work.folder / f"structure-{number}"
-        if not folder.exists():
+        due = not folder.exists() and (rank() == 0 or isinstance(step.settings, TrainingPass))
+        wait()  # until all have looked
+        if due:
             with progress.task(f"{step.name}: a smaller network", 1) as task:
-                subject = _subject(found, batches, labels, work.generator(f"structure-{number}"))
-                subject.selects, subject.advance = step.selects, lambda share, note: task.advance(share, note=note)
+                subject = _subject(found, step, data, work, folder, lambda share, note: task.advance(share, note=note))
                 outcome = _applied(load_pass(step.settings), subject)
-            _write(checkpoint, found, outcome, step.name, folder)
+            if rank() == 0:
+                _write(checkpoint, found, outcome, step.name, folder)
+        wait()
         found = open_reshaped(checkpoint, folder)
         reports.append(json.loads((folder / REPORT).read_text()))
+        progress.say(f"{step.name}: {reports[-1]['parameters_before']:,} → {reports[-1]['parameters']:,} parameters")
     return found, reports
 
 
 def _subject(
-    checkpoint: Checkpoint, batches: list[Batch], labels: list[Tensor] | None, generator: torch.Generator
-) -> Subject:
-    if not batches:
+    checkpoint: Checkpoint, step: Step, data: Reference, work: Work, folder: Path,
+    advance: Callable[[float, str], None],
+) -> Subject:  # fmt: skip
+    if not data.batches:
         raise CheckpointError(f"{checkpoint.path}: a structure pass traces the network on an example; give --data")
     module = checkpoint.build("cpu").float()
-    example = {name: tensor[:2] for name, tensor in batches[0].items()}
+    example = {name: tensor[:2] for name, tensor in data.batches[0].items()}
 
     def call(module: nn.Module, batch: Batch) -> Any:
         return module(batch[""]) if "" in batch else module(**batch)
 
-    surgeon = GraphSurgeon(example, call)
-    return Subject(module, batches, labels, surgeon, generator, lambda _: True, lambda share, note: None)
+    def trainer(settings: TrainingPass) -> Fitting:
+        return Fitting(
+            module, data.examples(), settings, work.seed, folder.with_name(f"{folder.name}-training"), advance
+        )
+
+    surgeon, generator = GraphSurgeon(example, call), work.generator(folder.name)
+    return Subject(module, data.batches, data.labels, surgeon, generator, step.selects, advance, trainer)
 
 
 def _applied(method: Any, subject: Subject) -> Outcome:
@@ -148,7 +177,7 @@ def _write(original: Checkpoint, before: Checkpoint, outcome: Outcome, name: str
     partial.mkdir()
     write_reshaped(original, outcome.module, partial)
     parameters = {
-        "parameters_before": sum(info.numel for info in before.tensors.values()),
+        "parameters_before": sum(p.numel() for p in before.build().parameters()),
         "parameters": sum(p.numel() for p in outcome.module.parameters()),
     }
     (partial / REPORT).write_text(json.dumps({"pass": name} | parameters | outcome.report))

@@ -32,7 +32,6 @@ class TrainingPass(StructurePass):
     schedule      of the rate: cosine, linear or constant, after a `rise` over that share of the steps
     warmup        the share of the steps before units begin to go
     pruning       the share of the steps over which they go; what is left trains on
-    norms         measure: batch norms take their statistics from the smaller network on the calibration data; keep
     """
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -50,7 +49,6 @@ class TrainingPass(StructurePass):
     rise: Share = 0.05
     warmup: Share = 0.1
     pruning: Annotated[float, Field(gt=0, le=1)] = 0.5
-    norms: Literal["measure", "keep"] = "measure"
 
     @model_validator(mode="after")
     def _has_time(self) -> TrainingPass:

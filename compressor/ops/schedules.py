@@ -13,6 +13,6 @@ def rate_share(step: int, steps: int, schedule: Schedule = "cosine", rise: int =
 
     The fall counts from step 0, so that the rise cuts into it.
     """
-    done = step / steps
-    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    fall = {"cosine": cosine, "linear": 1 - step / steps, "constant": 1.0}[schedule]
     return min(1.0, (step + 1) / max(1, rise)) * (floor + (1 - floor) * fall)
