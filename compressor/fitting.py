@@ -82,8 +82,12 @@ class Fitting:
             parameter.requires_grad_(True)
         self.optimizer = make_optimizer(settings, module)
 
-    def train(self, sparsifier: Sparsifier) -> list[dict[str, float]]:
-        """All steps, or those that an interrupted training has left; what each epoch came to."""
+    def train(self, sparsifier: Sparsifier | None = None) -> list[dict[str, float]]:
+        """All steps, or those that an interrupted training has left; what each epoch came to.
+
+        Args:
+            sparsifier: Follows every step; without one the network is only trained.
+        """
         parallel = DistributedDataParallel(self.module) if n_processes() > 1 else self.module
         step, log, total = self._restore(sparsifier)
         self.advance(step / self.n_steps, "")
@@ -104,7 +108,7 @@ class Fitting:
         self.optimizer.zero_grad()
         return log
 
-    def _step(self, parallel: nn.Module, step: int, sparsifier: Sparsifier) -> float:
+    def _step(self, parallel: nn.Module, step: int, sparsifier: Sparsifier | None) -> float:
         """One step of the optimizer, and of what makes units go; its loss."""
         settings = self.settings
         share = rate_share(step, self.n_steps, settings.schedule, round(settings.rise * self.n_steps))
@@ -115,10 +119,11 @@ class Fitting:
         self.optimizer.zero_grad()
         loss = self._loss(called(parallel, batch), batch, labels)
         loss.backward()
-        before = sparsifier.units.snapshot()
+        before = sparsifier.units.snapshot() if sparsifier else {}
         self.optimizer.step()
-        with torch.no_grad():
-            sparsifier.step(step, before, settings.rate * share)
+        if sparsifier:
+            with torch.no_grad():
+                sparsifier.step(step, before, settings.rate * share)
         return float(loss.detach())
 
     def _index(self, step: int) -> Tensor:
@@ -139,32 +144,34 @@ class Fitting:
             terms.append(teaching_loss(outputs, wanted, self.settings.distance, self.settings.temperature))
         return torch.stack(terms).mean()
 
-    def _epoch(self, step: int, loss: float, sparsifier: Sparsifier) -> dict[str, float]:
-        return {
-            "epoch": step // self.steps_per_epoch, "loss": round(loss, 6), "sparsity": round(sparsifier.sparsity(), 6),
-            "parameters": sparsifier.parameters(),
-        }  # fmt: skip
+    def _epoch(self, step: int, loss: float, sparsifier: Sparsifier | None) -> dict[str, float]:
+        found = {"epoch": step // self.steps_per_epoch, "loss": round(loss, 6)}
+        if sparsifier:
+            found |= {"sparsity": round(sparsifier.sparsity(), 6), "parameters": sparsifier.parameters()}
+        return found
 
-    def _note(self, step: int, total: float, log: list[dict[str, float]], sparsifier: Sparsifier) -> str:
+    def _note(self, step: int, total: float, log: list[dict[str, float]], sparsifier: Sparsifier | None) -> str:
         done = step % self.steps_per_epoch
         loss = total / done if done else log[-1]["loss"]
+        if not sparsifier:
+            return f"loss {loss:.4f}"
         megabytes = 4e-6 * sparsifier.parameters()
         return f"loss {loss:.4f} · {sparsifier.sparsity():.0%} of units gone · {megabytes:.2f} MB in float32"
 
-    def _save(self, sparsifier: Sparsifier, step: int, log: list[dict[str, float]], total: float) -> None:
+    def _save(self, sparsifier: Sparsifier | None, step: int, log: list[dict[str, float]], total: float) -> None:
         """Whole or not at all, by the first process."""
         if self.folder is None or rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "step": step, "log": log, "total": total, "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "sparsifier": sparsifier.state(),
+            "optimizer": self.optimizer.state_dict(), "sparsifier": sparsifier.state() if sparsifier else {},
         }  # fmt: skip
         partial = self.folder / f"{STATE}.partial"
         torch.save(state, partial)
         partial.rename(self.folder / STATE)
 
-    def _restore(self, sparsifier: Sparsifier) -> tuple[int, list[dict[str, float]], float]:
+    def _restore(self, sparsifier: Sparsifier | None) -> tuple[int, list[dict[str, float]], float]:
         """(steps done, log, sum of losses in this epoch) of an interrupted training; of a new one 0."""
         wait()
         if self.folder is None or not (self.folder / STATE).is_file():
@@ -172,7 +179,8 @@ class Fitting:
         state: dict[str, Any] = torch.load(self.folder / STATE, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        sparsifier.restore(state["sparsifier"])
+        if sparsifier:
+            sparsifier.restore(state["sparsifier"])
         return state["step"], state["log"], state["total"]
 
 

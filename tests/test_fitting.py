@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from compressor import fitting
 from compressor.core.errors import DataError, RecipeError
-from compressor.core.sparsifier import Sparsifier
 from compressor.core.training_settings import Optimizer, TrainingPass
 from compressor.fitting import Examples, Fitting, called, teaching_loss
 from compressor.ops.schedules import rate_share
@@ -24,18 +23,11 @@ from tests.training_case import EXAMPLE, N_CLASSES, examples, images, residual, 
 ROOT = Path(__file__).parents[1]
 
 
-class Nothing(Sparsifier):
-    """Lets every unit stay."""
-
-    def step(self, number, before, rate):
-        pass
-
-
 def fitted(module, settings: TrainingPass, data: Examples | None = None, advance=lambda share, note: None, **made):
     """The loop's log; `module` is trained in place."""
     subject = subject_of(module)
     loop = Fitting(module, data or examples(), settings, 3, made.get("folder"), advance)
-    sparsifier = made.get("kind", Nothing)(settings, subject, loop.n_steps)
+    sparsifier = made["kind"](settings, subject, loop.n_steps) if "kind" in made else None
     return loop.train(sparsifier), sparsifier
 
 
@@ -48,7 +40,7 @@ def test_a_training_is_plain_steps_of_the_optimizer_over_each_epochs_order():
     module, naive, data = residual(norms=False), residual(norms=False), examples(64)
     loop = Fitting(module, data, settings, 3, None, lambda share, note: None)
     orders = [loop._index(step) for step in range(loop.n_steps)]
-    loop.train(Nothing(settings, subject_of(module), loop.n_steps))
+    loop.train()
     assert [len(order) for order in orders] == [24] * 4  # the rest of an epoch waits for the next order
     assert len(set(torch.cat(orders[:2]).tolist())) == 48
     assert not torch.equal(orders[0], orders[2])
@@ -91,7 +83,7 @@ def test_without_labels_the_original_is_the_teacher():
         wanted = module(EXAMPLE).softmax(1)
         module.head.weight.mul_(-1.0)
         before = float((module(EXAMPLE).softmax(1) - wanted).norm())
-    log = loop.train(Nothing(settings, subject_of(module), loop.n_steps))
+    log = loop.train()
     assert log[-1]["loss"] < 0.2 * log[0]["loss"]
     with torch.no_grad():
         assert float((module(EXAMPLE).softmax(1) - wanted).norm()) < 0.5 * before
