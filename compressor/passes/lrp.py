@@ -27,6 +27,7 @@ from compressor.core.structure import Outcome, Subject
 from compressor.core.structure_settings import LrpSettings
 from compressor.ops.attribution import Composite, Rule, attribute
 from compressor.ops.relevance import RULES
+from compressor.ops.selection import lowest_reaching
 
 Gone = dict[Group, Tensor]
 """Group -> BoolTensor (units,) of those that are removed."""
@@ -43,18 +44,6 @@ def relevance(weight: Tensor, inputs: Tensor, relevance: Tensor, rule: str, **op
     return RULES[rule](lambda x, w: x @ w.T, lambda w, s: s @ w, inputs, weight, relevance, **options)
 
 
-def lowest(scores: Sequence[Tensor], allowed: Sequence[int]) -> list[tuple[int, int]]:
-    """(group, unit) by ascending score over all groups, of each at most so many; equal ones in their order.
-
-    A score of infinity is never taken.
-    """
-    found: list[tuple[float, int, int]] = []
-    for number, (values, n) in enumerate(zip(scores, allowed, strict=True)):
-        order = values.argsort(stable=True)[:n].tolist()
-        found += [(float(values[unit]), number, unit) for unit in order if math.isfinite(float(values[unit]))]
-    return [(number, unit) for _, number, unit in sorted(found)]
-
-
 class Lrp(LrpSettings):
     """The lowest units, step by step; see the module."""
 
@@ -66,9 +55,9 @@ class Lrp(LrpSettings):
         for number in range(n_steps):
             goal = min(self.fraction, (number + 1) * self.step)
             scores = self.scores(subject, groups)
-            for group, units in self._chosen(subject, scores, gone, goal).items():
-                subject.surgeon.mask(subject.module, group, units)
-                gone[group][units] = True
+            for group, flags in zip(groups, self._lowest(subject, scores, gone, goal), strict=True):
+                subject.surgeon.mask(subject.module, group, (flags & ~gone[group]).nonzero()[:, 0])
+                gone[group] = flags
             subject.advance(1 / n_steps, f"{self._share(subject, gone):.0%} removed")
         if self._share(subject, gone) < self.fraction - 1e-9:
             raise PassError(
@@ -101,29 +90,15 @@ class Lrp(LrpSettings):
         conv, linear = (Rule(name, options[name]) for name in (self.conv_rule, self.linear_rule))
         return Composite(self.criterion, conv, linear, self.first_rule == "zbox")
 
-    def _chosen(self, subject: Subject, scores: list[Tensor], gone: Gone, goal: float) -> Gone:
-        """The units to remove next: as few of the lowest as reach the goal."""
+    def _lowest(self, subject: Subject, scores: list[Tensor], gone: Gone, goal: float) -> list[Tensor]:
+        """What is gone, and as few of the lowest as reach the goal."""
         groups = list(gone)
-        left = [values.masked_fill(gone[group], math.inf) for values, group in zip(scores, groups, strict=True)]
-        allowed = [
-            max(0, min(int(self.most * group.size), group.size - 1) - int(gone[group].sum())) for group in groups
-        ]
-        ranking = lowest(left, allowed)
+        least = [group.size - max(0, min(int(self.most * group.size), group.size - 1)) for group in groups]
 
-        def units(n: int) -> Gone:
-            found: dict[Group, list[int]] = {}
-            for number, unit in ranking[:n]:
-                found.setdefault(groups[number], []).append(unit)
-            return {group: torch.tensor(sorted(numbers)) for group, numbers in found.items()}
+        def share(flags: list[Tensor]) -> float:
+            return self._share(subject, dict(zip(groups, flags, strict=True)))
 
-        low, high = 0, len(ranking)
-        while low < high:
-            middle = (low + high) // 2
-            together = {group: gone[group].clone() for group in groups}
-            for group, numbers in units(middle).items():
-                together[group][numbers] = True
-            low, high = (low, middle) if self._share(subject, together) >= goal - 1e-9 else (middle + 1, high)
-        return units(low)
+        return lowest_reaching(scores, list(gone.values()), least, 1, goal, share)
 
     def _share(self, subject: Subject, gone: Gone) -> float:
         """Of the parameters or of the units, those that are gone."""
