@@ -26,6 +26,7 @@ from torch import nn
 
 from compressor.allocate import Allocation, Target, allocate, refuse_unreachable, summary, target_of
 from compressor.checkpoints import Checkpoint, open_checkpoint
+from compressor.checkpoints.reshaped import RECORD
 from compressor.core.artifact import REPORT, Artifact, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, ResourceError, UsageError
@@ -34,12 +35,14 @@ from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.encode import Work, encode_network
+from compressor.fitting import Examples
 from compressor.footprint import refuse_beyond
 from compressor.generated import generated_tokens, n_batches
 from compressor.judge import came_true, failed_gates, judge, promised, prove
 from compressor.ladder import Ladder
 from compressor.learn import learn
 from compressor.original import bench_original
+from compressor.parallel import process_group, rank, wait
 from compressor.plan import Plan, make_plan
 from compressor.progress import Progress
 from compressor.recipe import Recipe, learning_window, load_recipe
@@ -47,11 +50,14 @@ from compressor.recipe_file import restore_recipe
 from compressor.samples import (
     Samples,
     calibration_batches,
+    calibration_labels,
     learning_batches,
     load_samples,
     n_generated,
+    training_examples,
 )
 from compressor.streaming import Batch, Network
+from compressor.structure import Reference, restructure
 from compressor.survey import Survey, survey
 
 WEIGHTS = "model.safetensors"
@@ -89,6 +95,34 @@ def run(options: RunOptions) -> Artifact:
         CompressorError: Of the kind that `compressor.core.errors` lists. UsageError before anything is done where
             something stands in the output's place; GateFailed after the artifact is written.
     """
+    with process_group():
+        if rank():
+            return _assist(options)
+        artifact = _run(options)
+        wait()
+        return artifact
+
+
+def _assist(options: RunOptions) -> Artifact:
+    """What a process that torchrun started beside the first does: it trains with it, and waits for the artifact."""
+    recipe = load_recipe(options.recipe, options.sets)
+    checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
+    checkpoint.check()
+    samples = load_samples(checkpoint, recipe, options)
+    wait()  # for the working folder
+    work = Work(_partial(options) / "work", options.seed)
+    restructure(checkpoint, recipe, _reference(samples, recipe, work), work, Progress())
+    wait()
+    return Artifact.open(options.directory)
+
+
+def _partial(options: RunOptions) -> Path:
+    """Where the artifact is built."""
+    return options.directory.with_name(options.directory.name + ".partial")
+
+
+def _run(options: RunOptions) -> Artifact:
+    """`run`, in the first process."""
     refuse_target(options.directory, options.force)
     progress = options.progress or Progress()
     clock = _Clock()
@@ -99,19 +133,24 @@ def run(options: RunOptions) -> Artifact:
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     _refuse_unwritable(plan, options, recipe)
-    ladder = Ladder.of(plan, recipe, options.format, options.mode) if options.allocates else None
-    if ladder is not None and options.target_size is not None:
-        ladder.refuse_unreachable(options.target_size)
+    ladder = None if recipe.structure else _ladder(plan, recipe, options)
     samples = load_samples(checkpoint, recipe, options)
-    if ladder is not None and samples.calibration is None:
+    if options.allocates and samples.calibration is None:
         raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")
     target = target_of(options, checkpoint.family, samples)
     recipe = recipe.model_copy(update={"gates": promised(recipe.gates, target)})
     progress.say(_announcement(plan, checkpoint))
-    partial = options.directory.with_name(options.directory.name + ".partial")
+    partial = _partial(options)
     try:
         work = _open_work(partial, recipe, checkpoint, samples, options)
         checkpoint.write_tokenizer(partial)
+        wait()
+        original, shrunk = checkpoint, []
+        if recipe.structure:
+            with clock.stage("structure"):
+                checkpoint, shrunk = restructure(checkpoint, recipe, _reference(samples, recipe, work), work, progress)
+            plan = make_plan(checkpoint, recipe, options.format, smaller=True)
+            ladder = _ladder(plan, recipe, options)
         tensors, batches, allocation = _encode(
             checkpoint, recipe, plan, ladder, target, samples, work, progress, clock, options
         )
@@ -122,14 +161,15 @@ def run(options: RunOptions) -> Artifact:
             least = _export(checkpoint, tensors, offsets, partial, options, recipe, batches)
         with clock.stage("evaluation"):
             proof = prove(checkpoint, tensors, offsets, partial, options, batches)
-            quality = judge(checkpoint, samples, recipe, partial, options.format, progress)
-        report = _report(checkpoint, recipe, plan, samples, options, clock, work)
+            quality = judge(original, samples, recipe, partial, options.format, progress)
+        report = _report(original, recipe, plan, samples, options, clock, work)
+        report |= {"structure": shrunk} if shrunk else {}
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
         failures = failed_gates(recipe.gates, quality)
         if allocation is not None:
             report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
         report["gates"] = {"passed": not failures, "failures": failures}
-        _finish(partial, options, report, work, checkpoint, batches if recipe.evaluation.tokens else [])
+        _finish(partial, options, report, work, original, batches if recipe.evaluation.tokens else [])
     except (CheckpointError, DataError):
         if not (partial / WEIGHTS).exists():  # the input is at fault: there is nothing to resume
             shutil.rmtree(partial, ignore_errors=True)
@@ -183,6 +223,26 @@ def _refuse_unwritable(plan: Plan, options: RunOptions, recipe: Recipe) -> None:
             reason = reason or int8_refusal(tensor.describe())
         if reason:
             raise UsageError(f"{plan.recipe}: '{tensor.name}' cannot be written to ONNX: {reason}")
+
+
+def _ladder(plan: Plan, recipe: Recipe, options: RunOptions) -> Ladder | None:
+    """The widths to allocate from, where they are; refused where the smallest are too large."""
+    ladder = Ladder.of(plan, recipe, options.format, options.mode) if options.allocates else None
+    if ladder is not None and options.target_size is not None:
+        ladder.refuse_unreachable(options.target_size)
+    return ladder
+
+
+def _reference(samples: Samples, recipe: Recipe, work: Work) -> Reference:
+    """What structure passes choose by, and train on."""
+    source, tokenizer = samples.calibration, work.folder.parent
+    if source is None:
+        return Reference([], None, lambda: Examples({}))
+    return Reference(
+        calibration_batches(source, recipe, tokenizer, work.seed),
+        calibration_labels(source, recipe, work.seed),
+        lambda: training_examples(source, recipe, tokenizer, work.seed),
+    )
 
 
 def _announcement(plan: Plan, checkpoint: Checkpoint) -> str:
@@ -294,6 +354,8 @@ def _survey(
 def _write(checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, partial: Path) -> dict[str, tuple[int, int]]:
     if checkpoint.config is not None:
         (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=1, ensure_ascii=False) + "\n")
+    if checkpoint.reshaping is not None:
+        (partial / RECORD).write_text(checkpoint.reshaping.text())
     return write_tensors(partial / WEIGHTS, _Stored(tensors, plan), tensors.tied)
 
 

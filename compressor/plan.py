@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.checkpoints.tokenizer import copied_size
 from compressor.core.errors import RecipeError
-from compressor.core.passes import Pass, Role
+from compressor.core.passes import Pass, Role, StructurePass
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
 from compressor.core.spec import DenseSpec, Spec, sparse_spec
 from compressor.footprint import peak_memory
@@ -109,8 +109,8 @@ class Plan:
         return plain | totals | {"tensors": [tensor.as_json() for tensor in self.tensors]}
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> Plan:
-    """What `recipe` will do with `checkpoint`.
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smaller: bool = False) -> Plan:
+    """What `recipe` will do with `checkpoint`; `smaller` is one that its structure passes are done with.
 
     Raises:
         RecipeError: A pattern selects nothing, or no tensor would be encoded.
@@ -124,7 +124,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> P
         raise RecipeError(
             f"{recipe.name}: unit is block, but {checkpoint.path} has no repeated blocks; write unit: layer"
         )
-    if not any(tensor.by for tensor in tensors):
+    if not any(tensor.by for tensor in tensors) and not recipe.structure:
         reasons = sorted({tensor.reason for tensor in tensors if tensor.reason})
         raise RecipeError(f"{recipe.name}: encodes no tensor of {checkpoint.path}; {'; '.join(reasons)}")
     return Plan(
@@ -137,7 +137,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> P
         needs=tuple(sorted(recipe.required)),
         peak_memory=peak_memory(tensors, config, recipe),
         cpu_seconds=_cpu_seconds(tensors, recipe),
-        notes=_notes(tensors),
+        notes=_notes(tensors) + (() if smaller else _structure_notes(recipe, tensors)),
     )
 
 
@@ -219,6 +219,8 @@ def _refuse_idle_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: str, static: bool) -> dict[str, int]:
     files = model_files(tensors, checkpoint.tied, format, static)
+    if checkpoint.reshaping is not None:
+        files["structure.json"] = len(checkpoint.reshaping.text())
     if checkpoint.config is not None:
         files["configuration"] = CONFIG_BYTES
     files |= {path.name: copied_size(path) for path in checkpoint.tokenizer_files}
@@ -280,3 +282,18 @@ def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
     if any(block_of(tensor.name) for tensor in tensors):
         return ()
     return ("no repeated block was found: the whole network is held in memory as one block",)
+
+
+def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
+    """Which sizes are bounds, since passes make the network smaller first; near what they will be, where that is known."""
+    notes = []
+    left, exact = 1.0, True
+    for step in recipe.structure:
+        settings = step.settings
+        assert isinstance(settings, StructurePass)
+        left, exact = left * (1 - settings.removes), exact and settings.removes_exactly
+        kind = "parameters" if settings.removes_exactly else "units"
+        notes.append(f"{step.name} removes {settings.removes:.0%} of the {kind} first: the sizes above are upper bounds")
+    if notes and exact:
+        notes.append(f"its weights will take about {left * sum(tensor.bytes_after for tensor in tensors) / 1e6:,.1f} MB")
+    return tuple(notes)

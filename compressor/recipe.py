@@ -191,6 +191,11 @@ class Recipe(BaseModel):
         calibrating: frozenset[Need] = frozenset({"data"} if measures else ())
         return learning.union(calibrating, *(step.settings.needs for step in self.passes))
 
+    @property
+    def structure(self) -> tuple[Step, ...]:
+        """The steps that make the network smaller, before any other."""
+        return tuple(step for step in self.passes if step.settings.stage == "structure")
+
     def smallest(self, role: Role) -> int:
         """Matrices with fewer weights stay dense. Of convolutions on int8 none: floats between them cost time."""
         return 1 if role == "conv" and self.export.activations == "static_int8" else SMALLEST

@@ -19,6 +19,7 @@ from compressor.data.arrays import Arrays
 from compressor.data.disjoint import check_disjoint
 from compressor.data.text import Text
 from compressor.data.tokens import encode_sentences, tokenize, windows
+from compressor.fitting import Examples
 from compressor.recipe import TOKENS_PER_BATCH, Recipe, learning_window
 from compressor.streaming import Batch, as_batch
 
@@ -102,10 +103,34 @@ def calibration_batches(
     if isinstance(source, Text):
         share = 0.0 if generated is None else settings.generated
         return _text_batches(source, tokenizer, settings.tokens, settings.window, share, generated, seed)
-    order = np.random.default_rng(seed).permutation(len(source))[: settings.samples]
+    chosen, size = _chosen(source, recipe, seed)
+    return [as_batch(part) for part in chosen.batches(size)]
+
+
+def calibration_labels(source: Text | Arrays | None, recipe: Recipe, seed: int) -> list[Tensor] | None:
+    """The labels of `calibration_batches`, (n,) per batch; None where there are none."""
+    if not isinstance(source, Arrays) or source.labels is None:
+        return None
+    chosen, size = _chosen(source, recipe, seed)
+    assert chosen.labels is not None
+    return list(torch.from_numpy(chosen.labels.astype(np.int64)).split(size))
+
+
+def training_examples(source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int) -> Examples:
+    """All of the calibration data, for passes that train; of a text the windows that it is calibrated on."""
+    if isinstance(source, Text):
+        batches = calibration_batches(source, recipe, tokenizer, seed)
+        return Examples({"input_ids": torch.cat([batch["input_ids"] for batch in batches])})
+    labels = None if source.labels is None else torch.from_numpy(source.labels.astype(np.int64))
+    return Examples(as_batch(source.inputs), labels)
+
+
+def _chosen(source: Arrays, recipe: Recipe, seed: int) -> tuple[Arrays, int]:
+    """The examples to calibrate on, and how many make a batch."""
+    order = np.random.default_rng(seed).permutation(len(source))[: recipe.calibration.samples]
     chosen = source.take(np.sort(order))
     largest = max(array[0].size for array in chosen.inputs.values())
-    return [as_batch(part) for part in chosen.batches(max(1, min(EXAMPLES_PER_BATCH, VALUES_PER_BATCH // largest)))]
+    return chosen, max(1, min(EXAMPLES_PER_BATCH, VALUES_PER_BATCH // largest))
 
 
 def _text_batches(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from torch.nn import functional
 from compressor.core.encoding import Affine, Codebook, Scales
 from compressor.core.memory import give_back
 from compressor.core.tensors import EncodedTensor
+from compressor.ops.schedules import rate_share
 
 _POSITIONS = 512
 _SAMPLED = 32
@@ -288,8 +288,7 @@ def distill(
 
 def _cosine(step: int, steps: int) -> float:
     """The share of the full rate: up over the first tenth, down to a twentieth along half a cosine."""
-    warm = min(1.0, (step + 1) / max(1, steps // 10))
-    return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return rate_share(step, steps, rise=steps // 10, floor=0.05)
 
 
 def _set_rates(optimiser: torch.optim.Optimizer, initial: list[float], share: float) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import onnxruntime
 import torch
 from material import model_dir
-from measured import cached, markdown, number, write_results
+from measured import cached, interleaved, markdown, number, write_results
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.options import RunOptions
@@ -84,14 +84,7 @@ def agreement(found: np.ndarray, original: np.ndarray) -> dict[str, Any]:
 
 def latencies(directories: dict[str, Path], image: np.ndarray, threads: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of each, and of the ratio of neighbouring runs."""
-    sessions = {name: open_session(path, threads) for name, path in directories.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sessions}
-    for repeat in range(repeats + 3):
-        for name, session in sessions.items():
-            began = time.perf_counter()
-            session.run({"input": image})
-            if repeat >= 3:
-                seconds[name].append(time.perf_counter() - began)
+    seconds = interleaved(directories, {"input": image}, threads, repeats)
     ratios = [a / b for a, b in zip(seconds["original"], seconds[RECIPE], strict=True)]
     medians = {f"{name}_ms": round(1e3 * statistics.median(times), 2) for name, times in seconds.items()}
     return medians | {"times_faster": round(statistics.median(ratios), 2)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from material import ROOT, cache, evaluation_windows
+
+from compressor.evaluate.session import open_session
 
 MEASURED = ROOT / "docs" / "measured"
 SETS = {"moby_8": ("moby", 8), "sotu_8": ("sotu", 8), "moby_64": ("moby", 64), "sotu_64": ("sotu", 64)}
@@ -50,6 +53,21 @@ def number(value: float | None, digits: int = 1) -> str | None:
     if value is None:
         return None
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.{digits}f}"
+
+
+def interleaved(
+    artifacts: Mapping[str, Path], inputs: dict[str, np.ndarray], threads: int, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of each artifact's runs in onnxruntime, one after the other, so that all meet the same machine."""
+    sessions = {name: open_session(path, threads) for name, path in artifacts.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for repeat in range(repeats + 3):
+        for name, session in sessions.items():
+            began = time.perf_counter()
+            session.run(inputs)
+            if repeat >= 3:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 def cached(name: str) -> Path:

@@ -1,7 +1,8 @@
-"""Modules for weights that are shipped without one, for `--arch scripts.networks:digit_cnn`."""
+"""Modules of networks whose weights stand alone, for `--arch scripts.networks:digit_cnn`."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -25,3 +26,37 @@ class DigitCNN(nn.Module):
 
 def digit_cnn() -> nn.Module:
     return DigitCNN()
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut, projected where the shape changes."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.conv2, self.bn2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.shortcut = nn.Identity()
+        if stride > 1 or n_in != n_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.shortcut(x))
+
+
+class ResNet20(nn.Module):
+    """Grey images (batch, 1, 28, 28) to ten logits: He et al.'s ResNet-20 for small images, arXiv 1512.03385."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        widths = [16, *[width for width in (16, 32, 64) for _ in range(3)]]
+        blocks = [_Block(a, b, 2 if a != b else 1) for a, b in zip(widths, widths[1:], strict=False)]
+        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def resnet20() -> nn.Module:
+    return ResNet20()

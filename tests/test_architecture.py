@@ -18,14 +18,15 @@ LAYERS = (
     ("__main__", "cli", "batch"),
     ("failure", "inspection", "tables", "examples", "generation"),
     ("pipeline",),
-    ("learn", "judge", "original"),
+    ("learn", "judge", "original", "structure"),
     ("allocate", "sensitivity", "encode", "generated", "samples"),
     ("report", "evaluate"),
-    ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming", "workers"),
+    ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "fitting", "streaming",
+     "workers"),  # fmt: skip
     ("export", "passes"),
     ("plan", "footprint", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),
-    ("progress", "inference"),
+    ("progress", "inference", "parallel"),
     ("core",),
     ("ops",),
 )

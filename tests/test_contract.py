@@ -22,7 +22,7 @@ from compressor.recipe import ONLY_PRUNED, load_pass, load_recipe, pass_class
 from compressor.recipe_file import known_passes
 from compressor.streaming import Network
 from compressor.survey import Survey
-from tests import pico
+from tests import pico, training_case
 
 ROOT = Path(__file__).parents[1]
 PASSES = sorted(path.stem for path in (ROOT / "compressor" / "passes").glob("*.py") if not path.stem.startswith("_"))
@@ -38,7 +38,14 @@ VARIANTS = {
         {"grid": "codebook", "bits": 3},
     ],
 }
-CASES = [(name, settings) for name in PASSES for settings in VARIANTS.get(name, [{}])]
+STRUCTURE = {
+    "lrp": [{}],
+    "hesso": [{"epochs": 2, "batch": 16, "periods": 2}, {"epochs": 4, "batch": 16, "periods": 1, "pruning": 0.2,
+                                                         "cycles": 2, "cycle_steps": 4}],
+    "oto": [{"epochs": 2, "batch": 16}],
+}  # fmt: skip
+ENCODING = [name for name in PASSES if name not in STRUCTURE]
+CASES = [(name, settings) for name in ENCODING for settings in VARIANTS.get(name, [{}])]
 BYTES = {"U8": 1, "U16": 2, "F16": 2, "F32": 4, "I32": 4}
 
 
@@ -231,7 +238,7 @@ def test_a_sweep_gives_the_same_bytes_whatever_the_global_seed(tmp_path, llama, 
     assert tensors.tied == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-@pytest.mark.parametrize("name", [name for name in PASSES if "data" in made(name, **VARIANTS[name][-1]).needs])
+@pytest.mark.parametrize("name", [name for name in ENCODING if "data" in made(name, **VARIANTS[name][-1]).needs])
 def test_later_layers_make_up_for_earlier_ones(tmp_path, llama, name):
     """Encoded from the compressed prefix, a layer is another than from the original one."""
     settings = VARIANTS[name][-1]
@@ -281,3 +288,29 @@ def test_other_architectures_are_encoded_as_planned(tmp_path, build):
         assert tensors[key].encoding.nbytes == tensor.bytes_after, key
         assert float((tensors[key].decode() - original).norm()) <= 0.01 * float(original.norm()), key
     assert sum(tensors[key].encoding.kind == "affine" for key in tensors) >= 6
+
+
+def test_the_passes_that_change_the_shape_are_these():
+    assert {name for name in PASSES if made(name).stage == "structure"} == STRUCTURE.keys()
+
+
+@pytest.mark.parametrize(("name", "settings"), [(name, each) for name, many in STRUCTURE.items() for each in many])
+def test_a_structure_pass_gives_the_same_smaller_network_whatever_the_global_seed(name, settings):
+    method, found = made(name, **settings), []
+    for seed in (1, 2):
+        module = training_case.residual()
+        before = sum(parameter.numel() for parameter in module.parameters())
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        smaller = method.restructure(training_case.subject_of(module, method)).module
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(smaller)
+        assert sum(parameter.numel() for parameter in smaller.parameters()) <= (1 - method.removes) * before
+    first, second = (dict(each.state_dict()) for each in found)
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    assert not smaller.training
+    for key, child in smaller.named_modules():
+        assert not child._forward_hooks, key
+        assert not child._forward_pre_hooks, key
+        assert not child._backward_hooks, key
+    assert all(parameter.grad is None for parameter in smaller.parameters())

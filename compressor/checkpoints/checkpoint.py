@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from compressor.checkpoints.reshaped import Reshaping
+
 __all__ = ["Checkpoint", "TensorInfo"]
 
 PACKED = (".qweight", ".weight_packed", ".weight_scale_inv", ".SCB", ".absmax", ".g_idx")
@@ -51,6 +53,7 @@ class Checkpoint:
         self.tokenizer_files = list(tokenizer_files)
         self.skipped: list[str] = []
         self.source = source
+        self.reshaping: Reshaping | None = None  # of a network that became smaller in a way no config can say
         self._architecture = architecture
         self._aligned = False
         self.name_tensors(prefixed(source.tensors, config), declared_ties)

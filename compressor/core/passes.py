@@ -96,3 +96,19 @@ class Pass(BaseModel, ABC):
     def keeps_zeros(self) -> bool:
         """Whether its encoding holds exact zeros, so that what a pass before has dropped stays dropped."""
         return True
+
+
+class StructurePass(Pass):
+    """A pass that returns a smaller network; its `restructure` takes a `core.structure.Subject`."""
+
+    stage = "structure"
+
+    @property
+    def removes(self) -> float:
+        """The share of the network that goes."""
+        return 0.0
+
+    @property
+    def removes_exactly(self) -> bool:
+        """Whether that is a share of the parameters, so that sizes can be told before."""
+        return False

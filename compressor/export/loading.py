@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compressor.checkpoints.architecture import resolve
 from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.opening import read_config
+from compressor.checkpoints.reshaped import RECORD, Reshaping
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError
@@ -25,13 +26,13 @@ class DecodedSource(Source):
     def __init__(self, path: Path, tensors: EncodedTensors) -> None:
         infos = {name: _info(name, tensors) for name in (*tensors, *sorted(tensors.tied))}
         super().__init__("artifact", [path], infos, dict(tensors.tied))
-        self._encoded = tensors
+        self.encoded = tensors
 
     def file_of(self, name: str) -> Path:
         return self.files[0]
 
     def read(self, name: str) -> Tensor:
-        tensor = self._encoded[name]
+        tensor = self.encoded[name]
         if tensor.encoding.kind == "dense":
             values = tensor.encoding.parts()["weight"]
             return (tensor.decode() if values.is_floating_point() else tensor.layout.tensor(values)).clone()
@@ -56,7 +57,14 @@ def load(path: str | PathLike[str], arch: str | None = None) -> nn.Module:
     config = read_config(config_file) if arch is None and config_file.is_file() else None
     recorded = (artifact.report.get("source") or {}).get("arch")
     reference = arch or (recorded if config is None else None)
-    architecture = resolve(artifact.directory, source, config, reference)
+    record = artifact.directory / RECORD
+    reshaping = Reshaping.read(record) if record.is_file() else None
+    if reshaping is None:
+        architecture = resolve(artifact.directory, source, config, reference)
+    else:
+        whole = DecodedSource(weights, source.encoded)
+        whole.tensors = reshaping.before(source.tensors)
+        architecture = reshaping.architecture(resolve(artifact.directory, whole, config, reference))
     return Checkpoint(artifact.directory, source, architecture, config=config).build("cpu").float()
 
 

@@ -1,0 +1,121 @@
+"""What makes units of a network go to zero while it trains, and what trains it.
+
+A pass that trains holds a `Sparsifier`, whose `step` follows every step of the optimizer; a `Trainer` runs both. Neither
+knows the other's business: the one no data or loss, the other no paper.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from compressor.core.errors import RecipeError
+from compressor.core.structure import Outcome
+from compressor.core.units import Units
+from compressor.ops.selection import lowest_reaching
+
+if TYPE_CHECKING:
+    from compressor.core.structure import Removal, Subject
+    from compressor.core.training_settings import TrainingPass
+
+
+class Trainer(Protocol):
+    """Trains the subject's network as a pass's settings say."""
+
+    n_steps: int
+
+    def train(self, sparsifier: Sparsifier) -> list[dict[str, float]]:
+        """All steps, or those that an interrupted run has left; what each epoch came to."""
+        ...
+
+
+class Sparsifier(ABC):
+    """Follows a training from its step 0 to `n_steps` − 1 and sets units to zero for good.
+
+    gone       BoolTensor (units,) per group: zero, and kept there
+    start      the first step at which units may go
+    length     steps over which they go
+    budget     what goes in all: parameters or units
+    """
+
+    remembers: ClassVar[tuple[str, ...]] = ("gone",)
+    """Attributes that a resumed training needs: tensors, numbers and containers of them."""
+
+    def __init__(self, settings: TrainingPass, subject: Subject, n_steps: int) -> None:
+        self.settings, self.subject = settings, subject
+        self.units = Units(subject.module, subject.choosable())
+        self.gone = [torch.zeros(group.size, dtype=torch.bool) for group in self.units.groups]
+        self.least = [min(group.size, settings.divisible) for group in self.units.groups]
+        self.start, self.length = round(settings.warmup * n_steps), max(1, round(settings.pruning * n_steps))
+        self._parameters = subject.surgeon.parameters(subject.module, {})
+        whole = self.units.n if settings.of == "units" else self._parameters
+        self.budget = round(settings.fraction * whole)
+        self._refuse_unreachable(whole)
+
+    @abstractmethod
+    def step(self, number: int, before: Mapping[str, Tensor], rate: float) -> None:
+        """After the optimizer's step; `before` are the units' tensors before it, `rate` its learning rate."""
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint of the training."""
+        return {name: getattr(self, name) for name in self.remembers}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` was taken."""
+        for name in self.remembers:
+            setattr(self, name, state[name])
+
+    def amount(self, flags: list[Tensor]) -> int:
+        """Parameters or units that go with these."""
+        if self.settings.of == "units":
+            return sum(int(each.sum()) for each in flags)
+        return self._parameters - self.subject.surgeon.parameters(self.subject.module, self.removal(flags))
+
+    def lowest(self, scores: list[Tensor], goal: float) -> list[Tensor]:
+        """The fewest of the lowest units that bring what goes to `goal`, with those that are gone."""
+        return lowest_reaching(scores, self.gone, self.least, self.settings.divisible, goal, self.amount)
+
+    def removal(self, flags: list[Tensor]) -> Removal:
+        """The units of these flags by group."""
+        pairs = zip(self.units.groups, flags, strict=True)
+        return {group: each.nonzero()[:, 0] for group, each in pairs if bool(each.any())}
+
+    def freeze(self) -> None:
+        """Sets to zero what is gone: the optimizer has moved it."""
+        self.units.scale([(~flags).float() for flags in self.gone])
+
+    def sparsity(self) -> float:
+        """The share of the units that is gone."""
+        return sum(int(flags.sum()) for flags in self.gone) / max(1, self.units.n)
+
+    def parameters(self) -> int:
+        """How many the network will have without what is gone."""
+        return self.subject.surgeon.parameters(self.subject.module, self.removal(self.gone))
+
+    def outcome(self, log: list[dict[str, float]], **report: Any) -> Outcome:
+        """The network without what is gone."""
+        kept = {
+            group.name: [group.size - int(flags.sum()), group.size]
+            for group, flags in zip(self.units.groups, self.gone, strict=True)
+        }
+        smaller = self.subject.surgeon.remove(self.subject.module, self.removal(self.gone))
+        return Outcome(smaller, {"training": log, "kept_units": kept} | report)
+
+    def _refuse_unreachable(self, whole: int) -> None:
+        """Before anything is trained.
+
+        Raises:
+            RecipeError: Not so much can go.
+        """
+        scores = [torch.zeros(group.size) for group in self.units.groups]
+        most = self.amount(self.lowest(scores, float("inf")))
+        if most < self.budget:
+            settings = self.settings
+            raise RecipeError(
+                f"{settings.name}: fraction {settings.fraction:g} of the {settings.of} cannot go; "
+                f"{most / whole:.3f} can, with divisible: {settings.divisible}; write a smaller fraction"
+            )

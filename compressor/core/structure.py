@@ -1,0 +1,82 @@
+"""What a structure pass is given, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compressor.core.groups import Group
+
+if TYPE_CHECKING:
+    from compressor.core.sparsifier import Trainer
+    from compressor.core.training_settings import TrainingPass
+
+Removal = Mapping[Group, Tensor]
+"""Which units of each group go: LongTensors of their numbers."""
+Batch = dict[str, Tensor]
+
+
+class Surgeon(Protocol):
+    """Finds and removes units of a network; `compressor.structure` has it from the graph."""
+
+    def groups(self, module: nn.Module) -> list[Group]:
+        """The dependency groups."""
+        ...
+
+    def mask(self, module: nn.Module, group: Group, units: Tensor) -> None:
+        """Makes units zero, in place."""
+        ...
+
+    def parameters(self, module: nn.Module, removal: Removal) -> int:
+        """How many parameters the network without these units has."""
+        ...
+
+    def remove(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """The network without these units, checked to compute what it does with them masked."""
+        ...
+
+
+@dataclass
+class Subject:
+    """A network to make smaller.
+
+    module      float32, in eval mode; the pass owns it
+    batches     calibration data, as arguments of its forward
+    labels      (n,) per batch; None where there are none, and the network's own classes serve
+    selects     whether the recipe's step is for a tensor of that name
+    advance     reports progress: a share of the pass's whole work, and a note
+    trainer     of the module, as the settings of a pass that trains say
+    """
+
+    module: nn.Module
+    batches: list[Batch]
+    labels: list[Tensor] | None
+    surgeon: Surgeon
+    generator: torch.Generator
+    selects: Callable[[str], bool]
+    advance: Callable[[float, str], None]
+    trainer: Callable[[TrainingPass], Trainer]
+
+    def call(self, batch: Batch) -> Any:
+        """The forward of a batch; {"": tensor} is one argument by position."""
+        return self.module(batch[""]) if "" in batch else self.module(**batch)
+
+    def choosable(self) -> list[Group]:
+        """The groups that can lose units and whose producers the recipe's step is for."""
+        return [
+            group
+            for group in self.surgeon.groups(self.module)
+            if not group.reason and all(self.selects(member.tensor) for member in group.producers)
+        ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The smaller network, and what the report says of how it came about."""
+
+    module: nn.Module
+    report: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,68 @@
+"""The settings of passes that change the network's shape, without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from compressor.core.passes import Need, StructurePass
+
+Rule = Literal["epsilon", "zplus", "alpha_beta", "gamma"]
+
+
+class LrpSettings(StructurePass):
+    """Removes the channels, heads and neurons that explain least of what the network says.
+
+    criterion      lrp: relevance at a unit's output; taylor: |activation · gradient|; gradient: |gradient|;
+                   magnitude: the norm of its weights
+    fraction       the share that is removed, `of` the parameters or of the units
+    step           how much of it at a time: scores are computed anew after each
+    most           the largest share of a group's units that may go
+    first_rule     of the layer that reads the network's input; zbox, or same as the others of its kind
+    conv_rule      of convolutions
+    linear_rule    of linear layers
+    epsilon, gamma, alpha, beta   of the rules; alpha − beta is 1
+    norms          measure: batch norms take their statistics from the smaller network on the calibration data; keep
+    """
+
+    name = "lrp"
+    paper = "Yeom et al., Pruning by explaining: a novel criterion for deep neural network pruning, Pattern Recognition \
+2021, https://arxiv.org/abs/1912.08881"
+
+    criterion: Literal["lrp", "taylor", "gradient", "magnitude"] = "lrp"
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    of: Literal["parameters", "units"] = "parameters"
+    step: Annotated[float, Field(gt=0, le=1)] = 0.05
+    most: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    first_rule: Literal["zbox", "same"] = "zbox"
+    conv_rule: Rule = "zplus"
+    linear_rule: Rule = "epsilon"
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    gamma: Annotated[float, Field(ge=0)] = 0.25
+    alpha: Annotated[float, Field(ge=1)] = 2.0
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    norms: Literal["measure", "keep"] = "measure"
+
+    @model_validator(mode="after")
+    def _conserves(self) -> LrpSettings:
+        if abs(self.alpha - self.beta - 1) > 1e-9:
+            raise ValueError(f"alpha − beta is {self.alpha - self.beta:g}; write such that it is 1, as 2 and 1")
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        if self.criterion == "magnitude":
+            return frozenset({"data"}) if self.norms == "measure" else frozenset()
+        return frozenset({"data", "gradients"})
+
+    @property
+    def removes(self) -> float:
+        return self.fraction
+
+    @property
+    def removes_exactly(self) -> bool:
+        return self.of == "parameters"
+
+    def cost(self, tokens: int) -> float:
+        return 3.0 * self.fraction / self.step

@@ -1,0 +1,116 @@
+"""The settings of passes that train the network while units of it go to zero, without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from compressor.core.passes import Need, StructurePass
+from compressor.ops.schedules import Schedule
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Optimizer = Literal[
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"
+]
+"""Of torch.optim; not LBFGS, which calls the loss itself, nor those that take some tensors only."""
+
+
+class TrainingPass(StructurePass):
+    """What these passes have in common.
+
+    fraction      the share that is removed, `of` the parameters or of the units
+    divisible     what stays of a group is a multiple of it, and at least that
+    epochs        over --data; a step takes `batch` examples, in a new order each epoch
+    loss          labels: cross-entropy; teacher: the original's predictions; both: their mean; none: labels where the
+                  data has them, the teacher otherwise
+    distance      to the teacher; kl: of the softmax at `temperature`, times its square; mse: of the outputs
+    optimizer     a class of torch.optim, with `rate` and further `options` as it takes them
+    schedule      of the rate: cosine, linear or constant, after a `rise` over that share of the steps
+    warmup        the share of the steps before units begin to go
+    pruning       the share of the steps over which they go; what is left trains on
+    """
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    of: Literal["parameters", "units"] = "parameters"
+    divisible: Positive = 1
+    epochs: Positive = 10
+    batch: Positive = 128
+    loss: Literal["labels", "teacher", "both"] | None = None
+    distance: Literal["kl", "mse"] = "kl"
+    temperature: Rate = 2.0
+    optimizer: Optimizer = "SGD"
+    rate: Rate = 0.05
+    options: dict[str, Any] = Field({})
+    schedule: Schedule = "cosine"
+    rise: Share = 0.05
+    warmup: Share = 0.1
+    pruning: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _has_time(self) -> TrainingPass:
+        if self.warmup + self.pruning > 1 + 1e-9:
+            raise ValueError(
+                f"warmup {self.warmup:g} and pruning {self.pruning:g} are shares of one training and come to more than "
+                "1; write such as 0.1 and 0.5"
+            )
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
+        return frozenset({"data", "gradients", "training"}) | labels
+
+    @property
+    def removes(self) -> float:
+        return self.fraction
+
+    @property
+    def removes_exactly(self) -> bool:
+        return self.of == "parameters"
+
+
+class HessoSettings(TrainingPass):
+    """Trains once, and units go to zero on the way, the least salient first.
+
+    periods       in which the budget is spent: each takes its share of units and shrinks them to zero
+    cycles        of CRIC at most, before that: the lowest units are shrunk on trial and brought back, to see what
+                  their loss does; 0 is off
+    cycle_steps   of the optimizer in each
+    """
+
+    name = "hesso"
+    paper = "Chen et al., HESSO: Towards Automatic Efficient and User Friendly Any Neural Network Training and Pruning, \
+2024, https://arxiv.org/abs/2409.09085"
+
+    periods: Positive = 10
+    cycles: Count = 0
+    cycle_steps: Positive = 20
+
+
+class OtoSettings(TrainingPass):
+    """Trains once with a penalty on the units that are redundant after the warm-up, and projects them to zero.
+
+    penalty         λ₀; none is 1e-3, and 1e-2 for an optimizer that adapts its rates
+    amplification   of the smallest λ that makes a unit shrink where the gradient would let it grow; none: 2, or 20
+    cap             of λ, in λ₀; none: 10, or 1000
+    epsilon         ε of the half-space: a unit whose step turns away by more is set to zero
+    """
+
+    name = "oto"
+    paper = "Chen et al., OTOv3: Automatic Architecture-Agnostic Neural Network Training and Compression from Structured \
+Pruning to Erasing Operators, 2023, https://arxiv.org/abs/2312.09411"
+
+    penalty: Rate | None = None
+    amplification: Rate | None = None
+    cap: Rate | None = None
+    epsilon: Annotated[float, Field(ge=0, lt=0.95)] = 0.0
+
+    @property
+    def strength(self) -> tuple[float, float, float]:
+        """λ₀, amplification and cap, as set or as they suit the optimizer."""
+        usual = (1e-3, 2.0, 10.0) if self.optimizer in ("SGD", "ASGD") else (1e-2, 20.0, 1000.0)
+        return self.penalty or usual[0], self.amplification or usual[1], self.cap or usual[2]

@@ -1,0 +1,213 @@
+"""The training loop of passes that train: any optimizer of torch, labels or the original as teacher, resumable.
+
+A training is a pure function of the network, the examples, the settings and the seed: the order of an epoch, and what
+dropout draws at a step, come from generators of their own, so that a resumed training arrives at the same weights. Under
+torchrun each process takes its share of every batch and gradients are averaged (`DistributedDataParallel`), so that the
+result is that of one process, but for batch norms, which see their process's share.
+
+Teaching: Hinton et al., "Distilling the knowledge in a neural network", arXiv 1503.02531.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from compressor.core.errors import DataError, RecipeError
+from compressor.core.sparsifier import Sparsifier
+from compressor.core.training_settings import TrainingPass
+from compressor.graph.blocks import first_tensor
+from compressor.ops.schedules import rate_share
+from compressor.parallel import n_processes, rank, wait
+
+SECONDS_BETWEEN_SAVES = 60.0
+STATE = "training.pt"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a training learns from: inputs of the forward by name, along the first axis; "" is the one by position."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def take(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Some of them, as a batch."""
+        labels = None if self.labels is None else self.labels[index]
+        return {name: values[index] for name, values in self.inputs.items()}, labels
+
+
+class Fitting:
+    """Trains a module in place as a pass's settings say; a `core.sparsifier.Trainer`.
+
+    Args:
+        module: float32; trained, and in eval mode again at the end.
+        folder: Where the state of an interrupted training is kept; None keeps none.
+        advance: Reports a share of the whole training, and how it goes.
+
+    Raises:
+        DataError: Labels are asked for and there are none, or there are fewer examples than processes.
+        RecipeError: The optimizer does not take the options.
+    """
+
+    def __init__(
+        self, module: nn.Module, examples: Examples, settings: TrainingPass, seed: int, folder: Path | None,
+        advance: Callable[[float, str], None],
+    ) -> None:  # fmt: skip
+        self.module, self.examples, self.settings, self.seed = module, examples, settings, seed
+        self.folder, self.advance = folder, advance
+        self.loss = settings.loss or ("teacher" if examples.labels is None else "labels")
+        if self.loss != "teacher" and examples.labels is None:
+            raise DataError(f"{settings.name}: loss {self.loss} needs labels, and the data has none; write loss: teacher")
+        self.batch = min(settings.batch, len(examples)) // n_processes() * n_processes()
+        if not self.batch:
+            raise DataError(f"{settings.name}: {len(examples)} examples in batches of {settings.batch} are fewer than "
+                            f"{n_processes()} processes; give more data, or start fewer")  # fmt: skip
+        self.steps_per_epoch = len(examples) // self.batch
+        self.n_steps = settings.epochs * self.steps_per_epoch
+        self.teacher = None if self.loss == "labels" else copy.deepcopy(module).eval().requires_grad_(False)
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+        self.optimizer = make_optimizer(settings, module)
+
+    def train(self, sparsifier: Sparsifier | None = None) -> list[dict[str, float]]:
+        """All steps, or those that an interrupted training has left; what each epoch came to.
+
+        Args:
+            sparsifier: Follows every step; without one the network is only trained.
+        """
+        parallel = DistributedDataParallel(self.module) if n_processes() > 1 else self.module
+        step, log, total = self._restore(sparsifier)
+        self.advance(step / self.n_steps, "")
+        saved = time.monotonic()
+        self.module.train()
+        with torch.random.fork_rng(devices=[]):
+            while step < self.n_steps:
+                total += self._step(parallel, step, sparsifier)
+                step += 1
+                if step % self.steps_per_epoch == 0:
+                    log.append(self._epoch(step, total / self.steps_per_epoch, sparsifier))
+                    total = 0.0
+                self.advance(1 / self.n_steps, self._note(step, total, log, sparsifier))
+                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                    self._save(sparsifier, step, log, total)
+                    saved = time.monotonic()
+        self.module.eval().requires_grad_(False)
+        self.optimizer.zero_grad()
+        return log
+
+    def _step(self, parallel: nn.Module, step: int, sparsifier: Sparsifier | None) -> float:
+        """One step of the optimizer, and of what makes units go; its loss."""
+        settings = self.settings
+        share = rate_share(step, self.n_steps, settings.schedule, round(settings.rise * self.n_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate * share
+        torch.manual_seed(self.seed + (step * n_processes() + rank()) * 7919)
+        batch, labels = self.examples.take(self._index(step))
+        self.optimizer.zero_grad()
+        loss = self._loss(called(parallel, batch), batch, labels)
+        loss.backward()
+        before = sparsifier.units.snapshot() if sparsifier else {}
+        self.optimizer.step()
+        if sparsifier:
+            with torch.no_grad():
+                sparsifier.step(step, before, settings.rate * share)
+        return float(loss.detach())
+
+    def _index(self, step: int) -> Tensor:
+        """The examples of this process at a step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.seed + epoch * 104729)
+        order = torch.randperm(len(self.examples), generator=generator)
+        return order[place * self.batch : (place + 1) * self.batch][rank() :: n_processes()]
+
+    def _loss(self, outputs: Tensor, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
+        terms = []
+        if self.loss != "teacher":
+            assert labels is not None
+            terms.append(functional.cross_entropy(outputs.flatten(0, -2), labels.flatten()))
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = called(self.teacher, batch)
+            terms.append(teaching_loss(outputs, wanted, self.settings.distance, self.settings.temperature))
+        return torch.stack(terms).mean()
+
+    def _epoch(self, step: int, loss: float, sparsifier: Sparsifier | None) -> dict[str, float]:
+        found = {"epoch": step // self.steps_per_epoch, "loss": round(loss, 6)}
+        if sparsifier:
+            found |= {"sparsity": round(sparsifier.sparsity(), 6), "parameters": sparsifier.parameters()}
+        return found
+
+    def _note(self, step: int, total: float, log: list[dict[str, float]], sparsifier: Sparsifier | None) -> str:
+        done = step % self.steps_per_epoch
+        loss = total / done if done else log[-1]["loss"]
+        if not sparsifier:
+            return f"loss {loss:.4f}"
+        megabytes = 4e-6 * sparsifier.parameters()
+        return f"loss {loss:.4f} · {sparsifier.sparsity():.0%} of units gone · {megabytes:.2f} MB in float32"
+
+    def _save(self, sparsifier: Sparsifier | None, step: int, log: list[dict[str, float]], total: float) -> None:
+        """Whole or not at all, by the first process."""
+        if self.folder is None or rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": step, "log": log, "total": total, "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "sparsifier": sparsifier.state() if sparsifier else {},
+        }  # fmt: skip
+        partial = self.folder / f"{STATE}.partial"
+        torch.save(state, partial)
+        partial.rename(self.folder / STATE)
+
+    def _restore(self, sparsifier: Sparsifier | None) -> tuple[int, list[dict[str, float]], float]:
+        """(steps done, log, sum of losses in this epoch) of an interrupted training; of a new one 0."""
+        wait()
+        if self.folder is None or not (self.folder / STATE).is_file():
+            return 0, [], 0.0
+        state: dict[str, Any] = torch.load(self.folder / STATE, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if sparsifier:
+            sparsifier.restore(state["sparsifier"])
+        return state["step"], state["log"], state["total"]
+
+
+def called(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The first tensor of the forward's outputs."""
+    return first_tensor(module(batch[""]) if "" in batch else module(**batch))
+
+
+def teaching_loss(outputs: Tensor, wanted: Tensor, distance: str, temperature: float) -> Tensor:
+    """T²·KL(softmax(wanted/T) ‖ softmax(outputs/T)), the mean over all but the last axis; or the mean squared error."""
+    if distance == "mse":
+        return functional.mse_loss(outputs, wanted)
+    log_p, log_q = (functional.log_softmax(each.flatten(0, -2) / temperature, -1) for each in (wanted, outputs))
+    return temperature**2 * functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def make_optimizer(settings: TrainingPass, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer by its name in torch.optim.
+
+    Raises:
+        RecipeError: It does not take the options.
+    """
+    kind = getattr(torch.optim, settings.optimizer)
+    try:
+        return kind(module.parameters(), lr=settings.rate, **settings.options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{settings.name}: torch.optim.{settings.optimizer} does not take options {settings.options}; {error}; "
+            "write such as options: {momentum: 0.9} for SGD"
+        ) from error

@@ -1,0 +1,82 @@
+"""Removes units of a network for good, or masks them; what is removed and what is masked compute the same."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from compressor.core.errors import PassError
+from compressor.core.groups import Group, Member
+from compressor.core.structure import Removal
+from compressor.graph.attributes import follow
+
+@torch.no_grad()
+def zero_units(module: nn.Module, group: Group, units: Tensor) -> None:
+    """Sets the producers' entries of these units to zero, in place: they then add nothing to the network's output."""
+    tensors = _tensors(module)
+    for member in group.producers:
+        tensors[member.tensor].index_fill_(member.dim, member.index[units].reshape(-1), 0)
+
+
+def remove_units(module: nn.Module, removal: Removal) -> nn.Module:
+    """A network without these units: smaller tensors, and the attributes that tell their sizes.
+
+    The module is left as it is; what is not smaller is copied.
+
+    Raises:
+        PassError: A group cannot lose units, or would lose all of them.
+    """
+    tensors = _tensors(module)
+    kept = {key: _kept(tensors[key[0]].shape[key[1]], places) for key, places in _dropped(removal).items()}
+    smaller: dict[str, Tensor] = {}
+    for (name, dim), places in sorted(kept.items()):
+        source = smaller.get(name, tensors[name].detach())
+        smaller[name] = source.index_select(dim, places.to(source.device))
+    memo: dict[int, object] = {}
+    for name, values in smaller.items():
+        old = tensors[name]
+        memo[id(old)] = nn.Parameter(values, old.requires_grad) if isinstance(old, nn.Parameter) else values
+    found = copy.deepcopy(module, memo)
+    follow(found, {name: tensors[name].shape for name in smaller}, removal)
+    return found
+
+
+def predicted_parameters(module: nn.Module, removal: Removal) -> int:
+    """How many parameters the network without these units will have."""
+    shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters()}
+    for (name, dim), places in _dropped(removal).items():
+        if name in shapes:
+            shapes[name][dim] -= len(places)
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _dropped(removal: Removal) -> dict[tuple[str, int], Tensor]:
+    """(tensor, dimension) -> the positions that go, ascending."""
+    found: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    for group, units in removal.items():
+        if group.reason:
+            raise PassError(f"group '{group.name}': cannot lose units, as it {group.reason}")
+        if len(units.unique()) >= group.size:
+            raise PassError(f"group '{group.name}': would lose all of its {group.size} units; one has to stay")
+        for member in group.members:
+            found[member.tensor, member.dim].append(member.index[units].reshape(-1))
+    return {key: torch.cat(places).unique() for key, places in found.items()}
+
+
+def _kept(size: int, dropped: Tensor) -> Tensor:
+    keep = torch.ones(size, dtype=torch.bool)
+    keep[dropped] = False
+    return keep.nonzero()[:, 0]
+
+
+def entries(module: nn.Module, member: Member) -> Tensor:
+    """The member's entries by unit: (units, entries of the unit), in the order of the tensor."""
+    tensor = _tensors(module)[member.tensor].movedim(member.dim, 0)
+    return tensor[member.index].flatten(1)

@@ -1,0 +1,184 @@
+"""The structure stage: passes that return a smaller network, before anything is encoded.
+
+The smaller network is written to the run's working folder and goes on as a checkpoint like any other, so that all later
+stages, and --resume, know nothing of how it came about. Quality is still measured beside the original.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from compressor.checkpoints import Checkpoint
+from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
+from compressor.core.errors import CheckpointError
+from compressor.core.groups import Group
+from compressor.core.structure import Outcome, Removal, Subject
+from compressor.core.training_settings import TrainingPass
+from compressor.encode import Work
+from compressor.fitting import Examples, Fitting
+from compressor.graph.blocks import first_tensor
+from compressor.graph.groups import find_groups
+from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
+from compressor.parallel import rank, wait
+from compressor.progress import Progress
+from compressor.recipe import Recipe, Step, load_pass
+from compressor.streaming import Batch
+
+LARGEST_ERROR = 1e-4
+"""Of the largest output, between a network with units masked and without them."""
+REPORT = "report.json"
+
+
+class GraphSurgeon:
+    """Finds and removes units by the traced graph, and checks every removal on an example."""
+
+    def __init__(self, example: Batch, call: Callable[[nn.Module, Batch], Any]) -> None:
+        self.example, self.call = example, call
+
+    def groups(self, module: nn.Module) -> list[Group]:
+        return find_groups(module, self.example)
+
+    def mask(self, module: nn.Module, group: Group, units: Tensor) -> None:
+        zero_units(module, group, units)
+
+    def parameters(self, module: nn.Module, removal: Removal) -> int:
+        return predicted_parameters(module, removal)
+
+    @torch.no_grad()
+    def remove(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """The smaller network.
+
+        Raises:
+            CheckpointError: It does not run, or computes something else: a size is written into its code.
+        """
+        smaller = remove_units(module, removal)
+        for group, units in removal.items():
+            zero_units(module, group, units)
+        wanted = first_tensor(self.call(module, self.example))
+        where = f"{type(module).__name__}: without {sum(len(units) for units in removal.values())} units"
+        advice = "a size is written into its forward; take it from an attribute that counts heads, or from a shape"
+        try:
+            found = first_tensor(self.call(smaller, self.example))
+        except (RuntimeError, ValueError, IndexError) as error:  # what shapes that do not fit raise in a forward
+            raise CheckpointError(f"{where} it does not run; {str(error).splitlines()[0]}; {advice}") from error
+        same = found.shape == wanted.shape
+        error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)) if same else float("inf")
+        if error > LARGEST_ERROR:
+            raise CheckpointError(f"{where} it differs from the masked one by {error:.2g} of the output; {advice}")
+        return smaller
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The data that structure passes choose by, and train on.
+
+    batches    arguments of the forward, some hundred examples
+    labels     (n,) per batch; None where there are none
+    examples   all of the data, made when a pass trains
+    """
+
+    batches: list[Batch]
+    labels: list[Tensor] | None
+    examples: Callable[[], Examples]
+
+
+def restructure(
+    checkpoint: Checkpoint, recipe: Recipe, data: Reference, work: Work, progress: Progress
+) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    """The smaller network after all structure passes of the recipe, and each one's report.
+
+    Under torchrun every process calls this: all of them train, the first alone does the rest.
+
+    Raises:
+        CheckpointError: The network cannot be traced, or not made smaller.
+    """
+    found, reports = checkpoint, []
+    for number, step in enumerate(recipe.structure):
+        folder = work.folder / f"structure-{number}"
+        due = not folder.exists() and (rank() == 0 or isinstance(step.settings, TrainingPass))
+        wait()  # until all have looked
+        if due:
+            with progress.task(f"{step.name}: a smaller network", 1) as task:
+                subject = _subject(found, step, data, work, folder, lambda share, note: task.advance(share, note=note))
+                outcome = _applied(load_pass(step.settings), subject)
+            if rank() == 0:
+                _write(checkpoint, found, outcome, step.name, folder)
+        wait()
+        found = open_reshaped(checkpoint, folder)
+        reports.append(json.loads((folder / REPORT).read_text()))
+        progress.say(f"{step.name}: {reports[-1]['parameters_before']:,} → {reports[-1]['parameters']:,} parameters")
+    return found, reports
+
+
+def _subject(
+    checkpoint: Checkpoint, step: Step, data: Reference, work: Work, folder: Path,
+    advance: Callable[[float, str], None],
+) -> Subject:  # fmt: skip
+    if not data.batches:
+        raise CheckpointError(f"{checkpoint.path}: a structure pass traces the network on an example; give --data")
+    module = checkpoint.build("cpu").float()
+    example = {name: tensor[:2] for name, tensor in data.batches[0].items()}
+
+    def call(module: nn.Module, batch: Batch) -> Any:
+        return module(batch[""]) if "" in batch else module(**batch)
+
+    def trainer(settings: TrainingPass) -> Fitting:
+        return Fitting(
+            module, data.examples(), settings, work.seed, folder.with_name(f"{folder.name}-training"), advance
+        )
+
+    surgeon, generator = GraphSurgeon(example, call), work.generator(folder.name)
+    return Subject(module, data.batches, data.labels, surgeon, generator, step.selects, advance, trainer)
+
+
+def _applied(method: Any, subject: Subject) -> Outcome:
+    if not subject.choosable():
+        groups = subject.surgeon.groups(subject.module)
+        reasons = "; ".join(dict.fromkeys(f"'{group.name}' {group.reason}" for group in groups if group.reason))
+        raise CheckpointError(
+            f"{type(subject.module).__name__}: {method.name} can remove nothing from it; {reasons or 'no groups'}; "
+            "leave the pass out, or select other tensors"
+        )
+    outcome = method.restructure(subject)
+    if getattr(method, "norms", "keep") == "measure":
+        measure_norms(outcome.module, subject.batches)
+    return outcome
+
+
+@torch.no_grad()
+def measure_norms(module: nn.Module, batches: list[Batch]) -> None:
+    """Batch norms take mean and variance anew, the average over batches; nothing else changes."""
+    norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+        norm.train()
+    for batch in batches if norms else ():
+        module(batch[""]) if "" in batch else module(**batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _write(original: Checkpoint, before: Checkpoint, outcome: Outcome, name: str, folder: Path) -> None:
+    """Whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_reshaped(original, outcome.module, partial)
+    parameters = {
+        "parameters_before": sum(p.numel() for p in before.build().parameters()),
+        "parameters": sum(p.numel() for p in outcome.module.parameters()),
+    }
+    (partial / REPORT).write_text(json.dumps({"pass": name} | parameters | outcome.report))
+    partial.rename(folder)

@@ -1,0 +1,176 @@
+#!/usr/bin/env python
+"""HESSO and OTO at a fifth of the parameters of ResNet-20 on Fashion-MNIST, against dense training of as many steps.
+
+    scripts/fetch_material fashion
+    scripts/bench_once.py [--images 60000] [--epochs 20] [--fraction 0.8] [--penalty 1.0]
+
+All three start from the same random weights and see the same batches with the same rates. Accuracy is of the artifacts in
+onnxruntime on the whole test set; speed of one image, all in turn in the same run. What is finished stays in the cache
+and is not done again, and an interrupted training is resumed: with 60,000 images an epoch takes minutes. Results go to
+docs/measured/once.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from material import model_dir
+from measured import cached, interleaved, markdown, number, write_results
+from networks import resnet20
+
+from compressor.checkpoints import open_checkpoint
+from compressor.core.options import RunOptions
+from compressor.core.training_settings import HessoSettings, TrainingPass
+from compressor.evaluate.bench import size
+from compressor.evaluate.session import open_session
+from compressor.fitting import Examples, Fitting
+from compressor.original import export_original
+from compressor.pipeline import run
+from compressor.progress import make_progress
+
+MEAN, STD, SEED = 0.2860, 0.3530, 0
+ARCH = "networks:resnet20"
+TRAINING: dict[str, Any] = {
+    "batch": 64, "optimizer": "SGD", "rate": 0.1, "options": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+}  # fmt: skip
+
+
+def fashion(part: str, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Images, float32 (n, 1, 28, 28), and labels of "train" or "t10k"."""
+    found = []
+    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        with gzip.open(model_dir("fashion") / f"{part}-{kind}-ubyte.gz") as file:
+            found.append(np.frombuffer(file.read(), dtype=np.uint8, offset=header))
+    images = (found[0].reshape(-1, 1, 28, 28)[:n].astype(np.float32) / 255 - MEAN) / STD
+    return images, found[1][:n].astype(np.int64)
+
+
+def train_dense(folder: Path, start: Path, settings: TrainingPass, images: np.ndarray, labels: np.ndarray) -> Path:
+    """The artifact of the dense network; it and what it took, once."""
+    target = folder / "dense"
+    if target.is_dir():
+        return target
+    module = resnet20()
+    module.load_state_dict(torch.load(start, weights_only=True))
+    examples = Examples({"": torch.from_numpy(images)}, torch.from_numpy(labels))
+    began = time.process_time()
+    with make_progress().task("dense training", 1) as task:
+        loop = Fitting(module, examples, settings, SEED, folder / "dense-training",
+                       lambda share, note: task.advance(share, note=note))  # fmt: skip
+        log = loop.train()
+    weights, partial = folder / "dense.pt", folder / "dense.partial"
+    torch.save(module.state_dict(), weights)
+    partial.mkdir(exist_ok=True)
+    export_original(open_checkpoint(weights, arch=ARCH), partial, [{"": torch.zeros(1, 1, 28, 28)}])
+    cost = {"structure": {"cpu_seconds": time.process_time() - began}}
+    (partial / "compression.json").write_text(json.dumps({"structure": [{"training": log}], "cost": cost}))
+    partial.rename(target)
+    return target
+
+
+def compressed(folder: Path, start: Path, data: Path, step: dict[str, Any]) -> Path:
+    """The artifact of one pass by a recipe of its own, once."""
+    target, recipe = folder / step["pass"], folder / f"{step['pass']}.yaml"
+    if target.is_dir():
+        return target
+    recipe.write_text(json.dumps({"passes": [step], "evaluation": {"tokens": 0}}))
+    partial = target.with_name(f"{target.name}.partial")
+    run(RunOptions(model=str(start), recipe=str(recipe), data=str(data), eval=str(data.with_name("one.npz")), arch=ARCH,
+                   output=target, seed=SEED, resume=partial.is_dir(), progress=make_progress()))  # fmt: skip
+    return target
+
+
+def accuracy(artifact: Path, images: np.ndarray, labels: np.ndarray) -> float:
+    session = open_session(artifact)
+    name, fed = session.outputs[0], next(iter(session.inputs))
+    found = [session.run({fed: images[i : i + 50]}, [name])[name].argmax(1) for i in range(0, len(images), 50)]
+    return round(float((np.concatenate(found) == labels).mean()), 4)
+
+
+def measured(artifact: Path, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy, size and cost of one artifact."""
+    report = json.loads((artifact / "compression.json").read_text())
+    structure = report["structure"][0]
+    dense = sum(parameter.numel() for parameter in resnet20().parameters())
+    entry = {
+        "accuracy": accuracy(artifact, images, labels), "parameters": structure.get("parameters", dense),
+        "bytes": size(artifact)["bytes"], "cpu_seconds": round(report["cost"]["structure"]["cpu_seconds"], 1),
+        "loss": structure["training"][-1]["loss"],
+    }  # fmt: skip
+    forced = structure.get("set_to_zero_at_the_end")
+    units = [size - left for left, size in structure.get("kept_units", {}).values()]
+    return entry | ({} if forced is None else {"forced": forced, "units_gone": sum(units)})
+
+
+def once_table(results: dict[str, Any]) -> str:
+    """A row per training."""
+    rows: list[list[object]] = []
+    for name, entry in results["trainings"].items():
+        times = results["speed"]
+        rows.append([
+            name, f"{entry['parameters']:,}", f"{entry['bytes']:,}", f"{100 * entry['accuracy']:.2f} %",
+            *[f"{number(times[f'threads_{n}'][name], 3)} ms" for n in (1, 2)], number(entry["cpu_seconds"], 0),
+        ])  # fmt: skip
+    titles = ["ResNet-20", "parameters", "bytes, all files", "accuracy", "one image, 1 thread", "2 threads",
+              "CPU-seconds"]  # fmt: skip
+    head = (
+        f"{results['images']:,} training images, {results['epochs']} epochs, {results['steps']:,} steps of "
+        f"{results['batch']}, from the same random weights; accuracy on {results['test_images']:,} test images.\n\n"
+    )
+    oto = results["trainings"].get("oto", {})
+    tail = (
+        f"\n\nOf OTO's {oto['units_gone']} removed units {oto['forced']} were not yet zero at the end of its pruning "
+        "steps and were set to zero there."
+        if oto else ""
+    )  # fmt: skip
+    return head + markdown(titles, rows) + tail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=60000)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--fraction", type=float, default=0.8)
+    parser.add_argument("--penalty", type=float, default=1.0)
+    parser.add_argument("--repeats", type=int, default=200)
+    arguments = parser.parse_args()
+    images, labels = fashion("train", arguments.images)
+    folder = cached(f"once/{len(images)}-{arguments.epochs}-{arguments.fraction:g}-{arguments.penalty:g}")
+    start, data = folder / "start.pt", folder / "train.npz"
+    if not data.is_file():
+        torch.manual_seed(SEED)
+        torch.save(resnet20().state_dict(), start)
+        test = fashion("t10k", 1)
+        np.savez(folder / "one.npz", input=test[0], labels=test[1])
+        np.savez(data, input=images, labels=labels)
+    common = {"fraction": arguments.fraction, "epochs": arguments.epochs, **TRAINING}
+    artifacts = {"dense": train_dense(folder, start, HessoSettings(**common), images, labels)}
+    for step in ({"pass": "hesso"}, {"pass": "oto", "penalty": arguments.penalty}):
+        artifacts[step["pass"]] = compressed(folder, start, data, step | common)
+    test_images, test_labels = fashion("t10k")
+    speed = {}
+    for threads in (1, 2):
+        seconds = interleaved(artifacts, {"input": test_images[:1]}, threads, arguments.repeats)
+        speed[f"threads_{threads}"] = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+    results = {
+        "images": len(images), "epochs": arguments.epochs, "steps": len(images) // TRAINING["batch"] * arguments.epochs,
+        "test_images": len(test_labels), "fraction": arguments.fraction, "penalty": arguments.penalty, **TRAINING,
+        "onnxruntime": onnxruntime.__version__,
+        "trainings": {name: measured(path, test_images, test_labels) for name, path in artifacts.items()},
+        "speed": {key: {name: round(ms, 3) for name, ms in times.items()} for key, times in speed.items()},
+    }  # fmt: skip
+    write_results("once", results)
+    print(once_table(results))
+
+
+if __name__ == "__main__":
+    main()

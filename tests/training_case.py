@@ -1,0 +1,89 @@
+"""Small networks, and subjects around them, for the tests of passes that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compressor.core.structure import Outcome, Subject
+from compressor.core.training_settings import TrainingPass
+from compressor.fitting import Examples, Fitting
+from compressor.structure import GraphSurgeon
+
+N_CLASSES = 5
+
+
+def images(n: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, 3, 6, 5, generator=torch.Generator().manual_seed(seed))
+
+
+EXAMPLE = images(4, 9)
+
+
+def classes(inputs: Tensor) -> Tensor:
+    """Labels that a small network can learn: which of a few directions the mean pixel leans to."""
+    directions = torch.randn(3, N_CLASSES, generator=torch.Generator().manual_seed(1))
+    return (inputs.mean((2, 3)) @ directions).argmax(1)
+
+
+class Residual(nn.Module):
+    """A stem, a residual block and a head: the residual sum is one group, the block's middle another."""
+
+    def __init__(self, norms: bool = True) -> None:
+        super().__init__()
+
+        def norm() -> nn.Module:
+            return nn.BatchNorm2d(16) if norms else nn.Identity()
+
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), norm(), nn.ReLU())
+        self.block = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), norm(), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+        self.head = nn.Linear(16, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.relu(x + self.block(x)).mean((2, 3)))
+
+
+def residual(seed: int = 0, norms: bool = True) -> nn.Module:
+    torch.manual_seed(seed)
+    return Residual(norms).eval()
+
+
+def one_channel_matters() -> nn.Module:
+    """Twelve channels: the first has small weights and a reader that makes all of the output of it; nothing reads others."""
+    torch.manual_seed(5)
+    module = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 2, 1))
+    with torch.no_grad():
+        module[0].weight[0] *= 0.3
+        module[0].bias.fill_(0.1)
+        module[2].weight[:, 1:] *= 1e-3
+        module[2].weight[:, :1] = torch.tensor([[4.0], [-3.0]]).view(2, 1, 1, 1)
+    return module.eval()
+
+
+def examples(n: int = 64) -> Examples:
+    inputs = images(n)
+    return Examples({"": inputs}, classes(inputs))
+
+
+def subject_of(
+    module: nn.Module, settings: TrainingPass | None = None, data: Examples | None = None, folder: Path | None = None
+) -> Subject:
+    """A subject whose trainer learns from `data`, or from `examples`; without settings it has none."""
+    batch = {"": EXAMPLE}
+    surgeon = GraphSurgeon(batch, lambda module, batch: module(batch[""]))
+
+    def trainer(settings: TrainingPass) -> Fitting:
+        return Fitting(module, data or examples(), settings, 3, folder, lambda share, note: None)
+
+    return Subject(
+        module, [batch], None, surgeon, torch.Generator(), lambda name: True, lambda share, note: None, trainer
+    )
+
+
+def trained(method: TrainingPass, module: nn.Module | None = None) -> tuple[Subject, Outcome]:
+    """The subject, its units masked, and what the pass made of it."""
+    subject = subject_of(module or residual(), method)
+    return subject, method.restructure(subject)
