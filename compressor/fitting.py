@@ -1,9 +1,9 @@
 """The training loop of passes that train: any optimizer of torch, labels or the original as teacher, resumable.
 
 A training is a pure function of the network, the examples, the settings and the seed: the order of an epoch, and what
-dropout draws at a step, come from generators of their own, so that a resumed training arrives at the same weights. Under
-torchrun each process takes its share of every batch and gradients are averaged (`DistributedDataParallel`), so that the
-result is that of one process, but for batch norms, which see their process's share.
+dropout draws at a step, come from generators of their own, so that a resumed training arrives at the same weights.
+Under torchrun each process takes its share of every batch and gradients are averaged (`DistributedDataParallel`), so
+that the result is that of one process, but for batch norms, which see their process's share.
 
 Teaching: Hinton et al., "Distilling the knowledge in a neural network", arXiv 1503.02531.
 """
@@ -70,7 +70,9 @@ class Fitting:
         self.folder, self.advance = folder, advance
         self.loss = settings.loss or ("teacher" if examples.labels is None else "labels")
         if self.loss != "teacher" and examples.labels is None:
-            raise DataError(f"{settings.name}: loss {self.loss} needs labels, and the data has none; write loss: teacher")
+            raise DataError(
+                f"{settings.name}: loss {self.loss} needs labels, and the data has none; write loss: teacher"
+            )
         self.batch = min(settings.batch, len(examples)) // n_processes() * n_processes()
         if not self.batch:
             raise DataError(f"{settings.name}: {len(examples)} examples in batches of {settings.batch} are fewer than "

@@ -4,10 +4,10 @@
     scripts/fetch_material fashion
     scripts/bench_once.py [--images 60000] [--epochs 20] [--fraction 0.8] [--penalty 1.0]
 
-All three start from the same random weights and see the same batches with the same rates. Accuracy is of the artifacts in
-onnxruntime on the whole test set; speed of one image, all in turn in the same run. What is finished stays in the cache
-and is not done again, and an interrupted training is resumed: with 60,000 images an epoch takes minutes. Results go to
-docs/measured/once.json.
+All three start from the same random weights and see the same batches with the same rates. Accuracy is of the artifacts
+in onnxruntime on the whole test set; speed of one image, all in turn in the same run. What is finished stays in the
+cache and is not done again, and an interrupted training is resumed: with 60,000 images an epoch takes minutes. Results
+go to docs/measured/once.json.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from bench_gradients import gradients_table
 from bench_layers import layers_table
 from bench_loading import loading_table
 from bench_memory import memory_table
+from bench_once import once_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
@@ -31,7 +32,7 @@ from compressor.recipe_file import shipped_recipes
 
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
-    "docs/runtime.md",
+    "docs/passes/hesso.md", "docs/passes/oto.md", "docs/runtime.md",
     "docs/design.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -42,6 +43,7 @@ COMMANDS = {
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py",
+    "once": "scripts/bench_once.py",
 }  # fmt: skip
 LLAMA_CPP = (
     ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
@@ -104,6 +106,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vision": lambda: measured_table("vision", vision_table),
     "rounding": lambda: measured_table("rounding", rounding_table),
     "zeros": lambda: measured_table("zeros", zeros_table),
+    "once": lambda: measured_table("once", once_table),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -50,8 +52,8 @@ class ResNet20(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        widths = [16, *[width for width in (16, 32, 64) for _ in range(3)]]
-        blocks = [_Block(a, b, 2 if a != b else 1) for a, b in zip(widths, widths[1:], strict=False)]
+        widths = [16, *(width for width in (16, 32, 64) for _ in range(3))]
+        blocks = [_Block(a, b, 2 if a != b else 1) for a, b in pairwise(widths)]
         self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(64, 10)
 
     def forward(self, x):

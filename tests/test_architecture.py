@@ -20,9 +20,8 @@ LAYERS = (
     ("pipeline",),
     ("learn", "judge", "original", "structure"),
     ("allocate", "sensitivity", "encode", "generated", "samples"),
-    ("report", "evaluate"),
-    ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "fitting", "streaming",
-     "workers"),  # fmt: skip
+    ("report", "evaluate", "fitting"),
+    ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming", "workers"),
     ("export", "passes"),
     ("plan", "footprint", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),
@@ -85,7 +84,8 @@ def test_a_pass_stands_on_core_and_ops_alone(module):
 # The pipeline's files and torch: a command that only reads a recipe or a header must start in a moment.
 WITHOUT_TORCH = (
     "cli", "recipe", "recipe_file", "plan", "inspection", "progress", "failure", "core.settings", "core.passes",
-    "core.spec", "core.roles", "core.errors", "core.options", "core.artifact", "ops.widths",
+    "core.structure_settings", "core.training_settings", "core.spec", "core.roles", "core.errors", "core.options",
+    "core.artifact", "ops.widths", "ops.schedules",
 )  # fmt: skip
 
 

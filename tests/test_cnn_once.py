@@ -76,7 +76,9 @@ def test_an_artifact_has_half_of_the_parameters_and_computes_what_its_weights_sa
 
 def test_without_labels_the_original_teaches():
     sets = (*SETS, "hesso.fraction=0.2")
-    report = run(options(data="training-unlabelled.npz", eval="evaluation-unlabelled.npz", sets=sets, force=True)).report
+    report = run(
+        options(data="training-unlabelled.npz", eval="evaluation-unlabelled.npz", sets=sets, force=True)
+    ).report
     (step,) = report["structure"]
     assert all(0 < entry["loss"] < 1 for entry in step["training"])
     assert report["quality"]["top1_agreement"] > 0.5

@@ -52,7 +52,7 @@ def residual(seed: int = 0, norms: bool = True) -> nn.Module:
 
 
 def one_channel_matters() -> nn.Module:
-    """Twelve channels: the first has small weights and a reader that makes all of the output of it; nothing reads others."""
+    """Twelve channels: the first has small weights, and all of the output is made of it; nothing reads the others."""
     torch.manual_seed(5)
     module = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 2, 1))
     with torch.no_grad():

@@ -333,7 +333,5 @@ https://arxiv.org/abs/2311.04902"
 
 SETTINGS: dict[str, type[Pass]] = {
     kind.name: kind
-    for kind in (
-        AffineSettings, GblmSettings, HessoSettings, JlcmSettings, LrpSettings, OtoSettings, RoundingSettings
-    )
+    for kind in (AffineSettings, GblmSettings, HessoSettings, JlcmSettings, LrpSettings, OtoSettings, RoundingSettings)
 }

@@ -1,7 +1,7 @@
 """What makes units of a network go to zero while it trains, and what trains it.
 
-A pass that trains holds a `Sparsifier`, whose `step` follows every step of the optimizer; a `Trainer` runs both. Neither
-knows the other's business: the one no data or loss, the other no paper.
+A pass that trains holds a `Sparsifier`, whose `step` follows every step of the optimizer; a `Trainer` runs both.
+Neither knows the other's business: the one no data or loss, the other no paper.
 """
 
 from __future__ import annotations

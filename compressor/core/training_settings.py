@@ -83,8 +83,10 @@ class HessoSettings(TrainingPass):
     """
 
     name = "hesso"
-    paper = "Chen et al., HESSO: Towards Automatic Efficient and User Friendly Any Neural Network Training and Pruning, \
+    paper = (
+        "Chen et al., HESSO: Towards Automatic Efficient and User Friendly Any Neural Network Training and Pruning, \
 2024, https://arxiv.org/abs/2409.09085"
+    )
 
     periods: Positive = 10
     cycles: Count = 0
@@ -101,8 +103,10 @@ class OtoSettings(TrainingPass):
     """
 
     name = "oto"
-    paper = "Chen et al., OTOv3: Automatic Architecture-Agnostic Neural Network Training and Compression from Structured \
+    paper = (
+        "Chen et al., OTOv3: Automatic Architecture-Agnostic Neural Network Training and Compression from Structured \
 Pruning to Erasing Operators, 2023, https://arxiv.org/abs/2312.09411"
+    )
 
     penalty: Rate | None = None
     amplification: Rate | None = None

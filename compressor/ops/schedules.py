@@ -9,7 +9,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 def rate_share(step: int, steps: int, schedule: Schedule = "cosine", rise: int = 0, floor: float = 0.0) -> float:
-    """The share at step 0 … steps − 1: up over the first `rise` steps, then down to `floor` along half a cosine or a line.
+    """The share at a step, from 0: up over the first `rise` steps, then down to `floor` along half a cosine or a line.
 
     The fall counts from step 0, so that the rise cuts into it.
     """

@@ -25,7 +25,7 @@ def lowest_reaching(
     scores: Sequence[Tensor], gone: Sequence[Tensor], least: Sequence[int], divisible: int, goal: float,
     amount: Callable[[list[Tensor]], float],
 ) -> list[Tensor]:  # fmt: skip
-    """The fewest of the lowest units that, beside those that are gone, bring `amount` to `goal`; all that may, if none do.
+    """The fewest of the lowest units that, beside what is gone, bring `amount` to `goal`; all that may, if none do.
 
     Args:
         scores, gone: (units,) per group; gone are BoolTensors, and stay so.

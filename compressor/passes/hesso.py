@@ -1,8 +1,8 @@
 """HESSO: one training, on the way of which the least salient units shrink to zero; CRIC, which looks before it cuts.
 
 Chen et al., "HESSO: Towards Automatic Efficient and User Friendly Any Neural Network Training and Pruning", arXiv
-2409.09085. x is the vector of a unit (all entries that make a channel, head or neuron, as OTOv3's zero-invariant groups,
-arXiv 2312.09411), d the direction that the optimizer moves it in.
+2409.09085. x is the vector of a unit (all entries that make a channel, head or neuron, as OTOv3's zero-invariant
+groups, arXiv 2312.09411), d the direction that the optimizer moves it in.
 
 After the warm-up the budget is split over periods. At the start of each, the lowest units by saliency are taken; every
 step, after the optimizer's, they shrink by a factor that brings them to zero just before the period's end, where they
@@ -11,8 +11,8 @@ up, then everything is brought back; units that fell below them on the way are t
 
 We leave the reference in this: the last unit of a period is chosen by saliency, where the reference cuts the list by
 index. d points where the step goes, as "direction" says, so that a unit that the training makes grow counts as
-important; the reference gives the saliency what the step *subtracts*. What CRIC has chosen goes over the periods, lowest
-first, and its trials do not add the loss to the saliency.
+important; the reference gives the saliency what the step *subtracts*. What CRIC has chosen goes over the periods,
+lowest first, and its trials do not add the loss to the saliency.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _saliency(size: Tensor, direction_size: Tensor, product: Tensor, entries: Te
 
 
 def shrink_factors(steps: int) -> Tensor:
-    """(D − t − 1)/(D − t), t = 1 … D − 1: the factors of a period of D steps, whose product falls in a line to exactly 0.
+    """(D − t − 1)/(D − t), t = 1 … D − 1: a period's factors of D steps, whose product falls in a line to exactly 0.
 
     A period of one step has the one factor 0.
     """
@@ -94,8 +94,8 @@ class Shrinking(Sparsifier):
     saved      the network before CRIC
     """
 
-    remembers = (*Sparsifier.remembers, "began", "chosen", "cycle", "total", "sampled", "n_lowest", "violating", "tried",
-                 "next", "saved")  # fmt: skip
+    remembers = (*Sparsifier.remembers, "began", "chosen", "cycle", "total", "sampled", "n_lowest", "violating",
+                 "tried", "next", "saved")  # fmt: skip
     settings: HessoSettings
 
     def __init__(self, settings: HessoSettings, subject: Subject, n_steps: int) -> None:

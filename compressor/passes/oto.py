@@ -1,8 +1,8 @@
 """OTO: one training in which redundant units are penalised, and projected to zero where a step would turn them away.
 
-DHSPG, the dual half-space projected gradient of Chen et al., "OTOv2: Automatic, Generic, User-Friendly", ICLR 2023, arXiv
-2303.06862, as OTOv3 trains with, arXiv 2312.09411. x is the vector of a unit (a zero-invariant group), g the direction
-that the optimizer subtracts, per unit of the learning rate: the gradient with plain SGD.
+DHSPG, the dual half-space projected gradient of Chen et al., "OTOv2: Automatic, Generic, User-Friendly", ICLR 2023,
+arXiv 2303.06862, as OTOv3 trains with, arXiv 2312.09411. x is the vector of a unit (a zero-invariant group), g the
+direction that the optimizer subtracts, per unit of the learning rate: the gradient with plain SGD.
 
 After the warm-up the most redundant units are taken, once. Each step they are moved by −rate·λ·x/‖x‖ beside the
 optimizer's step, λ such that the unit shrinks although the gradient lets it grow, and set to zero where the result has

@@ -47,7 +47,9 @@ def test_what_is_written_is_what_is_read():
             units.write(number, vectors)
         for found, vectors in zip(units.vectors(units.tensors), wanted, strict=True):
             assert torch.equal(found, vectors)
-        assert any(not torch.equal(before[name], tensor) for name, tensor in module.named_parameters() if name in before)
+        assert any(
+            not torch.equal(before[name], tensor) for name, tensor in module.named_parameters() if name in before
+        )
 
 
 def test_units_are_scaled_and_their_neighbours_left_alone():
