@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compressor.core.artifact import Artifact, is_artifact, refuse_target
+from compressor.core.artifact import Artifact, failed_directory, is_artifact, refuse_target
 from compressor.core.errors import GateFailed, UsageError, suggestion
 from compressor.examples import COMMANDS, epilog
 from compressor.failure import INTERRUPTED, explain
@@ -82,6 +82,10 @@ def run(
     max_loss: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 5%, say: rise of perplexity, loss of "
                         "cosine, or points of accuracy. Makes the smallest artifact that is predicted to keep it, and "
                         "checks it as a gate; beside --target-size it is the gate alone.")] = None,
+    max_size: Annotated[str | None, typer.Option(metavar="SIZE", help="A gate: all files together, as 60MB.")] = None,
+    min_speedup: Annotated[float | None, typer.Option(min=0, help="A gate: times the original's speed.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(min=0, max=1, help="A gate: share of predictions that are "
+                             "the original's.")] = None,
     standard: Annotated[bool, typer.Option("--standard", help="Standard ONNX operators only.")] = False,
     compat: Annotated[bool, typer.Option("--compat", help="A graph that older onnxruntimes run fast.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
@@ -99,9 +103,14 @@ def run(
 
     if standard and compat:
         raise UsageError("--standard and --compat exclude each other; give one of them")
+    gates = {
+        "max_size": None if max_size is None else parse_size(max_size, "--max-size"), "min_speedup": min_speedup,
+        "min_agreement": min_agreement,
+    }  # fmt: skip
+    sets = [*(set_ or ()), *(f"gates.{name}={limit}" for name, limit in gates.items() if limit is not None)]
     options = RunOptions(
         model=model, recipe=recipe, output=output, data=data, eval=eval, arch=arch, trust_pickle=trust_pickle,
-        format=format.value, sets=tuple(set_ or ()), mode="standard" if standard else "compat" if compat else "default",
+        format=format.value, sets=tuple(sets), mode="standard" if standard else "compat" if compat else "default",
         seed=seed, resume=resume, force=force,
         target_size=None if target_size is None else parse_size(target_size, "--target-size"),
         max_loss=None if max_loss is None else parse_share(max_loss, "--max-loss"),
@@ -122,8 +131,9 @@ def run(
     try:
         artifact = compress(options)
     except GateFailed:
-        if is_artifact(options.directory):
-            _print_outcome(Artifact.open(options.directory), json)
+        failed = failed_directory(options.directory)
+        if is_artifact(failed):
+            _print_outcome(Artifact.open(failed), json)
         raise
     _print_outcome(artifact, json)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 STATUSES = (
-    "`compress MODEL` is short for `compress run MODEL`. Exit status: 0 done, 1 a quality gate failed, 2 wrong usage "
+    "`compress MODEL` is short for `compress run MODEL`. Exit status: 0 done, 1 a gate failed, 2 wrong usage "
     "or recipe, 3 unreadable input, 4 out of disk or memory, 5 our bug or a failed verification, 130 interrupted."
 )
 EXAMPLES = {

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -24,16 +22,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressor.allocate import Allocation, Target, allocate, refuse_unreachable, summary, target_of
+from compressor.blame import blame, blamed, weight_errors
 from compressor.checkpoints import Checkpoint, open_checkpoint
-from compressor.core.artifact import REPORT, Artifact, refuse_target
+from compressor.clock import Clock
+from compressor.core.artifact import REPORT, WEIGHTS, Artifact, beside, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, ResourceError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.delivery import artifact_size, deliver, largest_tensors
 from compressor.encode import Work, encode_network
+from compressor.gates import came_true, lost_quality, lost_size_or_speed, promised
 from compressor.generated import generated_tokens, n_batches
-from compressor.judge import came_true, failed_gates, judge, promised, prove
+from compressor.judge import judge, prove
 from compressor.ladder import Ladder
 from compressor.learn import learn
 from compressor.original import bench_original
@@ -52,30 +54,7 @@ from compressor.samples import (
 from compressor.streaming import Batch, Network
 from compressor.survey import Survey, survey
 
-WEIGHTS = "model.safetensors"
 _VERSIONS = ("compressor", "torch", "onnxruntime", "transformers", "numpy")
-
-
-@dataclasses.dataclass
-class _Clock:
-    """CPU and wall seconds of each stage."""
-
-    stages: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-
-    def stage(self, name: str) -> _Stage:
-        return _Stage(self, name)
-
-
-class _Stage:
-    def __init__(self, clock: _Clock, name: str) -> None:
-        self.clock, self.name = clock, name
-
-    def __enter__(self) -> None:
-        self.cpu, self.wall = time.process_time(), time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        spent = {"cpu_seconds": time.process_time() - self.cpu, "seconds": time.monotonic() - self.wall}
-        self.clock.stages[self.name] = {key: round(value, 2) for key, value in spent.items()}
 
 
 def run(options: RunOptions) -> Artifact:
@@ -87,7 +66,7 @@ def run(options: RunOptions) -> Artifact:
     """
     refuse_target(options.directory, options.force)
     progress = options.progress or Progress()
-    clock = _Clock()
+    clock = Clock()
     recipe = load_recipe(options.recipe, options.sets)
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
     checkpoint.check()
@@ -102,7 +81,7 @@ def run(options: RunOptions) -> Artifact:
     target = target_of(options, checkpoint.family, samples)
     recipe = recipe.model_copy(update={"gates": promised(recipe.gates, target)})
     progress.say(_announcement(plan, checkpoint))
-    partial = options.directory.with_name(options.directory.name + ".partial")
+    partial = beside(options.directory, ".partial")
     try:
         work = _open_work(partial, recipe, checkpoint, samples, options)
         checkpoint.write_tokenizer(partial)
@@ -119,11 +98,17 @@ def run(options: RunOptions) -> Artifact:
             quality = judge(checkpoint, samples, recipe, partial, options.format, progress)
         report = _report(checkpoint, recipe, plan, samples, options, clock, work)
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
-        failures = failed_gates(recipe.gates, quality)
         if allocation is not None:
             report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
-        report["gates"] = {"passed": not failures, "failures": failures}
-        _finish(partial, options, report, work, checkpoint, batches if recipe.evaluation.tokens else [])
+        with clock.stage("benchmark"):
+            report |= _speeds(partial, options, checkpoint, batches if recipe.evaluation.tokens else [])
+        report["size"] = artifact_size(partial, report["source"]["file_bytes"])
+        report["errors"] = weight_errors(checkpoint, tensors)
+        failures, blames, why = _held_against_gates(
+            checkpoint, tensors, plan, batches, target, recipe, report, progress
+        )
+        report["gates"] = {"passed": not failures, "failures": failures, "blame": blames}
+        directory = deliver(partial, options.directory, report)
     except (CheckpointError, DataError):
         if not (partial / WEIGHTS).exists():  # the input is at fault: there is nothing to resume
             shutil.rmtree(partial, ignore_errors=True)
@@ -133,8 +118,8 @@ def run(options: RunOptions) -> Artifact:
             raise ResourceError(f"{partial}: the disk is full; free some space, then --resume goes on") from error
         raise
     if failures:
-        raise GateFailed(f"{options.directory}: {'; '.join(failures)}; the artifact is kept, marked as failed")
-    return Artifact.open(options.directory)
+        raise GateFailed(f"{options.directory}: {'; '.join([*failures, *why])}; the artifact is kept as {directory}")
+    return Artifact.open(directory)
 
 
 def compress(model: nn.Module | str | Path, recipe: str = "llm-2bit", **options: Any) -> Artifact:
@@ -212,7 +197,7 @@ def _open_work(partial: Path, recipe: Recipe, checkpoint: Checkpoint, samples: S
 
 def _encode(
     checkpoint: Checkpoint, recipe: Recipe, plan: Plan, ladder: Ladder | None, target: Target, samples: Samples,
-    work: Work, progress: Progress, clock: _Clock, options: RunOptions,
+    work: Work, progress: Progress, clock: Clock, options: RunOptions,
 ) -> tuple[EncodedTensors, list[Batch], Allocation | None]:  # fmt: skip
     """The survey, the allocation of widths where one is asked for, and the encoding sweep."""
     batches: list[Batch] = []
@@ -332,7 +317,7 @@ def _export(
 
 
 def _report(
-    checkpoint: Checkpoint, recipe: Recipe, plan: Plan, samples: Samples, options: RunOptions, clock: _Clock, work: Work
+    checkpoint: Checkpoint, recipe: Recipe, plan: Plan, samples: Samples, options: RunOptions, clock: Clock, work: Work
 ) -> dict[str, Any]:
     """compression.json but for what was measured on the artifact."""
     return {
@@ -352,30 +337,27 @@ def _report(
     }  # fmt: skip
 
 
-def _finish(
-    partial: Path, options: RunOptions, report: dict[str, Any], work: Work, checkpoint: Checkpoint, batches: list[Batch]
-) -> None:
-    """Sizes and hashes into the report, the working folder away, and the artifact into its place."""
-    from compressor.evaluate.bench import bench, size
+def _speeds(partial: Path, options: RunOptions, checkpoint: Checkpoint, batches: list[Batch]) -> dict[str, Any]:
+    """Of the artifact and of its original, each in a process of its own."""
+    if options.format != "onnx":
+        return {}
+    from compressor.evaluate.bench import bench
 
-    if options.format == "onnx":
-        report["speed"] = bench(partial)
-        report["original_speed"] = bench_original(checkpoint, partial, batches) if batches else None
-    shutil.rmtree(work.folder)  # only now that nothing can fail but the disk: --resume needs it
-    if options.format == "onnx":
-        report["size"] = size(partial)
-    else:
-        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        report["size"] = {"bytes": sum(files.values()), "files": files}
-    report["size"]["original_bytes"] = report["source"]["file_bytes"]
-    report["sha256"] = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(partial.glob("model.*"))
-    }
-    (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
-    target = options.directory
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    found = bench(partial)
+    return {"speed": found, "original_speed": bench_original(checkpoint, partial, batches) if batches else None}
+
+
+def _held_against_gates(
+    checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, batches: list[Batch], target: Target, recipe: Recipe,
+    report: dict[str, Any], progress: Progress,
+) -> tuple[list[str], list[dict[str, Any]], list[str]]:  # fmt: skip
+    """The gates that failed, where the loss came in, and a sentence on that or on what is large."""
+    worse = lost_quality(recipe.gates, report["quality"])
+    other = lost_size_or_speed(recipe.gates, report)
+    found = blame(checkpoint, tensors, plan, batches, target.kind, target.labelled, progress) if worse else []
+    too_large = any(failure.startswith("size") for failure in other)
+    why = [blamed(found), largest_tensors(tensors) if too_large else ""]
+    return worse + other, found, [sentence for sentence in why if sentence]
 
 
 def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def _build(kind: type[BaseModel], values: Values, where: str) -> Any:
 
 
 def _reworded(message: str) -> str:
-    wanted = message.removeprefix("Input should be ").removeprefix("a valid ")
+    wanted = message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     return {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}.get(
         wanted, wanted
     )

@@ -15,13 +15,15 @@ MODULES = {
 }
 # A module imports only from its own row and the rows below it.
 LAYERS = (
-    ("__main__", "cli", "batch"),
-    ("failure", "inspection", "tables", "examples", "generation"),
+    ("__main__", "cli"),
+    ("batch", "verification"),
+    ("failure", "inspection", "tables", "examples", "generation", "summary"),
     ("pipeline",),
-    ("learn", "judge", "original"),
+    ("learn", "judge", "original", "gates", "blame", "delivery", "clock"),
     ("allocate", "sensitivity", "encode", "generated", "samples"),
     ("report", "evaluate"),
-    ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming", "workers"),
+    ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming"),
+    ("manifest", "workers"),
     ("export", "passes"),
     ("plan", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),

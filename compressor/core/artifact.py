@@ -10,6 +10,10 @@ from typing import Any
 from compressor.core.errors import CheckpointError, UsageError
 
 REPORT = "compression.json"
+PAGE = "report.html"
+WEIGHTS = "model.safetensors"
+NOT_NEEDED = (REPORT, PAGE)
+"""Files of an artifact that say what it is; it runs without them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ def is_artifact(directory: Path) -> bool:
     return (directory / REPORT).is_file()
 
 
+def failed_directory(directory: Path) -> Path:
+    """Where an artifact that misses a gate is kept."""
+    return beside(directory, ".failed")
+
+
+def beside(directory: Path, suffix: str) -> Path:
+    """The directory's sibling whose name has a suffix."""
+    named = directory if directory.name not in ("", "..") else directory.resolve()
+    return named.with_name(named.name + suffix)
+
+
 def refuse_target(directory: Path, force: bool = False) -> None:
     """Refuses to write over anything but an artifact, and over an artifact only by `force`.
 
@@ -53,6 +68,9 @@ def refuse_target(directory: Path, force: bool = False) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: is a file; give a directory with -o")
+    failed = failed_directory(directory)
+    if failed.exists() and not is_artifact(failed):
+        raise UsageError(f"{failed}: is in the way and not ours; move it, or give another directory with -o")
     if not directory.exists() or not any(directory.iterdir()):
         return
     if not is_artifact(directory):

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import compressor
+from compressor.core.artifact import NOT_NEEDED
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.session import graph_path
 
-NOT_NEEDED = ("compression.json", "report.html")
 POLL_SECONDS = 0.01
 
 
