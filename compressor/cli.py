@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +23,11 @@ HELP_OPTIONS = ("--help", "-h", "--version")
 class Format(str, Enum):
     onnx = "onnx"
     safetensors = "safetensors"
+
+
+class EngineName(str, Enum):
+    local = "local"
+    ray = "ray"
 
 
 class _Group(TyperGroup):
@@ -180,6 +187,67 @@ def _refuse_misspelt_command(word: str) -> None:
         raise UsageError(f"{word}: no such model, and no such command. {suggestion(word, COMMANDS)}")
 
 
+@app.command(epilog=epilog("batch"))
+def batch(
+    models: Annotated[list[str], typer.Argument(metavar="MANIFEST|MODEL…", help="A manifest in YAML, or models and "
+                                                "patterns that match some.")],
+    recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", metavar="NAME|FILE", show_default=False,
+                                                     help="Of models on the line. Repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", show_default="the manifest's name",
+                                                help="Where artifacts, logs and the summary go.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Calibration data of models on the "
+                    "line.")] = None,
+    arch: Arch = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="PASS.KEY=VALUE", help="A setting of their "
+                    "recipes, gates.max_loss=5% for example. Repeatable.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, show_default="cores", help="At most so many at a "
+                    "time, as far as their memory fits.")] = None,
+    max_ram: Annotated[str | None, typer.Option(metavar="SIZE", show_default="what is free", help="Of all jobs that "
+                       "run at a time, by their plans.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="Processes here, or a Ray cluster.")] = EngineName.local,
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; `local` starts one.")] = "auto",
+    retries: Annotated[int, typer.Option(min=0, help="Of a job whose worker crashed.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what is complete, go on with what is not.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace artifacts that are already there.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Compress many models.
+
+    By a manifest, or by the same recipes. One that fails stops none of the others.
+    """
+    from compressor.batch import Batch, worst
+    from compressor.core.quantities import parse_size
+    from compressor.summary import Board, summary_table, totals
+    from compressor.workers import Budget, LocalEngine, RayEngine, available_memory, cores
+
+    planned = _batch_jobs(models, {"recipes": recipe, "data": data, "arch": arch}, set_ or [])
+    directory = output or Path(Path(models[0]).stem if models[0].endswith((".yaml", ".yml")) else "artifacts")
+    budget = Budget(available_memory() if max_ram is None else parse_size(max_ram, "--max-ram"))
+    running = LocalEngine() if engine is EngineName.local else RayEngine(address)
+    outcomes = Batch(planned, directory, running, jobs or cores(), budget, resume, force, retries).run(
+        Board(len(planned), silent=json)
+    )
+    if json:
+        _print_json([outcome.as_json() for outcome in outcomes])
+    else:
+        from compressor.tables import show
+
+        show(summary_table(outcomes), f"{totals(outcomes)}. Summary in {directory}/summary.jsonl and summary.xml")
+    raise typer.Exit(worst(outcomes))
+
+
+def _batch_jobs(models: list[str], settings: dict[str, Any], sets: list[str]) -> Any:
+    from compressor.manifest import jobs_of_line, read_manifest
+
+    given = {key: value for key, value in settings.items() if value}
+    if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+        if given or sets:
+            raise UsageError(f"{models[0]}: is a manifest; write --{next(iter(given), 'set').rstrip('s')} in it")
+        return read_manifest(Path(models[0]))
+    return jobs_of_line(models, given, sets)
+
+
 @app.command(epilog=epilog("recipes"))
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME|FILE]", help="Explain this one.")] = None,
@@ -299,7 +367,14 @@ def _print_json(content: Any) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command and exits with its status."""
     args = sys.argv[1:] if arguments is None else arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(_status(args or ["--help"]))
+
+
+def _interrupt(*_: Any) -> None:
+    """SIGTERM ends a run as Ctrl-C does: resumable."""
+    raise KeyboardInterrupt
 
 
 def _status(args: list[str]) -> int:
@@ -322,6 +397,6 @@ def _status(args: list[str]) -> int:
         status, message = explain(error)
         print(f"Error: {message}", file=sys.stderr)
     if status == INTERRUPTED:
-        resumable = args[0] == "run" or args[0] not in COMMANDS
+        resumable = args[0] in ("run", "batch") or args[0] not in COMMANDS
         print(f"Interrupted{'; the same command with --resume goes on from here' * resumable}.", file=sys.stderr)
     return status

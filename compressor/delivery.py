@@ -6,22 +6,21 @@ output's own name stays.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from compressor.core.artifact import NOT_NEEDED, PAGE, REPORT, failed_directory
+from compressor.core.artifact import NOT_NEEDED, PAGE, REPORT, failed_directory, file_digest
+from compressor.core.locking import LOCK
 from compressor.core.tensors import EncodedTensors
 from compressor.report.page import write_page
-
-WORK = "work"
+from compressor.workplace import WORK
 
 
 def artifact_size(directory: Path, original_bytes: int) -> dict[str, Any]:
     """Bytes of every file that running the artifact needs, largest first, beside the original's."""
-    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in NOT_NEEDED]
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in (*NOT_NEEDED, LOCK)]
     files = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
     files = {name: n for name, n in files.items() if not name.startswith(f"{WORK}/")}
     ordered = dict(sorted(files.items(), key=lambda item: (-item[1], item[0])))
@@ -35,21 +34,17 @@ def largest_tensors(tensors: EncodedTensors, n: int = 3) -> str:
 
 
 def deliver(partial: Path, output: Path, report: dict[str, Any]) -> Path:
-    """Hashes into the report, report and page written, the working folder away, the artifact renamed; its directory."""
-    shutil.rmtree(partial / WORK)  # only now that nothing can fail but the disk: --resume needs it
-    report["sha256"] = {name: _digest(partial / name) for name in sorted(report["size"]["files"])}
+    """Hashes into the report, report and page written, the artifact renamed, its working folder away; its directory."""
+    report["sha256"] = {name: file_digest(partial / name) for name in sorted(report["size"]["files"])}
     (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
     write_page([partial], partial / PAGE, title=output.name)
     failed = failed_directory(output)
+    (partial / LOCK).unlink(missing_ok=True)
     if failed.exists():
         shutil.rmtree(failed)  # of an earlier attempt
     target = output if report["gates"]["passed"] else failed
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
+    shutil.rmtree(target / WORK)  # last: until the artifact stands, --resume needs it
     return target
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

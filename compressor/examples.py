@@ -18,6 +18,12 @@ EXAMPLES = {
         "compress smollm2/ --recipe llm-3bit --set jlcm.group=128 --set calibration.tokens=8192",
         "compress smollm2/ --recipe llm-2bit --dry-run",
     ],
+    "batch": [
+        "compress batch models.yaml -o artifacts",
+        "compress batch 'vision/*.pth' --recipe cnn-int8 --recipe cnn-4bit --data photos/ --set gates.max_loss=2%",
+        "compress batch models.yaml -o artifacts --resume",
+        "compress batch models.yaml -o artifacts --engine ray --address 10.0.0.1:6379",
+    ],
     "recipes": ["compress recipes", "compress recipes llm-2bit"],
     "inspect": ["compress inspect model.pt", "compress inspect smollm2-llm-2bit --json"],
     "eval": ["compress eval smollm2-llm-2bit", "compress eval smollm2-llm-2bit --data moby-dick.txt"],

@@ -28,6 +28,17 @@ def promised(gates: Gates, target: Target) -> Gates:
     return gates.model_copy(update={least: max(1 - loss, getattr(gates, least) or 0.0)})
 
 
+def measured_kind(quality: dict[str, Any] | None, kind: Kind) -> Kind:
+    """The kind of loss that was measured: of a decoder whose graph gives no logits it is the cosine."""
+    quality = quality or {}
+    kinds: tuple[tuple[str, Kind], ...] = (
+        ("ratio", "perplexity"),
+        ("cosine", "cosine"),
+        ("top1_agreement", "accuracy"),
+    )
+    return next((each for key, each in kinds if quality.get(key) is not None), kind)
+
+
 def came_true(kind: Kind, quality: dict[str, Any] | None) -> float | None:
     """The loss that was predicted, as it was measured on the evaluation data; None where it was not."""
     if not quality:

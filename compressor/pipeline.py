@@ -7,7 +7,6 @@ interrupted run stays there for `--resume`.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import platform
 import shutil
@@ -27,13 +26,13 @@ from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.clock import Clock
 from compressor.core.artifact import REPORT, WEIGHTS, Artifact, beside, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
-from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, ResourceError, UsageError
+from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.delivery import artifact_size, deliver, largest_tensors
 from compressor.encode import Work, encode_network
-from compressor.gates import came_true, lost_quality, lost_size_or_speed, promised
+from compressor.gates import came_true, lost_quality, lost_size_or_speed, measured_kind, promised
 from compressor.generated import generated_tokens, n_batches
 from compressor.judge import judge, prove
 from compressor.ladder import Ladder
@@ -53,6 +52,7 @@ from compressor.samples import (
 )
 from compressor.streaming import Batch, Network
 from compressor.survey import Survey, survey
+from compressor.workplace import open_work, workplace
 
 _VERSIONS = ("compressor", "torch", "onnxruntime", "transformers", "numpy")
 
@@ -79,11 +79,10 @@ def run(options: RunOptions) -> Artifact:
     if ladder is not None and samples.calibration is None:
         raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")
     target = target_of(options, checkpoint.family, samples)
-    recipe = recipe.model_copy(update={"gates": promised(recipe.gates, target)})
     progress.say(_announcement(plan, checkpoint))
     partial = beside(options.directory, ".partial")
-    try:
-        work = _open_work(partial, recipe, checkpoint, samples, options)
+    with workplace(partial):
+        work = open_work(partial, recipe, checkpoint, samples, options)
         checkpoint.write_tokenizer(partial)
         tensors, batches, allocation = _encode(
             checkpoint, recipe, plan, ladder, target, samples, work, progress, clock, options
@@ -96,6 +95,8 @@ def run(options: RunOptions) -> Artifact:
         with clock.stage("evaluation"):
             proof = prove(checkpoint, tensors, offsets, partial, options, batches)
             quality = judge(checkpoint, samples, recipe, partial, options.format, progress)
+        aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
+        recipe = recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
         report = _report(checkpoint, recipe, plan, samples, options, clock, work)
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
         if allocation is not None:
@@ -105,18 +106,10 @@ def run(options: RunOptions) -> Artifact:
         report["size"] = artifact_size(partial, report["source"]["file_bytes"])
         report["errors"] = weight_errors(checkpoint, tensors)
         failures, blames, why = _held_against_gates(
-            checkpoint, tensors, plan, batches, target, recipe, report, progress
+            checkpoint, tensors, plan, batches, aimed_at, recipe, report, progress
         )
         report["gates"] = {"passed": not failures, "failures": failures, "blame": blames}
         directory = deliver(partial, options.directory, report)
-    except (CheckpointError, DataError):
-        if not (partial / WEIGHTS).exists():  # the input is at fault: there is nothing to resume
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{partial}: the disk is full; free some space, then --resume goes on") from error
-        raise
     if failures:
         raise GateFailed(f"{options.directory}: {'; '.join([*failures, *why])}; the artifact is kept as {directory}")
     return Artifact.open(directory)
@@ -171,28 +164,6 @@ def _announcement(plan: Plan, checkpoint: Checkpoint) -> str:
         f"{encoded} of them encoded by {plan.recipe} → about {plan.bytes_after / 1e6:,.1f} MB in all; "
         f"peak memory about {plan.peak_memory / 1e9:.1f} GB"
     )
-
-
-def _open_work(partial: Path, recipe: Recipe, checkpoint: Checkpoint, samples: Samples, options: RunOptions) -> Work:
-    """The working folder of this very run; an older one of another run is replaced, or refused with --resume."""
-    identity = {
-        "recipe": recipe.to_dict(), "seed": options.seed, "source": checkpoint.digest(), "data": samples.digest(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "target": [options.target_size, options.max_loss],
-    }  # fmt: skip
-    folder, note = partial / "work", partial / "work" / "run.json"
-    text = json.dumps(identity, sort_keys=True)
-    if options.resume and not note.exists():
-        raise UsageError(f"{partial}: no interrupted run to resume; leave --resume out")
-    if options.resume and note.read_text() != text:
-        raise UsageError(f"{partial}: belongs to another run (model, recipe, seed or data differ); leave --resume out")
-    if not options.resume and partial.exists():
-        if not note.exists() and any(partial.iterdir()):
-            raise UsageError(f"{partial}: is in the way and not ours; move it, or give another directory with -o")
-        shutil.rmtree(partial)
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
-    return Work(folder, options.seed)
 
 
 def _encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,29 @@ class Artifact:
         if not isinstance(report, dict):
             raise CheckpointError(f"{path}: holds no JSON object; compress again")
         return cls(Path(directory), report)
+
+
+def damaged_files(artifact: Artifact) -> list[str]:
+    """The files whose SHA-256 is not the one that compression.json holds, or that are gone, each with what is wrong."""
+    recorded = artifact.report.get("sha256")
+    if not isinstance(recorded, dict) or not recorded:
+        return [f"{REPORT} holds no hashes"]
+    found = []
+    for name, digest in recorded.items():
+        path = artifact.directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            found.append(f"{name} is no file of the artifact")
+        elif not path.is_file():
+            found.append(f"{name} is gone")
+        elif file_digest(path) != digest:
+            found.append(f"{name} has changed")
+    return found
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_artifact(directory: Path) -> bool:
