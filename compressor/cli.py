@@ -325,6 +325,76 @@ def bench(
     _print(found | {"size": size(artifact)}, json, str(artifact))
 
 
+@app.command(epilog=epilog("verify"))
+def verify(
+    artifact: ArtifactPath,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes long: measuring quality again.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check an artifact.
+
+    Hashes, provenance, that onnxruntime opens it, and quality again. Status 5 where something does not hold.
+    """
+    from compressor.core.errors import VerificationError
+    from compressor.verification import failures
+    from compressor.verification import verify as check
+
+    checks = check(artifact, measure=not quick)
+    if json:
+        _print_json([each.as_json() for each in checks])
+    else:
+        from compressor.tables import checks_table, show
+
+        show(checks_table(checks))
+    wrong = failures(checks)
+    if wrong:
+        raise VerificationError(f"{artifact}: {wrong}; fetch it again, or compress again")
+
+
+@app.command(epilog=epilog("diff"))
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An artifact.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two artifacts.
+
+    Tensor by tensor: how it is stored, its bytes, and how far the values are apart.
+    """
+    from compressor.report.difference import compare
+
+    found = compare(first, second)
+    if json:
+        _print_json([each.as_json() for each in found])
+        return
+    from compressor.tables import difference_tables, show
+
+    show(*difference_tables(found))
+
+
+@app.command(epilog=epilog("report"))
+def report(
+    artifact: ArtifactPath,
+    others: Annotated[list[Path] | None, typer.Argument(metavar="[OTHERS]…", help="Artifacts to hold it against, by "
+                                                        "default those beside it of the same original.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE",
+                                                show_default="ARTIFACT/report.html", help="The page.")] = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Show a run as one HTML page with pictures."""
+    from compressor.core.artifact import PAGE
+    from compressor.report.facts import siblings
+    from compressor.report.page import write_page
+
+    opened = Artifact.open(artifact)
+    beside = others or [other.directory for other in siblings(opened)]
+    target = output or artifact / PAGE
+    write_page([artifact, *beside], target)
+    print(target)
+
+
 @app.command(epilog=epilog("generate"))
 def generate(
     artifact: ArtifactPath,

@@ -28,6 +28,9 @@ EXAMPLES = {
     "inspect": ["compress inspect model.pt", "compress inspect smollm2-llm-2bit --json"],
     "eval": ["compress eval smollm2-llm-2bit", "compress eval smollm2-llm-2bit --data moby-dick.txt"],
     "bench": ["compress bench smollm2-llm-2bit --threads 1"],
+    "verify": ["compress verify smollm2-llm-2bit", "compress verify smollm2-llm-2bit --quick --json"],
+    "diff": ["compress diff smollm2-llm-2bit smollm2-llm-4bit"],
+    "report": ["compress report smollm2-llm-2bit", "compress report smollm2-llm-2bit smollm2-llm-4bit -o page.html"],
     "generate": ['compress generate smollm2-llm-2bit "The capital of France is" --tokens 40'],
 }
 COMMANDS = tuple(filter(None, EXAMPLES))

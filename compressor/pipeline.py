@@ -30,6 +30,7 @@ from compressor.core.errors import CheckpointError, DataError, ExportError, Gate
 from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.data import load as load_data
 from compressor.delivery import artifact_size, deliver, largest_tensors
 from compressor.encode import Work, encode_network
 from compressor.gates import came_true, lost_quality, lost_size_or_speed, measured_kind, promised
@@ -300,7 +301,8 @@ def _report(
         "mode": options.mode,
         "data": {"calibration": samples.calibration and samples.calibration.source,
                  "evaluation": samples.evaluation and samples.evaluation.source,
-                 "sha256": samples.digest(), "overlap": samples.overlap},
+                 "sha256": samples.digest(), "overlap": samples.overlap,
+                 "arguments": {"data": _found_again(options.data), "eval": _found_again(options.eval)}},
         "versions": {name: metadata.version(name) for name in _VERSIONS} | {"python": platform.python_version()},
         "cost": clock.stages,
         "skipped": {tensor.name: tensor.reason for tensor in plan.tensors if tensor.reason},
@@ -331,11 +333,26 @@ def _held_against_gates(
     return worse + other, found, [sentence for sentence in why if sentence]
 
 
+def _found_again(argument: str | None) -> str | None:
+    """A path that holds in any folder; module:callable as it is."""
+    return str(Path(argument).resolve()) if argument is not None and Path(argument).exists() else argument
+
+
+def _samples_again(checkpoint: Checkpoint, recipe: Recipe, arguments: dict[str, Any], data: str | None) -> Samples:
+    """The data of the run, evaluated on `data` if that is given; held against its calibration data if it is there."""
+    calibration = arguments.get("data")
+    if data is not None and calibration is not None and ":" not in calibration and not Path(calibration).exists():
+        return Samples(None, load_data(data, "evaluation"))
+    options = RunOptions(model=str(checkpoint.path), data=calibration, eval=data or arguments.get("eval"))
+    return load_samples(checkpoint, recipe, options)
+
+
 def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
     """Measures an artifact's quality again, beside the original's where that is still where it was.
 
     Raises:
         CheckpointError: It is no artifact, or its original is gone.
+        DataError: The data of the run are gone; give others.
     """
     artifact = Artifact.open(directory)
     report = artifact.report
@@ -344,7 +361,6 @@ def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
         raise CheckpointError(f"{source}: the original is gone; it is needed to compare with")
     checkpoint = open_checkpoint(source, arch=report["source"]["arch"])
     recipe = restore_recipe(report["recipe"], str(artifact.directory / REPORT))
-    options = RunOptions(model=str(source), eval=data, data=None)
-    samples = load_samples(checkpoint, recipe, options)
+    samples = _samples_again(checkpoint, recipe, (report.get("data") or {}).get("arguments") or {}, data)
     format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"
     return judge(checkpoint, samples, recipe, artifact.directory, format, Progress()) or {}

@@ -129,6 +129,28 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     return [made, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
 
 
+def checks_table(checks: Sequence[Any]) -> Table:
+    """What was verified, and what was found."""
+    made = table("check", "", "found")
+    for check in checks:
+        made.add_row(check.name, {True: "holds", False: "FAILED", None: "unknown"}[check.passed], check.found)
+    return made
+
+
+def difference_tables(differences: Sequence[Any]) -> list[Any]:
+    """Tensors that differ, and a line on all of them."""
+    made = table("tensor", "A", "B", "bytes of A", "bytes of B", "error", numbers=["bytes of A", "bytes of B", "error"])
+    for each in differences:
+        if not each.same:
+            sizes = [size(n) if n is not None else "" for n in each.bytes]
+            labels = [label or "is not there" for label in each.encodings]
+            made.add_row(each.name, *labels, *sizes, "" if each.error is None else f"{each.error:.4f}")
+    n_same = sum(each.same for each in differences)
+    totals = [size(sum(each.bytes[i] or 0 for each in differences)) for i in (0, 1)]
+    line = f"{n_same} of {len(differences)} tensors are the same; {totals[0]} against {totals[1]} of weights"
+    return [line] if n_same == len(differences) else [made, line]
+
+
 def inspection_tables(found: dict[str, Any]) -> list[Any]:
     """A checkpoint or an artifact: its tensors, alike ones of all blocks in one row, then everything else."""
     rows: dict[tuple, list[int]] = {}
