@@ -40,8 +40,15 @@ class Artifact:
             ) from error
         except ValueError as error:
             raise CheckpointError(f"{path}: is not valid JSON; {error}; compress again") from error
+        except RecursionError as error:
+            raise CheckpointError(f"{path}: is nested too deeply; compress again") from error
         if not isinstance(report, dict):
             raise CheckpointError(f"{path}: holds no JSON object; compress again")
+        from compressor.core.report_shape import misshapen
+
+        wrong = misshapen(report)
+        if wrong:
+            raise CheckpointError(f"{path}: is damaged; {wrong}; compress again")
         return cls(Path(directory), report)
 
 

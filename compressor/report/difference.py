@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from compressor.core.artifact import WEIGHTS, Artifact
 from compressor.core.errors import CheckpointError
 from compressor.core.packed import encoding_label, packed_tensors
@@ -56,7 +58,10 @@ def _opened(directory: Path) -> tuple[dict[str, dict[str, Any]], EncodedTensors]
 
 
 def _distance(tensors: tuple[EncodedTensors, ...], name: str) -> float:
-    first, second = (each[name].decode().double() for each in tensors)
+    try:
+        first, second = (each[name].decode().double() for each in tensors)
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"tensor '{name}': cannot be rebuilt from its parts; {error}; compress again") from error
     norm = float(first.norm())
     distance = float((first - second).norm())
     return distance / norm if norm else float(distance > 0)

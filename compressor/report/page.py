@@ -36,7 +36,7 @@ def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
         _errors(tensors),
         _against_quality(artifact, others, title),
         _stages(report),
-        _largest(tensors),
+        _kinds(tensors),
         _provenance(report),
     ]
     return (
@@ -121,10 +121,16 @@ def _errors(tensors: Sequence[facts.StoredTensor]) -> str:
     kinds = sorted(sums, key=lambda kind: -sums[kind])
     by_layer = len(kinds) > 2 * len(layers) or len(kinds) > 12  # a network without repeated blocks: no kinds to tell
     colours = {kind: colour(0 if by_layer else i) for i, kind in enumerate(kinds)}
-    points = [Point(layers.index(t.layer), t.error, colours[t.kind], title=f"{t.name}: {t.error:.4f}, {t.encoding}")
-              for t in known if t.error is not None]  # fmt: skip
+    spread = 0.0 if by_layer or len(kinds) < 2 else 0.6 / (len(kinds) - 1)
+    points = [
+        Point(layers.index(t.layer) + spread * kinds.index(t.kind) - 0.3 * bool(spread), t.error, colours[t.kind],
+              title=f"{t.name}: {t.error:.4f}, {t.encoding}")
+        for t in known if t.error is not None
+    ]  # fmt: skip
     every = max(1, -(-len(layers) // 16))
-    ticks = [(float(i), str(i)) for i in range(0, len(layers), every)]
+    ticks = [(float(i), layers[i].rpartition(".")[2]) for i in range(0, len(layers), every)]
+    if by_layer:
+        ticks = [(float(i), str(i + 1)) for i in range(0, len(layers), every)]
     plot = dots(points, Axis("layer, in the order of the file", str), Axis("‖W − Ŵ‖ / ‖W‖", "{:g}".format, zero=True),
                 ticks)  # fmt: skip
     names = [] if by_layer else [(colours[kind], kind) for kind in kinds[:7]]
@@ -132,8 +138,9 @@ def _errors(tensors: Sequence[facts.StoredTensor]) -> str:
     worst = max(known, key=lambda tensor: tensor.error or 0)
     return (
         f"<h2>Error per layer</h2>\n{legend(names)}{plot}"
-        f'<p class="soft">Relative error of each tensor that is not stored as it was. The largest is '
-        f"{escape(worst.name)} with {worst.error:.3f}; what it does to the outputs is measured above.</p>"
+        f'<p class="soft">Relative error of each tensor that is not stored as it was; the largest is '
+        f"{escape(worst.name)} with {worst.error:.3f}. How much an error matters differs from tensor to tensor: the "
+        "loss above is what all of them do together.</p>"
     )
 
 
@@ -146,9 +153,9 @@ def _against_quality(artifact: Artifact, others: Sequence[Artifact], title: str)
     for other in others:
         found, n = facts.loss_of(other.report), (other.report.get("size") or {}).get("bytes")
         if found is not None and n and found.what == loss.what:
-            points.append(Point(n / 1e6, found.value, "c1", facts.title_of(other.directory)))
-    points.append(Point(sizes["bytes"] / 1e6, loss.value, "c0", title))
-    plot = dots(points, Axis("MB, every file", "{:g}".format, logarithmic=True), Axis(loss.what, "{:.2g}".format))
+            points.append(Point(n / 1e6, 100 * found.value, "c1", facts.title_of(other.directory)))
+    points.append(Point(sizes["bytes"] / 1e6, 100 * loss.value, "c0", title))
+    plot = dots(points, Axis("MB, every file", "{:g}".format, logarithmic=True), Axis(loss.what, "{:.2g} %".format))
     return f"<h2>Size against quality</h2>\n{plot}"
 
 
@@ -173,13 +180,26 @@ def _stages(report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _largest(tensors: Sequence[facts.StoredTensor]) -> str:
-    rows = [
-        (t.name, "×".join(map(str, t.shape)), t.encoding, size(t.bytes), "" if t.error is None else f"{t.error:.3f}")
-        for t in sorted(tensors, key=lambda t: (-t.bytes, t.name))[:MOST_ROWS]
-    ]
-    heads = ("tensor", "shape", "stored as", "bytes", "error")
-    return f"<h2>Largest tensors</h2>\n{_table(heads, rows, numbers=(3, 4))}" if rows else ""
+def _kinds(tensors: Sequence[facts.StoredTensor]) -> str:
+    """Alike tensors of all layers in one row, the heaviest first."""
+    groups: dict[tuple[str, str], list[facts.StoredTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.kind, tensor.encoding), []).append(tensor)
+    ordered = sorted(groups.items(), key=lambda item: -sum(t.bytes for t in item[1]))
+    rows = []
+    for (kind, encoding), members in ordered[:MOST_ROWS]:
+        known = [t.error for t in members if t.error is not None]
+        mean = f"{sum(known) / len(known):.3f}" if known else ""
+        shapes = {"×".join(map(str, t.shape)) for t in members}
+        shape = shapes.pop() if len(shapes) == 1 else ""
+        rows.append((kind, str(len(members)), shape, encoding, size(sum(t.bytes for t in members)), mean))
+    heads = ("tensors", "n", "shape", "stored as", "bytes in all", "mean error")
+    rest = (
+        f'<p class="soft">{len(ordered) - MOST_ROWS} lighter kinds are left out.</p>'
+        if len(ordered) > MOST_ROWS
+        else ""
+    )
+    return f"<h2>Heaviest kinds of tensors</h2>\n{_table(heads, rows, numbers=(1, 4, 5))}{rest}" if rows else ""
 
 
 def _provenance(report: dict[str, Any]) -> str:
