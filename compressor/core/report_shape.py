@@ -24,9 +24,15 @@ class _Source(_Section):
 
 
 class _Size(_Section):
-    bytes: Count = 0
+    bytes: Annotated[int, Field(ge=1, lt=2**62)]
     original_bytes: Count | None = None
     files: dict[str, Count] = {}
+
+
+class _Stage(_Section):
+    seconds: Number
+    cpu_seconds: Number
+    peak_memory: Count | None = None
 
 
 class _Memory(_Section):
@@ -65,7 +71,7 @@ class Report(_Section):
     errors: dict[str, Number] | None = None
     versions: dict[str, str] | None = None
     sha256: dict[str, str] | None = None
-    cost: dict[str, dict[str, Number]] | None = None
+    cost: dict[str, _Stage] | None = None
     allocation: dict[str, Any] | None = None
 
 
