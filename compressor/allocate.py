@@ -262,22 +262,28 @@ class _Weighed:
 def _closest(menu: Menu, ladder: Ladder, size: int, weigh: Callable[[Plan], int]) -> _Weighed | None:
     """The cheapest choice of at most `size` bytes, in a few rounds: how far a plan is off shows when it is weighed."""
     best: _Weighed | None = None
-    limit, low, high = size, 0, 2 * size
-    for _ in range(_ROUNDS):
+    limit, low, high, rounds = size, 0, 2 * size, 0
+    while rounds < _ROUNDS or best is None:
         chosen = menu.land(ladder, limit)
-        weight = weigh(ladder.plan_of(_options(ladder, chosen)))
+        plan = ladder.plan_of(_options(ladder, chosen))
+        weight = weigh(plan)
         cost = sum(menu.costs.of[name][at] for name, at in chosen.items())
         if weight <= size:
             found = _Weighed(chosen, cost, weight >= 0.99 * size)
             best = found if best is None else min(best, found, key=lambda each: each.order)
             if weight >= 0.998 * size or cost <= menu.frontier.costs[-1]:
                 break
-        low, high = (limit, high) if weight <= size else (low, limit)
+            low = limit
+        elif plan.bytes_after >= high:
+            break  # there is no smaller one
+        else:  # what the plan itself has, not its limit, is too much
+            limit = high = plan.bytes_after
         limit += size - weight
         if not low < limit < high:
             limit = (low + high) // 2
         if high - low < 0.0005 * size:
             break
+        rounds += 1
     return best
 
 

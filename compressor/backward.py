@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,6 @@ from torch.nn import functional
 from compressor.streaming import Network, _Stop
 
 _POSITIONS = 512
-
-
-@functools.cache
-def _trim() -> Callable[[int], int]:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # no glibc
-        return lambda _: 0
-
-
-def give_back() -> None:
-    """Returns freed memory to the system: glibc keeps what it cannot merge, more with every block that has gone."""
-    _trim()(0)
 
 
 def head_of(module: nn.Module) -> nn.Linear | None:

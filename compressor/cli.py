@@ -89,6 +89,8 @@ def run(
     max_loss: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 5%, say: rise of perplexity, loss of "
                         "cosine, or points of accuracy. Makes the smallest artifact that is predicted to keep it, and "
                         "checks it as a gate; beside --target-size it is the gate alone.")] = None,
+    max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Refuse a plan that needs more memory than 4GB, "
+                       "say, and tell what would need less.")] = None,
     max_size: Annotated[str | None, typer.Option(metavar="SIZE", help="A gate: all files together, as 60MB.")] = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="A gate: times the original's speed.")] = None,
     min_agreement: Annotated[float | None, typer.Option(min=0, max=1, help="A gate: share of predictions that are "
@@ -121,6 +123,7 @@ def run(
         seed=seed, resume=resume, force=force,
         target_size=None if target_size is None else parse_size(target_size, "--target-size"),
         max_loss=None if max_loss is None else parse_share(max_loss, "--max-loss"),
+        max_ram=None if max_ram is None else parse_size(max_ram, "--max-ram"),
     )  # fmt: skip
     _refuse_misspelt_command(model)
     if not recipe:
@@ -156,10 +159,13 @@ def _print_outcome(artifact: Artifact, json: bool) -> None:
 
 def _dry_run(options: Any, recipe: Any, json: bool) -> None:
     from compressor.checkpoints import open_checkpoint
+    from compressor.footprint import refuse_beyond
     from compressor.plan import make_plan
 
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
     plan = make_plan(checkpoint, recipe, options.format)
+    if options.max_ram is not None:
+        refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     reach = _reach(plan, recipe, options) if options.allocates else None
     if json:
         _print_json(plan.as_json() | ({"reach": reach} if reach else {}))

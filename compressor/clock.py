@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from compressor.core.memory import give_back
 from compressor.evaluate.bench import memory
 
 
@@ -27,3 +29,5 @@ class Clock:
             peak = memory()["peak_resident"]
             if peak is not None:
                 self.stages[name]["peak_memory"] = peak
+            gc.collect()  # networks hold themselves in cycles
+            give_back()

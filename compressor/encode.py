@@ -32,6 +32,8 @@ from compressor.streaming import Arguments, Batch, Network, hidden_of, layer_sta
 from compressor.survey import Survey
 from compressor.training import Rates, Student, reconstruct
 
+_ROWS = 4096
+"""Looked at in one piece: masks of a whole table are large."""
 _TABLE_RIDGE = 0.1
 """Of a tied table's second moment: as a head it is weighed by its inputs, as an embedding every column counts."""
 
@@ -280,7 +282,8 @@ def _encode(
     else:
         encoding = chain.encode.encode(weight, known.hessian, work.generator(name), mask)
     decoded = encoding.decode()
-    if encoding.shape != tuple(weight.shape) or not bool(decoded.isfinite().all()):
+    finite = all(bool(rows.isfinite().all()) for rows in decoded.split(_ROWS))
+    if encoding.shape != tuple(weight.shape) or not finite:
         raise PassError(f"{name}: {chain.encode.name} gave an encoding that does not rebuild {tuple(weight.shape)}")
     if mask is not None and bool((decoded[~mask] != 0).any()):
         raise PassError(f"{name}: {chain.encode.name} brought back weights that {chain.prune.name} had dropped")

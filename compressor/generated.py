@@ -22,8 +22,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from compressor.core.errors import DataError
+from compressor.recipe import WINDOWS_AT_ONCE
 
-WINDOWS_AT_ONCE = 128
 SEPARATOR = "<|endoftext|>"
 
 

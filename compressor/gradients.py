@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressor.backward import HiddenFiles, back_through, give_back, head_input, head_of, label_gradient
+from compressor.backward import HiddenFiles, back_through, head_input, head_of, label_gradient
 from compressor.core.errors import CheckpointError
+from compressor.core.memory import give_back
 from compressor.graph.blocks import layers, layout_of
 from compressor.streaming import Batch, Network, _Stop, hidden_of
 

@@ -48,7 +48,7 @@ def prove(
     if "input_ids" in inputs:
         inputs = {name: array[:, :_PROOF_TOKENS] for name, array in inputs.items()}
     expected = next(iter(original_outputs(decoded, [inputs])))
-    shipped = compare_logits(_outputs(open_session(directory), inputs), expected)
+    shipped = compare_logits(_outputs(open_session(directory, apart=True), inputs), expected)
     graph = directory / "model.onnx"
     kept = graph.with_suffix(".shipped")
     extra = list(directory.glob("model.repacked*"))
@@ -58,7 +58,7 @@ def prove(
         shutil.copy2(path, copy)
     try:
         export_graph(checkpoint, tensors, offsets, directory, options.mode, True, batches)
-        exact = compare_logits(_outputs(open_session(directory, exact=True), inputs), expected)
+        exact = compare_logits(_outputs(open_session(directory, exact=True, apart=True), inputs), expected)
     finally:
         shutil.move(kept, graph)
         for path, copy in copies:
@@ -86,7 +86,7 @@ def judge(
     source = samples.evaluation
     if source is None or format != "onnx" or not recipe.evaluation.tokens:
         return None
-    session = open_session(directory)
+    session = open_session(directory, apart=True)
     if isinstance(source, Text) and isinstance(session, DecoderSession):
         windows = evaluation_windows(source, recipe, directory)
         with progress.task("evaluating", len(windows)) as task:

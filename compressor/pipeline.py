@@ -33,6 +33,7 @@ from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.data import load as load_data
 from compressor.delivery import artifact_size, deliver, largest_tensors
 from compressor.encode import Work, encode_network
+from compressor.footprint import refuse_beyond
 from compressor.gates import came_true, lost_quality, lost_size_or_speed, measured_kind, promised
 from compressor.generated import generated_tokens, n_batches
 from compressor.judge import judge, prove
@@ -41,13 +42,12 @@ from compressor.learn import learn
 from compressor.original import bench_original
 from compressor.plan import Plan, make_plan
 from compressor.progress import Progress
-from compressor.recipe import Recipe, load_recipe
+from compressor.recipe import Recipe, learning_window, load_recipe
 from compressor.recipe_file import restore_recipe
 from compressor.samples import (
     Samples,
     calibration_batches,
     learning_batches,
-    learning_window,
     load_samples,
     n_generated,
 )
@@ -72,6 +72,8 @@ def run(options: RunOptions) -> Artifact:
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
     checkpoint.check()
     plan = make_plan(checkpoint, recipe, options.format)
+    if options.max_ram is not None:
+        refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     _refuse_unwritable(plan, options, recipe)
     ladder = Ladder.of(plan, recipe, options.format, options.mode) if options.allocates else None
     if ladder is not None and options.target_size is not None:

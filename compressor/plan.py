@@ -16,6 +16,7 @@ from compressor.core.errors import RecipeError
 from compressor.core.passes import Pass, Role
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
 from compressor.core.spec import DenseSpec, Spec, sparse_spec
+from compressor.footprint import peak_memory
 from compressor.recipe import Chosen, Recipe
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ FLOPS = 90e9
 """Multiplications and additions per CPU-second of a forward pass, measured on SmolLM2-135M."""
 SECONDS_PER_WEIGHT = 1.0e-6
 """CPU-seconds to assign codes to a weight, about."""
-BASE_MEMORY = 400_000_000
-"""torch and transformers, imported."""
 GRAPH_BYTES_PER_PART = 420
 GRAPH_BYTES_PER_CONVOLUTION = 1500
 CONFIG_BYTES = 4096
@@ -136,7 +135,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx") -> P
         tied=dict(checkpoint.tied),
         files=_files(checkpoint, tensors, format, recipe.export.activations == "static_int8"),
         needs=tuple(sorted(recipe.required)),
-        peak_memory=_peak_memory(tensors, config, recipe),
+        peak_memory=peak_memory(tensors, config, recipe),
         cpu_seconds=_cpu_seconds(tensors, recipe),
         notes=_notes(tensors),
     )
@@ -268,22 +267,6 @@ def header_bytes(tensors: tuple[PlannedTensor, ...], tied: dict[str, str]) -> in
 
 def _weights(tensors: tuple[PlannedTensor, ...]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors if tensor.role in ("linear", "conv"))
-
-
-def _peak_memory(tensors: tuple[PlannedTensor, ...], config: dict[str, Any], recipe: Recipe) -> int:
-    """The larger of two: the largest block with its states, or the largest table; beside the activations."""
-    blocks: dict[str, int] = {}
-    for tensor in tensors:
-        blocks[block_of(tensor.name)] = blocks.get(block_of(tensor.name), 0) + 4 * math.prod(tensor.shape)
-    outside = blocks.pop("", 0)
-    largest = max(blocks.values(), default=outside)
-    linears = [tensor.matrix[1] for tensor in tensors if tensor.by and tensor.role != "embedding"]
-    hessians = 3 * 4 * max(linears, default=0) ** 2
-    copies = 6 if "gradients" in recipe.required else 3
-    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    activations = 3 * 4 * width * recipe.calibration.tokens
-    table = max((4 * math.prod(t.shape) for t in tensors if t.role == "embedding"), default=0)
-    return BASE_MEMORY + activations + max(copies * largest + hessians, 2 * table)
 
 
 def _cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> float:

@@ -51,6 +51,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+TOKENS_PER_BATCH = 2048
+WINDOWS_AT_ONCE = 128
+"""Documents that the original writes side by side."""
+
+
 class Calibration(_Section):
     """The text, or the samples, that passes learn from.
 
@@ -251,6 +256,11 @@ class Recipe(BaseModel):
         ]
         head = {"name": self.name, "description": self.description, "needs": self.needs, "passes": steps}
         return head | {section: getattr(self, section).model_dump() for section in SECTIONS}
+
+
+def learning_window(recipe: Recipe) -> int:
+    """Half the calibration's window, for gradient steps: attention costs least so."""
+    return max(16, recipe.calibration.window // 2)
 
 
 def load_recipe(name: str | Path, sets: Iterable[str] = ()) -> Recipe:

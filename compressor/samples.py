@@ -19,10 +19,9 @@ from compressor.data.arrays import Arrays
 from compressor.data.disjoint import check_disjoint
 from compressor.data.text import Text
 from compressor.data.tokens import encode_sentences, tokenize, windows
-from compressor.recipe import Recipe
+from compressor.recipe import TOKENS_PER_BATCH, Recipe, learning_window
 from compressor.streaming import Batch, as_batch
 
-TOKENS_PER_BATCH = 2048
 EXAMPLES_PER_BATCH = 32
 VALUES_PER_BATCH = 2**20
 """Of one input: a few images at a time are several times faster than many, since memory is used again."""
@@ -73,11 +72,6 @@ def load_samples(checkpoint: Any, recipe: Recipe, options: RunOptions) -> Sample
     if isinstance(calibration, Text) and not reads_text:
         raise DataError(f"{calibration.source}: is text, but {checkpoint.architecture} reads arrays; give .npz or such")
     return Samples(calibration, evaluation, check_disjoint(calibration, evaluation))
-
-
-def learning_window(recipe: Recipe) -> int:
-    """Half the calibration's window, for gradient steps: attention costs least so."""
-    return max(16, recipe.calibration.window // 2)
 
 
 def n_generated(recipe: Recipe) -> int:

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoints.skeleton import parameter_names
+from compressor.core.memory import give_back
 from compressor.graph.blocks import block_names, detached, fast_bfloat16, first_tensor, layers, stages, unfold_inputs
+from compressor.ops.gram import add_gram, mirror
 
 Batch = dict[str, Tensor]
 Arguments = tuple[tuple, dict]
@@ -69,30 +72,31 @@ class Network:
     @contextlib.contextmanager
     def loaded(self, names: list[str]) -> Iterator[None]:
         """Holds the named parameters in memory, float32, with what was replaced in place."""
-        self.checkpoint.materialise(self.module, names)
-        self._each(names, lambda name, p: (self._replaced[name]() if name in self._replaced else p.data).float())
+        aliases = {name: group for group in parameter_names(self.module).values() for name in group}
+        groups = list({group[0]: group for group in (aliases.get(name, [name]) for name in names)}.values())
+        for group in groups:  # one at a time, so that one alone is there in its stored precision as well
+            replaced = next((name for name in group if name in self._replaced), None)
+            if replaced is None or group[0] not in aliases:
+                self.checkpoint.materialise(self.module, group[:1])
+            if group[0] in aliases:
+                self._set(group, lambda p, name=replaced: (self._replaced[name]() if name else p.data).float())
         try:
             yield
         finally:
-            self._each(names, lambda name, p: torch.empty_like(p.data, device="meta"))
+            for group in groups:
+                if group[0] in aliases:
+                    self._set(group, lambda p: torch.empty_like(p.data, device="meta"))
+            give_back()
 
-    def _each(self, names: list[str], change: Callable[[str, nn.Parameter], Tensor]) -> None:
-        known = dict(self.module.named_parameters(remove_duplicate=False))
-        groups: dict[int, list[str]] = {}
-        for name, parameter in known.items():
-            groups.setdefault(id(parameter), []).append(name)
-        done: set[int] = set()
+    def _set(self, names: list[str], change: Callable[[nn.Parameter], Tensor]) -> None:
+        """Puts something else in the place of a parameter of floats, under all of its names."""
+        parameter = self.module.get_parameter(names[0])
+        if not parameter.is_floating_point():
+            return
+        fresh = nn.Parameter(change(parameter), requires_grad=False)
         for name in names:
-            parameter = known.get(name)
-            if parameter is None or id(parameter) in done or not parameter.is_floating_point():
-                continue
-            done.add(id(parameter))
-            aliases = groups[id(parameter)]
-            canonical = next((alias for alias in aliases if alias in self._replaced), name)
-            fresh = nn.Parameter(change(canonical, parameter), requires_grad=False)
-            for alias in aliases:
-                parent, _, attribute = alias.rpartition(".")
-                setattr(self.module.get_submodule(parent), attribute, fresh)
+            parent, _, attribute = name.rpartition(".")
+            setattr(self.module.get_submodule(parent), attribute, fresh)
 
     def names_in(self, block: str) -> list[str]:
         """The names of the parameters and persistent buffers of a block, as the module has them."""
@@ -281,8 +285,7 @@ def second_moments(
                 if name in importance:
                     token = importance[name][counts["tokens"] : counts["tokens"] + len(rows)]
                     seen = rows * token.sqrt().unsqueeze(1)
-                product = seen.T @ seen
-                sums[name] = sums[name].add_(product) if name in sums else product
+                add_gram(sums.setdefault(name, torch.zeros(seen.shape[1], seen.shape[1])), seen)
         counts["tokens"] += len(rows)
         counts["calls"] += 1
         if counts["calls"] == calls:
@@ -297,6 +300,6 @@ def second_moments(
     finally:
         handle.remove()
     for total in sums.values():
-        total.div_(max(1, counts["tokens"]))
+        mirror(total.div_(max(1, counts["tokens"])))
     shared = next(iter(sums.values()))
     return {name: sums.get(name, shared) for name in names}, counts["tokens"]

@@ -9,6 +9,7 @@ rounded to the int4 grid straight-through. `distill` learns all of a network at 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from compressor.core.encoding import Affine, Codebook, Scales
+from compressor.core.memory import give_back
 from compressor.core.tensors import EncodedTensor
 
 _POSITIONS = 512
@@ -176,7 +178,7 @@ class LearnedMatrix(nn.Module):
         learned = self.scales.detach()
         scales = Scales.of(learned.clamp_min(1e-8) if bits == 8 else learned, bits)
         if isinstance(old, Affine):
-            return Affine(old.shape, old.bits, old.group, old.codes, scales, old.zero)
+            return dataclasses.replace(old, scales=scales)
         table = self.grid(self.table.detach()).to(old.table.dtype).view(old.table.shape)
         codes = (self.index % old.table.shape[1]).view(old.codes.shape).int()
         return Codebook(old.shape, old.width, old.dim, old.group, codes, table, scales, old.counts, old.order)
@@ -270,12 +272,15 @@ def distill(
             outputs.append(table)
             gradients.append(found.to_table.to(dtype))
         torch.autograd.backward(outputs, gradients)
+        loss = found.loss
+        del weights, hidden, table, rows, found, outputs, gradients  # before the next step makes its own
         optimiser.step()
         optimiser.zero_grad()
         for learned in student.learned.values():
             learned.move()
-        running, count = running + found.loss, count + 1
-        advance(f"KL {found.loss:.3f}")
+        give_back()
+        running, count = running + loss, count + 1
+        advance(f"KL {loss:.3f}")
         if count == 10 or step == steps - 1:
             yield {"step": step + 1, "kl": running / count, "flipped_fraction": student.flipped_fraction}
             running, count = 0.0, 0

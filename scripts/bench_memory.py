@@ -2,10 +2,11 @@
 """Peak memory of compressing a random Llama of 1.1 B parameters, and its size as predicted and as written.
 
     scripts/fetch_material smollm2          for its tokenizer
-    scripts/bench_memory.py [--recipe llm-2bit-fast] [--threads 2]
+    scripts/bench_memory.py [--recipe llm-2bit-fast] [--threads 2] [--layers 22]
 
 Width 2048, 22 layers, 32 heads of which 4 for keys and values, intermediate 5632, vocabulary 32,000, bfloat16
-safetensors in two shards, written tensor by tensor into the cache. The run is `compress` in a process of its own,
+safetensors in two shards, written tensor by tensor into the cache. With fewer --layers, which show the same peak sooner
+where it is of one block, nothing is recorded. The run is `compress` in a process of its own,
 sampled every 50 ms: anonymous memory and dirty pages, which only that process can give back, and clean pages of mapped
 files, which the system takes back when it needs them, stated apart. Nothing can be said of random weights' quality, so
 evaluation is off; the proof is not. Linux only.
@@ -35,7 +36,7 @@ from compressor.recipe import load_recipe
 
 WIDTH, LAYERS, HEADS, KV_HEADS, INNER, VOCABULARY = 2048, 22, 32, 4, 5632, 32_000
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH,
     "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "intermediate_size": INNER,
     "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16",
@@ -45,11 +46,11 @@ SETS = ("evaluation.tokens=0",)
 SAMPLED_EVERY = 0.05
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     """Every tensor, in the order of the files."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
     kv = WIDTH // HEADS * KV_HEADS
-    for i in range(LAYERS):
+    for i in range(layers):
         block = {
             "self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (kv, WIDTH), "self_attn.v_proj": (kv, WIDTH),
             "self_attn.o_proj": (WIDTH, WIDTH), "mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH),
@@ -59,15 +60,15 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
 
 
-def make_model() -> Path:
+def make_model(layers: int) -> Path:
     """The model's directory; written at the first call, one tensor in memory at a time."""
-    target = cached("memory") / "random-llama-1.1b"
+    target = cached("memory") / f"random-llama-{layers}"
     if target.is_dir():
         return target
     partial = target.with_name("partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    every = list(shapes().items())
+    every = list(shapes(layers).items())
     shards = every[: len(every) // 2], every[len(every) // 2 :]
     generator = torch.Generator().manual_seed(0)
     names = {}
@@ -76,7 +77,7 @@ def make_model() -> Path:
         write_shard(file, dict(shard), generator)
         names |= {name: file.name for name, _ in shard}
     (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    (partial / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    (partial / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=1))
     write_tokenizer(model_dir("smollm2"), partial)
     partial.rename(target)
     return target
@@ -164,20 +165,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="llm-2bit-fast")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--plan", action="store_true", help="only the plan's figures again, of what has been measured")
     parser.add_argument("--set", action="append", default=[], dest="sets")
     arguments = parser.parse_args()
-    source, sets = make_model(), [*SETS, *arguments.sets]
+    source, sets = make_model(arguments.layers), [*SETS, *arguments.sets]
     target = cached("memory") / arguments.recipe
     plan = make_plan(open_checkpoint(source), load_recipe(arguments.recipe, sets))
+    planned = {"planned_memory": plan.peak_memory, "planned_bytes": plan.bytes_after}
+    if arguments.plan:
+        return record(arguments.recipe, read_results("memory")[arguments.recipe] | planned)
     command = [sys.executable, "-m", "compressor", str(source), "--recipe", arguments.recipe, "-o", str(target)]
     command += ["--force", *(part for setting in sets for part in ("--set", setting))]
     found = watch(command, {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
     written = size(target)["bytes"]
     shutil.rmtree(target)
-    entry = {**found, "planned_memory": plan.peak_memory, "bytes": written, "planned_bytes": plan.bytes_after}
-    results = read_results("memory") | {arguments.recipe: entry}
-    write_results("memory", results)
-    print(memory_table(results))
+    entry = {**found, "bytes": written, **planned}
+    print(memory_table({arguments.recipe: entry}))
+    if arguments.layers == LAYERS:
+        record(arguments.recipe, entry)
+
+
+def record(recipe: str, entry: dict[str, Any]) -> None:
+    """Into docs/measured, and from there into the pages."""
+    write_results("memory", read_results("memory") | {recipe: entry})
     import make_tables
 
     make_tables.main()

@@ -38,7 +38,7 @@ TITLES = {"moby": "Moby Dick", "sotu": "State of the Union"}
 UNTIMED = ("export", "evaluation")
 START = {
     "jlcm.feedback": "false", "jlcm.kmeans_iterations": "0", "jlcm.codebooks": "1", "jlcm.block_steps": "0",
-    "distill.steps": "0", "distill.mapping_rate": "0.0", "calibration.token_importance": "false",
+    "jlcm.descent_rounds": "0", "distill.steps": "0", "distill.mapping_rate": "0.0", "calibration.token_importance": "false",
     "evaluation.tokens": "0",
 }  # fmt: skip
 STEPS: dict[str, tuple[str | None, dict[str, str]]] = {
@@ -46,10 +46,11 @@ STEPS: dict[str, tuple[str | None, dict[str, str]]] = {
     "weighted k-means": ("nearest codeword of the Gaussian codebook", {"jlcm.kmeans_iterations": "4"}),
     "error feedback": ("weighted k-means", {"jlcm.feedback": "true"}),
     "token importance": ("error feedback", {"calibration.token_importance": "true"}),
-    "row clusters, 4 codebooks": ("token importance", {"jlcm.codebooks": "4"}),
-    "block reconstruction, 8 steps": ("token importance", {"jlcm.block_steps": "8"}),
-    "distillation, 16 steps": ("token importance", {"distill.steps": "16"}),
-    "distillation, 64 steps": ("token importance", {"distill.steps": "64"}),
+    "coordinate descent, 2 rounds": ("token importance", {"jlcm.descent_rounds": "2"}),
+    "row clusters, 4 codebooks": ("coordinate descent, 2 rounds", {"jlcm.codebooks": "4"}),
+    "block reconstruction, 8 steps": ("coordinate descent, 2 rounds", {"jlcm.block_steps": "8"}),
+    "distillation, 16 steps": ("coordinate descent, 2 rounds", {"distill.steps": "16"}),
+    "distillation, 64 steps": ("coordinate descent, 2 rounds", {"distill.steps": "64"}),
     "proximal mapping moves, rate 0.002": ("distillation, 64 steps", {"distill.mapping_rate": "0.002"}),
 }
 """Row -> the row that it is added to, and the settings that it changes."""

@@ -47,7 +47,7 @@ METHODS = {
 OPTIONS = {
     "descent from nearest": "start: nearest",
     "descent, 1 sweep": "steps: 1",
-    "descent, 16 sweeps": "steps: 16",
+    "descent, 4 sweeps": "steps: 4",
     "descent, scales as well": "learn: [rounding, scale]",
     "adam": "optimizer: adam, steps: 500",
     "adam from nearest": "optimizer: adam, steps: 500, start: nearest",

@@ -48,8 +48,8 @@ def start(folder: Path, output: Path, *more: str) -> subprocess.Popen:
         "COMPRESSOR_HOME": str(folder / "home"),
     }
     return subprocess.Popen(
-        command(output, *more), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        command(output, *more), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
     )  # fmt: skip
 
 

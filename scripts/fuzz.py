@@ -23,15 +23,27 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from measured import write_results  # noqa: E402
-
-from tests.hostile import READERS, attempt, damaged  # noqa: E402
+from measured import markdown, number, read_results, write_results  # noqa: E402
 
 SLOW_SECONDS = 5.0
 LARGEST = 500_000_000
 
 
+def fuzz_table(results: dict[str, dict[str, float]]) -> str:
+    """A row for each reader."""
+    titles = ["reader", "files", "refused", "read", "findings", "slowest, s", "memory grown, MB"]
+    rows = [
+        [f"`{name}`", number(each["files"]), number(each["refused"], 0), number(each["files"] - each["refused"], 0),
+         each["findings"], each["slowest_seconds"], each["memory_grown_mb"]]
+        for name, each in results.items()
+    ]  # fmt: skip
+    return markdown(titles, rows)
+
+
 def main() -> None:
+
+    from tests.hostile import READERS  # on use: who only wants the table need not wait for torch
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("readers", nargs="*", default=list(READERS))
     parser.add_argument("--files", type=int, default=10_000)
@@ -41,14 +53,19 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    results = {name: fuzz(name, options) for name in options.readers}
-    if not options.no_record:
-        write_results("fuzz", results)
+    results = {}
+    for name in options.readers:
+        results[name] = fuzz(name, options)
+        if not options.no_record:
+            write_results("fuzz", read_results("fuzz") | results)
     sys.exit(any(found["findings"] for found in results.values()))
 
 
 def fuzz(name: str, options: argparse.Namespace) -> dict[str, object]:
     """Counts of one reader; findings are written to the folder of findings."""
+
+    from tests.hostile import READERS, attempt, damaged
+
     generator, kinds = random.Random(f"{options.seed}:{name}"), collections.Counter()
     with tempfile.TemporaryDirectory() as scratch:
         good = READERS[name].write(Path(scratch))

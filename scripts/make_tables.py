@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from bench_gradients import gradients_table
+from bench_layers import layers_table
+from bench_loading import loading_table
 from bench_memory import memory_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
 from bench_speed import speed_table
 from bench_vision import vision_table
+from fuzz import fuzz_table
 from measured import ROOT, markdown, number, read_results
 
 from compressor.recipe import load_recipe
@@ -29,15 +32,16 @@ from compressor.recipe_file import shipped_recipes
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/runtime.md",
-    "docs/design.md",
+    "docs/design.md", "docs/ci.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "quality": "scripts/bench_quality.py artifacts DIR…", "baselines": "scripts/bench_quality.py baselines",
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py DIR…",
-    "memory": "scripts/bench_memory.py", "vision": "scripts/bench_vision.py",
+    "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
-    "rounding": "scripts/bench_rounding.py",
+    "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
+    "fuzz": "scripts/fuzz.py",
 }  # fmt: skip
 LLAMA_CPP = (
     ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
@@ -91,12 +95,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": lambda: measured_table("quality", quality_table),
     "baselines": lambda: measured_table("baselines", baselines_table),
     "steps": lambda: measured_table("steps", steps_table),
+    "layers": lambda: measured_table("layers", layers_table),
     "speed": lambda: measured_table("speed", speed_table),
     "memory": lambda: measured_table("memory", memory_table),
+    "loading": lambda: measured_table("loading", loading_table),
     "pruning": lambda: measured_table("pruning", pruning_table),
     "gradients": lambda: measured_table("gradients", gradients_table),
     "vision": lambda: measured_table("vision", vision_table),
     "rounding": lambda: measured_table("rounding", rounding_table),
+    "fuzz": lambda: measured_table("fuzz", fuzz_table),
 }
 
 

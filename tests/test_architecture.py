@@ -26,9 +26,9 @@ LAYERS = (
     ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming"),
     ("manifest", "workers", "fingerprint"),
     ("export", "passes"),
-    ("plan", "recipe", "recipe_file"),
+    ("plan", "footprint", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),
-    ("progress",),
+    ("progress", "inference"),
     ("core",),
     ("ops",),
 )

@@ -116,6 +116,18 @@ def test_json_that_is_nested_without_end_is_refused(tmp_path):
         Artifact.open(tmp_path)
 
 
+@pytest.mark.parametrize("count", [2**20, 2**40, 2**63])
+def test_a_gguf_array_without_end_takes_no_time(tmp_path, count):
+    path = READERS["gguf"].write(tmp_path)
+    content = path.read_bytes()
+    fields = int.from_bytes(content[16:24], "little")
+    words = (5).to_bytes(8, "little") + b"a.end" + (9).to_bytes(4, "little") + (8).to_bytes(4, "little")
+    added = content[:16] + (fields + 1).to_bytes(8, "little") + words + count.to_bytes(8, "little") + content[24:]
+    path.write_bytes(added)
+    with pytest.raises(CheckpointError, match=f"its index asks for more .{count} entries"):
+        open_checkpoint(path)
+
+
 def test_a_header_that_promises_more_than_there_is_takes_no_memory(tmp_path):
     path = tmp_path / "model.safetensors"
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoints.gguf_index import check_index
 from compressor.checkpoints.source import Source, TensorInfo, refuse_empty
 from compressor.core.errors import CheckpointError
 
@@ -147,6 +148,7 @@ def open_reader(path: Path) -> GGUFReader:
         magic = file.read(4)
     if magic != b"GGUF":
         raise CheckpointError(f"{path}: is not a GGUF file; it starts with {magic!r}; give a file of llama.cpp")
+    check_index(path)
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from compressor.ops.packing import pack, pack_plane, unpack, unpack_plane
-from compressor.ops.widths import n_groups, plane_widths
+from compressor.ops.widths import n_groups, plane_widths, zero_bits
 
 _ROWS = 4096
 """Decoded at a time."""
@@ -157,7 +157,8 @@ class Affine(Encoding):
     """A uniform grid per group of columns: ŵ = s·(q − z), q in 0 … 2**bits − 1.
 
     codes (rows, n_groups·group) int; padding columns hold the code nearest zero. `zero` is a float (the same for all
-    groups: 2**(bits−1), or that minus a half for levels ±½, ±1½, …) or an integer tensor (rows, n_groups).
+    groups: 2**(bits−1), or that minus a half for levels ±½, ±1½, …) or a tensor (rows, n_groups) of multiples of
+    1/`zero_steps`: whole numbers, or in finer steps, of 8 bits.
     """
 
     kind = "affine"
@@ -166,6 +167,7 @@ class Affine(Encoding):
     codes: Tensor
     scales: Scales
     zero: float | Tensor
+    zero_steps: int = 1
 
     def decode(self) -> Tensor:
         matrix = torch.empty(self.shape)
@@ -190,22 +192,26 @@ class Affine(Encoding):
     def parts(self) -> dict[str, Tensor]:
         parts = {**_plane_parts(self.codes, self.bits), **self.scales.parts()}
         if isinstance(self.zero, Tensor):
-            parts |= {f"zeros{name[5:]}": part for name, part in _plane_parts(self.zero, self.bits).items()}
+            zeros = _plane_parts((self.zero * self.zero_steps).int(), zero_bits(self.bits, self.zero_steps))
+            parts |= {f"zeros{name[5:]}": part for name, part in zeros.items()}
         return parts
 
     def settings(self) -> dict[str, Any]:
         zero = None if isinstance(self.zero, Tensor) else self.zero
-        return {"bits": self.bits, "group": self.group, "zero": zero}
+        found = {"bits": self.bits, "group": self.group, "zero": zero}
+        return found if self.zero_steps == 1 else found | {"zero_steps": self.zero_steps}
 
     @classmethod
     def rebuild(cls, shape, settings, parts):
         bits, group, zero = settings["bits"], settings["group"], settings["zero"]
-        groups = n_groups(shape[1], group)
+        groups, steps = n_groups(shape[1], group), settings.get("zero_steps", 1)
         if zero is None:
             zeros = {f"codes{name[5:]}": part for name, part in parts.items() if name.startswith("zeros")}
-            zero = unpack(_planes(zeros, bits), bits, groups).int()
+            width = zero_bits(bits, steps)
+            zero = unpack(_planes(zeros, width), width, groups).int()
+            zero = zero if steps == 1 else zero / steps
         codes = unpack(_planes(parts, bits), bits, groups * group)
-        return cls(shape, bits, group, codes, Scales.rebuild(parts), zero)
+        return cls(shape, bits, group, codes, Scales.rebuild(parts), zero, steps)
 
 
 @dataclass(frozen=True)

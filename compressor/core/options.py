@@ -26,6 +26,7 @@ class RunOptions:
     mode      how the graph is written: default, standard (DequantizeLinear) or compat (older onnxruntimes)
     target_size   bytes of all files, which an allocation of widths stays below, within 1 %
     max_loss      a gate on the loss of quality; without target_size also what widths are allocated for
+    max_ram       bytes of memory; a plan that needs more is refused
     resume    go on with the blocks of an interrupted run
     force     replace an artifact that is already there
     """
@@ -43,6 +44,7 @@ class RunOptions:
     seed: int = 0
     target_size: int | None = None
     max_loss: float | None = None
+    max_ram: int | None = None
     resume: bool = False
     force: bool = False
     progress: Progress | None = None

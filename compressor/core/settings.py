@@ -44,6 +44,9 @@ class AffineSettings(Pass):
     rtn     rounds to nearest, with a searched scale
     hqq     half-quadratic fitting of scale and zero point, no data
     gptq    rounds column by column and feeds the error forward
+
+    zero    the zero point: middle, half a step below it, or of each group its own, a whole number of steps (learned) or
+            of 8 bits (fine)
     """
 
     name = "affine"
@@ -53,7 +56,7 @@ class AffineSettings(Pass):
     method: Literal["rtn", "hqq", "gptq"] = "rtn"
     bits: Literal[2, 3, 4, 8] = 4
     group: GroupSetting = 64
-    zero: Literal["middle", "half", "learned"] = "middle"
+    zero: Literal["middle", "half", "learned", "fine"] = "middle"
     scale_bits: Literal[8, 16] = 16
     damping: Rate = 0.01
 
@@ -78,7 +81,7 @@ class AffineSettings(Pass):
 
     @property
     def keeps_zeros(self) -> bool:
-        return self.zero != "half"
+        return self.zero in ("middle", "learned")
 
 
 class JlcmSettings(Pass):
@@ -91,6 +94,7 @@ class JlcmSettings(Pass):
     kmeans_iterations   of the weighted k-means that starts the codebooks
     feedback            codes with error feedback; without it each code is the nearest, for comparison
     damping             of the Hessian in the error feedback, as a share of its mean diagonal
+    descent_rounds      of coordinate descent behind it, over scales and codes, on the layer's output error; 0 is off
     block_steps         gradient steps on each block's output; 0 is off
     mapping_rate        of the proximal search that moves codes in these steps; 0 leaves them
     codebook_rate, scale_rate, dense_rate   learning rates, as in the recipe's section distill
@@ -111,6 +115,7 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
     kmeans_iterations: Steps = 4
     feedback: bool = True
     damping: Rate = 0.01
+    descent_rounds: Steps = 2
     block_steps: Steps = 0
     mapping_rate: Annotated[float, Field(ge=0)] = 0.0
     codebook_rate: Rate = 0.03
@@ -136,12 +141,12 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
         return tuple(self.model_copy(update={"width": width, "dim": dim}) for width, dim in codes)
 
     def quick(self) -> Pass:
-        changed = {"feedback": False, "kmeans_iterations": 0, "codebooks": 1, "block_steps": 0}
+        changed = {"feedback": False, "kmeans_iterations": 0, "codebooks": 1, "block_steps": 0, "descent_rounds": 0}
         return self.model_copy(update=changed)
 
     def cost(self, tokens: int) -> float:
         windows = max(tokens // 512, 1)
-        return 4.0 + 3.0 * self.block_steps * 4 / windows
+        return 4.0 + self.descent_rounds + 3.0 * self.block_steps * 4 / windows
 
 
 class RoundingSettings(Pass):
@@ -179,7 +184,7 @@ https://arxiv.org/abs/2004.10568"
     grid: Literal["uniform", "codebook"] = "uniform"
     learn: Annotated[list[Literal["rounding", "scale", "zero"]], Field(min_length=1)] = Field(["rounding"])
     optimizer: Literal["adam", "signsgd", "descent"] = "descent"
-    steps: Steps = 4
+    steps: Steps = 16
     rate: Rate | None = None
     scale_rate: Rate = 1e-3
     penalty: Annotated[float, Field(ge=0)] = 100.0

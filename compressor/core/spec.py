@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compressor.ops.widths import n_groups, packed_columns, plane_widths
+from compressor.ops.widths import n_groups, packed_columns, plane_widths, zero_bits, zero_steps
 
 Group = int | Literal["row"]
 Parts = dict[str, tuple[str, tuple[int, ...]]]
@@ -92,24 +92,31 @@ class DenseSpec(Spec):
 
 
 class AffineSpec(Spec):
-    """A uniform grid per group: zero point in the middle (2**(bits−1)), a half below it, or learned per group."""
+    """A uniform grid per group.
+
+    zero   the zero point: in the middle (2**(bits−1)), a half below it, or of each group its own: learned, a whole
+           number, or fine, of 8 bits
+    """
 
     kind = "affine"
     bits: int = Field(4, ge=1, le=8)
     group: Group = 64
-    zero: Literal["middle", "half", "learned"] = "middle"
+    zero: Literal["middle", "half", "learned", "fine"] = "middle"
     scale_bits: Literal[8, 16] = 16
 
     def parts(self, rows: int, columns: int) -> Parts:
         group = group_columns(self.group, columns)
         groups = n_groups(columns, group)
-        zeros = _codes("zeros", rows, groups, self.bits) if self.zero == "learned" else {}
+        width = zero_bits(self.bits, zero_steps(self.zero, self.bits))
+        zeros = {} if self.zero in ZEROS else _codes("zeros", rows, groups, width)
         return {**_codes("codes", rows, groups * group, self.bits), **_scales(rows, groups, self.scale_bits), **zeros}
 
     def describe(self, rows: int, columns: int) -> dict[str, Any]:
-        zero = None if self.zero == "learned" else ZEROS[self.zero](self.bits)
+        zero = ZEROS[self.zero](self.bits) if self.zero in ZEROS else None
         group = group_columns(self.group, columns)
-        return {"kind": self.kind, "shape": [rows, columns], "bits": self.bits, "group": group, "zero": zero}
+        found = {"kind": self.kind, "shape": [rows, columns], "bits": self.bits, "group": group, "zero": zero}
+        steps = zero_steps(self.zero, self.bits)
+        return found if steps == 1 else found | {"zero_steps": steps}
 
     @property
     def label(self) -> str:

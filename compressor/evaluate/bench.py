@@ -8,17 +8,15 @@ None elsewhere.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import compressor
 from compressor.core.artifact import NOT_NEEDED
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.session import graph_path
+from compressor.inference import process_of
 
 POLL_SECONDS = 0.01
 
@@ -40,8 +38,8 @@ def bench(
         repeats: Of which the median counts.
 
     Returns:
-        `kind`, `threads`, `load_seconds`, `memory` (bytes: start, loaded, peak_private, peak_resident), and for
-        decoders the two speeds, for other graphs `latency_seconds` per run of one input.
+        `kind`, `threads`, `load_seconds`, `load_cpu_seconds`, `memory` (bytes: start, loaded, peak_private,
+        peak_resident), and for decoders the two speeds, for other graphs `latency_seconds` per run of one input.
 
     Raises:
         CheckpointError: The artifact cannot be opened or run.
@@ -50,10 +48,8 @@ def bench(
     settings = {
         "path": str(graph), "threads": threads, "prompt": prompt, "new": new, "prefill": prefill, "repeats": repeats,
     }  # fmt: skip
-    package = str(Path(compressor.__file__).resolve().parents[1])
-    paths = [package, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [sys.executable, "-m", "compressor.evaluate.bench_process", json.dumps(settings)]
+    command, environment = process_of("compressor.evaluate.bench_process")
+    command.append(json.dumps(settings))
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peak = 0
     try:

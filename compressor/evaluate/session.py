@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 
 from compressor.core.errors import CheckpointError
+from compressor.inference import Settings, open_inference
 
 GRAPH = "model.onnx"
 DTYPES = {
@@ -23,19 +24,24 @@ DTYPES = {
 class ModuleSession:
     """A graph whose inputs are fed by name."""
 
-    def __init__(self, path: str | Path, threads: int | None = None, exact: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, threads: int | None = None, exact: bool = False, apart: bool = False,
+        opened: Any = None,
+    ) -> None:  # fmt: skip
         """Opens an artifact's directory, or an .onnx file.
 
         Args:
             exact: Activations of products that onnxruntime fuses itself (DequantizeLinear and MatMul) stay float32; by
                 its own default they become int8.
+            apart: A large artifact is run in a process of its own; it cannot `generate`.
+            opened: onnxruntime's session of this graph, if there is one already.
 
         Raises:
             CheckpointError: There is no graph, or this onnxruntime cannot load it.
         """
         self.path = graph_path(Path(path))
         self.config = _config(self.path.parent)
-        self.session = _open(self.path, threads, exact)
+        self.session = opened or _open(self.path, threads, exact, apart)
         self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
         self.outputs = [entry.name for entry in self.session.get_outputs()]
 
@@ -74,8 +80,11 @@ class EncoderSession(ModuleSession):
 class DecoderSession(ModuleSession):
     """A causal language model: input_ids, attention_mask, past_key_values.{i}.key and .value → logits, present.…"""
 
-    def __init__(self, path: str | Path, threads: int | None = None, exact: bool = False) -> None:
-        super().__init__(path, threads, exact)
+    def __init__(
+        self, path: str | Path, threads: int | None = None, exact: bool = False, apart: bool = False,
+        opened: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(path, threads, exact, apart, opened)
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         self.present = [name.replace("past_key_values", "present") for name in self.past]
         if "logits" not in self.outputs or not set(self.present) <= set(self.outputs):
@@ -145,17 +154,16 @@ class DecoderSession(ModuleSession):
         return np.zeros((batch, heads, 0, size), DTYPES[entry.type])
 
 
-def open_session(path: str | Path, threads: int | None = None, exact: bool = False) -> ModuleSession:
+def open_session(
+    path: str | Path, threads: int | None = None, exact: bool = False, apart: bool = False
+) -> ModuleSession:  # fmt: skip
     """A DecoderSession, EncoderSession or ModuleSession, as the graph's inputs say."""
-    session = ModuleSession(path, threads, exact)
-    if any(name.startswith("past_key_values.") for name in session.inputs):
-        kind: type[ModuleSession] = DecoderSession
-    else:
-        kind = EncoderSession if "input_ids" in session.inputs else ModuleSession
-    if kind is ModuleSession:
-        return session
-    del session  # one copy of the weights at a time
-    return kind(path, threads, exact)
+    opened = _open(graph_path(Path(path)), threads, exact, apart)
+    inputs = [entry.name for entry in opened.get_inputs()]
+    kind = EncoderSession if "input_ids" in inputs else ModuleSession
+    if any(name.startswith("past_key_values.") for name in inputs):
+        kind = DecoderSession
+    return kind(path, opened=opened)
 
 
 def graph_path(path: Path) -> Path:
@@ -182,15 +190,10 @@ def sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
     return int(generator.choice(kept, p=probability[kept] / probability[kept].sum()))
 
 
-def _open(path: Path, threads: int | None, exact: bool) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    if exact:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
+def _open(path: Path, threads: int | None, exact: bool, apart: bool) -> Any:
+    entries = {"session.qdq_matmulnbits_accuracy_level": "1"} if exact else {}
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return open_inference(path, Settings(threads, entries), apart)
     except Exception as error:  # onnxruntime's own errors share no narrower class
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it; {first}") from error

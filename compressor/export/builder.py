@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ class GraphBuilder:
         self.graph, self.before = graph, before
         self._constants: dict[tuple, ir.Value] = {}
         self._external: dict[str, ir.Value] = {}
+        self._made: dict[Hashable, ir.Value] = {}
         self._n_values = 0
 
     def op(
@@ -76,6 +78,12 @@ class GraphBuilder:
             name = f"constant_{len(self._constants)}"
             self._constants[key] = self.initializer(ir.Tensor(values, name=name))
         return self._constants[key]
+
+    def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make` makes at the first call with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def external(
         self, name: str, location: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]

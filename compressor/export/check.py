@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime
+
+from compressor.inference import Settings, open_inference
 
 _KERNELS = ("MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "Conv")
 _WEIGHT = 1  # position of the weights among a kernel's inputs
@@ -27,14 +28,14 @@ def slow_paths(model_path: Path, exact: bool = False) -> list[str]:
 
 
 def _optimised(model_path: Path, scratch: Path) -> Path:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.optimized_model_filepath = str(scratch / "optimised.onnx")
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
-    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    onnxruntime.InferenceSession(model_path, options, providers=["CPUExecutionProvider"])
-    return scratch / "optimised.onnx"
+    file = scratch / "optimised.onnx"
+    entries = {
+        "session.optimized_model_external_initializers_file_name": "optimised.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.disable_prepacking": "1",
+    }
+    open_inference(model_path, Settings(1, entries, str(file)), apart=True)
+    return file
 
 
 def _reasons(node: ir.Node, exact: bool) -> Iterator[str]:

@@ -27,7 +27,7 @@ def decoded(parts: Parts, rows: ir.Value | None = None) -> ir.Value:
     values = _values(parts, stored_rows)
     grouped = b.reshape(values, -1, parts.groups, parts.group)
     if parts.has("zeros") or parts.has("zeros.0"):
-        zeros = b.cast(unpacked(parts, "zeros", parts.groups, stored_rows), FLOAT)
+        zeros = zero_points(parts, stored_rows)
         grouped = b.op("Sub", grouped, b.op("Unsqueeze", zeros, b.integers(2)))
     scales = parts.scales()
     if stored_rows is not None and parts.scale_shape[0] > 1:
@@ -39,6 +39,13 @@ def decoded(parts: Parts, rows: ir.Value | None = None) -> ir.Value:
     if parts.has("order") and rows is None:
         return b.op("Gather", matrix, parts.inverse_order(), axis=0)
     return matrix
+
+
+def zero_points(parts: Parts, rows: ir.Value | None = None) -> ir.Value:
+    """Each group's own zero point, float32 (rows, groups)."""
+    b = parts.builder
+    zeros = b.cast(unpacked(parts, "zeros", parts.groups, rows), FLOAT)
+    return zeros if parts.zero_steps == 1 else b.op("Mul", zeros, b.constant(1 / parts.zero_steps))
 
 
 def _dense(parts: Parts, rows: ir.Value | None) -> ir.Value:

@@ -26,6 +26,8 @@ class Form:
     values        else: kernel value per code, for Affine and Binary (planes combine by OR); None for a codebook
     zero          the constant zero point where it is not the kernel's default, 2**(bits−1)
     factor        what the stored scales are multiplied by
+    shifted       the kernel's zero points are whole numbers, and the stored ones are not: what is between them is added
+                  to the product, a sum of each block's inputs at a time
     """
 
     bits: int
@@ -34,6 +36,7 @@ class Form:
     values: tuple[int, ...] | None = None
     zero: int | None = None
     factor: float = 1.0
+    shifted: bool = False
 
 
 def kernel_block(columns: int, group: int, bits: int) -> int | None:
@@ -62,7 +65,10 @@ def _affine_form(description: dict[str, Any], mode: Mode) -> Form | None:
     columns, bits, group = description["shape"][1], description["bits"], description["group"]
     zero = description["zero"]
     half = zero is not None and zero != int(zero)
-    native = mode != "compat"
+    native, steps = mode != "compat", description.get("zero_steps", 1)
+    if steps > 1 and mode == "standard":  # a second copy is written: it may be of 8 bits, whose zero points are as fine
+        block = kernel_block(columns, group, 8)
+        return Form(8, block, values=tuple(steps * q for q in range(2**bits)), factor=1 / steps) if block else None
     kernel = 2 * bits if half and bits == 4 else bits if bits in (4, 8) else 4
     if bits == 2 and _runs_int2(description, mode) and not half and kernel_block(columns, group, 2):
         kernel = 2
@@ -71,11 +77,12 @@ def _affine_form(description: dict[str, Any], mode: Mode) -> Form | None:
         return None
     middle = 2 ** (kernel - 1)
     if kernel == bits:
-        return Form(kernel, block, direct=True, zero=None if zero in (None, middle) else int(zero))
+        constant = None if zero in (None, middle) else int(zero)
+        return Form(kernel, block, direct=True, zero=constant, shifted=steps > 1)
     codes = range(2**bits)
     values = tuple(2 * q + 1 for q in codes) if half else tuple(codes)
     if zero is None:
-        return Form(kernel, block, values=values)
+        return Form(kernel, block, values=values, shifted=steps > 1)
     kernel_zero = int(2 * zero + 1) if half else int(zero)
     shifted = tuple(value - kernel_zero + middle for value in values)
     if len(plane_widths(bits)) == 1 and min(shifted) >= 0 and max(shifted) < 2**kernel:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from compressor.export.decoding import unpacked
+from compressor.export.decoding import unpacked, zero_points
 from compressor.export.forms import Form, stored_codes
 from compressor.export.parts import Parts, digits
+from compressor.export.units import Unit
 from compressor.ops.widths import packed_columns, plane_widths
 
 UINT8 = ir.DataType.UINT8
@@ -58,9 +59,10 @@ def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
         return b.op("Expand", b.constant(np.array([byte], np.uint8)), b.integers(parts.n_rows, zero_bytes))
     if parts.description.get("zero", 0) is not None:
         return None
-    if form.direct and blocks == parts.groups:
+    if form.direct and blocks == parts.groups and not form.shifted:
         return parts.by_row("zeros", UINT8, zero_bytes)
-    spread = _per_block(parts, unpacked(parts, "zeros", parts.groups), form)
+    zeros = b.cast(_whole_zeros(parts), ir.DataType.INT32) if form.shifted else unpacked(parts, "zeros", parts.groups)
+    spread = _per_block(parts, zeros, form)
     padded = _padded(parts, spread, blocks, packed_columns(blocks, form.bits) * 8 // form.bits)
     per = 8 // form.bits
     weights = b.constant((2 ** np.arange(0, 8, form.bits)).astype(np.int32))
@@ -68,8 +70,20 @@ def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
     return b.cast(b.op("ReduceSum", grouped, b.integers(2), keepdims=0), UINT8)
 
 
+def kernel_shifts(parts: Parts) -> ir.Value:
+    """What a group's inputs are multiplied by, beside the product with whole zero points: float32 (rows, groups)."""
+    b = parts.builder
+    return b.op("Mul", parts.scales(), b.op("Sub", _whole_zeros(parts), zero_points(parts)))
+
+
+def _whole_zeros(parts: Parts) -> ir.Value:
+    """The codes nearest to the zero points, float32 (rows, groups)."""
+    b = parts.builder
+    return b.op("Min", b.op("Round", zero_points(parts)), b.constant(float(2 ** parts.description["bits"] - 1)))
+
+
 def _looked_up(parts: Parts, form: Form) -> ir.Value:
-    """Kernel bytes of the stored rows, uint8 (rows, bytes)."""
+    """Kernel bytes of the stored rows, uint8 (rows, …), in bytes of a row."""
     if parts.description["kind"] == "codebook":
         return _codewords(parts)
     assert form.values is not None
@@ -104,14 +118,29 @@ def _codewords(parts: Parts) -> ir.Value:
     elif width < 8 and len(plane_widths(width)) == 1:
         index, table = parts.plane_index("codes", width, n_codes), _byte_codewords(parts, width)
         entry_bytes, entries, n_index = 8 // width * dim // 2, 256, packed_columns(n_codes, width)
+    elif (unit := Unit.of(width, n_codes)) is not None:
+        index, table = unit.index(parts), _unit_codewords(parts, unit)
+        entry_bytes, entries, n_index = unit.codes * dim // 2, 2 ** (unit.codes * width), n_codes // unit.codes
     else:
         entry_bytes, entries, n_index = dim // 2, 2**width, n_codes
         index = unpacked(parts, "codes", n_codes)
         table = parts.whole("table", UINT8, books * entries, entry_bytes)
     book = parts.book_offsets(entries)
-    index = index if book is None else b.op("Add", index, book)
-    have = n_index * entry_bytes
-    return _fitted(parts, b.reshape(b.op("Gather", table, index), -1, have), have, packed_columns(n_codes * dim, 4))
+    if book is not None:
+        index = b.op("Add", b.reshape(index, -1, n_index), book)
+    have, needed = n_index * entry_bytes, packed_columns(n_codes * dim, 4)
+    found = b.op("Gather", table, index)
+    return found if have == needed else _fitted(parts, b.reshape(found, -1, have), have, needed)
+
+
+def _unit_codewords(parts: Parts, unit: Unit) -> ir.Value:
+    """The codewords of a unit's codes side by side: uint8 (n_codebooks · units, bytes)."""
+    b, description = parts.builder, parts.description
+    books, entries, entry_bytes = len(description["counts"]), 2 ** description["width"], description["dim"] // 2
+    if unit.codes == 1:
+        return parts.whole("table", UINT8, books * entries, entry_bytes)
+    table = parts.whole("table", UINT8, books, entries, entry_bytes)
+    return b.reshape(b.op("Gather", table, unit.codes_of(b), axis=1), -1, unit.codes * entry_bytes)
 
 
 def _byte_codewords(parts: Parts, slot: int) -> ir.Value:

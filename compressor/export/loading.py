@@ -34,9 +34,8 @@ class DecodedSource(Source):
         tensor = self._encoded[name]
         if tensor.encoding.kind == "dense":
             values = tensor.encoding.parts()["weight"]
-            if not values.is_floating_point():
-                return tensor.layout.tensor(values).clone()
-        return tensor.decode().clone()
+            return (tensor.decode() if values.is_floating_point() else tensor.layout.tensor(values)).clone()
+        return tensor.decode()
 
 
 def load(path: str | PathLike[str], arch: str | None = None) -> nn.Module:

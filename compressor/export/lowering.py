@@ -21,9 +21,10 @@ from compressor.core.tensors import EncodedTensors
 from compressor.export.builder import GraphBuilder
 from compressor.export.decoding import decoded
 from compressor.export.forms import FOLD_LIMIT, Form, Mode, form, least_version, refusal
-from compressor.export.kernel_operands import kernel_codes, kernel_scales, kernel_zeros
+from compressor.export.kernel_operands import kernel_codes, kernel_scales, kernel_shifts, kernel_zeros
 from compressor.export.parts import Parts
 from compressor.export.standard import Repacked
+from compressor.ops.widths import n_groups
 
 __all__ = ["Lowering", "Mode", "form", "least_version", "refusal"]
 
@@ -47,6 +48,8 @@ class Lowering:
         self.mode: Mode = mode
         self._offsets, self._location, self._exact = offsets, location, exact
         self._operands: dict[str, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
+        self._sums: dict[tuple[int, int, int], tuple[ir.Value, ir.Value]] = {}
+        self._indicators: dict[tuple[int, int], ir.Value] = {}
         self._repacked = Repacked(directory) if mode == "standard" and directory else None
 
     def matmul(
@@ -82,8 +85,12 @@ class Lowering:
         assert chosen is not None
         operands = zip(*(self._kernel_operands(name, chosen) for name in names), strict=True)
         joined = [None if part[0] is None else b.op("Concat", *part, axis=0) for part in operands]
-        rows = sum(description["shape"][0] for description in descriptions)
-        return self._kernel_product(x, joined, rows, descriptions[0]["shape"][1], chosen, None)
+        rows, columns = sum(description["shape"][0] for description in descriptions), descriptions[0]["shape"][1]
+        if not chosen.shifted:
+            return self._kernel_product(x, joined, rows, columns, chosen, None)
+        shifts = b.op("Concat", *(kernel_shifts(self._parts(name)) for name in names), axis=0)
+        product = self._kernel_product(x, joined, rows, columns, chosen, None)
+        return self._shifted(product, x, shifts, columns, descriptions[0]["group"], None)
 
     def embedding(self, ids: ir.Value, name: str, tied: bool = False) -> ir.Value:
         """Rows of the tensor for integer `ids` of any shape: float32 (…, columns).
@@ -91,7 +98,8 @@ class Lowering:
         `tied`: the same tensor is also an operand of `matmul`, so that its folded operand can serve both.
         """
         chosen = form(self.tensors.describe(name), self.mode)
-        if self.mode == "default" and chosen is not None and (chosen.direct or tied):
+        blocks = self.mode == "default" and chosen is not None and (chosen.direct or tied)
+        if blocks and not chosen.shifted:
             return self._block_embedding(ids, name, chosen)
         b, columns = self.builder, self.tensors.describe(name)["shape"][1]
         rows = decoded(self._parts(name), rows=b.reshape(ids, -1))
@@ -156,8 +164,32 @@ class Lowering:
         return self._operands[name]
 
     def _kernel_matmul(self, x: ir.Value, name: str, chosen: Form, output: str | None) -> ir.Value:
-        rows, columns = self.tensors.describe(name)["shape"]
-        return self._kernel_product(x, self._kernel_operands(name, chosen), rows, columns, chosen, output)
+        (rows, columns), operands = self.tensors.describe(name)["shape"], self._kernel_operands(name, chosen)
+        if not chosen.shifted:
+            return self._kernel_product(x, operands, rows, columns, chosen, output)
+        product, parts = self._kernel_product(x, operands, rows, columns, chosen, None), self._parts(name)
+        return self._shifted(product, x, kernel_shifts(parts), columns, parts.group, output)
+
+    def _shifted(
+        self, product: ir.Value, x: ir.Value, shifts: ir.Value, columns: int, group: int, output: str | None
+    ) -> ir.Value:  # fmt: skip
+        """product + (sums of x over groups of columns) @ shiftsᵀ; an input of several products is summed once."""
+        b, key = self.builder, (id(x), columns, group)
+        if key not in self._sums:
+            self._sums[key] = x, b.op("MatMul", x, self._indicator(columns, group))
+        moved = b.contributed("FusedMatMul", self._sums[key][1], shifts, transA=0, transB=1, alpha=1.0)
+        return b.op("Add", product, moved, name=output)
+
+    def _indicator(self, columns: int, group: int) -> ir.Value:
+        """float32 (columns, groups), 1 where a column is in a group; in nodes, which are smaller than it is."""
+        if (columns, group) not in self._indicators:
+            b = self.builder
+            first, last, one = (b.constant(np.array(n, np.int64)) for n in (0, columns, 1))
+            at = b.op("Div", b.op("Range", first, last, one), b.constant(np.array(group, np.int64)))
+            groups = b.op("Range", first, b.constant(np.array(n_groups(columns, group), np.int64)), one)
+            member = b.op("Equal", b.op("Unsqueeze", at, b.integers(1)), b.op("Unsqueeze", groups, b.integers(0)))
+            self._indicators[columns, group] = b.cast(member, ir.DataType.FLOAT)
+        return self._indicators[columns, group]
 
     def _kernel_product(
         self, x: ir.Value, operands: Sequence[ir.Value | None], rows: int, columns: int, chosen: Form,

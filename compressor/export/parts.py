@@ -12,7 +12,7 @@ import onnx_ir as ir
 from compressor.core.tensors import EncodedTensors, part_name
 from compressor.export.builder import GraphBuilder
 from compressor.export.forms import FOLD_LIMIT, stored_codes
-from compressor.ops.widths import n_groups, packed_columns, plane_widths
+from compressor.ops.widths import n_groups, packed_columns, plane_widths, zero_bits
 
 _SIZES = {
     ir.DataType.UINT8: 1,
@@ -79,6 +79,11 @@ class Parts:
         return self.description.get("group", self.columns)
 
     @property
+    def zero_steps(self) -> int:
+        """Zero points are stored in parts of 1/steps."""
+        return self.description.get("zero_steps", 1)
+
+    @property
     def scale_shape(self) -> tuple[int, int]:
         """Rows and groups of the stored scales; (1, 1) for a binary tensor with a single one."""
         if self.description["kind"] == "binary" and self.nbytes("scales") == 2:
@@ -87,7 +92,10 @@ class Parts:
 
     def planes(self, stem: str = "codes") -> list[tuple[str, int]]:
         """(part, width) of each plane of `codes` or `zeros`, lowest bits first."""
-        width = stored_codes(self.description)[1] if stem == "codes" else self.description["bits"]
+        if stem == "zeros":
+            width = zero_bits(self.description["bits"], self.zero_steps)
+        else:
+            width = stored_codes(self.description)[1]
         widths = plane_widths(width)
         return [(stem if len(widths) == 1 else f"{stem}.{i}", width) for i, width in enumerate(widths)]
 

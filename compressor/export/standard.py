@@ -38,7 +38,7 @@ def kernel_values(encoding: Encoding, form: Form) -> tuple[torch.Tensor, torch.T
     values = encoding.codes if form.direct else torch.tensor(form.values)[encoding.codes.long()]
     zeros: torch.Tensor | int = 2 ** (form.bits - 1) if form.zero is None else form.zero
     if isinstance(encoding.zero, torch.Tensor):
-        zeros = encoding.zero.repeat_interleave(per, 1)[:, :blocks]
+        zeros = (encoding.zero * encoding.zero_steps).int().repeat_interleave(per, 1)[:, :blocks]
     return values[:, :columns], scales * form.factor, zeros
 
 

@@ -23,12 +23,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     dead = hessian.diagonal() == 0
     mean = hessian.diagonal().masked_fill(dead, 1.0).mean()
     for _ in range(4):
-        work = hessian.clone()
+        work = hessian.T.clone(memory_format=torch.contiguous_format).T  # column by column, as LAPACK wants it
         work.diagonal().add_(damping * mean).masked_fill_(dead, 1.0 + float(damping * mean))
-        work, failed = torch.linalg.cholesky_ex(work)  # one matrix at a time lives on: they are large
+        failed = torch.zeros((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(work, out=(work, failed))  # in place: it is large
         if not failed:
-            work = torch.cholesky_inverse(work)
-            work, failed = torch.linalg.cholesky_ex(work, upper=True)
+            torch.cholesky_inverse(work, out=work)
+            torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
             if not failed:
                 return work
         damping *= 10

@@ -9,10 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.ops.widths import zero_steps
+
 
 def code(values: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
     """q = clip(round(w/s + z), 0, 2**bits − 1), float; all broadcast together. Ties round to even."""
     return (values / scale + zero).round().clamp(0, 2**bits - 1)
+
+
+def nearest_zero(point: Tensor, bits: int, zero: str) -> Tensor:
+    """The zero points nearest to `point` that are stored: whole ones, or "fine" ones, of 8 bits over the codes' range.
+
+    >>> nearest_zero(torch.tensor([7.4, 20.0]), 4, "learned"), nearest_zero(torch.tensor([7.4, 20.0]), 4, "fine")
+    (tensor([ 7., 15.]), tensor([ 7.3750, 15.9375]))
+    """
+    steps = zero_steps(zero, bits)
+    return (point * steps).round().clamp(0, 2**bits * steps - 1) / steps
 
 
 def search_scale(
@@ -20,8 +32,8 @@ def search_scale(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero (…, 1) of groups (…, size) with the least Σ weight·(w − ŵ)².
 
-    `zero`: "middle" (z = 2**(bits−1), the scale's sign free if `signed`), "half" (z = that − ½) or "learned" (an
-    integer from the group's range). An all-zero group gets the least positive scale.
+    `zero`: "middle" (z = 2**(bits−1), the scale's sign free if `signed`), "half" (z = that − ½), "learned" (an
+    integer from the group's range) or "fine" (that, of 8 bits). An all-zero group gets the least positive scale.
     """
     tiny = torch.finfo(torch.float16).tiny
     top = 2**bits - 1
@@ -29,9 +41,9 @@ def search_scale(
     extreme = torch.where(-low >= high, -low, -high)
     best = best_scale = best_zero = None
     for shrink in torch.linspace(1.0, 0.35 if bits > 2 else 0.2, n_steps):
-        if zero == "learned":
+        if zero in ("learned", "fine"):
             scale = ((high - low) * shrink / top).clamp_min(tiny)
-            point = (-low * shrink / scale).round().clamp(0, top)
+            point = nearest_zero(-low * shrink / scale, bits, zero)
         elif zero == "half":
             scale = (extreme.abs() * shrink / (top / 2)).clamp_min(tiny)
             point = torch.full_like(scale, top / 2)

@@ -102,13 +102,14 @@ class Grid:
         n_rows = len(weight)
         weight = functional.pad(weight.float(), (0, -weight.shape[1] % self.group))
         groups = weight.view(n_rows, -1, self.group)
-        free, _ = self._choose(groups, 1.0, None)
+        scale, zero = self._choose(groups, 1.0, None)
         room = HEADROOM if factor is not None else 1.0
-        top = (free.abs().amax(1, keepdim=True) * room).clamp_min(1e-6).half()
-        scale, zero = self._choose(groups, 1.0, top)
+        top = (scale.abs().amax(1, keepdim=True) * room).clamp_min(1e-6).half()
         chosen = due = weight
-        if factor is not None:
+        if factor is not None:  # every group's grid is searched again when it is due
             chosen, due = self._feed_forward(weight, mask, factor, scale, zero, top)
+        else:
+            scale = stored_scale(scale, top, self.scale_bits)
         codes = code(chosen.view(n_rows, -1, self.group), scale.unsqueeze(2), zero.unsqueeze(2), self.bits)
         return Fitted(codes.flatten(1).to(torch.uint8), due, scale, zero, top, 2**self.bits)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+FINE_BITS = 8
+"""Of a fine zero point."""
+
 
 def plane_widths(bits: int) -> tuple[int, ...]:
     """The powers of two that sum to `bits`, largest first; the first plane holds the lowest bits of a code.
@@ -22,3 +25,17 @@ def packed_columns(n_codes: int, width: int) -> int:
 def n_groups(columns: int, group: int) -> int:
     """Groups of `group` columns, the last one perhaps short."""
     return -(-columns // group)
+
+
+def zero_steps(zero: str, bits: int) -> int:
+    """Of how many parts of a code's step zero points are multiples: fine ones have 8 bits over the range of codes.
+
+    >>> zero_steps("fine", 4), zero_steps("learned", 4)
+    (16, 1)
+    """
+    return 2 ** max(0, FINE_BITS - bits) if zero == "fine" else 1
+
+
+def zero_bits(bits: int, steps: int) -> int:
+    """Bits that a zero point in parts of 1/steps takes."""
+    return FINE_BITS if steps > 1 else bits

@@ -13,12 +13,13 @@ from torch.nn import functional
 from compressor.core.encoding import Affine as AffineEncoding
 from compressor.core.encoding import Scales
 from compressor.core.settings import AffineSettings
-from compressor.core.spec import group_columns
+from compressor.core.spec import ZEROS, group_columns
 from compressor.ops.error_feedback import inverse_factor
-from compressor.ops.grids import code
+from compressor.ops.grids import code, nearest_zero
 from compressor.ops.uniform import Grid
+from compressor.ops.widths import zero_steps
 
-_ROWS = 8192
+_VALUES = 8192 * 576
 """Encoded at a time: tables have many rows, and every step holds several copies of them."""
 
 
@@ -53,20 +54,25 @@ class Affine(AffineSettings):
         factor = None
         if self.method == "gptq" and hessian is not None:
             padding = -columns % group
-            factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)), self.damping)
+            factor = inverse_factor(
+                functional.pad(hessian, (0, padding, 0, padding)) if padding else hessian, self.damping
+            )
         grid = Grid(self.bits, group, self.zero, self.scale_bits, self._refine if self.method == "hqq" else None)
-        masks = [None] * -(-n_rows // _ROWS) if mask is None else mask.split(_ROWS)
-        found = [grid.fit(rows, kept, factor) for rows, kept in zip(weight.split(_ROWS), masks, strict=True)]
-        codes, scale, zero, top = (
-            torch.cat([getattr(part, name) for part in found]) for name in ("codes", "scale", "zero", "top")
-        )
-        point: float | Tensor = float(zero[0, 0]) if self.zero != "learned" else zero.int()
+        at_once = max(1, _VALUES // columns)
+        masks = [None] * -(-n_rows // at_once) if mask is None else mask.split(at_once)
+        found = []
+        for rows, kept in zip(weight.split(at_once), masks, strict=True):
+            fitted = grid.fit(rows, kept, factor)
+            found.append((fitted.codes, fitted.scale, fitted.zero, fitted.top))  # without `due`, as large as the weight
+        codes, scale, zero, top = (torch.cat(parts) for parts in zip(*found, strict=True))
+        steps = zero_steps(self.zero, self.bits)
+        point: float | Tensor = float(zero[0, 0]) if self.zero in ZEROS else zero if steps > 1 else zero.int()
         stored = Scales.of(scale)
         if self.scale_bits == 8:
             stored = Scales((scale / (top.float() / 255)).round().to(torch.uint8), top)
-        return AffineEncoding((n_rows, columns), self.bits, group, codes, stored, point)
+        return AffineEncoding((n_rows, columns), self.bits, group, codes, stored, point, steps)
 
     def _refine(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        if self.zero != "learned":
+        if self.zero in ZEROS:
             return zero
-        return hqq_zero(groups, scale, zero, self.bits).round().clamp(0, 2**self.bits - 1)
+        return nearest_zero(hqq_zero(groups, scale, zero, self.bits), self.bits, self.zero)

@@ -19,6 +19,7 @@ from compressor.core.encoding import Codebook, Scales
 from compressor.core.settings import JlcmSettings
 from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.vector_descent import best_codes, best_scales, decoded, row_losses
 from compressor.ops.vector_quantization import (
     balanced_clusters,
     gaussian_codebook,
@@ -33,6 +34,8 @@ _QUANTILES = 16
 _POINTS_PER_CODEWORD = 24
 _PRUNED_RESOLUTION = 3.5
 """Grid steps per rms of what a pass has kept: its tails are lighter than a Gaussian's."""
+_ROWS = 2048
+"""That descend at a time, so that memory does not grow with the matrix."""
 _RANDOM_START = 3
 """Times as many iterations of k-means where it starts from random points."""
 
@@ -104,8 +107,10 @@ class Jlcm(JlcmSettings):
         n_rows, columns = weight.shape
         group = group_columns(self.group, columns, self.dim)
         padding = -columns % group
-        weight = torch.nn.functional.pad(weight.float(), (0, padding))
-        hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+        weight = weight.float()
+        if padding:  # pad copies even by nothing, and Hessians are large
+            weight = torch.nn.functional.pad(weight, (0, padding))
+            hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
         kept = None if mask is None else torch.nn.functional.pad(mask, (0, padding), value=True)
         resolution = start(self.width, self.dim)[1] if mask is None else _PRUNED_RESOLUTION
         scales = Scales.of(group_scales(weight[:, :columns], group, resolution), self.scale_bits)
@@ -117,6 +122,8 @@ class Jlcm(JlcmSettings):
         table = torch.stack(found) * resolution
         table = snap(table, 1.0) if self.grid == "int4" else table.half().float()
         codes = self._assign(weight, hessian, size, table, kept, order, counts, group)
+        if self.descent_rounds:
+            scales = self._descend(weight, hessian, codes, scales, table, kept, order, counts)
         stored = Scales(scales.values[order], None if scales.row is None else scales.row[order])
         table = table.to(torch.int8 if self.grid == "int4" else torch.float16)
         return Codebook(
@@ -176,6 +183,36 @@ class Jlcm(JlcmSettings):
         factor = inverse_factor(hessian, self.damping) if self.feedback else torch.eye(len(hessian))
         error_feedback(weight, factor, self.dim, quantise, buffer)
         return codes
+
+    def _descend(
+        self, weight: Tensor, hessian: Tensor, codes: Tensor, scales: Scales, table: Tensor, kept: Tensor | None,
+        order: Tensor, counts: tuple[int, ...],
+    ) -> Scales:  # fmt: skip
+        """Moves `codes`, in place, and the scales to a lower output error in turns; returns the scales."""
+        hessian = hessian.clone()
+        hessian.diagonal().add_(self.damping * hessian.diagonal().mean().clamp_min(1e-30))
+        values, row = scales.values.clone(), None if scales.row is None else scales.row.clone()
+        for rows, codewords in _books(order, counts, table):
+            for part in torch.arange(len(weight))[rows].split(_ROWS):
+                places = None if kept is None else kept[part]
+                own = Scales(values[part], None if row is None else row[part])
+                for _ in range(self.descent_rounds):
+                    own = self._rescaled(weight[part], hessian, codes[part], own, codewords)
+                    size = own.decode().clamp_min(1e-12)
+                    codes[part] = best_codes(weight[part], hessian, codes[part], size, codewords, places)
+                values[part] = own.values
+                if row is not None:
+                    row[part] = own.row
+        return Scales(values, row)
+
+    def _rescaled(self, weight: Tensor, hessian: Tensor, codes: Tensor, scales: Scales, codewords: Tensor) -> Scales:
+        """The best scales as they are stored; a row's old ones where rounding loses what they gain."""
+        old = scales.decode()
+        new = Scales.of(best_scales(weight, hessian, codes, old, codewords).clamp_min(1e-7), self.scale_bits)
+        before, after = (row_losses(weight, hessian, decoded(codes, s, codewords)) for s in (old, new.decode()))
+        worse = (after >= before).unsqueeze(1)
+        row = None if scales.row is None else torch.where(worse, scales.row, new.row)
+        return Scales(torch.where(worse, scales.values, new.values), row)
 
 
 def _books(order: Tensor, counts: tuple[int, ...], table: Tensor) -> Iterator[tuple[Tensor | slice, Tensor]]:

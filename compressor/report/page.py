@@ -128,9 +128,10 @@ def _errors(tensors: Sequence[facts.StoredTensor]) -> str:
         for t in known if t.error is not None
     ]  # fmt: skip
     every = max(1, -(-len(layers) // 16))
-    ticks = [(float(i), layers[i].rpartition(".")[2]) for i in range(0, len(layers), every)]
-    if by_layer:
-        ticks = [(float(i), str(i + 1)) for i in range(0, len(layers), every)]
+    shown = [(i, layer.rpartition(".")[2]) for i, layer in enumerate(layers)]
+    if not by_layer and len(layers) > 8:
+        shown = [(i, text) for i, text in shown if text.isdigit()]  # the names of tables are wide
+    ticks = [(float(i), str(i + 1) if by_layer else text) for i, text in shown[::every]]
     plot = dots(points, Axis("layer, in the order of the file", str), Axis("‖W − Ŵ‖ / ‖W‖", "{:g}".format, zero=True),
                 ticks)  # fmt: skip
     names = [] if by_layer else [(colours[kind], kind) for kind in kinds[:7]]
@@ -155,7 +156,7 @@ def _against_quality(artifact: Artifact, others: Sequence[Artifact], title: str)
         if found is not None and n and found.what == loss.what:
             points.append(Point(n / 1e6, 100 * found.value, "c1", facts.title_of(other.directory)))
     points.append(Point(sizes["bytes"] / 1e6, 100 * loss.value, "c0", title))
-    plot = dots(points, Axis("MB, every file", "{:g}".format, logarithmic=True), Axis(loss.what, "{:.2g} %".format))
+    plot = dots(points, Axis("MB, every file", "{:g}".format, logarithmic=True), Axis(loss.what, "{:,.6g} %".format))
     return f"<h2>Size against quality</h2>\n{plot}"
 
 

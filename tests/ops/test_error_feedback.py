@@ -64,6 +64,16 @@ def test_the_local_errors_add_up_to_the_loss(step):
     torch.testing.assert_close(sum(local), ((error @ damped(hessian)) * error).sum(), rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("size", [1, 37])
+def test_the_factor_is_of_the_inverse_and_the_hessian_stays_as_it_is(size):
+    hessian = correlated(3, size)[1].float()
+    before = hessian.clone()
+    factor = inverse_factor(hessian, DAMPING).double()
+    assert torch.equal(hessian, before)
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.T @ factor @ damped(hessian), torch.eye(size).double(), rtol=0, atol=1e-3)
+
+
 def test_the_quantiser_sees_the_rest_of_its_buffer():
     weight, hessian = correlated(3, 40)
     seen = []

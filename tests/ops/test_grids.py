@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.ops.grids import code, search_scale
+from compressor.ops.grids import code, nearest_zero, search_scale
 
-ZEROS = ("middle", "half", "learned")
+ZEROS = ("middle", "half", "learned", "fine")
 
 
 def groups_of(shape=(7, 3, 29)) -> torch.Tensor:
@@ -25,10 +25,11 @@ def loss(groups, scale, zero, bits, weights=1.0) -> torch.Tensor:
 def plain(groups, bits, zero):
     """The scale that just reaches the largest value."""
     top = 2**bits - 1
-    if zero == "learned":
+    if zero in ("learned", "fine"):
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale = (high - low) / top
-        return scale, (-low / scale).round()
+        steps = 1 if zero == "learned" else 2 ** (8 - bits)
+        return scale, (-low / scale * steps).round() / steps
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if zero == "half":
         scale = torch.maximum(-low, high) / (top / 2)
@@ -67,6 +68,25 @@ def test_a_signed_middle_uses_the_level_that_an_unsigned_one_leaves_idle():
     groups = groups_of()
     signed = loss(groups, *search_scale(groups, 2, "middle"), 2).sum()
     assert signed < loss(groups, *search_scale(groups, 2, "middle", signed=False), 2).sum()
+
+
+def test_fine_zero_points_are_bytes_over_the_range_of_codes():
+    points = torch.tensor([-1.0, 0.04, 7.4, 15.96, 99.0])
+    assert nearest_zero(points, 4, "fine").tolist() == [0.0, 1 / 16, 7 + 6 / 16, 255 / 16, 255 / 16]
+    assert nearest_zero(points, 2, "fine").tolist() == [0.0, 3 / 64, 255 / 64, 255 / 64, 255 / 64]
+    assert nearest_zero(points, 4, "learned").tolist() == [0.0, 0.0, 7.0, 15.0, 15.0]
+
+
+def test_a_grid_from_the_least_to_the_largest_weight_is_found_again():
+    """As of files whose groups were rounded to d·q + m, m no multiple of d."""
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, 16, (50, 32), generator=generator).float()
+    codes[:, 0], codes[:, 1] = 0, 15
+    step, low = torch.rand(50, 1, generator=generator) + 0.5, -10 * torch.rand(50, 1, generator=generator)
+    groups = step * codes + low
+    lost = {zero: loss(groups, *search_scale(groups, 4, zero), 4).sum() for zero in ("learned", "fine")}
+    assert lost["fine"] < 0.01 * lost["learned"]
+    assert lost["fine"] <= 50 * 32 * (1.5 / 32) ** 2 / 3 * 1.5  # a zero point is off by less than 1/32 step
 
 
 def test_heavier_columns_are_kept_better():

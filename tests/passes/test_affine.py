@@ -24,9 +24,8 @@ def error(method: str, rows: int = 96, columns: int = 160, **settings) -> float:
     return output_error(weight, encoded(weight, hessian, method=method, **settings).decode(), hessian)
 
 
-SETTINGS = list(
-    itertools.product(("rtn", "hqq", "gptq"), (2, 3, 4, 8), (16, 64, "row"), ("middle", "half", "learned"), (8, 16))
-)
+ZEROS = ("middle", "half", "learned", "fine")
+SETTINGS = list(itertools.product(("rtn", "hqq", "gptq"), (2, 3, 4, 8), (16, 64, "row"), ZEROS, (8, 16)))
 
 
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
@@ -46,14 +45,14 @@ def test_every_setting_gives_the_parts_that_were_planned(method):
             assert output_error(weight, encoding.decode(), hessian) < least, settings
 
 
-@pytest.mark.parametrize("zero", ["middle", "half", "learned"])
+@pytest.mark.parametrize("zero", ZEROS)
 def test_rtn_takes_the_nearest_level(zero):
     weight, _ = correlated(ROWS, COLUMNS)
     encoding = encoded(weight, None, method="rtn", bits=3, group=32, zero=zero)
     scales, decoded = encoding.scales.decode(), encoding.decode()
     for row, column in itertools.product(range(0, ROWS, 5), range(COLUMNS)):
         group = column // 32
-        point = float(encoding.zero[row, group]) if zero == "learned" else encoding.zero
+        point = float(encoding.zero[row, group]) if zero in ("learned", "fine") else encoding.zero
         levels = [(q - point) * float(scales[row, group]) for q in range(8)]
         value = float(weight[row, column])
         assert abs(float(decoded[row, column]) - value) <= min(abs(level - value) for level in levels) + 1e-7

@@ -84,7 +84,7 @@ def naive_codes(encoding, weight, hessian, damping):
 @pytest.mark.parametrize("settings", [{"width": 4, "dim": 2}, {"width": 5, "dim": 4, "codebooks": 3, "group": 16}])
 def test_codes_are_assigned_with_error_feedback(settings):
     weight, hessian = correlated(ROWS, COLUMNS)
-    found = encoded(**settings)
+    found = encoded(**settings, descent_rounds=0)
     expected = naive_codes(found, weight, hessian, Jlcm().damping)
     # A tie that float32 breaks the other way changes the rest of its row.
     assert (found.codes == expected).float().mean() > 0.97
@@ -111,6 +111,7 @@ SETTINGS = {
     "free": {"width": 4, "dim": 2, "grid": "free"},
     "no k-means": {"width": 6, "dim": 2, "kmeans_iterations": 0},
     "damped": {"width": 6, "dim": 2, "damping": 0.1},
+    "no descent": {"width": 6, "dim": 2, "descent_rounds": 0},
 }
 
 
@@ -129,7 +130,7 @@ def test_every_setting_gives_the_parts_that_were_planned(name, shape):
 
 def test_settings_matter():
     default = encoded(width=6, dim=2).parts()
-    for change in ({"kmeans_iterations": 0}, {"damping": 0.5}, {"group": 16}, {"codebooks": 2}):
+    for change in ({"kmeans_iterations": 0}, {"damping": 0.5}, {"group": 16}, {"codebooks": 2}, {"descent_rounds": 0}):
         changed = encoded(width=6, dim=2, **change).parts()
         assert any(name not in changed or not torch.equal(changed[name], part) for name, part in default.items())
 
@@ -185,6 +186,28 @@ def test_it_beats_rounding_to_nearest_at_more_bits():
     naive = Affine(method="rtn", bits=2, group=32).encode(weight, hessian, torch.Generator())
     assert mine.bits_per_weight < naive.bits_per_weight
     assert output_error(weight, mine.decode(), hessian) < 0.6 * output_error(weight, naive.decode(), hessian)
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale_bits": 16}, {"codebooks": 3, "group": 32}, {"group": "row"}])
+def test_each_round_of_descent_loses_less(settings):
+    weight, hessian = correlated(ROWS, COLUMNS)
+    losses = [
+        output_error(weight, encoded(width=6, dim=2, descent_rounds=n, **settings).decode(), hessian) for n in range(4)
+    ]
+    assert losses[1] < 0.97 * losses[0]
+    assert losses[3] <= losses[2] <= losses[1]
+
+
+def test_descent_keeps_what_was_dropped():
+    weight, hessian = correlated(ROWS, COLUMNS)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    losses = []
+    for n in (0, 2):
+        method = Jlcm(width=8, dim=4, group=32, descent_rounds=n)
+        found = method.encode(weight * mask, hessian, torch.Generator().manual_seed(0), mask).decode()
+        assert (found[~mask] == 0).all()
+        losses.append(output_error(weight * mask, found, hessian))
+    assert losses[1] < losses[0]
 
 
 def test_more_codebooks_and_more_bits_lose_less():
