@@ -41,7 +41,6 @@ def fuzz_table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-
     from tests.hostile import READERS  # on use: who only wants the table need not wait for torch
 
     parser = argparse.ArgumentParser(description=__doc__)
