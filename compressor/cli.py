@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compressor.core.artifact import Artifact, is_artifact, refuse_target
+from compressor.core.artifact import Artifact, failed_directory, is_artifact, refuse_target
 from compressor.core.errors import GateFailed, UsageError, suggestion
 from compressor.examples import COMMANDS, epilog
 from compressor.failure import INTERRUPTED, explain
@@ -21,6 +23,11 @@ HELP_OPTIONS = ("--help", "-h", "--version")
 class Format(str, Enum):
     onnx = "onnx"
     safetensors = "safetensors"
+
+
+class EngineName(str, Enum):
+    local = "local"
+    ray = "ray"
 
 
 class _Group(TyperGroup):
@@ -84,6 +91,10 @@ def run(
                         "checks it as a gate; beside --target-size it is the gate alone.")] = None,
     max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Refuse a plan that needs more memory than 4GB, "
                        "say, and tell what would need less.")] = None,
+    max_size: Annotated[str | None, typer.Option(metavar="SIZE", help="A gate: all files together, as 60MB.")] = None,
+    min_speedup: Annotated[float | None, typer.Option(min=0, help="A gate: times the original's speed.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(min=0, max=1, help="A gate: share of predictions that are "
+                             "the original's.")] = None,
     standard: Annotated[bool, typer.Option("--standard", help="Standard ONNX operators only.")] = False,
     compat: Annotated[bool, typer.Option("--compat", help="A graph that older onnxruntimes run fast.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
@@ -101,9 +112,14 @@ def run(
 
     if standard and compat:
         raise UsageError("--standard and --compat exclude each other; give one of them")
+    gates = {
+        "max_size": None if max_size is None else parse_size(max_size, "--max-size"), "min_speedup": min_speedup,
+        "min_agreement": min_agreement,
+    }  # fmt: skip
+    sets = [*(set_ or ()), *(f"gates.{name}={limit}" for name, limit in gates.items() if limit is not None)]
     options = RunOptions(
         model=model, recipe=recipe, output=output, data=data, eval=eval, arch=arch, trust_pickle=trust_pickle,
-        format=format.value, sets=tuple(set_ or ()), mode="standard" if standard else "compat" if compat else "default",
+        format=format.value, sets=tuple(sets), mode="standard" if standard else "compat" if compat else "default",
         seed=seed, resume=resume, force=force,
         target_size=None if target_size is None else parse_size(target_size, "--target-size"),
         max_loss=None if max_loss is None else parse_share(max_loss, "--max-loss"),
@@ -125,8 +141,9 @@ def run(
     try:
         artifact = compress(options)
     except GateFailed:
-        if is_artifact(options.directory):
-            _print_outcome(Artifact.open(options.directory), json)
+        failed = failed_directory(options.directory)
+        if is_artifact(failed):
+            _print_outcome(Artifact.open(failed), json)
         raise
     _print_outcome(artifact, json)
 
@@ -174,6 +191,67 @@ def _refuse_misspelt_command(word: str) -> None:
     near = get_close_matches(word, COMMANDS, n=1, cutoff=0.7)
     if near and not Path(word).exists():
         raise UsageError(f"{word}: no such model, and no such command. {suggestion(word, COMMANDS)}")
+
+
+@app.command(epilog=epilog("batch"))
+def batch(
+    models: Annotated[list[str], typer.Argument(metavar="MANIFEST|MODEL…", help="A manifest in YAML, or models and "
+                                                "patterns that match some.")],
+    recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", metavar="NAME|FILE", show_default=False,
+                                                     help="Of models on the line. Repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", show_default="the manifest's name",
+                                                help="Where artifacts, logs and the summary go.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Calibration data of models on the "
+                    "line.")] = None,
+    arch: Arch = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="PASS.KEY=VALUE", help="A setting of their "
+                    "recipes, gates.max_loss=5% for example. Repeatable.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, show_default="cores", help="At most so many at a "
+                    "time, as far as their memory fits.")] = None,
+    max_ram: Annotated[str | None, typer.Option(metavar="SIZE", show_default="what is free", help="Of all jobs that "
+                       "run at a time, by their plans.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="Processes here, or a Ray cluster.")] = EngineName.local,
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; `local` starts one.")] = "auto",
+    retries: Annotated[int, typer.Option(min=0, help="Of a job whose worker crashed.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what is complete, go on with what is not.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace artifacts that are already there.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Compress many models.
+
+    By a manifest, or by the same recipes. One that fails stops none of the others.
+    """
+    from compressor.batch import Batch, worst
+    from compressor.core.quantities import parse_size
+    from compressor.summary import Board, summary_table, totals
+    from compressor.workers import Budget, LocalEngine, RayEngine, available_memory, cores
+
+    planned = _batch_jobs(models, {"recipes": recipe, "data": data, "arch": arch}, set_ or [])
+    directory = output or Path(Path(models[0]).stem if models[0].endswith((".yaml", ".yml")) else "artifacts")
+    budget = Budget(available_memory() if max_ram is None else parse_size(max_ram, "--max-ram"))
+    running = LocalEngine() if engine is EngineName.local else RayEngine(address)
+    outcomes = Batch(planned, directory, running, jobs or cores(), budget, resume, force, retries).run(
+        Board(len(planned), silent=json)
+    )
+    if json:
+        _print_json([outcome.as_json() for outcome in outcomes])
+    else:
+        from compressor.tables import show
+
+        show(summary_table(outcomes), f"{totals(outcomes)}. Summary in {directory}/summary.jsonl and summary.xml")
+    raise typer.Exit(worst(outcomes))
+
+
+def _batch_jobs(models: list[str], settings: dict[str, Any], sets: list[str]) -> Any:
+    from compressor.manifest import jobs_of_line, read_manifest
+
+    given = {key: value for key, value in settings.items() if value}
+    if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+        if given or sets:
+            raise UsageError(f"{models[0]}: is a manifest; write --{next(iter(given), 'set').rstrip('s')} in it")
+        return read_manifest(Path(models[0]))
+    return jobs_of_line(models, given, sets)
 
 
 @app.command(epilog=epilog("recipes"))
@@ -253,6 +331,76 @@ def bench(
     _print(found | {"size": size(artifact)}, json, str(artifact))
 
 
+@app.command(epilog=epilog("verify"))
+def verify(
+    artifact: ArtifactPath,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes long: measuring quality again.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check an artifact.
+
+    Hashes, provenance, that onnxruntime opens it, and quality again. Status 5 where something does not hold.
+    """
+    from compressor.core.errors import VerificationError
+    from compressor.verification import failures
+    from compressor.verification import verify as check
+
+    checks = check(artifact, measure=not quick)
+    if json:
+        _print_json([each.as_json() for each in checks])
+    else:
+        from compressor.tables import checks_table, show
+
+        show(checks_table(checks))
+    wrong = failures(checks)
+    if wrong:
+        raise VerificationError(f"{artifact}: {wrong}; fetch it again, or compress again")
+
+
+@app.command(epilog=epilog("diff"))
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An artifact.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two artifacts.
+
+    Tensor by tensor: how it is stored, its bytes, and how far the values are apart.
+    """
+    from compressor.report.difference import compare
+
+    found = compare(first, second)
+    if json:
+        _print_json([each.as_json() for each in found])
+        return
+    from compressor.tables import difference_tables, show
+
+    show(*difference_tables(found))
+
+
+@app.command(epilog=epilog("report"))
+def report(
+    artifact: ArtifactPath,
+    others: Annotated[list[Path] | None, typer.Argument(metavar="[OTHERS]…", help="Artifacts to hold it against, by "
+                                                        "default those beside it of the same original.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE",
+                                                show_default="ARTIFACT/report.html", help="The page.")] = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Show a run as one HTML page with pictures."""
+    from compressor.core.artifact import PAGE
+    from compressor.report.facts import siblings
+    from compressor.report.page import write_page
+
+    opened = Artifact.open(artifact)
+    beside = others or [other.directory for other in siblings(opened)]
+    target = output or artifact / PAGE
+    write_page([artifact, *beside], target)
+    print(target)
+
+
 @app.command(epilog=epilog("generate"))
 def generate(
     artifact: ArtifactPath,
@@ -295,7 +443,14 @@ def _print_json(content: Any) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command and exits with its status."""
     args = sys.argv[1:] if arguments is None else arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(_status(args or ["--help"]))
+
+
+def _interrupt(*_: Any) -> None:
+    """SIGTERM ends a run as Ctrl-C does: resumable."""
+    raise KeyboardInterrupt
 
 
 def _status(args: list[str]) -> int:
@@ -318,6 +473,6 @@ def _status(args: list[str]) -> int:
         status, message = explain(error)
         print(f"Error: {message}", file=sys.stderr)
     if status == INTERRUPTED:
-        resumable = args[0] == "run" or args[0] not in COMMANDS
+        resumable = args[0] in ("run", "batch") or args[0] not in COMMANDS
         print(f"Interrupted{'; the same command with --resume goes on from here' * resumable}.", file=sys.stderr)
     return status

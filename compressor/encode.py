@@ -226,7 +226,7 @@ def _encode_block(
     gradients = load_gradients(work.folder, prefix) if any(_wants_gradient(chain) for chain in passes.values()) else {}
     n_sequences = max(1, sum(_n_examples(arguments) for arguments in reached))
     tensors: dict[str, EncodedTensor] = {}
-    for stage in layer_stages(network, block, dotted, reached[0]):
+    for stage in layer_stages(network, block, dotted, reached[0]) if reached else ():
         for due in _alike([name for name in stage.names if passes[name] is not None], found):
             moments, n_rows = {}, 0
             if unfolds(found[due[0]]) and any("data" in passes[name].needs for name in due):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
-from compressor.core.artifact import Artifact, is_artifact
+from compressor.core.artifact import WEIGHTS, Artifact, is_artifact
 from compressor.core.errors import CheckpointError
+from compressor.core.packed import encoding_label, packed_tensors
 from compressor.core.roles import role_of
-
-METADATA_KEY = "compressor"
-WEIGHTS = "model.safetensors"
 
 
 def inspect_path(path: Path, arch: str | None = None, trust_pickle: bool = False) -> dict[str, Any]:
@@ -26,24 +23,6 @@ def inspect_path(path: Path, arch: str | None = None, trust_pickle: bool = False
     if path.suffix == ".safetensors" and (written := packed_tensors(path)) is not None:
         return {"kind": "artifact", "path": str(path), **_encodings(written)}
     return _checkpoint(open_checkpoint(path, arch=arch, trust_pickle=trust_pickle))
-
-
-def packed_tensors(path: Path) -> dict[str, dict[str, Any]] | None:
-    """The tensors of a file that compress wrote: description and bytes by name; None for another file."""
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        metadata = header.get("__metadata__", {}).get(METADATA_KEY)
-    except (OSError, ValueError, AttributeError, MemoryError, OverflowError):
-        return None
-    if metadata is None:
-        return None
-    found = {}
-    for name, description in json.loads(metadata)["tensors"].items():
-        keys = [name if part == "weight" else f"{name}.{part}" for part in description["parts"]]
-        spans = [header[key]["data_offsets"] for key in keys]
-        found[name] = description | {"bytes": sum(end - begin for begin, end in spans)}
-    return found
 
 
 def _artifact(artifact: Artifact) -> dict[str, Any]:
@@ -68,12 +47,6 @@ def _encodings(written: dict[str, dict[str, Any]]) -> dict[str, Any]:
             {"name": name, "shape": description["tensor_shape"], "encoding": label, "bytes": description["bytes"]}
         )
     return {"n_tensors": len(tensors), "bytes_by_encoding": bytes_by_encoding, "tensors": tensors}
-
-
-def encoding_label(description: dict[str, Any]) -> str:
-    """A few words about an encoding: "codebook width 9 dim 4 group 64"."""
-    shown = [f"{key} {description[key]}" for key in ("bits", "width", "dim", "group", "grid") if key in description]
-    return " ".join([description["kind"], *shown])
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from compressor.allocate import Target
 from compressor.core.errors import VerificationError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
@@ -22,9 +20,8 @@ from compressor.evaluate.modules import evaluate_module
 from compressor.evaluate.proof import compare_logits
 from compressor.evaluate.reference import original_logits, original_outputs
 from compressor.evaluate.session import DecoderSession, EncoderSession, ModuleSession, open_session
-from compressor.losses import Kind
 from compressor.progress import Progress
-from compressor.recipe import Gates, Recipe
+from compressor.recipe import Recipe
 from compressor.samples import Samples, evaluation_windows, sentence_batches
 from compressor.streaming import Batch
 
@@ -112,52 +109,3 @@ def _counted(arrays: Iterable[np.ndarray], task: Any) -> Iterator[np.ndarray]:
     for array in arrays:
         yield array
         task.advance()
-
-
-def promised(gates: Gates, target: Target) -> Gates:
-    """The gates, and what a target promises of the loss: the stricter of both."""
-    loss = target.loss
-    if loss is None:
-        return gates
-    if target.kind == "perplexity":
-        return gates.model_copy(update={"max_perplexity_ratio": min(1 + loss, gates.max_perplexity_ratio or math.inf)})
-    if target.kind == "accuracy" and target.labelled:
-        drop = 1.0 if gates.max_accuracy_drop is None else gates.max_accuracy_drop
-        return gates.model_copy(update={"max_accuracy_drop": min(loss, drop)})
-    least = "min_cosine" if target.kind == "cosine" else "min_agreement"
-    return gates.model_copy(update={least: max(1 - loss, getattr(gates, least) or 0.0)})
-
-
-def came_true(kind: Kind, quality: dict[str, Any] | None) -> float | None:
-    """The loss that was predicted, as it was measured on the evaluation data; None where it was not."""
-    if not quality:
-        return None
-    if kind == "perplexity":
-        return None if quality.get("ratio") is None else quality["ratio"] - 1
-    if kind == "cosine":
-        return 1 - quality["cosine"] if "cosine" in quality else None
-    if quality.get("accuracy") is not None:
-        return quality["original_accuracy"] - quality["accuracy"]
-    return 1 - quality["top1_agreement"] if "top1_agreement" in quality else None
-
-
-def failed_gates(gates: Gates, quality: dict[str, Any] | None) -> list[str]:
-    """A sentence for each limit that the artifact does not keep."""
-    quality = quality or {}
-    drop = None
-    if quality.get("accuracy") is not None:
-        drop = quality["original_accuracy"] - quality["accuracy"]
-    agreement = quality.get("top1_agreement")
-    limits = (
-        ("perplexity ratio", quality.get("ratio"), gates.max_perplexity_ratio, 1),
-        ("KL divergence", quality.get("kl_divergence"), gates.max_kl_divergence, 1),
-        ("top-1 agreement", agreement, gates.min_agreement, -1),
-        ("cosine", quality.get("cosine"), gates.min_cosine, -1),
-        ("accuracy drop", drop, gates.max_accuracy_drop, 1),
-    )
-    failures = []
-    for name, value, limit, sign in limits:
-        if limit is not None and (value is None or sign * value > sign * limit):
-            found = "was not measured" if value is None else f"is {value:.4g}"
-            failures.append(f"{name} {found}, the gate is {limit:g}")
-    return failures

@@ -7,14 +7,10 @@ interrupted run stays there for `--resume`.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import gc
-import hashlib
 import json
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -25,20 +21,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressor.allocate import Allocation, Target, allocate, refuse_unreachable, summary, target_of
+from compressor.blame import blame, blamed, weight_errors
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.checkpoints.reshaped import RECORD
-from compressor.core.artifact import REPORT, Artifact, refuse_target
+from compressor.clock import Clock
+from compressor.core.artifact import REPORT, WEIGHTS, Artifact, beside, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
-from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, ResourceError, UsageError
-from compressor.core.memory import give_back
+from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.data import load as load_data
+from compressor.delivery import artifact_size, deliver, largest_tensors
 from compressor.encode import Work, encode_network
 from compressor.fitting import Examples
 from compressor.footprint import refuse_beyond
+from compressor.gates import came_true, lost_quality, lost_size_or_speed, measured_kind, promised
 from compressor.generated import generated_tokens, n_batches
-from compressor.judge import came_true, failed_gates, judge, promised, prove
+from compressor.judge import judge, prove
 from compressor.ladder import Ladder
 from compressor.learn import learn
 from compressor.original import bench_original
@@ -59,33 +59,9 @@ from compressor.samples import (
 from compressor.streaming import Batch, Network
 from compressor.structure import Reference, restructure
 from compressor.survey import Survey, survey
+from compressor.workplace import open_work, workplace
 
-WEIGHTS = "model.safetensors"
 _VERSIONS = ("compressor", "torch", "onnxruntime", "transformers", "numpy")
-
-
-@dataclasses.dataclass
-class _Clock:
-    """CPU and wall seconds of each stage."""
-
-    stages: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-
-    def stage(self, name: str) -> _Stage:
-        return _Stage(self, name)
-
-
-class _Stage:
-    def __init__(self, clock: _Clock, name: str) -> None:
-        self.clock, self.name = clock, name
-
-    def __enter__(self) -> None:
-        self.cpu, self.wall = time.process_time(), time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        spent = {"cpu_seconds": time.process_time() - self.cpu, "seconds": time.monotonic() - self.wall}
-        self.clock.stages[self.name] = {key: round(value, 2) for key, value in spent.items()}
-        gc.collect()  # networks hold themselves in cycles
-        give_back()
 
 
 def run(options: RunOptions) -> Artifact:
@@ -118,14 +94,14 @@ def _assist(options: RunOptions) -> Artifact:
 
 def _partial(options: RunOptions) -> Path:
     """Where the artifact is built."""
-    return options.directory.with_name(options.directory.name + ".partial")
+    return beside(options.directory, ".partial")
 
 
 def _run(options: RunOptions) -> Artifact:
     """`run`, in the first process."""
     refuse_target(options.directory, options.force)
     progress = options.progress or Progress()
-    clock = _Clock()
+    clock = Clock()
     recipe = load_recipe(options.recipe, options.sets)
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
     checkpoint.check()
@@ -138,11 +114,10 @@ def _run(options: RunOptions) -> Artifact:
     if options.allocates and samples.calibration is None:
         raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")
     target = target_of(options, checkpoint.family, samples)
-    recipe = recipe.model_copy(update={"gates": promised(recipe.gates, target)})
     progress.say(_announcement(plan, checkpoint))
     partial = _partial(options)
-    try:
-        work = _open_work(partial, recipe, checkpoint, samples, options)
+    with workplace(partial):
+        work = open_work(partial, recipe, checkpoint, samples, options)
         checkpoint.write_tokenizer(partial)
         wait()
         original, shrunk = checkpoint, []
@@ -162,25 +137,25 @@ def _run(options: RunOptions) -> Artifact:
         with clock.stage("evaluation"):
             proof = prove(checkpoint, tensors, offsets, partial, options, batches)
             quality = judge(original, samples, recipe, partial, options.format, progress)
+        aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
+        recipe = recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
         report = _report(original, recipe, plan, samples, options, clock, work)
         report |= {"structure": shrunk} if shrunk else {}
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
-        failures = failed_gates(recipe.gates, quality)
         if allocation is not None:
             report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
-        report["gates"] = {"passed": not failures, "failures": failures}
-        _finish(partial, options, report, work, original, batches if recipe.evaluation.tokens else [])
-    except (CheckpointError, DataError):
-        if not (partial / WEIGHTS).exists():  # the input is at fault: there is nothing to resume
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{partial}: the disk is full; free some space, then --resume goes on") from error
-        raise
+        with clock.stage("benchmark"):
+            report |= _speeds(partial, options, original, batches if recipe.evaluation.tokens else [])
+        report["size"] = artifact_size(partial, report["source"]["file_bytes"])
+        report["errors"] = weight_errors(checkpoint, tensors)
+        failures, blames, why = _held_against_gates(
+            checkpoint, tensors, plan, batches, aimed_at, recipe, report, progress
+        )
+        report["gates"] = {"passed": not failures, "failures": failures, "blame": blames}
+        directory = deliver(partial, options.directory, report)
     if failures:
-        raise GateFailed(f"{options.directory}: {'; '.join(failures)}; the artifact is kept, marked as failed")
-    return Artifact.open(options.directory)
+        raise GateFailed(f"{options.directory}: {'; '.join([*failures, *why])}; the artifact is kept as {directory}")
+    return Artifact.open(directory)
 
 
 def compress(model: nn.Module | str | Path, recipe: str = "llm-2bit", **options: Any) -> Artifact:
@@ -254,31 +229,9 @@ def _announcement(plan: Plan, checkpoint: Checkpoint) -> str:
     )
 
 
-def _open_work(partial: Path, recipe: Recipe, checkpoint: Checkpoint, samples: Samples, options: RunOptions) -> Work:
-    """The working folder of this very run; an older one of another run is replaced, or refused with --resume."""
-    identity = {
-        "recipe": recipe.to_dict(), "seed": options.seed, "source": checkpoint.digest(), "data": samples.digest(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "target": [options.target_size, options.max_loss],
-    }  # fmt: skip
-    folder, note = partial / "work", partial / "work" / "run.json"
-    text = json.dumps(identity, sort_keys=True)
-    if options.resume and not note.exists():
-        raise UsageError(f"{partial}: no interrupted run to resume; leave --resume out")
-    if options.resume and note.read_text() != text:
-        raise UsageError(f"{partial}: belongs to another run (model, recipe, seed or data differ); leave --resume out")
-    if not options.resume and partial.exists():
-        if not note.exists() and any(partial.iterdir()):
-            raise UsageError(f"{partial}: is in the way and not ours; move it, or give another directory with -o")
-        shutil.rmtree(partial)
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
-    return Work(folder, options.seed)
-
-
 def _encode(
     checkpoint: Checkpoint, recipe: Recipe, plan: Plan, ladder: Ladder | None, target: Target, samples: Samples,
-    work: Work, progress: Progress, clock: _Clock, options: RunOptions,
+    work: Work, progress: Progress, clock: Clock, options: RunOptions,
 ) -> tuple[EncodedTensors, list[Batch], Allocation | None]:  # fmt: skip
     """The survey, the allocation of widths where one is asked for, and the encoding sweep."""
     batches: list[Batch] = []
@@ -400,7 +353,7 @@ def _export(
 
 
 def _report(
-    checkpoint: Checkpoint, recipe: Recipe, plan: Plan, samples: Samples, options: RunOptions, clock: _Clock, work: Work
+    checkpoint: Checkpoint, recipe: Recipe, plan: Plan, samples: Samples, options: RunOptions, clock: Clock, work: Work
 ) -> dict[str, Any]:
     """compression.json but for what was measured on the artifact."""
     return {
@@ -412,7 +365,8 @@ def _report(
         "mode": options.mode,
         "data": {"calibration": samples.calibration and samples.calibration.source,
                  "evaluation": samples.evaluation and samples.evaluation.source,
-                 "sha256": samples.digest(), "overlap": samples.overlap},
+                 "sha256": samples.digest(), "overlap": samples.overlap,
+                 "arguments": {"data": _found_again(options.data), "eval": _found_again(options.eval)}},
         "versions": {name: metadata.version(name) for name in _VERSIONS} | {"python": platform.python_version()},
         "cost": clock.stages,
         "skipped": {tensor.name: tensor.reason for tensor in plan.tensors if tensor.reason},
@@ -420,30 +374,41 @@ def _report(
     }  # fmt: skip
 
 
-def _finish(
-    partial: Path, options: RunOptions, report: dict[str, Any], work: Work, checkpoint: Checkpoint, batches: list[Batch]
-) -> None:
-    """Sizes and hashes into the report, the working folder away, and the artifact into its place."""
-    from compressor.evaluate.bench import bench, size
+def _speeds(partial: Path, options: RunOptions, checkpoint: Checkpoint, batches: list[Batch]) -> dict[str, Any]:
+    """Of the artifact and of its original, each in a process of its own."""
+    if options.format != "onnx":
+        return {}
+    from compressor.evaluate.bench import bench
 
-    if options.format == "onnx":
-        report["speed"] = bench(partial)
-        report["original_speed"] = bench_original(checkpoint, partial, batches) if batches else None
-    shutil.rmtree(work.folder)  # only now that nothing can fail but the disk: --resume needs it
-    if options.format == "onnx":
-        report["size"] = size(partial)
-    else:
-        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        report["size"] = {"bytes": sum(files.values()), "files": files}
-    report["size"]["original_bytes"] = report["source"]["file_bytes"]
-    report["sha256"] = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(partial.glob("model.*"))
-    }
-    (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
-    target = options.directory
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    found = bench(partial)
+    return {"speed": found, "original_speed": bench_original(checkpoint, partial, batches) if batches else None}
+
+
+def _held_against_gates(
+    checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, batches: list[Batch], target: Target, recipe: Recipe,
+    report: dict[str, Any], progress: Progress,
+) -> tuple[list[str], list[dict[str, Any]], list[str]]:  # fmt: skip
+    """The gates that failed, where the loss came in, and a sentence on that or on what is large."""
+    worse = lost_quality(recipe.gates, report["quality"])
+    other = lost_size_or_speed(recipe.gates, report)
+    found = blame(checkpoint, tensors, plan, batches, target.kind, target.labelled, progress) if worse else []
+    too_large = any(failure.startswith("size") for failure in other)
+    why = [blamed(found), largest_tensors(tensors) if too_large else ""]
+    return worse + other, found, [sentence for sentence in why if sentence]
+
+
+def _found_again(argument: str | None) -> str | None:
+    """A path that holds in any folder; module:callable as it is."""
+    return str(Path(argument).resolve()) if argument is not None and Path(argument).exists() else argument
+
+
+def _samples_again(checkpoint: Checkpoint, recipe: Recipe, arguments: dict[str, Any], data: str | None) -> Samples:
+    """The data of the run, evaluated on `data` if that is given; held against its calibration data if it is there."""
+    calibration = arguments.get("data")
+    if data is not None and calibration is not None and ":" not in calibration and not Path(calibration).exists():
+        return Samples(None, load_data(data, "evaluation"))
+    options = RunOptions(model=str(checkpoint.path), data=calibration, eval=data or arguments.get("eval"))
+    return load_samples(checkpoint, recipe, options)
 
 
 def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
@@ -451,6 +416,7 @@ def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
 
     Raises:
         CheckpointError: It is no artifact, or its original is gone.
+        DataError: The data of the run are gone; give others.
     """
     artifact = Artifact.open(directory)
     report = artifact.report
@@ -459,7 +425,6 @@ def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
         raise CheckpointError(f"{source}: the original is gone; it is needed to compare with")
     checkpoint = open_checkpoint(source, arch=report["source"]["arch"])
     recipe = restore_recipe(report["recipe"], str(artifact.directory / REPORT))
-    options = RunOptions(model=str(source), eval=data, data=None)
-    samples = load_samples(checkpoint, recipe, options)
+    samples = _samples_again(checkpoint, recipe, (report.get("data") or {}).get("arguments") or {}, data)
     format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"
     return judge(checkpoint, samples, recipe, artifact.directory, format, Progress()) or {}

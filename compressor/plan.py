@@ -293,7 +293,11 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
         assert isinstance(settings, StructurePass)
         left, exact = left * (1 - settings.removes), exact and settings.removes_exactly
         kind = "parameters" if settings.removes_exactly else "units"
-        notes.append(f"{step.name} removes {settings.removes:.0%} of the {kind} first: the sizes above are upper bounds")
+        notes.append(
+            f"{step.name} removes {settings.removes:.0%} of the {kind} first: the sizes above are upper bounds"
+        )
     if notes and exact:
-        notes.append(f"its weights will take about {left * sum(tensor.bytes_after for tensor in tensors) / 1e6:,.1f} MB")
+        notes.append(
+            f"its weights will take about {left * sum(tensor.bytes_after for tensor in tensors) / 1e6:,.1f} MB"
+        )
     return tuple(notes)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 
+from compressor.core.errors import UsageError
 from compressor.core.passes import Need, Pass, Role
+from compressor.core.quantities import parse_share, parse_size
 from compressor.core.settings import AffineSettings, GroupSetting, Rate
 from compressor.core.spec import AffineSpec, DenseSpec, Spec
 
@@ -123,8 +125,35 @@ class Export(_Section):
     activations: Literal["int8", "static_int8", "exact"] = "int8"
 
 
+def _share(value: Any) -> Any:
+    return _parsed(parse_share, value, "a share, as 5% or .05")
+
+
+def _size(value: Any) -> Any:
+    return _parsed(parse_size, value, "a size, as 60MB, 60MiB or bytes")
+
+
+def _parsed(parse: Callable[[str, str], Any], value: Any, wanted: str) -> Any:
+    """A quantity that is written as people write it; numbers stay."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse(value, "")
+    except UsageError as error:
+        raise ValueError(wanted) from error
+
+
 class Gates(_Section):
-    """Limits that the artifact has to keep; None is no limit. Ratios are to the original."""
+    """Limits that the artifact has to keep; None is no limit. Ratios are to the original.
+
+    max_loss      whichever loss the network's kind has: 5% more perplexity, .05 less cosine, accuracy or agreement
+    max_size      of all files together, as 60MB
+    min_speedup   times the original's speed in onnxruntime: tokens/s, or inputs/s
+    """
+
+    max_loss: Annotated[Share | None, BeforeValidator(_share)] = None
+    max_size: Annotated[Positive | None, BeforeValidator(_size)] = None
+    min_speedup: Annotated[float, Field(gt=0)] | None = None
 
     max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
     max_kl_divergence: Annotated[float, Field(gt=0)] | None = None

@@ -25,6 +25,9 @@ PACKAGE = Path(__file__).parent
 TEXTS = ("name", "description", "needs")
 KEYS = (*TEXTS, "imports", "passes", *SECTIONS)
 STEP_KEYS = ("select", "skip")
+MOST_BYTES = 1_000_000
+MOST_ALIASES = 16
+DEEPEST = 64
 Values = dict[str, tuple[Any, str]]
 """Setting -> (value, where it was written)."""
 
@@ -154,16 +157,46 @@ def _draft(content: dict[str, Any], where: str) -> _Draft:
 
 def _parse(path: Path, where: str) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        if path.stat().st_size > MOST_BYTES:
+            raise RecipeError(f"{where}: has {path.stat().st_size:,} bytes; a recipe has less than {MOST_BYTES:,}")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{where}: cannot be read; {error}") from error
+    return parse_yaml(text, where)
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """A mapping written in YAML.
+
+    Raises:
+        RecipeError: It is none, or nested so deeply, or repeats itself so often, that nobody wrote it.
+    """
+    try:
+        _refuse_bombs(text, where)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{where}{line}: is not YAML; {getattr(error, 'problem', None) or error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where}: is nested too deeply; write keys and values, as `passes:`") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RecipeError(f"{where}: is not YAML; {error}; put the value into quotation marks") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{where}: holds {content!r:.40}; write keys and values, as `passes:`")
     return content
+
+
+def _refuse_bombs(text: str, where: str) -> None:
+    """Aliases of aliases stand for billions of values in a few lines; brackets in brackets take the square of time."""
+    depth = 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if depth > DEEPEST:
+            raise RecipeError(f"{where}: is nested too deeply; write keys and values, as `passes:`")
+    n = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _Loader))
+    if n > MOST_ALIASES:
+        raise RecipeError(f"{where}: has {n} aliases; write their values out")
 
 
 def _step(step: Any, where: str) -> tuple[str, str, Values]:
@@ -267,7 +300,7 @@ def _build(kind: type[BaseModel], values: Values, where: str) -> Any:
 
 
 def _reworded(message: str) -> str:
-    wanted = message.removeprefix("Input should be ").removeprefix("a valid ")
+    wanted = message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     return {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}.get(
         wanted, wanted
     )

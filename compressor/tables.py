@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,24 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from compressor.core.quantities import duration, size
+from compressor.core.roles import folded
 from compressor.plan import Plan
 from compressor.recipe import SECTIONS, Recipe
-
-
-def size(n_bytes: float) -> str:
-    """A number of bytes as people say it: decimal units, three digits."""
-    for unit in ("B", "kB", "MB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 100 else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
@@ -49,16 +34,12 @@ def show(*parts: Any) -> None:
         console.print(part, markup=False) if isinstance(part, str) else console.print(part)
 
 
-def _folded(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
 def plan_tables(plan: Plan) -> list[Any]:
     """The plan, alike tensors of all blocks in one row."""
     rows: dict[tuple, list[int]] = {}
     for tensor in plan.tensors:
         how = tensor.spec.label + (f" ({tensor.reason})" if tensor.reason else "")
-        row = rows.setdefault((_folded(tensor.name), tensor.shape, tensor.by, how), [0, 0, 0])
+        row = rows.setdefault((folded(tensor.name), tensor.shape, tensor.by, how), [0, 0, 0])
         row[0] += 1
         row[1] += tensor.bytes_before
         row[2] += tensor.bytes_after
@@ -148,12 +129,34 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     return [made, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
 
 
+def checks_table(checks: Sequence[Any]) -> Table:
+    """What was verified, and what was found."""
+    made = table("check", "", "found")
+    for check in checks:
+        made.add_row(check.name, {True: "holds", False: "FAILED", None: "unknown"}[check.passed], check.found)
+    return made
+
+
+def difference_tables(differences: Sequence[Any]) -> list[Any]:
+    """Tensors that differ, and a line on all of them."""
+    made = table("tensor", "A", "B", "bytes of A", "bytes of B", "error", numbers=["bytes of A", "bytes of B", "error"])
+    for each in differences:
+        if not each.same:
+            sizes = [size(n) if n is not None else "" for n in each.bytes]
+            labels = [label or "is not there" for label in each.encodings]
+            made.add_row(each.name, *labels, *sizes, "" if each.error is None else f"{each.error:.4f}")
+    n_same = sum(each.same for each in differences)
+    totals = [size(sum(each.bytes[i] or 0 for each in differences)) for i in (0, 1)]
+    line = f"{n_same} of {len(differences)} tensors are the same; {totals[0]} against {totals[1]} of weights"
+    return [line] if n_same == len(differences) else [made, line]
+
+
 def inspection_tables(found: dict[str, Any]) -> list[Any]:
     """A checkpoint or an artifact: its tensors, alike ones of all blocks in one row, then everything else."""
     rows: dict[tuple, list[int]] = {}
     for tensor in found.get("tensors", []):
         shape = "×".join(map(str, tensor["shape"]))
-        row = rows.setdefault((_folded(tensor["name"]), shape, tensor["encoding"]), [0, 0])
+        row = rows.setdefault((folded(tensor["name"]), shape, tensor["encoding"]), [0, 0])
         row[0] += 1
         row[1] += tensor["bytes"]
     tensors = table("tensor", "n", "shape", "bytes", "stored as", numbers=["n", "bytes"])

@@ -25,6 +25,7 @@ from bench_rounding import rounding_table
 from bench_speed import speed_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
+from fuzz import fuzz_table
 from measured import ROOT, markdown, number, read_results
 
 from compressor.recipe import load_recipe
@@ -33,7 +34,7 @@ from compressor.recipe_file import shipped_recipes
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/passes/hesso.md", "docs/passes/oto.md", "docs/runtime.md",
-    "docs/design.md",
+    "docs/design.md", "docs/ci.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
@@ -44,6 +45,7 @@ COMMANDS = {
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py",
     "once": "scripts/bench_once.py",
+    "fuzz": "scripts/fuzz.py",
 }  # fmt: skip
 LLAMA_CPP = (
     ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
@@ -107,6 +109,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rounding": lambda: measured_table("rounding", rounding_table),
     "zeros": lambda: measured_table("zeros", zeros_table),
     "once": lambda: measured_table("once", once_table),
+    "fuzz": lambda: measured_table("fuzz", fuzz_table),
 }
 
 

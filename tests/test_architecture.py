@@ -15,13 +15,16 @@ MODULES = {
 }
 # A module imports only from its own row and the rows below it.
 LAYERS = (
-    ("__main__", "cli", "batch"),
-    ("failure", "inspection", "tables", "examples", "generation"),
+    ("__main__", "cli"),
+    ("batch", "verification"),
+    ("failure", "inspection", "tables", "examples", "generation", "summary"),
     ("pipeline",),
-    ("learn", "judge", "original", "structure"),
+    ("delivery",),
+    ("learn", "judge", "original", "gates", "blame", "clock", "workplace", "structure"),
     ("allocate", "sensitivity", "encode", "generated", "samples"),
     ("report", "evaluate", "fitting"),
-    ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming", "workers"),
+    ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming"),
+    ("manifest", "workers", "fingerprint"),
     ("export", "passes"),
     ("plan", "footprint", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),

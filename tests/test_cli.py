@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from compressor import cli
-from compressor.core.artifact import Artifact
+from compressor.core.artifact import Artifact, failed_directory
 from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, RecipeError, ResourceError
 from compressor.core.options import RunOptions
 
@@ -152,6 +152,14 @@ def test_exit_statuses(pipeline, capsys, error, expected):
     assert ("--resume" in printed) == (expected == 130 or isinstance(error, OSError))
 
 
+def test_gates_on_the_line_are_settings_of_the_recipe(pipeline):
+    args = "net.safetensors -r llm-2bit --max-size 60kB --min-speedup 1.5 --min-agreement 0.9"
+    assert status(*args.split()) == 0
+    (options,) = pipeline.asked
+    assert options.sets == ("gates.max_size=60000", "gates.min_speedup=1.5", "gates.min_agreement=0.9")
+    assert status(*["net.safetensors", "-r", "llm-2bit", "--max-size", "lots"]) == 2
+
+
 def test_debug_shows_the_traceback(pipeline):
     pipeline.outcome = raising(CheckpointError("file"))
     with pytest.raises(CheckpointError):
@@ -162,8 +170,8 @@ def test_a_failed_gate_prints_the_report_first(pipeline, folder, capsys):
     report = {"size": {"bytes": 10, "original_bytes": 20}}
 
     def outcome(options):
-        options.directory.mkdir()
-        (options.directory / "compression.json").write_text(json.dumps(report))
+        failed_directory(options.directory).mkdir()
+        (failed_directory(options.directory) / "compression.json").write_text(json.dumps(report))
         raise GateFailed("perplexity ratio is 3.1, the gate is 2")
 
     pipeline.outcome = outcome

@@ -74,20 +74,22 @@ def shipped(directory: str) -> dict[str, bytes]:
     """The files that have to be the same again."""
     files = {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir())}
     assert {"model.onnx", "model.safetensors", "compression.json"} <= files.keys()
-    return {name: content for name, content in files.items() if name != "compression.json"}
+    return {name: content for name, content in files.items() if name not in ("compression.json", "report.html")}
 
 
 def check_report(artifact: Artifact) -> dict:
     """What compression.json says of sizes, hashes, and the proof, held against the files; returns it."""
     report = json.loads((artifact.directory / "compression.json").read_text())
     assert report == artifact.report
-    files = {file.name: file.stat().st_size for file in artifact.directory.iterdir() if file.name != "compression.json"}
+    described = ("compression.json", "report.html")
+    files = {file.name: file.stat().st_size for file in artifact.directory.iterdir() if file.name not in described}
     assert report["size"]["files"] == files
     assert report["size"]["bytes"] == sum(files.values())
     assert report["proof"]["exact"]["max_relative_error"] < 1e-3
     assert report["proof"]["exact"]["n_positions"] > 0
-    assert set(report["sha256"]) >= {"model.onnx", "model.safetensors"}
-    assert report["gates"] == {"passed": True, "failures": []}
+    assert set(report["sha256"]) == set(files)
+    assert report["gates"] == {"passed": True, "failures": [], "blame": []}
+    assert "http" not in (artifact.directory / "report.html").read_text().replace("http-equiv", "")
     return report
 
 
@@ -242,16 +244,48 @@ def test_only_the_same_run_is_resumed(llama):
     assert check_report(Artifact.open("out"))["seed"] == 5
 
 
-def test_a_failed_gate_keeps_the_artifact_marked(llama):
+def test_a_failed_gate_keeps_the_artifact_under_another_name_and_says_where_the_loss_came_in(llama):
+    run(options(llama))
+    good = shipped("out")
     with pytest.raises(
-        GateFailed, match=r"out: KL divergence is \S+, the gate is 1e-06; the artifact is kept, marked as"
+        GateFailed,
+        match=r"out: KL divergence is \S+, the gate is 1e-06; the loss came in .* by jlcm at .*; the artifact is kept "
+        r"as out.failed",
     ):
-        run(options(llama, sets=("gates.max_kl_divergence=1e-6", "gates.max_perplexity_ratio=50")))
-    gates = Artifact.open("out").report["gates"]
+        run(options(llama, force=True, sets=("gates.max_kl_divergence=1e-6", "gates.max_perplexity_ratio=50")))
+    gates = Artifact.open("out.failed").report["gates"]
     assert gates["passed"] is False
     assert [failure.partition(" is ")[0] for failure in gates["failures"]] == ["KL divergence"]
-    assert shipped("out")
+    assert shipped("out.failed") == good == shipped("out")
     assert not Path("out.partial").exists()
+    shares = [each["share"] for each in gates["blame"]]
+    assert shares == sorted(shares, reverse=True)
+    assert {each["by"] for each in gates["blame"]} >= {"jlcm", "affine", "embeddings"}
+    run(options(llama, force=True))
+    assert not Path("out.failed").exists()
+
+
+def test_an_artifact_that_is_too_large_names_its_largest_tensors(llama):
+    with pytest.raises(
+        GateFailed, match=r"size in MB, every file, is \S+, the gate is 0.001; largest are model.\S+ with"
+    ):
+        run(options(llama, sets=("gates.max_size=1kB",)))
+    assert Artifact.open("out.failed").report["gates"]["blame"] == []
+
+
+def test_a_loss_is_a_gate_in_the_measure_of_the_networks_kind(folder, llama):
+    with pytest.raises(GateFailed, match="perplexity ratio is "):
+        run(options(llama, sets=("gates.max_loss=0.1%", "gates.max_size=10MB")))
+    with pytest.raises(GateFailed, match=r"cosine is \S+, the gate is 0.99999"):
+        Path("evaluation.txt").write_text(pico.text(2, n_words=250))
+        sets = ("calibration.tokens=256", "calibration.window=32", "gates.max_loss=0.001%")
+        run(options(pico.bert(folder / "bert"), "bert-out", recipe="network.yaml", sets=sets))
+
+
+def test_what_stands_in_the_place_of_a_failed_artifact_is_kept(llama):
+    Path("out.failed").mkdir()
+    with pytest.raises(UsageError, match=r"out.failed: is in the way and not ours"):
+        run(options(llama))
 
 
 def test_a_gate_that_was_not_measured_has_failed(llama):

@@ -79,9 +79,19 @@ def family_of(config: dict[str, Any]) -> str:
     return "encoder" if name.endswith("ForMaskedLM") else "module"
 
 
+_MISCONFIGURED = (
+    TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError, AssertionError, ArithmeticError,
+    ImportError, NotImplementedError,
+)  # fmt: skip
+_LARGEST = 2**40
+_MOST = {"layer": 10_000, "position": 2**24, "expert": 10_000, "window": 2**24, "groups": 100_000, "heads": 100_000}
+"""Word in a setting's name -> the largest number that a network may have there."""
+
+
 def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
     """The transformers model of a config. Classes come from the installed library only: no remote code."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     model_type = config.get("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
@@ -90,7 +100,7 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
             f"{transformers.__version__} does not know; code inside of checkpoints is never run; give "
             "--arch module:callable"
         )
-    settings = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+    _refuse_implausible(path, config)
     name = architecture_of(config)
     model_class = getattr(transformers, name, None) if name else None
     if name and not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)):
@@ -99,11 +109,22 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
             "does not have; code inside of checkpoints is never run; give --arch module:callable"
         )
     try:
+        settings = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
         return model_class(settings) if model_class else transformers.AutoModel.from_config(settings)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (*_MISCONFIGURED, StrictDataclassError) as error:
         raise CheckpointError(
             f"{path}: config.json does not describe a {name or model_type}; {error}; correct the config"
         ) from error
+
+
+def _refuse_implausible(path: Path, config: dict[str, Any]) -> None:
+    """Refuses numbers that would build modules, or fill buffers, for hours."""
+    for key, value in config.items():
+        if type(value) not in (int, float):
+            continue
+        most = next((most for word, most in _MOST.items() if word in key), _LARGEST)
+        if not abs(value) <= most:
+            raise CheckpointError(f"{path}: config.json has {key} {value:.6g}; expected at most {most:,}; correct it")
 
 
 def call_reference(reference: str) -> nn.Module:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoints.gguf_index import check_index
 from compressor.checkpoints.source import Source, TensorInfo, refuse_empty
 from compressor.core.errors import CheckpointError
 
@@ -56,6 +57,12 @@ SPECIAL_TOKENS = {
 }
 
 
+_DAMAGED = (
+    ValueError, ZeroDivisionError, TypeError, RuntimeError, IndexError, KeyError, OverflowError, AttributeError,
+)  # fmt: skip
+"""What the index and the metadata of a damaged file lead to."""
+
+
 @dataclass
 class GgufSource(Source):
     """One GGUF file; `config` is made from its metadata."""
@@ -68,6 +75,15 @@ class GgufSource(Source):
     def open(cls, path: Path, config: dict[str, Any] | None = None) -> GgufSource:
         """Open a file; a config that is given says what metadata cannot, such as a rotary scaling."""
         reader = open_reader(path)
+        try:
+            return cls._described(path, reader, config)
+        except _DAMAGED as error:
+            raise CheckpointError(f"{path}: its metadata are corrupt; {error!r}; fetch it again") from error
+
+    @classmethod
+    def _described(cls, path: Path, reader: GGUFReader, config: dict[str, Any] | None) -> GgufSource:
+        if int(metadata(reader, "split.count") or 1) > 1:
+            raise CheckpointError(f"{path}: is one part of a split file; join the parts with llama-gguf-split --merge")
         config = config or read_config(path, reader)
         entries = {hugging_face_name(path, entry.name): entry for entry in reader.tensors}
         entries.pop("rope_freqs.weight", None)
@@ -94,15 +110,18 @@ class GgufSource(Source):
         entry = self.entries[name]
         try:
             values = dequantize(entry.data, entry.tensor_type)
+            if name in self.permuted_heads:
+                values = restore_rows(values, self.permuted_heads[name])
+            return torch.from_numpy(numpy.array(values, dtype=numpy.float32)).reshape(self.tensors[name].shape)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.files[0]}: tensor '{name}' is stored as {entry.tensor_type.name}, which the gguf "
                 "package cannot decode; give a file in another quantisation"
             ) from error
-        if name in self.permuted_heads:
-            values = restore_rows(values, self.permuted_heads[name])
-        shape = self.tensors[name].shape
-        return torch.from_numpy(numpy.array(values, dtype=numpy.float32)).reshape(shape)
+        except _DAMAGED as error:
+            raise CheckpointError(
+                f"{self.files[0]}: tensor '{name}' cannot be what its metadata say; {error}; fetch it again"
+            ) from error
 
 
 def restore_rows(values: numpy.ndarray, n_heads: int) -> numpy.ndarray:
@@ -129,6 +148,7 @@ def open_reader(path: Path) -> GGUFReader:
         magic = file.read(4)
     if magic != b"GGUF":
         raise CheckpointError(f"{path}: is not a GGUF file; it starts with {magic!r}; give a file of llama.cpp")
+    check_index(path)
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
@@ -136,8 +156,6 @@ def open_reader(path: Path) -> GGUFReader:
             f"{path}: is truncated or corrupt; it has {path.stat().st_size} bytes, and its index asks for "
             f"more ({error}); fetch it again"
         ) from error
-    if int(metadata(reader, "split.count") or 1) > 1:
-        raise CheckpointError(f"{path}: is one part of a split file; join the parts with llama-gguf-split --merge")
     return reader
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoints.architecture import resolve
+from compressor.checkpoints.archive import is_archive
 from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.source import Source, read_json
 from compressor.checkpoints.tokenizer import find_tokenizer
@@ -168,7 +168,7 @@ def _refuse_scripted(found: Location, source: Source, arch: str | None, config: 
         return
     from compressor.checkpoints.state_dict import is_torchscript
 
-    if zipfile.is_zipfile(found.files[0]) and is_torchscript(found.files[0]):
+    if is_archive(found.files[0]) and is_torchscript(found.files[0]):
         raise CheckpointError(
             f"{found.files[0]}: is a TorchScript archive, which is never run; only its weights can be used; "
             "give --arch module:callable for the network"

@@ -117,9 +117,7 @@ def write_reshaped(original: Checkpoint, module: nn.Module, folder: Path) -> Non
 
     reshaping = Reshaping.between(original.build(), module)
     tied = set(original.tied)
-    weights = {
-        name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name not in tied
-    }
+    weights = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name not in tied}
     save_file(weights, folder / WEIGHTS)
     config = None if original.config is None else _following(original, module, reshaping)
     if config is not None:
@@ -146,9 +144,7 @@ def open_reshaped(original: Checkpoint, folder: Path) -> Checkpoint:
                 f"{original.path}: its layers would differ in heads or width, which a {original.architecture}'s config "
                 "cannot say and the graph of decoders cannot have; leave structure passes out"
             )
-    found = Checkpoint(
-        folder / WEIGHTS, source, architecture, config=config, tokenizer_files=original.tokenizer_files
-    )
+    found = Checkpoint(folder / WEIGHTS, source, architecture, config=config, tokenizer_files=original.tokenizer_files)
     found.kind, found.reshaping = original.kind, reshaping
     return found
 

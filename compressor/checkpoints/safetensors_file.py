@@ -103,7 +103,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header is corrupt; {error}; fetch it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is corrupt; not an object; fetch it again")

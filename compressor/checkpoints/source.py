@@ -67,6 +67,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read; {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is not valid JSON; {error}; repair the file or fetch it again") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: is nested too deeply; repair the file or fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}; an object was expected")
     return content

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressor.checkpoints.archive import is_archive, opened_archive
 from compressor.checkpoints.safetensors_file import TORCH_NAMES
 from compressor.checkpoints.source import Source, TensorInfo, merge_shards, refuse_empty
 from compressor.core.errors import CheckpointError
@@ -31,7 +32,7 @@ DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
 REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|whose module (\S+) is blocked|but got (.+?)[>.]")
 READ_ERRORS = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, OSError,
-    AttributeError, OverflowError,
+    AttributeError, OverflowError, AssertionError, struct.error, MemoryError, RecursionError,
 )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def find_shared(tensors: Mapping[str, torch.Tensor], homes: Mapping[str, Path]) 
 def load_file(path: Path, trust_pickle: bool) -> Any:
     """The content of a torch.save file; without trust, nothing of it is executed."""
     refuse_empty(path)
-    zipped = zipfile.is_zipfile(path)
+    zipped = is_archive(path)
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04" and not zipped:
@@ -118,7 +119,7 @@ def load_file(path: Path, trust_pickle: bool) -> Any:
 
 
 def is_torchscript(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
+    with opened_archive(path) as archive:
         return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
 
 

@@ -39,8 +39,8 @@ HEADED = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 
 def architecture_of(config: dict[str, Any]) -> str:
     """The model class that a config names; empty where it names none."""
-    names = config.get("architectures") or []
-    return str(names[0]) if names else ""
+    names = config.get("architectures")
+    return str(names[0]) if names and isinstance(names, list) else ""
 
 
 def prefixed(names: Iterable[str], config: dict[str, Any] | None) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from compressor.checkpoints.archive import BROKEN, opened_archive
 from compressor.core.errors import CheckpointError
 
 
@@ -90,17 +91,10 @@ class Unpickler(pickle.Unpickler):
 def load_torchscript(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the archive by its attribute path."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with opened_archive(path) as archive:
             root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
             content = Unpickler(path, archive, root).load()
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        StopIteration,
-        KeyError,
-        ValueError,
-        EOFError,
-    ) as error:
+    except (*BROKEN, pickle.UnpicklingError, StopIteration, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"{path}: is a TorchScript archive that cannot be read; {error!r}; save the state dict alone"
         ) from error

@@ -1,4 +1,4 @@
-"""Sizes and shares as people write them: 60MB, 1.5 GiB, 5 %."""
+"""Sizes, shares and times as people write and read them: 60MB, 1.5 GiB, 5 %, 12 min."""
 
 from __future__ import annotations
 
@@ -37,3 +37,19 @@ def parse_share(text: str, option: str) -> float:
     if not 0 < share < 1:
         raise UsageError(f"{option}: '{text}' is no share above 0 and below 1; write 5% or .05")
     return share
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes as people say it: decimal units, three digits."""
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 100 else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

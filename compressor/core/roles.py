@@ -40,3 +40,8 @@ def block_of(name: str) -> str:
     """The repeated block that a tensor belongs to: `model.layers.3`; empty outside of blocks."""
     match = _BLOCK.match(name)
     return match.group(1) if match else ""
+
+
+def folded(name: str) -> str:
+    """The name with a star for each number in it, which alike tensors of all blocks share."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -27,8 +27,10 @@ class LrpSettings(StructurePass):
     """
 
     name = "lrp"
-    paper = "Yeom et al., Pruning by explaining: a novel criterion for deep neural network pruning, Pattern Recognition \
+    paper = (
+        "Yeom et al., Pruning by explaining: a novel criterion for deep neural network pruning, Pattern Recognition \
 2021, https://arxiv.org/abs/1912.08881"
+    )
 
     criterion: Literal["lrp", "taylor", "gradient", "magnitude"] = "lrp"
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3

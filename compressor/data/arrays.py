@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -84,6 +85,23 @@ def named_arrays(source: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
     return Arrays(source, inputs, None if label is None else np.asarray(arrays[label]))
 
 
+_UNREADABLE = (
+    OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError,
+    zlib.error, OverflowError, MemoryError,
+)  # fmt: skip
+_MOST_INFLATED = 200
+"""Times its size that compressed numbers may come to; ones that were measured seldom exceed ten."""
+
+
+def _refuse_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        inflated = sum(entry.file_size for entry in archive.infolist())
+    if inflated > _MOST_INFLATED * path.stat().st_size:
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes would become {inflated}; save it uncompressed, with numpy.savez"
+        )
+
+
 def _read(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -93,9 +111,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             return dict(sorted(load_file(path).items()))
         if path.suffix == ".npy":
             return {"input": np.load(path, mmap_mode="r", allow_pickle=False)}
+        _refuse_bomb(path)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         raise DataError(
             f"{path}: cannot be read as {path.suffix[1:]}; {error}; save plain numeric arrays, no objects"
         ) from error

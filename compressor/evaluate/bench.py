@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compressor.core.artifact import NOT_NEEDED
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.session import graph_path
 from compressor.inference import process_of
 
-NOT_NEEDED = ("compression.json", "report.html")
 POLL_SECONDS = 0.01
 
 

@@ -46,9 +46,7 @@ def _count_units(module: nn.Module, before: Mapping[str, torch.Size], group: Gro
         for name, value in list(vars(holder).items()):
             if not isinstance(value, int) or isinstance(value, bool):
                 continue
-            if heads and HEADS.search(name) and value % group.size == 0:
-                setattr(holder, name, value // group.size * kept)
-            elif name in WIDTHS and value in sizes:
+            if (heads and HEADS.search(name) and value % group.size == 0) or (name in WIDTHS and value in sizes):
                 setattr(holder, name, value // group.size * kept)
 
 

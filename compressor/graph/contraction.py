@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from compressor.graph.labels import HIDDEN, Axis, Value, compact, flat
 if TYPE_CHECKING:
     from compressor.graph.propagation import Propagation
 
-ZERO_OF_ZEROS = frozenset("sum mean amax amin max min norm linalg_vector_norm std var cumsum".split())
+ZERO_OF_ZEROS = frozenset(["sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "std", "var", "cumsum"])
 NOT_ZERO = "is not zero where its channel is masked"
 
 

@@ -13,6 +13,7 @@ from compressor.core.groups import Group, Member
 from compressor.core.structure import Removal
 from compressor.graph.attributes import follow
 
+
 @torch.no_grad()
 def zero_units(module: nn.Module, group: Group, units: Tensor) -> None:
     """Sets the producers' entries of these units to zero, in place: they then add nothing to the network's output."""

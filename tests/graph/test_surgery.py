@@ -20,7 +20,9 @@ def called(module: nn.Module, example: tuple | dict) -> Tensor:
         output = module(**example) if isinstance(example, dict) else module(*example)
     if isinstance(output, Tensor):
         return output
-    return next(value for value in (output.values() if isinstance(output, dict) else output) if isinstance(value, Tensor))
+    return next(
+        value for value in (output.values() if isinstance(output, dict) else output) if isinstance(value, Tensor)
+    )
 
 
 def some_units(groups: list[Group], seed: int) -> dict[Group, Tensor]:

@@ -1,0 +1,33 @@
+"""Where a run's time and memory went, stage by stage."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from compressor.core.memory import give_back
+from compressor.evaluate.bench import memory
+
+
+@dataclass
+class Clock:
+    """`stages` has for each its CPU and wall seconds, and the process's largest resident memory until its end."""
+
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        cpu, wall = time.process_time(), time.monotonic()
+        try:
+            yield
+        finally:
+            spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.monotonic() - wall}
+            self.stages[name] = {key: round(value, 2) for key, value in spent.items()}
+            peak = memory()["peak_resident"]
+            if peak is not None:
+                self.stages[name]["peak_memory"] = peak
+            gc.collect()  # networks hold themselves in cycles
+            give_back()

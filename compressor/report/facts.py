@@ -1,0 +1,121 @@
+"""What a report shows, taken from an artifact: bytes and errors per layer, quality in one number, stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.core.artifact import WEIGHTS, Artifact
+from compressor.core.packed import encoding_label, packed_tensors
+from compressor.core.roles import block_of, folded
+
+MOST_LAYERS = 48
+TABLES = "outside of layers"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of an artifact; `before` is about what it took, `error` is None where it was not measured."""
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: str
+    bytes: int
+    before: float
+    error: float | None
+
+    @property
+    def layer(self) -> str:
+        """The repeated block, or for what is in none the name's first parts."""
+        return block_of(self.name) or ".".join(self.name.split(".")[:-1]) or self.name
+
+    @property
+    def kind(self) -> str:
+        """What alike tensors of all layers have in common."""
+        return folded(self.name.removeprefix(f"{block_of(self.name)}.")).removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of a layer, in order."""
+
+    name: str
+    tensors: tuple[StoredTensor, ...]
+
+    def bytes_by_encoding(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            found[tensor.encoding] = found.get(tensor.encoding, 0) + tensor.bytes
+        return found
+
+    @property
+    def before(self) -> float:
+        return sum(tensor.before for tensor in self.tensors)
+
+
+def stored_tensors(artifact: Artifact) -> list[StoredTensor]:
+    """The tensors in the order of the file."""
+    source, errors = artifact.report.get("source") or {}, artifact.report.get("errors") or {}
+    each = source.get("tensor_bytes", 0) / max(source.get("n_parameters", 0), 1) or 4.0
+    found = packed_tensors(artifact.directory / WEIGHTS) or {}
+    return [
+        StoredTensor(name, tuple(one["tensor_shape"]), encoding_label(one), one["bytes"],
+                     each * _product(one["tensor_shape"]), errors.get(name))
+        for name, one in found.items()
+    ]  # fmt: skip
+
+
+def layers_of(tensors: Iterable[StoredTensor]) -> list[Layer]:
+    """Tensors by layer; where there are too many layers, the smallest are one."""
+    groups: dict[str, list[StoredTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.layer, []).append(tensor)
+    found = [Layer(name, tuple(members)) for name, members in groups.items()]
+    if len(found) <= MOST_LAYERS:
+        return found
+    kept = {layer.name for layer in sorted(found, key=lambda layer: -layer.before)[: MOST_LAYERS - 1]}
+    rest = [layer for layer in found if layer.name not in kept]
+    others = Layer(f"{len(rest)} smaller layers", tuple(tensor for layer in rest for tensor in layer.tensors))
+    return [layer for layer in found if layer.name in kept] + [others]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of quality in one number, 0 for the original, and what it is."""
+
+    value: float
+    what: str
+
+
+def loss_of(report: dict[str, Any]) -> Loss | None:
+    """Of the measured quality; None where nothing was measured."""
+    quality = report.get("quality") or {}
+    if quality.get("ratio") is not None:
+        return Loss(quality["ratio"] - 1, "rise of perplexity")
+    if quality.get("cosine") is not None:
+        return Loss(1 - quality["cosine"], "1 − cosine of embeddings")
+    if quality.get("top1_agreement") is not None:
+        return Loss(1 - quality["top1_agreement"], "share of changed predictions")
+    return None
+
+
+def siblings(artifact: Artifact) -> list[Artifact]:
+    """Other artifacts of the same original in the same folder."""
+    digest = (artifact.report.get("source") or {}).get("sha256")
+    beside = artifact.directory.resolve().parent
+    paths = [path for path in sorted(beside.glob("*/compression.json")) if path.parent != artifact.directory.resolve()]
+    found = [Artifact.open(path.parent) for path in paths if not path.parent.name.endswith(".partial")]
+    return [other for other in found if digest and (other.report.get("source") or {}).get("sha256") == digest]
+
+
+def title_of(directory: Path) -> str:
+    return directory.resolve().name
+
+
+def _product(shape: Iterable[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -1,0 +1,141 @@
+"""Files that were damaged by chance or made on purpose: a clear refusal, soon, and nothing of them is executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compressor.checkpoints import open_checkpoint
+from compressor.core.artifact import Artifact
+from compressor.core.errors import CheckpointError, DataError
+from compressor.data import load as load_data
+from tests.hostile import READERS, attempt, damaged
+
+EXAMPLES = 40
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_file_is_read_or_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = READERS[name].write(tmp_path)
+    content = path.read_bytes()
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 2**32))
+    def read(seed):
+        path.write_bytes(damaged(content, random.Random(seed)))
+        started = time.monotonic()
+        attempt(READERS[name], path)
+        assert time.monotonic() - started < 20
+
+    assert attempt(READERS[name], path) is None or name in ("torchscript", "gguf", "artifact")
+    read()
+
+
+class Executed:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".pt2", ".ckpt"])
+def test_nothing_of_a_pickle_is_executed(tmp_path, monkeypatch, suffix, legacy):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"model{suffix}"
+    torch.save(
+        {"state_dict": {"w": torch.ones(2, 2)}, "x": Executed()}, path, _use_new_zipfile_serialization=not legacy
+    )
+    with pytest.raises(CheckpointError, match="nothing of it was run|nothing was run|is not a torch.save file"):
+        open_checkpoint(path)
+    path.write_bytes(pickle.dumps(Executed(), protocol=2))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def bomb(path: Path, name: str, n: int = 200_000_000) -> Path:
+    """A small archive whose one record would be 200 MB."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w", force_zip64=True) as file:
+        for _ in range(n // 10_000_000):
+            file.write(bytes(10_000_000))
+    return path
+
+
+def test_small_archives_that_would_become_large_are_refused(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match="compressed records would become 200000000 bytes"):
+        open_checkpoint(bomb(tmp_path / "model.pt", "archive/data.pkl"))
+    with pytest.raises(DataError, match="bytes would become 200000000; save it uncompressed"):
+        load_data(str(bomb(tmp_path / "data.npz", "x.npy")))
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "has num_hidden_layers 1e.09; expected at most 10,000"),
+        ({"max_position_embeddings": 10**12}, "has max_position_embeddings 1e.12; expected at most 16,777,216"),
+        ({"hidden_size": 10**15}, "has hidden_size 1e.15; expected at most"),
+        ({"hidden_size": "wide"}, "does not describe a LlamaForCausalLM"),
+        ({"architectures": ["os"]}, "names architecture 'os'"),
+        ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "code inside of checkpoints is never run"),
+    ],
+)
+def test_configs_that_nobody_means_are_refused(tmp_path, changes, message):
+    path = READERS["config"].write(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path.parent).check()
+
+
+def test_shards_outside_of_the_directory_are_not_read(tmp_path):
+    path = READERS["index"].write(tmp_path)
+    for name in ("../secret.safetensors", "/etc/passwd", "a/../b.safetensors"):
+        path.write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(CheckpointError, match="which is not a file beside it"):
+            open_checkpoint(path)
+
+
+def test_json_that_is_nested_without_end_is_refused(tmp_path):
+    for file in (READERS["config"].write(tmp_path), READERS["artifact"].write(tmp_path)):
+        file.write_text('{"a":' * 100_000)
+    with pytest.raises(CheckpointError, match="config.json: is nested too deeply"):
+        open_checkpoint(tmp_path / "llama")
+    with pytest.raises(CheckpointError, match="compression.json: is nested too deeply"):
+        Artifact.open(tmp_path)
+
+
+@pytest.mark.parametrize("count", [2**20, 2**40, 2**63])
+def test_a_gguf_array_without_end_takes_no_time(tmp_path, count):
+    path = READERS["gguf"].write(tmp_path)
+    content = path.read_bytes()
+    fields = int.from_bytes(content[16:24], "little")
+    words = (5).to_bytes(8, "little") + b"a.end" + (9).to_bytes(4, "little") + (8).to_bytes(4, "little")
+    added = content[:16] + (fields + 1).to_bytes(8, "little") + words + count.to_bytes(8, "little") + content[24:]
+    path.write_bytes(added)
+    with pytest.raises(CheckpointError, match=f"its index asks for more .{count} entries"):
+        open_checkpoint(path)
+
+
+def test_a_header_that_promises_more_than_there_is_takes_no_memory(tmp_path):
+    path = tmp_path / "model.safetensors"
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(CheckpointError, match="is truncated"):
+        open_checkpoint(path)
+    np.save(tmp_path / "data.npy", np.ones(3))
+    content = (tmp_path / "data.npy").read_bytes().replace(b"(3,)", b"(9" + b"9" * 12 + b",)")
+    (tmp_path / "data.npy").write_bytes(content)
+    with pytest.raises(DataError, match=r"data.npy: cannot be read as npy"):
+        load_data(str(tmp_path / "data.npy"))
