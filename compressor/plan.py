@@ -285,7 +285,7 @@ def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
 
 
 def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
-    """Which sizes are bounds, since passes make the network smaller first; near what they will be, where that is known."""
+    """Which sizes are bounds, since passes make the network smaller first; or near what they will be."""
     notes = []
     left, exact = 1.0, True
     for step in recipe.structure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,7 @@ class MobileNet(nn.Module):
     def __init__(self, act: type = nn.ReLU6, excite: bool = False, widths: tuple[int, ...] = (8, 12, 12, 16)) -> None:
         super().__init__()
         blocks = [InvertedResidual(a, b, 1 + (i == 0), act, excite)
-                  for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))]  # fmt: skip
+                  for i, (a, b) in enumerate(itertools.pairwise(widths))]  # fmt: skip
         self.features = nn.Sequential(conv_bn(3, widths[0], act=act), *blocks, conv_bn(widths[-1], 20, 1, act=act))
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(20, 7))
 

@@ -13,7 +13,9 @@ from compressor.graph.labels import HIDDEN, Axis, Value, compact, flat
 if TYPE_CHECKING:
     from compressor.graph.propagation import Propagation
 
-ZERO_OF_ZEROS = frozenset(["sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "std", "var", "cumsum"])
+ZERO_OF_ZEROS = frozenset(
+    ["sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "std", "var", "cumsum"]
+)
 NOT_ZERO = "is not zero where its channel is masked"
 
 
@@ -168,7 +170,7 @@ def _grouped(
 
 
 def attention(run: Propagation, q: Value, k: Value, v: Value, mask: Value | None, where: str) -> Value:
-    """softmax(qkᵀ/√d)·v over (…, heads, tokens, d): heads are units; a key head goes with the query heads that use it."""
+    """softmax(qkᵀ/√d)·v over (…, heads, tokens, d): heads are units, a key head with the query heads of it."""
     heads = q.shape[:-2]
     k, v = (_for_heads(value, heads) for value in (k, v))
     over = [replace_axes(run, value, where) for value in (q, k, v)]

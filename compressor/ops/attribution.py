@@ -2,8 +2,8 @@
 
 Relevance travels as a multiplier m, so that what reaches a value x is x·m. Then sums, joins, averages and reshapes, by
 plain automatic differentiation, share out in proportion, and a maximum gives all to its winner. Only these are changed
-on the way: linear layers and convolutions follow a rule of `ops.relevance`, with a batch norm behind a convolution folded
-into it; non-linearities pass relevance through; gates, softmaxes and the denominators of norms count as constant.
+on the way: linear layers and convolutions follow a rule of `ops.relevance`, with a batch norm behind a convolution
+folded into it; non-linearities pass relevance through; gates, softmaxes and denominators of norms count as constant.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Observed(TorchFunctionMode):
     def _folded(self, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         """A batch norm behind a convolution is part of it: the weights are scaled, the output is the norm's."""
         call, place = self._calls[id(args[0])]
-        mean, variance, gamma = (list(args[1:4]) + [None] * 3)[:3]
+        _, variance, gamma = (list(args[1:4]) + [None] * 3)[:3]
         gamma = kwargs.get("weight", gamma)
         variance = kwargs.get("running_var", variance)
         epsilon = kwargs.get("eps", args[7] if len(args) > 7 else 1e-5)
@@ -166,8 +166,9 @@ class Observed(TorchFunctionMode):
         return found  # type: ignore[return-value]
 
 
-def _normalised(output: Tensor, x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5,
-                ) -> Tensor:  # fmt: skip
+def _normalised(
+    output: Tensor, x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
     """A layer norm whose deviation counts as constant."""
     dims = list(range(-len(shape), 0))
     centred = x - x.mean(dims, keepdim=True)

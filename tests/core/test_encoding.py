@@ -109,7 +109,7 @@ def test_codewords_find_the_pattern_of_two_in_four():
     kept = weight.abs().view(256, -1, 4).topk(2, 2).indices
     mask = torch.zeros(256, 32, 4, dtype=torch.bool).scatter_(2, kept, True).view(256, 128)
     weight = weight * mask
-    method = load_pass(JlcmSettings(width=11, dim=4, group=64, kmeans_iterations=4))
+    method = load_pass(JlcmSettings(width=11, dim=4, group=64, kmeans_iterations=4, descent_rounds=0))
     encoding = method.encode(weight, hessian, torch.Generator().manual_seed(3), mask)
     decoded = encoding.decode()
     assert bool((decoded[~mask] == 0).all())

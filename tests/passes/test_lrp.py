@@ -1,0 +1,100 @@
+"""LRP's rules at their worked values and against loops in float64; conservation; and the pass in a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import compressor.evaluate.bench
+import compressor.pipeline
+from compressor.core.options import RunOptions
+from compressor.passes.lrp import relevance
+from compressor.pipeline import run
+from tests import pico
+
+X, W, ONE = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]]), torch.ones(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "expected"),
+    [
+        ("epsilon", {"epsilon": 1e-9}, [3.0, -2.0]),
+        ("zplus", {}, [1.0, 0.0]),
+        ("alpha_beta", {"alpha": 2.0, "beta": 1.0}, [2.0, -1.0]),
+    ],
+)
+def test_worked_values(rule, options, expected):
+    assert relevance(W, X, ONE, rule, **options)[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def naive(weight, inputs, above, rule, options):
+    """Σ_j (share of z_ij) · R_j, entry by entry, from the definitions."""
+    (n, n_in), n_out = inputs.shape, len(weight)
+    found = np.zeros((n, n_in))
+    for k in range(n):
+        for j in range(n_out):
+            z = weight[j] * inputs[k]
+            if rule == "epsilon":
+                share = z / (z.sum() + options["epsilon"] * (1 if z.sum() >= 0 else -1))
+            elif rule == "gamma":
+                z = inputs[k] * (weight[j] + options["gamma"] * np.maximum(weight[j], 0))
+                share = z / z.sum()
+            elif rule == "zbox":
+                z = z - options["low"] * np.maximum(weight[j], 0) - options["high"] * np.minimum(weight[j], 0)
+                share = z / z.sum()
+            else:
+                alpha, beta = (1.0, 0.0) if rule == "zplus" else (options["alpha"], options["beta"])
+                plus, minus = np.maximum(z, 0), np.minimum(z, 0)
+                share = alpha * plus / plus.sum() - beta * minus / minus.sum()
+            found[k] += share * above[k, j]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("epsilon", {"epsilon": 0.3}), ("zplus", {}), ("gamma", {"gamma": 0.25}), ("gamma", {"gamma": 1.0}),
+        ("alpha_beta", {"alpha": 2.0, "beta": 1.0}), ("alpha_beta", {"alpha": 3.0, "beta": 2.0}),
+        ("zbox", {"low": -1.5, "high": 2.0}),
+    ],
+)  # fmt: skip
+def test_each_rule_is_its_definition(rule, options):
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    inputs = torch.rand(3, 7, generator=generator, dtype=torch.float64) * 3.5 - 1.5
+    above = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    expected = naive(weight.numpy(), inputs.numpy(), above.numpy(), rule, options)
+    np.testing.assert_allclose(relevance(weight, inputs, above, rule, **options).numpy(), expected, rtol=1e-5)
+
+
+def test_zplus_conserves_relevance():
+    generator = torch.Generator().manual_seed(5)
+    weight, inputs = torch.randn(6, 9, generator=generator), torch.randn(4, 9, generator=generator)
+    above = torch.rand(4, 6, generator=generator)
+    below = relevance(weight, inputs, above, "zplus")
+    torch.testing.assert_close(below.sum(1), above.sum(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("criterion", ["lrp", "taylor", "gradient", "magnitude"])
+def test_a_network_loses_its_share_and_is_exported(tmp_path, monkeypatch, criterion):
+    images = np.random.default_rng(0).standard_normal((40, 3, 12, 12)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", image=images[:24])
+    np.savez(tmp_path / "others.npz", image=images[24:])
+    pico.write_state_dict(pico.ResNet, tmp_path / "model.pt")
+    (tmp_path / "recipe.yaml").write_text(
+        f"passes: [{{pass: lrp, criterion: {criterion}, fraction: 0.3}}]\ncalibration: {{samples: 24}}\n"
+    )
+    monkeypatch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
+    monkeypatch.setattr(compressor.pipeline, "bench_original", lambda *_: None)
+    artifact = run(
+        RunOptions(
+            str(tmp_path / "model.pt"), str(tmp_path / "recipe.yaml"), Path(tmp_path / "out"),
+            arch="tests.pico:ResNet", data=str(tmp_path / "images.npz"), eval=str(tmp_path / "others.npz"),
+        )
+    )  # fmt: skip
+    (step,) = artifact.report["structure"]
+    assert 0.5 * step["parameters_before"] < step["parameters"] <= 0.7 * step["parameters_before"]
+    assert artifact.report["proof"]["exact"]["max_relative_error"] < 1e-4
