@@ -83,6 +83,15 @@ class _Planning:
         return int(json.loads(found.stdout)["peak_memory"]), None
 
 
+_WORKER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from compressor.cli import main
+main()
+"""
+"""Heeds an interrupt even where whoever started the batch ignores it, as nohup and shells do in the background."""
+
+
 class LocalEngine(_Planning):
     """Processes of this machine."""
 
@@ -97,7 +106,7 @@ class LocalEngine(_Planning):
                 if self._stopped.is_set():
                     return Ended(INTERRUPTED, "not started")
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "compressor", *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                    [sys.executable, "-c", _WORKER, *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                     env=environment(), start_new_session=True,
                 )  # fmt: skip
                 self._running.add(process)

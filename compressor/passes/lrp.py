@@ -1,12 +1,14 @@
 """Pruning by explaining: units that carry the least relevance for what the network says are removed.
 
 Yeom et al., "Pruning by explaining: a novel criterion for deep neural network pruning", Pattern Recognition 2021, arXiv
-1912.08881; the composites after Hatefi et al., "Pruning by explaining revisited", arXiv 2408.12568. Taylor, gradient,
-to compare with: Molchanov et al., "Pruning convolutional neural networks for resource efficient inference", ICLR 2017.
+1912.08881; the composites after Hatefi et al., "Pruning by explaining revisited", arXiv 2408.12568. Taylor and
+gradient, to compare with: Molchanov et al., "Pruning convolutional neural networks for resource efficient
+inference", ICLR 2017.
 
 Relevance starts as 1 at the class of each reference sample and is propagated to the input in one backward pass; the
-score of a unit is the sum over samples and positions of |relevance| at its output. The lowest go, over the whole network, and
-scores are computed anew after each step. Where several layers write one unit (a residual sum), theirs are averaged.
+score of a unit is the sum over samples and positions of |relevance| at its output. The lowest go, over the whole
+network, and scores are computed anew after each step. Where several layers write one unit (a residual sum), theirs are
+averaged.
 
 We leave the papers in this: units are removed for good, with all that depends on them; the other criteria are made
 comparable between groups by their Euclidean norm, as Molchanov et al. do; relevance in attention goes to the values
