@@ -58,8 +58,7 @@ class Unit:
                 found = b.cast(stored, UINT16)
             else:
                 shape = (256, *(factor for factor in reversed(factors[: number + 1]) if factor > 1))
-                table = (digits(self._bits[number]) << shift).astype(np.uint16).reshape(shape)
-                found = b.op("Gather", b.constant(table), b.cast(stored, INT32))
+                found = b.op("Gather", _table(b, self._bits[number], shift, shape), b.cast(stored, INT32))
             joined = found if joined is None else b.op("BitwiseOr", joined, found)
             shift += self._bits[number]
         assert joined is not None
@@ -73,9 +72,17 @@ class Unit:
         total, shift = None, 0
         for number, (width, bits) in enumerate(zip(self.widths, self._bits, strict=True)):
             values = (np.arange(2**bits)[:, None] >> width * np.arange(self.codes) & 2**width - 1) << shift
-            later = len(self.widths) - 1 - number
-            shape = (*[1] * later, 2**bits, *[1] * number, self.codes)
-            piece = b.constant(values.astype(np.int32).reshape(shape))
+            piece = b.constant(values.astype(np.int32).reshape(2**bits, *[1] * number, self.codes))
             total, shift = piece if total is None else b.op("Add", total, piece), shift + width
         assert total is not None
         return b.reshape(total, math.prod(2**bits for bits in self._bits), self.codes)
+
+
+def _table(b: GraphBuilder, bits: int, shift: int, shape: tuple[int, ...]) -> ir.Value:
+    """A byte's digits of `bits` bits, shifted: uint16 of `shape`. All widths share the digits, which the file holds."""
+
+    def make() -> ir.Value:
+        moved = b.op("Mul", b.constant(digits(bits)), b.constant(np.array(2**shift, np.int32)))
+        return b.reshape(b.cast(moved, UINT16), *shape)
+
+    return b.once((bits, shift, shape), make)
