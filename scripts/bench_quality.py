@@ -38,8 +38,8 @@ TITLES = {"moby": "Moby Dick", "sotu": "State of the Union"}
 UNTIMED = ("export", "evaluation")
 START = {
     "jlcm.feedback": "false", "jlcm.kmeans_iterations": "0", "jlcm.codebooks": "1", "jlcm.block_steps": "0",
-    "jlcm.descent_rounds": "0", "distill.steps": "0", "distill.mapping_rate": "0.0", "calibration.token_importance": "false",
-    "evaluation.tokens": "0",
+    "jlcm.descent_rounds": "0", "distill.steps": "0", "distill.mapping_rate": "0.0",
+    "calibration.token_importance": "false", "evaluation.tokens": "0",
 }  # fmt: skip
 STEPS: dict[str, tuple[str | None, dict[str, str]]] = {
     "nearest codeword of the Gaussian codebook": (None, START),

@@ -47,7 +47,6 @@ METHODS = {
 OPTIONS = {
     "descent from nearest": "start: nearest",
     "descent, 1 sweep": "steps: 1",
-    "descent, 4 sweeps": "steps: 4",
     "descent, scales as well": "learn: [rounding, scale]",
     "adam": "optimizer: adam, steps: 500",
     "adam from nearest": "optimizer: adam, steps: 500, start: nearest",
@@ -153,7 +152,12 @@ def steps(name: str) -> dict[str, str]:
         f"{bits} bit, {label}": f"{step}, bits: {bits}, group: 64"
         for bits in (3, 2, 4) for label, step in METHODS.items()
     }  # fmt: skip
-    if name != "minilm":
+    if name == "smollm2":
+        return found
+    found |= {
+        f"{bits} bit, descent, 16 sweeps": f"pass: rounding, bits: {bits}, group: 64, steps: 16" for bits in (3, 2, 4)
+    }
+    if name == "mobilenet":
         return found
     return found | {
         f"3 bit, {label}": f"pass: rounding, bits: 3, group: 64, {option}" for label, option in OPTIONS.items()

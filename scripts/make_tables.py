@@ -23,6 +23,7 @@ from bench_quality import baselines_table, best_baselines, quality_table, steps_
 from bench_rounding import rounding_table
 from bench_speed import speed_table
 from bench_vision import vision_table
+from bench_zeros import zeros_table
 from fuzz import fuzz_table
 from measured import ROOT, markdown, number, read_results
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "fuzz": "scripts/fuzz.py",
+    "zeros": "scripts/bench_zeros.py",
 }  # fmt: skip
 LLAMA_CPP = (
     ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
@@ -104,6 +106,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vision": lambda: measured_table("vision", vision_table),
     "rounding": lambda: measured_table("rounding", rounding_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
+    "zeros": lambda: measured_table("zeros", zeros_table),
 }
 
 

@@ -184,7 +184,7 @@ https://arxiv.org/abs/2004.10568"
     grid: Literal["uniform", "codebook"] = "uniform"
     learn: Annotated[list[Literal["rounding", "scale", "zero"]], Field(min_length=1)] = Field(["rounding"])
     optimizer: Literal["adam", "signsgd", "descent"] = "descent"
-    steps: Steps = 16
+    steps: Steps = 4
     rate: Rate | None = None
     scale_rate: Rate = 1e-3
     penalty: Annotated[float, Field(ge=0)] = 100.0

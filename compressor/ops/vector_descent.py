@@ -1,8 +1,9 @@
 """Coordinate descent on a quadratic loss of a matrix of codewords and group scales.
 
-L(Ŵ) = tr((Ŵ − W)·H·(Ŵ − W)ᵀ). With everything else fixed, the columns J of a row are best at ŵ_J − E_J·H_JJ⁻¹, E = (Ŵ − W)·H,
-and among codewords at the nearest to that in the metric H_JJ: QuantEase's step (Behdin et al., arXiv 2309.01885), for
-vectors. With the codes fixed, the scales of a row are the solution of a small linear system. Neither raises the loss.
+L(Ŵ) = tr((Ŵ − W)·H·(Ŵ − W)ᵀ). With everything else fixed, the columns J of a row are best at ŵ_J − E_J·H_JJ⁻¹,
+E = (Ŵ − W)·H, and among codewords at the nearest to that in the metric H_JJ: QuantEase's step (Behdin et al., arXiv
+2309.01885), for vectors. With the codes fixed, the scales of a row are the solution of a small linear system. Neither
+raises the loss.
 """
 
 from __future__ import annotations
