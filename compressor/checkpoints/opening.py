@@ -158,7 +158,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A config.json, without the record of an earlier quantisation."""
     config = read_json(path)
     config.pop("quantization_config", None)
-    if "model_type" not in config:
+    if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: has no 'model_type'; give the config.json of a transformers model")
     return config
 

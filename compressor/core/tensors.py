@@ -63,12 +63,16 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         self.tied: dict[str, str] = dict(tied or {})
         for path in paths:
             handle = _open(Path(path))
-            metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
-            if metadata is None:
+            text = (handle.metadata() or {}).get(METADATA_KEY)
+            if text is None:
                 raise CheckpointError(f"{path}: not written by compressor (no '{METADATA_KEY}' metadata)")
-            self._descriptions |= metadata["tensors"]
-            self._files |= dict.fromkeys(metadata["tensors"], handle)
-            self.tied |= metadata["tied"]
+            try:
+                metadata = json.loads(text)
+                self._descriptions |= metadata["tensors"]
+                self._files |= dict.fromkeys(metadata["tensors"], handle)
+                self.tied |= metadata["tied"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise CheckpointError(f"{path}: its metadata are damaged; {error!r}; compress again") from error
 
     def __getitem__(self, name: str) -> EncodedTensor:
         name = self.tied.get(name, name)

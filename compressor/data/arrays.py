@@ -30,7 +30,7 @@ class Arrays:
     labels: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        lengths = {name: len(array) for name, array in self._all().items()}
+        lengths = {name: len(array) if np.ndim(array) else 0 for name, array in self._all().items()}
         if not self.inputs or not all(lengths.values()):
             raise DataError(f"{self.source}: holds no examples; found {lengths or 'no arrays'}; give at least one")
         if len(set(lengths.values())) > 1:
