@@ -118,6 +118,7 @@ def run(
         return
     refuse_target(options.directory, force)
 
+    from compressor.parallel import is_first
     from compressor.pipeline import run as compress
     from compressor.progress import make_progress
 
@@ -128,7 +129,8 @@ def run(
         if is_artifact(options.directory):
             _print_outcome(Artifact.open(options.directory), json)
         raise
-    _print_outcome(artifact, json)
+    if is_first():
+        _print_outcome(artifact, json)
 
 
 def _print_outcome(artifact: Artifact, json: bool) -> None:
