@@ -134,6 +134,7 @@ def run(
         return
     refuse_target(options.directory, force)
 
+    from compressor.parallel import is_first
     from compressor.pipeline import run as compress
     from compressor.progress import make_progress
 
@@ -145,7 +146,8 @@ def run(
         if is_artifact(failed):
             _print_outcome(Artifact.open(failed), json)
         raise
-    _print_outcome(artifact, json)
+    if is_first():
+        _print_outcome(artifact, json)
 
 
 def _print_outcome(artifact: Artifact, json: bool) -> None:

@@ -90,7 +90,9 @@ class Fitting:
         Args:
             sparsifier: Follows every step; without one the network is only trained.
         """
-        parallel = DistributedDataParallel(self.module) if n_processes() > 1 else self.module
+        parallel = self.module
+        if n_processes() > 1:  # what a forward leaves out, as a pooler, has no gradient, as in one process
+            parallel = DistributedDataParallel(self.module, find_unused_parameters=True)
         step, log, total = self._restore(sparsifier)
         self.advance(step / self.n_steps, "")
         saved = time.monotonic()
@@ -120,6 +122,11 @@ class Fitting:
         batch, labels = self.examples.take(self._index(step))
         self.optimizer.zero_grad()
         loss = self._loss(called(parallel, batch), batch, labels)
+        if not bool(loss.isfinite()):
+            raise RecipeError(
+                f"{settings.name}: the loss is {float(loss.detach())} at step {step + 1} of {self.n_steps}; the "
+                f"training has diverged at a rate of {settings.rate * share:g}; write a smaller rate"
+            )
         loss.backward()
         before = sparsifier.units.snapshot() if sparsifier else {}
         self.optimizer.step()
@@ -139,7 +146,7 @@ class Fitting:
         terms = []
         if self.loss != "teacher":
             assert labels is not None
-            terms.append(functional.cross_entropy(outputs.flatten(0, -2), labels.flatten()))
+            terms.append(class_loss(outputs, labels, self.settings.name))
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = called(self.teacher, batch)
@@ -189,6 +196,26 @@ class Fitting:
 def called(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The first tensor of the forward's outputs."""
     return first_tensor(module(batch[""]) if "" in batch else module(**batch))
+
+
+def class_loss(outputs: Tensor, labels: Tensor, name: str) -> Tensor:
+    """The mean cross-entropy of outputs (…, classes) with labels (…).
+
+    Raises:
+        DataError: They do not fit together.
+    """
+    if labels.shape != outputs.shape[:-1]:
+        raise DataError(
+            f"{name}: labels of a batch have shape {tuple(labels.shape)}, outputs {tuple(outputs.shape)}; expected "
+            f"{tuple(outputs.shape[:-1])}, one class for each row of the last axis; or write loss: teacher"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= outputs.shape[-1]:
+        raise DataError(
+            f"{name}: labels go from {low} to {high}, but the network has {outputs.shape[-1]} outputs; number the "
+            "classes from 0"
+        )
+    return functional.cross_entropy(outputs.flatten(0, -2), labels.flatten())
 
 
 def teaching_loss(outputs: Tensor, wanted: Tensor, distance: str, temperature: float) -> Tensor:

@@ -30,6 +30,11 @@ def process_group() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Whether this process speaks and writes: the only one, or the first that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def n_processes() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 

@@ -117,12 +117,23 @@ def calibration_labels(source: Text | Arrays | None, recipe: Recipe, seed: int) 
 
 
 def training_examples(source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int) -> Examples:
-    """All of the calibration data, for passes that train; of a text the windows that it is calibrated on."""
+    """All of the calibration data, for passes that train; of a text the windows that it is calibrated on.
+
+    Raises:
+        DataError: Labels are no classes.
+    """
     if isinstance(source, Text):
         batches = calibration_batches(source, recipe, tokenizer, seed)
         return Examples({"input_ids": torch.cat([batch["input_ids"] for batch in batches])})
-    labels = None if source.labels is None else torch.from_numpy(source.labels.astype(np.int64))
-    return Examples(as_batch(source.inputs), labels)
+    labels = source.labels
+    if labels is None:
+        return Examples(as_batch(source.inputs))
+    if labels.dtype.kind not in "iub":
+        raise DataError(
+            f"{source.source}: labels are {labels.dtype}, and only classes are learned; give integers, or no labels: "
+            "the original's outputs are learned then"
+        )
+    return Examples(as_batch(source.inputs), torch.from_numpy(labels.astype(np.int64)))
 
 
 def _chosen(source: Arrays, recipe: Recipe, seed: int) -> tuple[Arrays, int]:

@@ -90,6 +90,13 @@ def test_labels_that_a_recipe_asks_for_are_missed_before_anything_is_trained():
         run(options(data="training-unlabelled.npz", eval="evaluation-unlabelled.npz", sets=sets, force=True))
 
 
+def test_labels_that_are_no_classes_are_refused(folder):
+    with np.load("training.npz") as file:
+        np.savez("heights.npz", image=file["image"], labels=file["labels"] * 1.5)
+    with pytest.raises(DataError, match="labels are float64, and only classes are learned"):
+        run(options(data="heights.npz", force=True))
+
+
 def test_eight_bits_follow_in_one_recipe(folder, artifact):
     (folder / "both.yaml").write_text(
         """
@@ -145,6 +152,7 @@ def test_two_processes_make_one_artifact(folder, artifact):
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Written to") == 1, "the first process speaks for all"
     report = json.loads((folder / "parallel" / "compression.json").read_text())
     (step,), (single,) = report["structure"], artifact.report["structure"]
     assert step["parameters"] <= 0.5 * step["parameters_before"]

@@ -18,7 +18,7 @@ from compressor.fitting import Examples, Fitting, called, teaching_loss
 from compressor.ops.schedules import rate_share
 from compressor.passes.hesso import Hesso, Shrinking
 from compressor.passes.oto import Oto, Projecting
-from tests.training_case import EXAMPLE, N_CLASSES, examples, images, residual, subject_of
+from tests.training_case import EXAMPLE, N_CLASSES, examples, images, residual, subject_of, with_pooler
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +72,25 @@ def test_options_that_the_optimizer_does_not_take_are_refused():
 def test_labels_that_are_not_there_are_refused():
     with pytest.raises(DataError, match="loss labels needs labels, and the data has none; write loss: teacher"):
         fitted(residual(), Hesso(loss="labels"), Examples({"": images(32)}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.arange(32) % 7, "labels go from 0 to 6, but the network has 5 outputs"),
+        (torch.arange(32) - 1, "labels go from -1 to"),
+        (torch.zeros(32, 2, dtype=torch.long), r"have shape \(32, 2\), outputs \(32, 5\); expected \(32,\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels, message):
+    with pytest.raises(DataError, match=message):
+        fitted(residual(), Hesso(), Examples({"": images(32)}, labels))
+
+
+def test_a_training_that_diverges_ends():
+    data = Examples({"": images(32) * 1e30}, torch.zeros(32, dtype=torch.long))
+    with pytest.raises(RecipeError, match=r"hesso: the loss is nan at step \d+ of \d+; .* write a smaller rate"):
+        fitted(residual(), Hesso(epochs=3, batch=16, rate=1e20), data)
 
 
 def test_without_labels_the_original_is_the_teacher():
@@ -184,7 +203,7 @@ def test_two_processes_under_torchrun_train_as_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    alone = residual(norms=False)
+    alone = with_pooler(residual(norms=False))
     _, shrinking = fitted(alone, Hesso(epochs=4, batch=16, periods=2), kind=Shrinking)
     wanted = weights(alone)
     assert torch.equal(first["weights"], second["weights"])

@@ -51,6 +51,13 @@ def residual(seed: int = 0, norms: bool = True) -> nn.Module:
     return Residual(norms).eval()
 
 
+def with_pooler(module: nn.Module) -> nn.Module:
+    """The module with a layer that its forward leaves out."""
+    torch.manual_seed(1)
+    module.pooler = nn.Linear(3, 2)
+    return module
+
+
 def one_channel_matters() -> nn.Module:
     """Twelve channels: the first has small weights, and all of the output is made of it; nothing reads the others."""
     torch.manual_seed(5)

@@ -10,12 +10,12 @@ import torch
 from compressor.fitting import Fitting
 from compressor.parallel import process_group, rank
 from compressor.passes.hesso import Hesso, Shrinking
-from tests.training_case import examples, residual, subject_of
+from tests.training_case import examples, residual, subject_of, with_pooler
 
 
 def main(folder: Path) -> None:
     with process_group():
-        module = residual(norms=False)
+        module = with_pooler(residual(norms=False))
         settings = Hesso(epochs=4, batch=16, periods=2)
         loop = Fitting(module, examples(), settings, 3, None, lambda share, note: None)
         shrinking = Shrinking(settings, subject_of(module), loop.n_steps)
