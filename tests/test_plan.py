@@ -18,7 +18,7 @@ from compressor.core.errors import RecipeError
 from compressor.core.roles import block_of, matrix_shape, role_of
 from compressor.core.spec import AffineSpec, BinarySpec, CodebookSpec, DenseSpec, Spec, group_columns
 from compressor.core.tensors import EncodedTensor, write_tensors
-from compressor.ops.widths import n_groups
+from compressor.ops.widths import n_groups, zero_steps
 from compressor.plan import header_bytes, make_plan
 from compressor.recipe import load_recipe
 
@@ -62,7 +62,8 @@ def encoding_of(spec: Spec, rows: int, columns: int):
         zero = {"middle": float(2 ** (spec.bits - 1)), "half": 2 ** (spec.bits - 1) - 0.5}.get(
             spec.zero, torch.zeros(rows, groups, dtype=torch.int32)
         )
-        return Affine(shape, spec.bits, group, torch.zeros(rows, groups * group, dtype=torch.int32), scales, zero)
+        codes, steps = torch.zeros(rows, groups * group, dtype=torch.int32), zero_steps(spec.zero, spec.bits)
+        return Affine(shape, spec.bits, group, codes, scales, zero, steps)
     books = spec.n_codebooks(rows)
     counts = tuple(rows // books + (i < rows % books) for i in range(books))
     table = torch.zeros(books, 2**spec.width, spec.dim, dtype=torch.int8 if spec.grid == "int4" else torch.float16)
