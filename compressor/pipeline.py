@@ -28,6 +28,7 @@ from compressor.clock import Clock
 from compressor.core.artifact import REPORT, WEIGHTS, Artifact, beside, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, UsageError
+from compressor.core.memory import keep_freed
 from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
@@ -71,6 +72,7 @@ def run(options: RunOptions) -> Artifact:
         CompressorError: Of the kind that `compressor.core.errors` lists. UsageError before anything is done where
             something stands in the output's place; GateFailed after the artifact is written.
     """
+    keep_freed()
     with process_group():
         if rank():
             return _assist(options)

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Freed memory: kept for the next tensor while work goes on, returned to the system between its parts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,30 @@ import functools
 from collections.abc import Callable
 
 
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Parameters of mallopt."""
+_KEPT = 512 << 20
+"""Bytes at the heap's top that stay with the process."""
+
+
 @functools.cache
-def _trim() -> Callable[[int], int]:
+def _glibc(name: str) -> Callable[..., int]:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # no glibc
-        return lambda _: 0
+        return lambda *_: 0
+
+
+def keep_freed() -> None:
+    """Lets large tensors come from the heap, whose freed pages serve the next one.
+
+    glibc maps each anew otherwise, and the system clears its pages: of elementwise work on large tensors that is most
+    of the time. For the whole process.
+    """
+    _glibc("mallopt")(_MMAP_MAX, 0)
+    _glibc("mallopt")(_TRIM_THRESHOLD, _KEPT)
 
 
 def give_back() -> None:
     """Returns freed memory to the system: glibc keeps what it cannot merge, more with every block that has gone."""
-    _trim()(0)
+    _glibc("malloc_trim")(0)

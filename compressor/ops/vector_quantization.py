@@ -1,22 +1,31 @@
-"""Vector quantisation: nearest codewords and weighted k-means, in chunks that stay in the cache.
+"""Vector quantisation: nearest codewords, exactly, by faiss, and weighted k-means.
 
 Lloyd, "Least squares quantization in PCM" (1982); weights on the points as in SqueezeLLM (arXiv 2306.07629).
 """
 
 from __future__ import annotations
 
+import faiss
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22  # distances held at a time
+faiss.cvar.distance_compute_blas_threshold = 0  # its kernel that keeps no distances, however few points there are
 
 
 def nearest(points: Tensor, codewords: Tensor) -> Tensor:
-    """Index (n,) of the codeword (K, dim) nearest to each point (n, dim): argmin_k ‖x − C_k‖²; ties to the lowest."""
-    norms = codewords.pow(2).sum(1)
-    rows = max(1, _CHUNK // len(codewords))
-    found = [torch.addmm(norms, chunk, codewords.T, alpha=-2).min(1).indices for chunk in points.split(rows)]
-    return torch.cat(found)
+    """Index (n,) of the codeword (K, dim) nearest to each point (n, dim): argmin_k ‖x − C_k‖².
+
+    Raises:
+        ValueError: A point is not finite.
+    """
+    if not len(points):
+        return torch.empty(0, dtype=torch.long)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    _, index = faiss.knn(points.contiguous().numpy(), codewords.contiguous().numpy(), 1)
+    found = torch.from_numpy(index[:, 0])
+    if int(found.min()) < 0:
+        raise ValueError("points without a nearest codeword: they are not finite")
+    return found
 
 
 def nearest_within(points: Tensor, kept: Tensor, codewords: Tensor, supports: Tensor) -> Tensor:
