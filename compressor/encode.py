@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from compressor.backward import head_of
 from compressor.calibrate import correct_means, layer_means
-from compressor.core.encoding import Dense, Layout
+from compressor.core.encoding import Affine, Dense, Layout, Refined
 from compressor.core.errors import PassError
 from compressor.core.passes import Need, Statistics
-from compressor.core.spec import DenseSpec
+from compressor.core.spec import DenseSpec, RefinedSpec, Spec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.gradients import load_gradients
 from compressor.graph.blocks import first_tensor, geometry, layers, layout_of, unfolds
@@ -34,9 +34,6 @@ from compressor.training import Rates, Student, reconstruct
 
 _ROWS = 4096
 """Looked at in one piece: masks of a whole table are large."""
-_TABLE_RIDGE = 0.1
-"""Of a tied table's second moment: as a head it is weighed by its inputs, as an embedding every column counts."""
-
 
 Learners = dict[str, Any]
 """Name of a tensor -> what learns it on its block's output, of a pass's own."""
@@ -85,11 +82,15 @@ class Choice:
             return None
         return Chain(load_pass(planned.method), planned.prune and load_pass(planned.prune))
 
+    def spec(self, name: str) -> Spec | None:
+        """How the plan says a tensor is stored."""
+        return self._planned[name].spec if name in self._planned else None
+
     def dense(self, name: str, tensor: Tensor) -> EncodedTensor:
         """The tensor as it is, floats in the precision that the plan says."""
         if not tensor.is_floating_point():
             return EncodedTensor.dense(tensor, tensor.dtype)
-        spec = self._planned[name].spec if name in self._planned else None
+        spec = self.spec(name)
         half = spec.dtype == "F16" if isinstance(spec, DenseSpec) else self.recipe.export.dense == "float16"
         return EncodedTensor.dense(tensor, torch.float16 if half else torch.float32)
 
@@ -107,7 +108,7 @@ def encode_network(
     files = []
     choice = Choice(recipe, plan)
     if network.outside:
-        files.append(_outside(network, choice, survey, work))
+        files.append(_outside(network, choice, survey, _token_counts(batches), work))
         advance("tables")
     shares = allocated_shares(network, plan, work.folder)
     learning = next((step.settings for step in recipe.passes if getattr(step.settings, "block_steps", 0)), None)
@@ -182,7 +183,13 @@ def _ties(network: Network) -> dict[str, str]:
     return ties
 
 
-def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Path:
+def _token_counts(batches: list[Batch]) -> Tensor:
+    """How often each token id is in the text, as far as the largest; empty where the network is given none."""
+    ids = [batch["input_ids"].flatten() for batch in batches if "input_ids" in batch]
+    return torch.bincount(torch.cat(ids)) if ids else torch.zeros(0, dtype=torch.long)
+
+
+def _outside(network: Network, choice: Choice, survey: Survey, counts: Tensor, work: Work) -> Path:
     """Encodes what lies in no block: embeddings, head, norms; the network computes with the result from here on."""
     file = work.file("outside")
     ties = _ties(network)
@@ -191,7 +198,7 @@ def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Pa
         tensors: dict[str, EncodedTensor] = {}
         for name in canonical:  # one at a time: tables are large
             with network.loaded([name]):
-                tensors[name] = _encode_outside(network, name, choice, survey, work)
+                tensors[name] = _encode_outside(network, name, choice, survey, counts, work)
         write_tensors(file, tensors)
     stored = EncodedTensors([file])
     for name in stored:
@@ -201,7 +208,9 @@ def _outside(network: Network, choice: Choice, survey: Survey, work: Work) -> Pa
     return file
 
 
-def _encode_outside(network: Network, name: str, choice: Choice, survey: Survey, work: Work) -> EncodedTensor:
+def _encode_outside(
+    network: Network, name: str, choice: Choice, survey: Survey, counts: Tensor, work: Work
+) -> EncodedTensor:
     """A tensor that lies in no block, from what is loaded."""
     module = layers(network.module).get(name)
     chain = choice.of(name, module) if module is not None else None
@@ -211,8 +220,27 @@ def _encode_outside(network: Network, name: str, choice: Choice, survey: Survey,
     if survey.head_moment is not None and head is not None and head.weight is module.weight:
         moment = survey.head_moment / survey.head_moment.diagonal().mean()
         if isinstance(module, nn.Embedding):
-            moment = moment + _TABLE_RIDGE * torch.eye(len(moment))
-    return _encode(chain, name, module, Statistics(moment), work)
+            moment = moment + choice.recipe.embeddings.ridge * torch.eye(len(moment))
+    found = _encode(chain, name, module, Statistics(moment), work)
+    spec = choice.spec(name)
+    if not isinstance(spec, RefinedSpec):
+        return found
+    assert isinstance(found.encoding, Affine)
+    rows = _most_frequent(counts, found.encoding.shape[0], spec.n)
+    left = found.layout.matrix(module.weight.data.float())[rows] - found.encoding.decode()[rows]
+    extra = load_pass(choice.recipe.embeddings.extra())
+    encoded = extra.encode(left, torch.eye(left.shape[1]) if moment is None else moment, work.generator(name))
+    return EncodedTensor(Refined(found.encoding.shape, found.encoding, encoded, rows.int()), found.layout)
+
+
+def _most_frequent(counts: Tensor, n_rows: int, n: int) -> Tensor:
+    """The `n` rows (n,) of a table whose tokens are most frequent, ascending; of equals the first.
+
+    Vocabularies begin with their most frequent tokens, so that these make up for a short text.
+    """
+    padded = torch.zeros(n_rows, dtype=torch.long)
+    padded[: min(len(counts), n_rows)] = counts[:n_rows]
+    return padded.argsort(descending=True, stable=True)[:n].sort().values
 
 
 def _encode_block(

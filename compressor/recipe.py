@@ -19,8 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from compressor.core.errors import UsageError
 from compressor.core.passes import Need, Pass, Role
 from compressor.core.quantities import parse_share, parse_size
+from compressor.core.roles import is_token_table
 from compressor.core.settings import AffineSettings, GroupSetting, Rate
-from compressor.core.spec import AffineSpec, DenseSpec, Spec
+from compressor.core.spec import AffineSpec, DenseSpec, RefinedSpec, Spec
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -93,24 +94,43 @@ class Distill(_Section):
 
 
 class Embeddings(_Section):
-    """How the embedding and the output table are stored; 16 and 32 bits are plain floats."""
+    """How the embedding and the output table are stored; 16 and 32 bits are plain floats.
+
+    sweeps   of coordinate descent over codes and scales, behind error feedback
+    ridge    of a tied table: an embedding's part in its second moment beside the head's, in which every column counts
+    refined, refined_bits   rows, of the most frequent tokens of the calibration text, with as many more bits
+    """
 
     bits: Literal[2, 3, 4, 8, 16, 32] = 4
     group: GroupSetting = 32
     zero: Literal["middle", "learned"] = "middle"
     scale_bits: Literal[8, 16] = 8
+    sweeps: Annotated[int, Field(ge=0)] = 0
+    ridge: Rate = 0.1
+    refined: Annotated[int, Field(ge=0)] = 0
+    refined_bits: Literal[2, 3, 4] = 4
 
     def method(self) -> AffineSettings | None:
         """The pass that encodes such a table; None for plain floats."""
         if self.bits >= 16:
             return None
-        return AffineSettings(**self.model_dump(), method="gptq")
+        own = self.model_dump(exclude={"ridge", "refined", "refined_bits"})
+        return AffineSettings(**own, method="gptq")
 
-    def spec(self) -> Spec:
+    def extra(self) -> AffineSettings:
+        """The pass that encodes what the first leaves of refined rows."""
+        return AffineSettings(bits=self.refined_bits, group=32, zero="learned", scale_bits=8, method="gptq")
+
+    def spec(self, name: str, rows: int) -> Spec:
         """The encoding of such a table."""
         if self.bits >= 16:
             return DenseSpec(dtype=f"F{self.bits}")
-        return AffineSpec(bits=self.bits, group=self.group, zero=self.zero, scale_bits=self.scale_bits)
+        inner = AffineSpec(bits=self.bits, group=self.group, zero=self.zero, scale_bits=self.scale_bits)
+        if not 0 < self.refined < rows or not is_token_table(name):
+            return inner
+        extra = self.extra().spec_for(name, (self.refined, 1), "linear")
+        assert isinstance(extra, AffineSpec)
+        return RefinedSpec(inner=inner, extra=extra, n=self.refined)
 
 
 class Export(_Section):
@@ -216,7 +236,7 @@ class Recipe(BaseModel):
     def required(self) -> frozenset[Need]:
         """What the passes, as they are set, cannot do without."""
         learning: frozenset[Need] = frozenset({"data", "gradients"} if self.distill.steps else ())
-        measures = self.calibration.correct_means or self.export.activations == "static_int8"
+        measures = self.embeddings.refined or self.calibration.correct_means or self.export.activations == "static_int8"
         calibrating: frozenset[Need] = frozenset({"data"} if measures else ())
         return learning.union(calibrating, *(step.settings.needs for step in self.passes))
 
@@ -239,7 +259,7 @@ class Recipe(BaseModel):
         if math.prod(shape) < self.smallest(role):
             return Chosen()
         if role == "embedding":
-            return Chosen("embeddings", self.embeddings.method(), None, self.embeddings.spec())
+            return Chosen("embeddings", self.embeddings.method(), None, self.embeddings.spec(name, shape[0]))
         steps = [step for step in self.passes if step.settings.stage == "weight" and step.selects(name)]
         prune = next((step.settings for step in reversed(steps) if step.settings.prunes), None)
         prune = prune if prune is None or prune.kept(*shape) < math.prod(shape) else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from compressor.core.encoding import Affine, Codebook, Scales
+from compressor.core.encoding import Affine, Codebook, Refined, Scales
 from compressor.core.memory import give_back
 from compressor.core.tensors import EncodedTensor
 from compressor.ops.schedules import rate_share
@@ -184,6 +184,35 @@ class LearnedMatrix(nn.Module):
         return Codebook(old.shape, old.width, old.dim, old.group, codes, table, scales, old.counts, old.order)
 
 
+class LearnedTable(nn.Module):
+    """A refined table, both of whose grids learn."""
+
+    def __init__(self, encoding: Refined) -> None:
+        super().__init__()
+        self.encoding = encoding
+        self.inner, self.extra = (LearnedMatrix(half, 0.0, 1, 1.0) for half in (encoding.inner, encoding.extra))
+        self.n_codes = self.flipped = 0
+
+    def forward(self) -> Tensor:
+        """The table (rows, columns)."""
+        return self.inner().index_add(0, self.encoding.rows.long(), self.extra())
+
+    def parameter_groups(self, rates: Rates) -> list[dict]:
+        """For an optimiser."""
+        return [*self.inner.parameter_groups(rates), *self.extra.parameter_groups(rates)]
+
+    def penalty(self, step: int, steps: int) -> float:
+        """Nothing beside the loss."""
+        return 0.0
+
+    def move(self) -> None:
+        """Codes stay."""
+
+    def result(self) -> Refined:
+        """What has been learned, as it is stored."""
+        return dataclasses.replace(self.encoding, inner=self.inner.result(), extra=self.extra.result())
+
+
 @dataclass(frozen=True)
 class Rates:
     """Adam's learning rates: of codewords in grid steps, of scales relative to their mean, of norms and biases."""
@@ -207,7 +236,9 @@ class Student(nn.Module):
         parameters = dict(module.named_parameters())
         for name, parameter in ((f"{prefix}{name}", parameter) for name, parameter in parameters.items()):
             tensor = tensors[name]
-            if isinstance(tensor.encoding, (Affine, Codebook)):
+            if isinstance(tensor.encoding, Refined):
+                self.learned[name], self.layouts[name] = LearnedTable(tensor.encoding), tensor.layout
+            elif isinstance(tensor.encoding, (Affine, Codebook)):
                 self.learned[name] = (learners or {}).get(name) or LearnedMatrix(
                     tensor.encoding, mapping_rate, neighbours, delta, name in pruned
                 )

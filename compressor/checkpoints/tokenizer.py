@@ -1,10 +1,11 @@
-"""The files of a tokenizer, found beside the weights and copied; tokenizer.json without its spaces."""
+"""The files of a tokenizer, found beside the weights and copied; tokenizer.json in the fewest bytes."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from compressor.checkpoints.source import read_json
 
@@ -28,7 +29,7 @@ def find_tokenizer(directory: Path) -> list[Path]:
 
 
 def copy_tokenizer(files: list[Path], directory: Path) -> list[Path]:
-    """Copy the files; tokenizer.json is re-serialised compactly, since every byte counts in an artifact."""
+    """Copy the files; tokenizer.json is written compactly, since every byte counts in an artifact."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in files:
         if path.name == COMPACTED:
@@ -44,9 +45,18 @@ def copied_size(path: Path) -> int:
 
 
 def write_compact(content: dict, path: Path) -> None:
-    """JSON in the same order without indentation."""
+    """JSON in the same order without indentation; a tokenizer's merges as texts where that says the same."""
     path.write_bytes(_compact(content))
 
 
 def _compact(content: dict) -> bytes:
+    model = content.get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    if isinstance(merges, list) and all(_joins(pair) for pair in merges):
+        content = content | {"model": model | {"merges": [" ".join(pair) for pair in merges]}}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _joins(pair: Any) -> bool:
+    """Whether a merge is a pair of texts without spaces, which "a b" stands for as well as ["a", "b"]."""
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and " " not in part for part in pair)

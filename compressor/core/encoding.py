@@ -9,6 +9,7 @@ of the network again. The arrays in `parts()` are what the artifact stores, byte
     Codebook   ŵ = scale · table[codebook of row, code]   a code stands for `dim` neighbouring columns
     Binary     ŵ = scale · (±1)
     Sparse     a mask, and codes or values only where it is set
+    Refined    a grid for all rows, and a second one for what it leaves of some of them
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -364,7 +366,41 @@ class Sparse(Encoding):
         return cls(shape, dataclasses.replace(whole, codes=codes))
 
 
-KINDS: dict[str, type[Encoding]] = {kind.kind: kind for kind in (Dense, Affine, Codebook, Binary, Sparse)}
+@dataclass(frozen=True)
+class Refined(Encoding):
+    """A table of which some rows count more: `inner` of all rows, and `extra` of what it leaves of `rows`.
+
+    rows (n,) ascending, distinct; extra (n, columns). ŵ = inner, + extra in these rows.
+    """
+
+    kind = "refined"
+    inner: Affine
+    extra: Affine
+    rows: Tensor
+
+    def decode(self) -> Tensor:
+        return self.inner.decode().index_add_(0, self.rows.long(), self.extra.decode())
+
+    def parts(self) -> dict[str, Tensor]:
+        halves = (("inner", self.inner), ("extra", self.extra))
+        parts = {f"{name}.{part}": values for name, half in halves for part, values in half.parts().items()}
+        return parts | {"rows": self.rows.int()}
+
+    def settings(self) -> dict[str, Any]:
+        return {"inner": describe(self.inner), "extra": describe(self.extra)}
+
+    @classmethod
+    def rebuild(cls, shape, settings, parts):
+        inner, extra = (restore(settings[half], parts_under(half, parts)) for half in ("inner", "extra"))
+        return cls(shape, inner, extra, parts["rows"])
+
+
+def parts_under(prefix: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `parts` those that belong to one encoding within another, by their own names."""
+    return {name.removeprefix(f"{prefix}."): part for name, part in parts.items() if name.startswith(f"{prefix}.")}
+
+
+KINDS: dict[str, type[Encoding]] = {kind.kind: kind for kind in (Dense, Affine, Codebook, Binary, Sparse, Refined)}
 
 
 def describe(encoding: Encoding) -> dict[str, Any]:

@@ -36,5 +36,8 @@ def _bytes(header: dict[str, Any], name: str, parts: list[str]) -> int:
 
 def encoding_label(description: dict[str, Any]) -> str:
     """A few words about an encoding: "codebook width 9 dim 4 group 64"."""
+    if description["kind"] == "refined":
+        inner, extra = description["inner"], description["extra"]
+        return f"{encoding_label(inner)}, {extra['shape'][0]} rows + bits {extra['bits']}"
     shown = [f"{key} {description[key]}" for key in ("bits", "width", "dim", "group", "grid") if key in description]
     return " ".join([str(description["kind"]), *shown])

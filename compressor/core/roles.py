@@ -9,6 +9,7 @@ from typing import Any
 from compressor.core.passes import Role
 
 _TABLE = re.compile(r"(^|\.)(embed_(tokens|positions|in|out)|embed|\w*embeddings?|wte|wpe|lm_head)(\.weight)?$")
+_POSITIONS = re.compile(r"wpe|position|token_type")
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
@@ -22,6 +23,11 @@ def role_of(name: str, shape: tuple[int, ...], config: dict[str, Any] | None = N
     if len(shape) in (3, 4, 5) and name.endswith(".weight"):
         return "conv"
     return "other"
+
+
+def is_token_table(name: str) -> bool:
+    """Whether a table, by its name, has a row per token: an embedding of tokens, or an output table."""
+    return _POSITIONS.search(name) is None
 
 
 def is_transposed(name: str, config: dict[str, Any] | None = None) -> bool:

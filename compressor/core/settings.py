@@ -49,6 +49,7 @@ class AffineSettings(Pass):
 
     zero    the zero point: middle, half a step below it, or of each group its own, a whole number of steps (learned) or
             of 8 bits (fine)
+    sweeps  of coordinate descent behind gptq, over codes and scales
     """
 
     name = "affine"
@@ -61,6 +62,13 @@ class AffineSettings(Pass):
     zero: Literal["middle", "half", "learned", "fine"] = "middle"
     scale_bits: Literal[8, 16] = 16
     damping: Rate = 0.01
+    sweeps: Steps = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AffineSettings:
+        if self.sweeps and self.method != "gptq":
+            raise ValueError(f"sweeps are behind gptq, and method is {self.method}; write method: gptq, or leave sweeps")
+        return self
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -76,10 +84,10 @@ class AffineSettings(Pass):
         return uniform_ladder(self)
 
     def quick(self) -> Pass:
-        return self.model_copy(update={"method": "rtn"})
+        return self.model_copy(update={"method": "rtn", "sweeps": 0})
 
     def cost(self, tokens: int) -> float:
-        return 3.0 if self.method == "gptq" else 0.0
+        return 3.0 + self.sweeps if self.method == "gptq" else 0.0
 
     @property
     def keeps_zeros(self) -> bool:

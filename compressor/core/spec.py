@@ -8,6 +8,7 @@ No torch: a plan is made from headers. For the same matrix a spec names the very
     CodebookSpec   ŵ = scale · table[codebook of row, code]
     BinarySpec     ŵ = scale · (±1)
     SparseSpec     a mask, and of another spec only the codes that it keeps
+    RefinedSpec    a grid for all rows, and a second one for what it leaves of some of them
 """
 
 from __future__ import annotations
@@ -209,6 +210,30 @@ class SparseSpec(Spec):
     @property
     def label(self) -> str:
         return f"mask, {self.inner.label}"
+
+
+class RefinedSpec(Spec):
+    """`inner` for all rows, and `extra` for what it leaves of `n` of them."""
+
+    kind = "refined"
+    inner: AffineSpec
+    extra: AffineSpec
+    n: int
+
+    def parts(self, rows: int, columns: int) -> Parts:
+        halves = (("inner", self.inner.parts(rows, columns)), ("extra", self.extra.parts(self.n, columns)))
+        parts = {f"{name}.{part}": stored for name, half in halves for part, stored in half.items()}
+        return parts | {"rows": ("I32", (self.n,))}
+
+    def describe(self, rows: int, columns: int) -> dict[str, Any]:
+        return {
+            "kind": self.kind, "shape": [rows, columns],
+            "inner": self.inner.describe(rows, columns), "extra": self.extra.describe(self.n, columns),
+        }  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        return f"{self.inner.label}; {self.n:,} rows + {self.extra.bits} bit"
 
 
 def sparse_spec(spec: Spec, rows: int, columns: int, kept: int) -> Spec:

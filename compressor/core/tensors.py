@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compressor.core.encoding import Dense, Encoding, Layout, describe, restore
+from compressor.core.encoding import Dense, Encoding, Layout, describe, parts_under, restore
 from compressor.core.errors import CheckpointError
 
 METADATA_KEY = "compressor"
@@ -76,6 +76,10 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
 
     def __getitem__(self, name: str) -> EncodedTensor:
         name = self.tied.get(name, name)
+        if name not in self._descriptions and self._half(name) is not None:
+            whole, _, half = name.rpartition(".")
+            encoding = getattr(self[whole].encoding, half)
+            return EncodedTensor(encoding, Layout(encoding.shape))
         description, handle = self._descriptions[name], self._files[name]
         parts = {part: handle.get_tensor(part_name(name, part)) for part in description["parts"]}
         layout = Layout(tuple(description["tensor_shape"]), description["transposed"])
@@ -88,8 +92,20 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         return len(self._descriptions)
 
     def describe(self, name: str) -> dict:
-        """Kind, shape, settings and parts of a tensor, without reading it."""
-        return self._descriptions[self.tied.get(name, name)]
+        """Kind, shape, settings and parts of a tensor, without reading it.
+
+        `name.inner` and `name.extra` are the halves of one whose kind is refined.
+        """
+        name = self.tied.get(name, name)
+        return self._descriptions.get(name) or self._half(name) or self._descriptions[name]
+
+    def _half(self, name: str) -> dict | None:
+        whole, _, half = name.rpartition(".")
+        description = self._descriptions.get(whole)
+        if half not in ("inner", "extra") or description is None or description["kind"] != "refined":
+            return None
+        found, parts = description[half], parts_under(half, dict.fromkeys(description["parts"]))
+        return {**found, "tensor_shape": found["shape"], "transposed": False, "parts": sorted(parts)}
 
 
 def _open(path: Path):

@@ -43,6 +43,8 @@ def export_decoder(
     lowering = Lowering(tensors, offsets, GraphBuilder(graph), mode, exact, out_dir)
     _Decoder(DecoderConfig.of(config, context), lowering).build()
     lowering.close()
+    for value in graph.initializers.values():  # their tensors say it, and each byte counts
+        value.type = value.shape = None
     if mode == "standard":
         del graph.opset_imports["com.microsoft"]
     ir.save(ir.Model(graph, ir_version=IR_VERSIONS[mode], producer_name="compressor"), out_dir / MODEL_FILE)

@@ -111,6 +111,9 @@ def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") 
     kind = description["kind"]
     if kind == "dense":
         return None
+    if kind == "refined":
+        halves = (description["inner"], description["extra"])
+        return next((reason for half in halves if (reason := refusal(half, operator, mode))), None)
     if kind not in ("affine", "codebook", "binary", "sparse"):
         return f"encoding '{kind}' has no operator: only with --format safetensors"
     if kind == "sparse":
@@ -136,7 +139,9 @@ def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") 
 
 def least_version(descriptions: list[dict[str, Any]], mode: Mode = "default") -> str:
     """The oldest onnxruntime that runs these encodings fast; each was tried."""
-    forms = [chosen for chosen in (form(description, mode) for description in descriptions) if chosen]
+    halves = [description.get("extra", description) for description in descriptions]
+    halves += [description["inner"] for description in descriptions if description["kind"] == "refined"]
+    forms = [chosen for chosen in (form(description, mode) for description in halves) if chosen]
     if any(chosen.bits == 2 for chosen in forms):
         return "1.29"
     return {"default": "1.23", "standard": "1.24", "compat": "1.20"}[mode]

@@ -57,6 +57,8 @@ class Lowering:
     ) -> ir.Value:
         """x @ T.T + bias for the tensor T of this name; x @ T where not `transpose` (GPT-2's Conv1D)."""
         description = self.tensors.describe(name)
+        if description["kind"] == "refined":
+            return self._refined_matmul(x, name, bias, output)
         chosen = form(description, self.mode)
         outputs_first = transpose != description["transposed"]
         named = None if bias is not None else output
@@ -97,6 +99,8 @@ class Lowering:
 
         `tied`: the same tensor is also an operand of `matmul`, so that its folded operand can serve both.
         """
+        if self.tensors.describe(name)["kind"] == "refined":
+            return self._refined_embedding(ids, name, tied)
         chosen = form(self.tensors.describe(name), self.mode)
         blocks = self.mode == "default" and chosen is not None and (chosen.direct or tied)
         if blocks and not chosen.shifted:
@@ -110,6 +114,12 @@ class Lowering:
         """The tensor itself, float32, through nodes that fold at load."""
         parts = self._parts(name)
         shape = tuple(parts.description["tensor_shape"])
+        if parts.description["kind"] == "refined":
+            inner, extra, rows = self._halves(name)
+            return self.builder.op(
+                "ScatterND", self.constant(inner), self.builder.op("Unsqueeze", rows, self.builder.integers(1)),
+                self.constant(extra), reduction="add",
+            )  # fmt: skip
         half = parts.nbytes("weight") == 2 * math.prod(shape) if parts.has("weight") else False
         if parts.description["kind"] == "dense" and not parts.description["transposed"]:
             stored = parts.whole("weight", ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, *shape)
@@ -227,6 +237,34 @@ class Lowering:
         spread = b.op("Gather", b.constant(table), b.cast(zeros, ir.DataType.INT32))
         padded = -(-blocks // per) * per
         return b.op("Unsqueeze", b.slice(b.reshape(spread, rows, padded), blocks, 1), b.integers(2))
+
+    def _halves(self, name: str) -> tuple[str, str, ir.Value]:
+        """The names of a refined table's halves, and the rows (n,) int64 that the second one refines."""
+        name, parts = self.tensors.tied.get(name, name), self._parts(name)
+        n = parts.description["extra"]["shape"][0]
+        rows = self.builder.cast(parts.whole("rows", ir.DataType.INT32, n), ir.DataType.INT64)
+        return f"{name}.inner", f"{name}.extra", rows
+
+    def _refined_matmul(self, x: ir.Value, name: str, bias: ir.Value | None, output: str | None) -> ir.Value:
+        b = self.builder
+        inner, extra, rows = self._halves(name)
+        product, left = self.matmul(x, inner, bias), self.matmul(x, extra)
+        where = b.op("Expand", rows, b.op("Shape", left))
+        return b.op("ScatterElements", product, where, left, axis=-1, reduction="add", name=output)
+
+    def _refined_embedding(self, ids: ir.Value, name: str, tied: bool) -> ir.Value:
+        """Every id looks into the second table too: at its place there, or at the first one for nothing."""
+        b = self.builder
+        inner, extra, rows = self._halves(name)
+        n, n_rows = self.tensors.describe(extra)["shape"][0], self.tensors.describe(inner)["shape"][0]
+        last, one = b.constant(np.array(n, np.int64)), b.constant(np.array(1, np.int64))
+        order = b.op("Range", b.constant(np.array(0, np.int64)), last, one)
+        places = b.op("ScatterElements", b.op("Expand", last, b.integers(n_rows)), rows, order, axis=0)
+        at = b.op("Gather", places, ids)
+        known = b.op("Less", at, last)
+        found = self.embedding(b.op("Mul", at, b.cast(known, ir.DataType.INT64)), extra, tied)
+        share = b.op("Unsqueeze", b.cast(known, ir.DataType.FLOAT), b.integers(-1))
+        return b.op("Add", self.embedding(ids, inner, tied), b.op("Mul", found, share))
 
     def _standard_matmul(self, x: ir.Value, name: str, chosen: Form, output: str | None) -> ir.Value:
         if self._repacked is None:

@@ -14,6 +14,7 @@ from compressor.core.encoding import Affine as AffineEncoding
 from compressor.core.encoding import Scales
 from compressor.core.settings import AffineSettings
 from compressor.core.spec import ZEROS, group_columns
+from compressor.ops.descent import descend
 from compressor.ops.error_feedback import inverse_factor
 from compressor.ops.grids import code, nearest_zero
 from compressor.ops.uniform import Grid
@@ -51,18 +52,19 @@ class Affine(AffineSettings):
         """
         n_rows, columns = weight.shape
         group = group_columns(self.group, columns)
-        factor = None
+        factor, padding = None, -columns % group
         if self.method == "gptq" and hessian is not None:
-            padding = -columns % group
-            factor = inverse_factor(
-                functional.pad(hessian, (0, padding, 0, padding)) if padding else hessian, self.damping
-            )
+            hessian = functional.pad(hessian, (0, padding, 0, padding)) if padding else hessian
+            factor = inverse_factor(hessian, self.damping)
         grid = Grid(self.bits, group, self.zero, self.scale_bits, self._refine if self.method == "hqq" else None)
         at_once = max(1, _VALUES // columns)
         masks = [None] * -(-n_rows // at_once) if mask is None else mask.split(at_once)
         found = []
         for rows, kept in zip(weight.split(at_once), masks, strict=True):
             fitted = grid.fit(rows, kept, factor)
+            if factor is not None and self.sweeps:
+                pull = functional.pad(rows.float(), (0, padding)) @ hessian
+                fitted = descend(fitted, hessian, pull, self.sweeps, _padded(kept, padding), self.scale_bits)
             found.append((fitted.codes, fitted.scale, fitted.zero, fitted.top))  # without `due`, as large as the weight
         codes, scale, zero, top = (torch.cat(parts) for parts in zip(*found, strict=True))
         steps = zero_steps(self.zero, self.bits)
@@ -76,3 +78,7 @@ class Affine(AffineSettings):
         if self.zero in ZEROS:
             return zero
         return nearest_zero(hqq_zero(groups, scale, zero, self.bits), self.bits, self.zero)
+
+
+def _padded(mask: Tensor | None, padding: int) -> Tensor | None:
+    return None if mask is None else functional.pad(mask, (0, padding), value=True)
