@@ -116,10 +116,9 @@ class Lowering:
         shape = tuple(parts.description["tensor_shape"])
         if parts.description["kind"] == "refined":
             inner, extra, rows = self._halves(name)
-            return self.builder.op(
-                "ScatterND", self.constant(inner), self.builder.op("Unsqueeze", rows, self.builder.integers(1)),
-                self.constant(extra), reduction="add",
-            )  # fmt: skip
+            at = self.builder.op("Unsqueeze", rows, self.builder.integers(1))
+            matrix = self.builder.op("ScatterND", self.constant(inner), at, self.constant(extra), reduction="add")
+            return matrix if shape == (parts.n_rows, parts.columns) else self.builder.reshape(matrix, *shape)
         half = parts.nbytes("weight") == 2 * math.prod(shape) if parts.has("weight") else False
         if parts.description["kind"] == "dense" and not parts.description["transposed"]:
             stored = parts.whole("weight", ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, *shape)

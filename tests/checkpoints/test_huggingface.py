@@ -264,6 +264,22 @@ def test_the_tokenizer_is_written_without_spaces(llama, tmp_path):
     assert text == '{"model":{"vocab":{"né":0,"b c":1}},"version":"1.0"}'
 
 
+@pytest.mark.parametrize(
+    ("merges", "stored"),
+    [
+        ([["a", "b"], ["é", "b"]], ["a b", "é b"]),
+        ([["a", "b c"]], [["a", "b c"]]),  # a text would be of three parts
+        (["a b"], ["a b"]),
+        ([], []),
+    ],
+)
+def test_merges_are_written_as_texts_where_these_say_the_same(llama, tmp_path, merges, stored):
+    (llama / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}, "merges": merges}}))
+    open_checkpoint(llama).write_tokenizer(tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert found == {"model": {"vocab": {"a": 0}, "merges": stored}}
+
+
 def test_the_digest_changes_with_the_weights(llama):
     before = open_checkpoint(llama).digest()
     assert before == open_checkpoint(llama).digest()

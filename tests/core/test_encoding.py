@@ -1,15 +1,15 @@
-"""Sparse encodings: nothing is lost beside the inner encoding, and the bytes are those of the plan."""
+"""Encodings within encodings: nothing is lost beside the inner one, and the bytes are those of the plan."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from compressor.core.encoding import Dense, Sparse, describe, restore
+from compressor.core.encoding import Dense, Refined, Sparse, describe, restore
 from compressor.core.settings import AffineSettings, JlcmSettings
 from compressor.core.spec import AffineSpec, CodebookSpec, DenseSpec, sparse_spec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, Layout, write_tensors
-from compressor.recipe import load_pass
+from compressor.recipe import Embeddings, load_pass
 from tests import pico
 
 ROWS, COLUMNS = 29, 90
@@ -115,3 +115,35 @@ def test_codewords_find_the_pattern_of_two_in_four():
     assert bool((decoded[~mask] == 0).all())
     assert float((decoded - weight).norm() / weight.norm()) < 0.15
     assert encoding.bits_per_weight < 2.75 + 0.3 + 8 * 4096 / (256 * 128)  # codes, scales, the table
+
+
+def test_refined_rows_are_nearer_and_the_others_as_they_were(tmp_path):
+    weight, hessian = pico.correlated(ROWS, COLUMNS)
+    tables = Embeddings(bits=3, group=32, zero="learned", refined=5)
+    spec = tables.spec("embed_tokens.weight", ROWS)
+    first = load_pass(tables.method()).encode(weight, hessian, torch.Generator())
+    rows = torch.tensor([0, 4, 5, 20, 28])
+    second = load_pass(tables.extra()).encode((weight - first.decode())[rows], hessian, torch.Generator())
+    refined = Refined((ROWS, COLUMNS), first, second, rows)
+    write_tensors(tmp_path / "t.safetensors", {"t": EncodedTensor(refined, Layout((ROWS, COLUMNS)))})
+    stored = EncodedTensors([tmp_path / "t.safetensors"])
+    assert describe(stored["t"].encoding) == describe(refined) == spec.describe(ROWS, COLUMNS)
+    assert {name: tuple(part.shape) for name, part in refined.parts().items()} == {
+        name: shape for name, (_, shape) in spec.parts(ROWS, COLUMNS).items()
+    }
+    assert refined.nbytes == spec.nbytes(ROWS, COLUMNS)
+    others = [row for row in range(ROWS) if row not in rows.tolist()]
+    decoded = stored["t"].decode()
+    assert torch.equal(decoded[others], first.decode()[others])
+    lost = (decoded - weight)[rows].norm() / (first.decode() - weight)[rows].norm()
+    assert lost < 0.25  # 4 bits of what error feedback left, which is not uniform
+    assert torch.equal(stored["t.inner"].decode(), first.decode())
+    assert torch.equal(stored["t.extra"].decode(), second.decode())
+
+
+def test_tables_of_positions_are_not_refined():
+    tables = Embeddings(bits=3, refined=5)
+    assert tables.spec("model.embed_tokens.weight", 100).kind == "refined"
+    assert tables.spec("transformer.wpe.weight", 100).kind == "affine"
+    assert tables.spec("embeddings.position_embeddings.weight", 100).kind == "affine"
+    assert tables.spec("model.embed_tokens.weight", 5).kind == "affine"

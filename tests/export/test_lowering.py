@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from compressor.core.encoding import Affine, Binary, Codebook, Dense, Encoding, Layout, Scales, describe
+from compressor.core.encoding import Affine, Binary, Codebook, Dense, Encoding, Layout, Refined, Scales, describe
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.export.builder import GraphBuilder
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, form, least_version, refusal
@@ -64,6 +64,16 @@ def fine(bits: int, group: int, columns: int = COLUMNS) -> Affine:
     return replace(encoding, zero=stored / steps, zero_steps=steps)
 
 
+def refined(bits: int, extra_bits: int) -> Refined:
+    """Some rows with a second grid, the first and the last row among them."""
+    extra, rows = affine(extra_bits, 32, "tensor"), torch.tensor([0, 3, 4, 17, ROWS - 1], dtype=torch.int32)
+    n, zero = len(rows), extra.zero
+    assert isinstance(zero, torch.Tensor)
+    scales = Scales(extra.scales.values[:n] / 16)
+    second = replace(extra, shape=(n, COLUMNS), codes=extra.codes[:n], scales=scales, zero=zero[:n])
+    return Refined((ROWS, COLUMNS), affine(bits, 32, "tensor"), second, rows)
+
+
 ENCODINGS: dict[str, Encoding] = {
     "float32": dense(torch.float32),
     "float16": dense(torch.float16),
@@ -95,6 +105,8 @@ ENCODINGS: dict[str, Encoding] = {
     },
     "codebook8x4ordered": codebook(8, 4, ordered=True),
     "codebook8x4whole": codebook(8, 4, COLUMNS),
+    "refined3": refined(3, 4),
+    "refined4": refined(4, 2),
     "binary": binary(True),
     "binary_one_scale": binary(False),
 }  # fmt: skip
@@ -149,6 +161,8 @@ def test_matmul_computes_with_the_decoded_matrix_and_folds_to_one_kernel(tmp_pat
     chosen = form(describe(encoding), mode)
     expected = "MatMulNBits" if chosen else "FusedMatMul" if mode != "standard" else "MatMul"
     beside = ["MatMul", "FusedMatMul", "Add"] if chosen and chosen.shifted else []
+    if encoding.kind == "refined":
+        expected, beside = "MatMulNBits", ["MatMulNBits", "Shape", "Expand", "ScatterElements"]
     assert sorted(optimised_operators(tmp_path)) == sorted([expected, *beside])
 
 

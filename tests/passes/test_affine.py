@@ -169,3 +169,28 @@ def test_zeros_and_dead_inputs_are_encoded(method):
     decoded = encoded(weight, hessian, method=method).decode()
     assert decoded.isfinite().all()
     assert decoded[4].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("scale_bits", [8, 16])
+@pytest.mark.parametrize("zero", ZEROS)
+def test_sweeps_behind_error_feedback_lower_the_output_error(zero, scale_bits):
+    weight, hessian = correlated(96, 160)
+    settings = {"method": "gptq", "bits": 3, "group": 32, "zero": zero, "scale_bits": scale_bits}
+    lost = [
+        output_error(weight, encoded(weight, hessian, sweeps=sweeps, **settings).decode(), hessian)
+        for sweeps in (0, 1, 4)
+    ]
+    assert lost[2] <= lost[1] < 0.97 * lost[0]
+
+
+def test_sweeps_keep_what_was_dropped():
+    weight, hessian = correlated(ROWS, COLUMNS)
+    mask = weight.abs() > weight.abs().median()
+    own = Affine(method="gptq", bits=3, group=32, zero="learned", scale_bits=8, sweeps=2)
+    decoded = own.encode(weight * mask, hessian, torch.Generator(), mask).decode()
+    assert not decoded[~mask].any() and decoded[mask].any()
+
+
+def test_sweeps_are_of_gptq_alone():
+    with pytest.raises(ValueError, match="sweeps are behind gptq, and method is rtn"):
+        Affine(method="rtn", sweeps=2)
