@@ -108,7 +108,7 @@ def encode_network(
     files = []
     choice = Choice(recipe, plan)
     if network.outside:
-        files.append(_outside(network, choice, survey, _token_counts(batches), work))
+        files.append(_outside(network, choice, survey, token_counts(batches), work))
         advance("tables")
     shares = allocated_shares(network, plan, work.folder)
     learning = next((step.settings for step in recipe.passes if getattr(step.settings, "block_steps", 0)), None)
@@ -183,7 +183,7 @@ def _ties(network: Network) -> dict[str, str]:
     return ties
 
 
-def _token_counts(batches: list[Batch]) -> Tensor:
+def token_counts(batches: list[Batch]) -> Tensor:
     """How often each token id is in the text, as far as the largest; empty where the network is given none."""
     ids = [batch["input_ids"].flatten() for batch in batches if "input_ids" in batch]
     return torch.bincount(torch.cat(ids)) if ids else torch.zeros(0, dtype=torch.long)
@@ -198,7 +198,7 @@ def _outside(network: Network, choice: Choice, survey: Survey, counts: Tensor, w
         tensors: dict[str, EncodedTensor] = {}
         for name in canonical:  # one at a time: tables are large
             with network.loaded([name]):
-                tensors[name] = _encode_outside(network, name, choice, survey, counts, work)
+                tensors[name] = encode_outside(network, name, choice, survey, counts, work)
         write_tensors(file, tensors)
     stored = EncodedTensors([file])
     for name in stored:
@@ -208,7 +208,7 @@ def _outside(network: Network, choice: Choice, survey: Survey, counts: Tensor, w
     return file
 
 
-def _encode_outside(
+def encode_outside(
     network: Network, name: str, choice: Choice, survey: Survey, counts: Tensor, work: Work
 ) -> EncodedTensor:
     """A tensor that lies in no block, from what is loaded."""

@@ -73,7 +73,9 @@ def _student(
     shared: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if id(parameter) not in shared:
-            learned = isinstance(tensors[name].encoding, (Affine, Codebook, Refined))  # each step brings values of its own
+            learned = isinstance(
+                tensors[name].encoding, (Affine, Codebook, Refined)
+            )  # each step brings values of its own
             values = parameter if learned else tensors[name].decode().to(dtype)
             shared[id(parameter)] = nn.Parameter(values, requires_grad=False)
         parent, _, attribute = name.rpartition(".")

@@ -23,6 +23,7 @@ from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
 from bench_speed import speed_table
+from bench_tables import tables_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
 from fuzz import fuzz_table
@@ -43,7 +44,7 @@ COMMANDS = {
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
-    "zeros": "scripts/bench_zeros.py",
+    "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
     "once": "scripts/bench_once.py",
     "fuzz": "scripts/fuzz.py",
 }  # fmt: skip
@@ -108,6 +109,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vision": lambda: measured_table("vision", vision_table),
     "rounding": lambda: measured_table("rounding", rounding_table),
     "zeros": lambda: measured_table("zeros", zeros_table),
+    "tables": lambda: measured_table("tables", tables_table),
     "once": lambda: measured_table("once", once_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
 }

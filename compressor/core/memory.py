@@ -6,7 +6,6 @@ import ctypes
 import functools
 from collections.abc import Callable
 
-
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Parameters of mallopt."""
 _KEPT = 512 << 20

@@ -67,7 +67,9 @@ class AffineSettings(Pass):
     @model_validator(mode="after")
     def _fits_together(self) -> AffineSettings:
         if self.sweeps and self.method != "gptq":
-            raise ValueError(f"sweeps are behind gptq, and method is {self.method}; write method: gptq, or leave sweeps")
+            raise ValueError(
+                f"sweeps are behind gptq, and method is {self.method}; write method: gptq, or leave sweeps"
+            )
         return self
 
     @property
