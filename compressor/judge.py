@@ -19,7 +19,7 @@ from compressor.evaluate.language import evaluate_language
 from compressor.evaluate.modules import evaluate_module
 from compressor.evaluate.proof import compare_logits
 from compressor.evaluate.reference import original_logits, original_outputs
-from compressor.evaluate.session import DecoderSession, EncoderSession, ModuleSession, open_session
+from compressor.evaluate.session import DecoderSession, ModuleSession, first_output, open_session
 from compressor.progress import Progress
 from compressor.recipe import Recipe
 from compressor.samples import Samples, evaluation_windows, sentence_batches
@@ -48,7 +48,7 @@ def prove(
     if "input_ids" in inputs:
         inputs = {name: array[:, :_PROOF_TOKENS] for name, array in inputs.items()}
     expected = next(iter(original_outputs(decoded, [inputs])))
-    shipped = compare_logits(_outputs(open_session(directory, apart=True), inputs), expected)
+    shipped = compare_logits(first_output(open_session(directory, apart=True), inputs), expected)
     graph = directory / "model.onnx"
     kept = graph.with_suffix(".shipped")
     extra = list(directory.glob("model.repacked*"))
@@ -58,7 +58,7 @@ def prove(
         shutil.copy2(path, copy)
     try:
         export_graph(checkpoint, tensors, offsets, directory, options.mode, True, batches)
-        exact = compare_logits(_outputs(open_session(directory, exact=True, apart=True), inputs), expected)
+        exact = compare_logits(first_output(open_session(directory, exact=True, apart=True), inputs), expected)
     finally:
         shutil.move(kept, graph)
         for path, copy in copies:
@@ -69,14 +69,6 @@ def prove(
             f"expected less than {LARGEST_ERROR}; please report this with the recipe and the model's config"
         )
     return {"exact": exact.as_dict(), "as_shipped": shipped.as_dict()}
-
-
-def _outputs(session: ModuleSession, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    if isinstance(session, DecoderSession):
-        return session.logits(inputs["input_ids"])
-    if isinstance(session, EncoderSession):
-        return session.hidden(inputs)
-    return session.run(inputs, session.outputs[:1])[session.outputs[0]]
 
 
 def judge(

@@ -48,9 +48,14 @@ def export_original(checkpoint: Any, directory: Path, batches: list[Batch]) -> P
 
 
 def bench_original(checkpoint: Any, beside: Path, batches: list[Batch]) -> dict[str, Any] | None:
-    """What `bench` says of the uncompressed artifact, None where it is too large; `beside` names the disk for it."""
+    """What `bench` says of the uncompressed artifact, None where it is too large; `beside` names the disk for it.
+
+    An ONNX graph is measured as it is.
+    """
     if 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST:
         return None
+    if checkpoint.kind == "onnx":
+        return bench(checkpoint.path)
     scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=beside))
     try:
         export_original(checkpoint, scratch, batches)
