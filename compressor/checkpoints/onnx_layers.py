@@ -181,7 +181,7 @@ def _stem(layer: Layer, index: int) -> str:
     """What the layer might be called: by its weight, else by its bias, by its node, or by its place."""
     node, own = layer.node, str(layer.weight.name or "")
     if own and not GENERATED.match(own):
-        return re.sub(r"[._](weight|kernel|W)$", "", own)
+        return re.sub(r"[._](weight|kernel|W|w)$", "", own)
     bias = str(layer.addend.name or "") if layer.addend is not None else ""
     if bias and not GENERATED.match(bias) and bias.endswith("bias"):
         return re.sub(r"[._]bias$", "", bias)

@@ -55,6 +55,20 @@ def export_onnx(
     return writing.write(model, path, calibration)
 
 
+def decoded_graph(source: OnnxSource, tensors: EncodedTensors, path: Path) -> Path:
+    """The source's graph with the values that `tensors` decode to, all of them within the file at `path`."""
+    model = source.model.clone()
+    assert source.weights is not None
+    names = {str(value.name): name for name, value in source.weights.values.items()}
+    for label, value in model.graph.initializers.items():
+        if label in names:
+            value.const_value = ir.Tensor(tensors[names[label]].decode().numpy(), name=label)
+        elif isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.Tensor(read_values(source.path, value.const_value), name=label)
+    ir.save(model, path)
+    return path
+
+
 def _set_opset(model: ir.Model, mode: Mode, path: Path) -> None:
     own = model.graph.opset_imports.get("", 1)
     if mode == "standard" and own < OPSETS[mode]:
