@@ -7,9 +7,10 @@ its weights are codes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,10 +58,12 @@ class OnnxSource(Source):
         """Reads the graph, and of weights beside it only where they lie."""
         from compressor.checkpoints.onnx_layers import find_weights
 
-        model = read_model(path)
-        files = _external_files(path, model)
-        normalise(path, model)
-        weights = find_weights(model.graph, lambda value: _is_finite(path, value))
+        with _refusing(path):
+            model = read_model(path)
+            files = _external_files(path, model)
+            normalise(model)
+            _refuse_dangling(model.graph)
+            weights = find_weights(model.graph, lambda value: _is_finite(path, value))
         if not weights.layers:
             found = _counted(Counter(node.op_type for node in model.graph)) or "no nodes"
             raise CheckpointError(
@@ -88,41 +91,50 @@ def read_model(path: Path) -> ir.Model:
     """
     import onnx
     import onnx_ir as ir
-    from google.protobuf.message import Error
 
     refuse_empty(path)
-    try:
+    with _refusing(path):
         proto = onnx.load(path, load_external_data=False)
         if not proto.HasField("graph"):
             raise ValueError("no graph in it")
         _refuse_deep(proto)
         proto = _converted(path, proto)
         model = ir.from_proto(proto)
-    except (Error, *_ERRORS) as error:
+        _refuse_quantised(path, model)
+    return model
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever a damaged graph makes its readers raise becomes a refusal.
+
+    Of names that are no text, attributes of another type than their operator's, references to nothing, onnx and onnx_ir
+    take notice in many places, and by as many errors.
+    """
+    from google.protobuf.message import Error
+    from onnx_ir.passes import PassError
+
+    try:
+        yield
+    except (Error, PassError, *_ERRORS) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path}: cannot be read as ONNX, it is truncated or corrupt; found {path.stat().st_size} bytes and "
             f"{reason!r}; fetch it again"
         ) from error
-    _refuse_quantised(path, model)
-    return model
 
 
-def normalise(path: Path, model: ir.Model) -> None:
+def normalise(model: ir.Model) -> None:
     """Functions inlined, constants as initialisers of the main graph, nodes in order; the graph computes the same."""
-    from onnx_ir.passes import PassError
     from onnx_ir.passes import common as passes
 
-    try:
-        if model.functions:
-            passes.InlinePass()(model)
-        passes.RemoveInitializersFromInputsPass()(model)
-        passes.LiftSubgraphInitializersToMainGraphPass()(model)
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        passes.RemoveUnusedNodesPass()(model)
-        model.graph.sort()
-    except (PassError, *_ERRORS) as error:
-        raise CheckpointError(f"{path}: its graph is damaged; {error}; export it again") from error
+    if model.functions:
+        passes.InlinePass()(model)
+    passes.RemoveInitializersFromInputsPass()(model)
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.RemoveUnusedNodesPass()(model)
+    model.graph.sort()
 
 
 def external_file(path: Path, tensor: Any) -> Path:
@@ -173,12 +185,28 @@ def every_graph(graph: ir.Graph) -> Iterator[ir.Graph]:
     """The graph and those inside of its nodes (If, Loop, Scan)."""
     yield graph
     for node in graph:
-        for attribute in node.attributes.values():
-            if attribute.type.name == "GRAPH":
-                yield from every_graph(attribute.as_graph())
-            elif attribute.type.name == "GRAPHS":
-                for inner in attribute.as_graphs():
-                    yield from every_graph(inner)
+        for inner in _inner(node):
+            yield from every_graph(inner)
+
+
+def used(nodes: Iterable[ir.Node]) -> list[ir.Value]:
+    """The values that nodes read, those of graphs within them that come from outside among them, each once."""
+    found: dict[ir.Value, None] = {}
+    for node in nodes:
+        found |= dict.fromkeys(value for value in node.inputs if value is not None)
+        for graph in _inner(node):
+            made = {*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)}
+            within = used(list(graph)) + list(graph.outputs)
+            found |= dict.fromkeys(value for value in within if value not in made)
+    return list(found)
+
+
+def _inner(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type.name == "GRAPH":
+            yield attribute.as_graph()
+        elif attribute.type.name == "GRAPHS":
+            yield from attribute.as_graphs()
 
 
 def _is_external(tensor: Any) -> bool:
@@ -257,6 +285,18 @@ def _refuse_quantised(path: Path, model: ir.Model) -> None:
             f"{path}: is already quantised; found {_counted(found)}; its weights are codes, and coding them again "
             "would add its loss to theirs; give the float32 model that it was made from"
         )
+
+
+def _refuse_dangling(graph: ir.Graph) -> None:
+    """Refuses what reads a value that nothing makes, and names that are no text."""
+    made = {*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)}
+    read = dict.fromkeys([*used(graph), *graph.outputs])
+    lost = [str(value.name) for value in read if value not in made]
+    if lost:
+        raise ValueError(f"nothing makes '{lost[0]}'")
+    unnamed = [value.name for value in (*made, *read) if not isinstance(value.name, str)]
+    if unnamed:
+        raise ValueError(f"the name {unnamed[0]!r} is no text")
 
 
 def _counted(types: Counter[str], most: int = 4) -> str:

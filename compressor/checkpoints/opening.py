@@ -128,7 +128,8 @@ def _open_onnx(found: Location, beside: Path, reference: str | None) -> Checkpoi
             f"--arch {reference}: {found.path} is an ONNX graph, which is a network by itself; leave --arch out, or "
             "give a folder with its tokenizer"
         )
-    source = OnnxSource.open(found.files[0])
+    source = open_source(found.files, None, False)
+    assert isinstance(source, OnnxSource)
     tokenizer_files = find_tokenizer(beside)
     architecture = onnx_architecture(source, bool(tokenizer_files))
     config = beside / "config.json"
@@ -149,6 +150,10 @@ def open_source(files: list[Path], config: dict[str, Any] | None, trust_pickle: 
         from compressor.checkpoints.gguf_file import GgufSource
 
         return GgufSource.open(files[0], config)
+    if suffix == ".onnx":
+        from compressor.checkpoints.onnx_file import OnnxSource
+
+        return OnnxSource.open(files[0])
     if suffix == ".pt2":
         from compressor.checkpoints.exported import open_exported
 

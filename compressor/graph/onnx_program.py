@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from compressor.checkpoints.onnx_file import OnnxSource, every_graph, read_values
+from compressor.checkpoints.onnx_file import OnnxSource, read_values, used
 from compressor.checkpoints.onnx_layers import Layer, Weights
 from compressor.core.errors import CheckpointError, DataError
 from compressor.inference import Settings
@@ -142,28 +142,8 @@ class Program:
         return value.const_value is not None and value not in self.tensors and value.producer() is None
 
 
-def used(nodes: list[ir.Node]) -> list[ir.Value]:
-    """The values that nodes read, those of graphs within them that come from outside among them, each once."""
-    found: dict[ir.Value, None] = {}
-    for node in nodes:
-        found |= dict.fromkeys(value for value in node.inputs if value is not None)
-        for graph in _inner(node):
-            made = {*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)}
-            within = used(list(graph)) + list(graph.outputs)
-            found |= dict.fromkeys(value for value in within if value not in made)
-    return list(found)
-
-
 def made_in_order(stretch: Stretch) -> list[ir.Value]:
     return [value for node in stretch.nodes for value in node.outputs]
-
-
-def _inner(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type.name == "GRAPH":
-            yield attribute.as_graph()
-        elif attribute.type.name == "GRAPHS":
-            yield from attribute.as_graphs()
 
 
 def _constants(stretch: Stretch, tensors: Mapping[ir.Value, str]) -> list[ir.Value]:
