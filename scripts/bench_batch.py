@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Fifty models in one batch, some of them broken; the same under Ray with a worker that is killed; two jobs against one.
+"""Fifty models in one batch, some of them broken; the same under Ray, a worker killed; two jobs at a time against one.
 
     scripts/fetch_material digits mobilenet minilm photos
     scripts/bench_batch.py [local] [ray] [throughput] [--repeats 3]
 
-Real networks (a digit CNN, MobileNetV2, MiniLM; as checkpoints and as ONNX graphs) and pico ones, by several recipes: 43
+Real networks (a digit CNN as checkpoint and ONNX graph, MobileNetV2, MiniLM) and pico ones, by several recipes: 43
 that are good, 5 broken in five different ways, 2 that miss a gate. Throughput is of 16 jobs with one thread each, with
 --jobs 1 and --jobs 2 in turn; the best of each counts. Results go to docs/measured/batch.json.
 """
@@ -269,8 +269,10 @@ def throughput(folder: Path, good: list[dict[str, Any]], repeats: int) -> dict[s
             bytes_of[jobs] = graphs(folder / f"jobs{jobs}")
             print(f"--jobs {jobs}: {spent:.1f} s", flush=True)
     speedup = min(seconds[1]) / min(seconds[2])
-    return {"n_jobs": len(short), "cores": len(os.sched_getaffinity(0)), "seconds_1": seconds[1],
-            "seconds_2": seconds[2], "speedup": round(speedup, 3), "same_bytes": bytes_of[1] == bytes_of[2]}  # fmt: skip
+    return {
+        "n_jobs": len(short), "cores": len(os.sched_getaffinity(0)), "seconds_1": seconds[1], "seconds_2": seconds[2],
+        "speedup": round(speedup, 3), "same_bytes": bytes_of[1] == bytes_of[2],
+    }  # fmt: skip
 
 
 def main() -> None:

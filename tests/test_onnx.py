@@ -320,5 +320,27 @@ def test_functions_that_double_without_end_take_no_time(tmp_path):
 
 def test_inputs_that_do_not_fit_are_named(data):
     np.savez(data / "images.npz", pixels=np.random.default_rng(0).normal(size=(16, 5, 16, 16)).astype(np.float32))
-    with pytest.raises(DataError, match="cannot be computed on these inputs"):
+    with pytest.raises(DataError, match="layer 'stem' cannot be computed on these inputs; .* channels"):
         compressed(pico_onnx.images(data), recipe(data))
+
+
+def test_names_that_modules_have_are_no_trouble(tmp_path):
+    """Initialisers called as attributes of torch's modules are, twice over, and with parts of each other's names."""
+    proto = pico_onnx.graph("images")
+    names = {
+        "stem.weight": "layers.norm.weight", "wide.weight": "train.forward.weight", "fc.w": "layers", "bn.mean": "0.1",
+        "depthwise.weight": "train", "wide.bias": "layers.norm", "bn.scale": "weight",
+    }  # fmt: skip
+    for node in proto.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    for initializer in proto.graph.initializer:
+        initializer.name = names.get(initializer.name, initializer.name)
+    onnx.save(proto, tmp_path / "names.onnx")
+    feed = {"pixels": pico_onnx.images_data(2)}
+    (wanted,) = outputs(tmp_path / "names.onnx", feed)
+    checkpoint = open_checkpoint(tmp_path / "names.onnx")
+    checkpoint.check()
+    network = Network(checkpoint)
+    with network.loaded(network.names_in("")):
+        found = network.call({"pixels": torch.from_numpy(feed["pixels"])})
+    np.testing.assert_allclose(found["logits"].numpy(), wanted, atol=1e-5)

@@ -28,15 +28,18 @@ SMALLEST = 64
 GENERATED = re.compile(r"^(onnx::|/|\d|val_|_|const|ortshared|graph_constant|arg\d|[^\w.:/]|.{120})")
 """Names that exporters make up; the node's own says more."""
 RESERVED = frozenset(
-    """T_destination add_module apply bfloat16 bias buffers call_super_init children compile cpu cuda double
-    dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu
-    load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters
-    register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
-    register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook
-    register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook
-    register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory state_dict to to_empty train
-    training type weight xpu zero_grad program""".split()
-)
+    [
+        "T_destination", "add_module", "apply", "bfloat16", "bias", "buffers", "call_super_init", "children",
+        "compile", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward", "get_buffer",
+        "get_extra_state", "get_parameter", "get_submodule", "half", "ipu", "load_state_dict", "modules", "mtia",
+        "named_buffers", "named_children", "named_modules", "named_parameters", "parameters",
+        "register_backward_hook", "register_buffer", "register_forward_hook", "register_forward_pre_hook",
+        "register_full_backward_hook", "register_full_backward_pre_hook", "register_load_state_dict_post_hook",
+        "register_load_state_dict_pre_hook", "register_module", "register_parameter", "register_state_dict_post_hook",
+        "register_state_dict_pre_hook", "requires_grad_", "set_extra_state", "set_submodule", "share_memory",
+        "state_dict", "to", "to_empty", "train", "training", "type", "weight", "xpu", "zero_grad",
+    ]
+)  # fmt: skip
 """Attributes of torch's modules, which no layer may be called."""
 
 
@@ -134,14 +137,20 @@ def _layer(node: ir.Node, graph: ir.Graph) -> Layer | None:
     plain = node.op_type == "MatMul" or (node.op_type == "Gemm" and _is_plain(node))
     flipped = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     before = w.producer()
-    if before is not None and before.op_type == "Transpose" and before.domain == "" and before.inputs[0] is not None:
-        if list(before.attributes.get_ints("perm", (1, 0))) == [1, 0]:
-            w, flipped = before.inputs[0], not flipped
+    if before is not None and before.inputs and before.inputs[0] is not None and _flips(before):
+        w, flipped = before.inputs[0], not flipped
     if not plain or not _is_weight(w, graph, 2) or x is w:
         return None
     layer = Layer(node, "linear", w, "", not flipped, addend)
     add = _add_behind(node) if node.op_type == "MatMul" else None
     return layer if add is None else replace(layer, addend=next(v for v in add.inputs if v.const_value), add=add)
+
+
+def _flips(node: ir.Node) -> bool:
+    """Whether a node transposes a matrix."""
+    return (
+        node.op_type == "Transpose" and node.domain == "" and list(node.attributes.get_ints("perm", (1, 0))) == [1, 0]
+    )
 
 
 def _add_behind(node: ir.Node) -> ir.Node | None:

@@ -30,23 +30,23 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         if source.program is None:
             source.program = Program(source)
-        self.program: Program = source.program
-        self.layers: dict[Layer, nn.Module] = {}
+        self._program: Program = source.program
+        self._layers: dict[Layer, nn.Module] = {}
         made: dict[str, nn.Module] = {}
-        for layer in self.program.weights.layers:
+        for layer in self._program.weights.layers:
             if layer.path not in made:
                 made[layer.path] = _module(layer)
                 _place(self, layer.path, made[layer.path])
-            self.layers[layer] = made[layer.path]
+            self._layers[layer] = made[layer.path]
         held = set(self.state_dict(keep_vars=True))
-        for name, value in self.program.weights.values.items():
+        for name, value in self._program.weights.values.items():
             if name not in held:
                 parent, _, leaf = name.rpartition(".")
                 parameter = nn.Parameter(torch.empty(tuple(value.const_value.shape.numpy()), device="meta"))
                 _folder(self, parent).register_parameter(leaf, parameter)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
-        entries = {str(value.name): value for value in self.program.graph.inputs}
+        entries = {str(value.name): value for value in self._program.graph.inputs}
         given = dict(zip(entries, args, strict=False)) | kwargs
         shapes = {name: [size if isinstance(size, int) else None for size in value.shape or ()]
                   for name, value in entries.items()}  # fmt: skip
@@ -54,42 +54,55 @@ class OnnxNetwork(nn.Module):
         missing = [name for name in entries if name not in feed]
         if missing:
             found = ", ".join(given) or "nothing"
-            raise DataError(f"{self.program.path}: needs input '{missing[0]}'; found {found}; name the data's arrays so")
+            raise DataError(
+                f"{self._program.path}: needs input '{missing[0]}'; found {found}; name the data's arrays so"
+            )
         types = {name: value.dtype.numpy() for name, value in entries.items() if value.dtype is not None}
         feed = {name: np.ascontiguousarray(feed[name], types.get(name)) for name in entries}
         first = next(iter(shapes.values()), [])
-        names = [str(value.name) for value in self.program.graph.outputs]
+        names = [str(value.name) for value in self._program.graph.outputs]
         outputs = in_pieces(feed, first[0] if first else None, self._run)
         return {name: torch.from_numpy(array) for name, array in zip(names, outputs, strict=True)}
 
     def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        graph = self.program.graph
+        graph = self._program.graph
         values: dict[Any, Any] = {value: feed[str(value.name)] for value in graph.inputs}
         tensors = self.state_dict(keep_vars=True)
-        known = {value: tensors[name] for value, name in self.program.tensors.items()}
+        known = {value: tensors[name] for value, name in self._program.tensors.items()}
         with torch.autocast("cpu", enabled=False), torch.no_grad():
-            for step in self.program.steps:
+            for step in self._program.steps:
                 if isinstance(step.work, Stretch):
                     read = {v: known[v].float().numpy() if v in known else values[v] for v in step.work.inputs}
-                    values |= zip(step.work.outputs, self.program.run(step.work, read), strict=True)
+                    values |= zip(step.work.outputs, self._program.run(step.work, read), strict=True)
                 else:
-                    values[step.work.output] = self._call(step.work, values, known).numpy()
+                    values[step.work.output] = self._computed(step.work, values, known)
                 for value in step.done:
                     values.pop(value, None)
         return [np.array(values[value]) for value in graph.outputs]
 
+    def _computed(self, layer: Layer, values: dict[Any, Any], known: dict[Any, Tensor]) -> np.ndarray:
+        try:
+            return self._call(layer, values, known).numpy()
+        except (RuntimeError, IndexError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(
+                f"{self._program.path}: layer '{layer.path}' cannot be computed on these inputs; {reason}"
+            ) from error
+
     def _call(self, layer: Layer, values: dict[Any, Any], known: dict[Any, Tensor]) -> Tensor:
-        module, x = self.layers[layer], torch.from_numpy(np.ascontiguousarray(values[layer.x]))
+        module, x = self._layers[layer], torch.from_numpy(np.ascontiguousarray(values[layer.x]))
+        weight = module.weight
+        assert isinstance(weight, Tensor)
         if layer.kind == "embedding":
-            n_rows = module.weight.shape[0]
-            return module(torch.where(x < 0, x + n_rows, x).long()) if _is_own(module, layer) else module.weight[x]
+            n_rows = weight.shape[0]
+            return module(torch.where(x < 0, x + n_rows, x).long()) if _is_own(module, layer) else weight[x]
         if layer.kind == "conv":
-            x = functional.pad(x, _pads(layer, x, module.weight))
-            product = module(x) if _fits(module, layer) else _convolve(x, module.weight, layer)
+            x = functional.pad(x, _pads(layer, x, weight))
+            product = module(x) if _fits(module, layer) else _convolve(x, weight, layer)
         elif _is_own(module, layer):
             product = module(x)
         else:
-            product = x @ (module.weight if layer.transposed else module.weight.T)
+            product = x @ (weight if layer.transposed else weight.T)
         if layer.addend is None or layer.bias:
             return product
         added = known[layer.addend] if layer.addend in known else values.get(layer.addend)
