@@ -344,3 +344,28 @@ def test_names_that_modules_have_are_no_trouble(tmp_path):
     with network.loaded(network.names_in("")):
         found = network.call({"pixels": torch.from_numpy(feed["pixels"])})
     np.testing.assert_allclose(found["logits"].numpy(), wanted, atol=1e-5)
+
+
+def test_a_batch_knows_weights_beside_the_graph(data, monkeypatch):
+    """Other external data are another model, though the .onnx file is the same."""
+    from compressor.fingerprint import fingerprint
+    from compressor.manifest import jobs_of_line
+
+    monkeypatch.chdir(data)
+    pico_onnx.external(data)
+    recipe(data)
+    (job,) = jobs_of_line(["model.onnx"], {"recipe": ["recipe.yaml"], "data": "tokens.npz"}, [])
+    before = fingerprint(job)
+    assert fingerprint(job) == before
+    content = bytearray((data / "model.data").read_bytes())
+    content[5] ^= 1
+    (data / "model.data").write_bytes(content)
+    assert fingerprint(job) != before
+
+
+def test_widths_are_allocated_by_what_onnxruntime_computes(data):
+    steps = recipe(data, "{pass: rounding, bits: 4, group: 32, steps: 2}")
+    whole = compressed(pico_onnx.images(data), steps).report["size"]["bytes"]
+    report = compressed(pico_onnx.images(data), steps, target_size=int(1.02 * whole)).report
+    assert report["size"]["bytes"] <= 1.02 * whole
+    assert report["allocation"]["tensors"]
