@@ -69,35 +69,41 @@ class OnnxNetwork(nn.Module):
         values: dict[Any, Any] = {value: feed[str(value.name)] for value in graph.inputs}
         tensors = self.state_dict(keep_vars=True)
         known = {value: tensors[name] for value, name in self._program.tensors.items()}
+        given: dict[Any, Tensor] = {}  # one tensor for all layers of an input, by which they are known to share it
         with torch.autocast("cpu", enabled=False), torch.no_grad():
             for step in self._program.steps:
                 if isinstance(step.work, Stretch):
                     read = {v: known[v].float().numpy() if v in known else values[v] for v in step.work.inputs}
                     values |= zip(step.work.outputs, self._program.run(step.work, read), strict=True)
                 else:
-                    values[step.work.output] = self._computed(step.work, values, known)
+                    x = step.work.x
+                    if x not in given:
+                        given[x] = torch.from_numpy(np.ascontiguousarray(values[x]))
+                    values[step.work.output] = self._computed(step.work, given[x], values, known)
                 for value in step.done:
                     values.pop(value, None)
+                    given.pop(value, None)
         return [np.array(values[value]) for value in graph.outputs]
 
-    def _computed(self, layer: Layer, values: dict[Any, Any], known: dict[Any, Tensor]) -> np.ndarray:
+    def _computed(self, layer: Layer, x: Tensor, values: dict[Any, Any], known: dict[Any, Tensor]) -> np.ndarray:
         try:
-            return self._call(layer, values, known).numpy()
+            return self._call(layer, x, values, known).numpy()
         except (RuntimeError, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(
                 f"{self._program.path}: layer '{layer.path}' cannot be computed on these inputs; {reason}"
             ) from error
 
-    def _call(self, layer: Layer, values: dict[Any, Any], known: dict[Any, Tensor]) -> Tensor:
-        module, x = self._layers[layer], torch.from_numpy(np.ascontiguousarray(values[layer.x]))
+    def _call(self, layer: Layer, x: Tensor, values: dict[Any, Any], known: dict[Any, Tensor]) -> Tensor:
+        module = self._layers[layer]
         weight = module.weight
         assert isinstance(weight, Tensor)
         if layer.kind == "embedding":
             n_rows = weight.shape[0]
             return module(torch.where(x < 0, x + n_rows, x).long()) if _is_own(module, layer) else weight[x]
         if layer.kind == "conv":
-            x = functional.pad(x, _pads(layer, x, weight))
+            pads = _pads(layer, x, weight)
+            x = functional.pad(x, pads) if any(pads) else x
             product = module(x) if _fits(module, layer) else _convolve(x, weight, layer)
         elif _is_own(module, layer):
             product = module(x)
