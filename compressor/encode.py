@@ -226,13 +226,8 @@ def _encode_block(
     gradients = load_gradients(work.folder, prefix) if any(_wants_gradient(chain) for chain in passes.values()) else {}
     n_sequences = max(1, sum(_n_examples(arguments) for arguments in reached))
     tensors: dict[str, EncodedTensor] = {}
-    for name, module in found.items():  # tables come before all that they feed
-        if isinstance(module, nn.Embedding) and passes[name] is not None:
-            tensors[name] = _encode(passes[name], name, module, Statistics(), work)
-            module.weight.data = tensors[name].decode()
     for stage in layer_stages(network, block, dotted, reached[0]) if reached else ():
-        wanted = [name for name in stage.names if passes[name] is not None and name not in tensors]
-        for due in _alike(wanted, found):
+        for due in _alike([name for name in stage.names if passes[name] is not None], found):
             moments, n_rows = {}, 0
             if unfolds(found[due[0]]) and any("data" in passes[name].needs for name in due):
                 moments, n_rows = second_moments(network, block, found, due, stage.calls, reached, survey.importance)
