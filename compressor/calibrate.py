@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compressor.graph.blocks import InputsFirst
 from compressor.streaming import Arguments
 
 Means = dict[str, list[Tensor]]
@@ -74,7 +75,7 @@ def channel_mean(values: Tensor, axis: int) -> Tensor:
 
 def _adjustable(block: nn.Module) -> dict[str, nn.Module]:
     """Batch norms with statistics, and convolutions and linears with a bias of their own, by name."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    kinds = (nn.Linear, InputsFirst, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return {
         name: module
         for name, module in block.named_modules()
@@ -88,7 +89,7 @@ def _watched(block: nn.Module, change: Callable[[str, Tensor, int], Tensor]) -> 
     """Passes what batch norms are given and what layers return through `change` (name, values, axis of channels)."""
     handles = []
     for name, module in _adjustable(block).items():
-        axis = -1 if isinstance(module, nn.Linear) else -1 - len(getattr(module, "kernel_size", ()))
+        axis = -1 - len(getattr(module, "kernel_size", ()))
         if isinstance(module, _BatchNorm):
             given = lambda _, args, name=name: (change(name, args[0], 1), *args[1:])  # noqa: E731
             handles.append(module.register_forward_pre_hook(given))

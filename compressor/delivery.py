@@ -15,7 +15,7 @@ from compressor.core.artifact import NOT_NEEDED, PAGE, REPORT, failed_directory,
 from compressor.core.locking import LOCK
 from compressor.core.tensors import EncodedTensors
 from compressor.report.page import write_page
-from compressor.workplace import WORK
+from compressor.workplace import FINISHED, WORK, remove
 
 
 def artifact_size(directory: Path, original_bytes: int) -> dict[str, Any]:
@@ -34,17 +34,24 @@ def largest_tensors(tensors: EncodedTensors, n: int = 3) -> str:
 
 
 def deliver(partial: Path, output: Path, report: dict[str, Any]) -> Path:
-    """Hashes into the report, report and page written, the artifact renamed, its working folder away; its directory."""
+    """Hashes into the report, report and page written, the artifact renamed, its working folder away; its directory.
+
+    Whenever the process ends, there is either the artifact with nothing else in it, or what `--resume` goes on from.
+    """
     report["sha256"] = {name: file_digest(partial / name) for name in sorted(report["size"]["files"])}
     (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
     write_page([partial], partial / PAGE, title=output.name)
     failed = failed_directory(output)
-    (partial / LOCK).unlink(missing_ok=True)
+    finished = partial / WORK / FINISHED
+    finished.mkdir()
+    for path in sorted(partial.iterdir()):
+        if path.name not in (WORK, LOCK):
+            path.rename(finished / path.name)
     if failed.exists():
         shutil.rmtree(failed)  # of an earlier attempt
     target = output if report["gates"]["passed"] else failed
     if target.exists():
         shutil.rmtree(target)
-    partial.rename(target)
-    shutil.rmtree(target / WORK)  # last: until the artifact stands, --resume needs it
+    finished.rename(target)  # at once, and complete
+    remove(partial)  # last: until the artifact stands, --resume needs what is in it
     return target

@@ -8,7 +8,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-from compressor.checkpoints.opening import locate, parse_arch
+from compressor.checkpoints.opening import locate, open_source, parse_arch
 from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.artifact import file_digest
 from compressor.manifest import Job
@@ -27,7 +27,10 @@ def fingerprint(job: Job) -> str:
     found = locate(job.model)
     arch = job.options[job.options.index("--arch") + 1] if "--arch" in job.options else None
     beside = parse_arch(arch)[0] or (found.path if found.path.is_dir() else found.path.parent)
-    model = [*found.files, *([found.config] if found.config else []), *find_tokenizer(beside)]
+    files = found.files
+    if files[0].suffix == ".onnx":  # which alone knows what other files its weights lie in
+        files = open_source(files, None, False).files
+    model = [*files, *([found.config] if found.config else []), *find_tokenizer(beside)]
     content = {
         "model": {path.name: file_digest(path) for path in model},
         "data": {path.name: file_digest(path) for each in job.inputs for path in _files(Path(each))},

@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,8 +36,8 @@ class Settings:
     entries: Mapping[str, str] = field(default_factory=dict)
     optimised: str | None = None
 
-    def open(self, path: str) -> onnxruntime.InferenceSession:
-        """The session, in this process."""
+    def open(self, path: str | bytes) -> onnxruntime.InferenceSession:
+        """The session of a file, or of a serialised graph, in this process."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if self.threads:
@@ -95,6 +95,42 @@ class SessionApart:
         if failure:
             raise RuntimeError(failure)
         return answer
+
+
+def filled(inputs: Mapping[str, Any], shapes: Mapping[str, Sequence[int | None]]) -> dict[str, Any]:
+    """The inputs of a language model's graph, what it asks for beside input_ids made up: no padding, nothing before.
+
+    Args:
+        shapes: Of the graph's inputs, by name; sizes that are free are None.
+    """
+    found = dict(inputs)
+    shape = np.shape(found.get("input_ids", ()))
+    if len(shape) != 2:
+        return found
+    found.setdefault("attention_mask", np.ones(shape, np.int64))
+    found.setdefault("token_type_ids", np.zeros(shape, np.int64))
+    found.setdefault("position_ids", np.broadcast_to(np.arange(shape[1]), shape))
+    for name, size in shapes.items():
+        if name.startswith("past_key_values.") and len(size) == 4 and size[1] and size[3]:
+            found.setdefault(name, np.zeros((shape[0], size[1], 0, size[3]), np.float32))
+    return found
+
+
+def in_pieces(
+    feed: Mapping[str, np.ndarray], size: int | None, run: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+) -> list[np.ndarray]:
+    """What `run` gives for each `size` rows of the inputs, joined; all at once where `size` is None or all there is.
+
+    For graphs that were exported for a fixed batch. The last piece is filled up with its own rows.
+    """
+    n = next((len(array) for array in feed.values() if array.ndim), 0)
+    if size is None or size < 1 or not n or n == size:
+        return run(dict(feed))
+    found = []
+    for start in range(0, n, size):
+        rows = (start + np.arange(size) % min(size, n - start)).astype(np.int64)
+        found.append(run({name: array[rows] if np.shape(array)[:1] == (n,) else array for name, array in feed.items()}))
+    return [np.concatenate(parts)[:n] if np.ndim(parts[0]) else parts[0] for parts in zip(*found, strict=True)]
 
 
 def open_inference(path: Path, settings: Settings, apart: bool) -> onnxruntime.InferenceSession | SessionApart:

@@ -53,7 +53,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     by_role: dict[str, int] = {}
     tensors = []
     for info in checkpoint.tensors.values():
-        role = role_of(info.name, info.shape, checkpoint.config)
+        role = info.role or role_of(info.name, info.shape, checkpoint.config)
         by_role[role] = by_role.get(role, 0) + info.nbytes
         tensors.append(
             {"name": info.name, "shape": list(info.shape), "encoding": f"{role} {info.dtype}", "bytes": info.nbytes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,20 @@ def export_original(checkpoint: Any, directory: Path, batches: list[Batch]) -> P
     return export_graph(checkpoint, tensors, offsets, directory, "default", False, batches)
 
 
-def bench_original(checkpoint: Any, beside: Path, batches: list[Batch]) -> dict[str, Any] | None:
-    """What `bench` says of the uncompressed artifact, None where it is too large; `beside` names the disk for it."""
+def bench_original(
+    checkpoint: Any, beside: Path, batches: list[Batch], shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Any] | None:
+    """What `bench` says of the uncompressed artifact, None where it is too large; `beside` names the disk for it.
+
+    An ONNX graph is measured as it is.
+    """
     if 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST:
         return None
+    if checkpoint.kind == "onnx":
+        return bench(checkpoint.path, shapes=shapes)
     scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=beside))
     try:
         export_original(checkpoint, scratch, batches)
-        return bench(scratch)
+        return bench(scratch, shapes=shapes)
     finally:
         shutil.rmtree(scratch)

@@ -382,8 +382,11 @@ def _speeds(partial: Path, options: RunOptions, checkpoint: Checkpoint, batches:
         return {}
     from compressor.evaluate.bench import bench
 
-    found = bench(partial)
-    return {"speed": found, "original_speed": bench_original(checkpoint, partial, batches) if batches else None}
+    shapes: dict[str, list[int]] = {}
+    if checkpoint.kind == "onnx" and batches and "input_ids" not in batches[0]:  # axes may be open that are not free
+        shapes = {name: [1, *tensor.shape[1:]] for name, tensor in batches[0].items() if tensor.dim()}
+    found = bench(partial, shapes=shapes) if shapes else bench(partial)
+    return {"speed": found, "original_speed": bench_original(checkpoint, partial, batches, shapes) if batches else None}
 
 
 def _held_against_gates(

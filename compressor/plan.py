@@ -116,6 +116,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         RecipeError: A pattern selects nothing, or no tensor would be encoded.
     """
     _refuse_idle_patterns(checkpoint, recipe)
+    if checkpoint.kind == "onnx":
+        _refuse_gradients(checkpoint, recipe)
     config = checkpoint.config or {}
     has_blocks = any(block_of(name) for name in checkpoint.tensors)
     tensors = tuple(_planned(info, config, recipe, format, has_blocks) for info in checkpoint.tensors.values())
@@ -142,9 +144,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
 
 
 def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: str, has_blocks: bool) -> PlannedTensor:
-    role = role_of(info.name, info.shape, config)
-    matrix = matrix_shape(info.name, info.shape, config)
-    transposed = is_transposed(info.name, config) and role == "linear"
+    role = info.role or role_of(info.name, info.shape, config)
+    matrix = info.shape[::-1] if info.transposed else matrix_shape(info.name, info.shape, config)
+    transposed = info.transposed or (is_transposed(info.name, config) and role == "linear")
     reason = _reason(info, role, recipe.smallest(role))
     depthwise = is_depthwise(info, role)
     chosen = Chosen() if reason else recipe.choose(info.name, matrix, role, depthwise)
@@ -172,6 +174,22 @@ def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: s
         info.name, info.shape, role, matrix, info.nbytes, spec, chosen.by, reason, transposed, chosen.method,
         chosen.prune,
     )  # fmt: skip
+
+
+def _refuse_gradients(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuses what an ONNX graph has no way to do: it computes forwards only."""
+    steps = [step for step in recipe.passes if step.settings.needs & {"gradients", "training"}]
+    why, advice = "", "give the network as a checkpoint"
+    if recipe.structure:
+        why = f"{recipe.structure[0].name} makes the network smaller"
+    elif steps:
+        why = f"{steps[0].name} needs gradients"
+    elif recipe.distill.steps or recipe.calibration.generated:
+        section = "distill.steps" if recipe.distill.steps else "calibration.generated"
+        why = f"{section} needs gradients" if recipe.distill.steps else f"{section} needs the network's own text"
+        advice = f"leave that out with --set {section}=0, or {advice}"
+    if why:
+        raise RecipeError(f"{recipe.name}: {why}, and {checkpoint.path} is an ONNX graph, run forwards only; {advice}")
 
 
 def _refuse_two_norms(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> None:

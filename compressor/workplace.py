@@ -1,6 +1,7 @@
 """The folder that an artifact grows in, `<output>.partial`: one run's at a time, resumable, and renamed at the end.
 
-`work` in it holds what is finished, and `run.json` whose it is. Everything else in it is made again on `--resume`.
+`work` in it holds what is finished, and `run.json` whose it is. Everything else in it is made again on `--resume`. At
+the end the artifact is gathered in `work/finished`, which then gets its name at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from compressor.encode import Work
 from compressor.recipe import Recipe
 from compressor.samples import Samples
 
-WORK = "work"
+WORK, FINISHED, NOTE = "work", "finished", "run.json"
 
 
 @contextlib.contextmanager
@@ -59,20 +60,33 @@ def open_work(partial: Path, recipe: Recipe, checkpoint: Checkpoint, samples: Sa
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "target": [options.target_size, options.max_loss],
     }  # fmt: skip
-    note = partial / WORK / "run.json"
+    note = partial / WORK / NOTE
     text = json.dumps(identity, sort_keys=True)
     found = [path for path in partial.iterdir() if path.name != LOCK]
     if options.resume and not note.exists():
         raise UsageError(f"{partial}: no interrupted run to resume; leave --resume out")
     if options.resume and note.read_text() != text:
         raise UsageError(f"{partial}: belongs to another run (model, recipe, seed or data differ); leave --resume out")
-    if found and not note.exists():
+    if any(not _is_empty(path) for path in found) and not note.exists():
         raise UsageError(f"{partial}: is in the way and not ours; move it, or give another directory with -o")
     for path in found:
         if path.name != WORK or not options.resume:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     note.parent.mkdir(exist_ok=True)
+    shutil.rmtree(note.parent / FINISHED, ignore_errors=True)  # of a delivery that did not come to its end
     fresh = note.with_suffix(".fresh")
     fresh.write_text(text)
     os.replace(fresh, note)  # whole or not at all, whenever the process ends
     return Work(note.parent, options.seed)
+
+
+def remove(partial: Path) -> None:
+    """Takes the folder away. The note goes late: what is left, should the process end meanwhile, is known for ours."""
+    for path in (partial / WORK).iterdir():
+        if path.name != NOTE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(partial)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.name == WORK and path.is_dir() and not any(path.iterdir())

@@ -25,7 +25,7 @@ from material import model_dir
 from measured import cached, read_results, write_results
 
 from compressor.core.options import RunOptions
-from compressor.judge import came_true
+from compressor.gates import came_true
 from compressor.losses import Kind
 from compressor.pipeline import run
 from compressor.progress import make_progress

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_batch import batch_table
 from bench_gradients import gradients_table
 from bench_layers import layers_table
 from bench_loading import loading_table
 from bench_memory import memory_table
 from bench_once import once_table
+from bench_onnx import onnx_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
@@ -26,6 +28,7 @@ from bench_speed import speed_table
 from bench_tables import tables_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
+from check_kills import kills_table
 from fuzz import fuzz_table
 from measured import ROOT, markdown, number, read_results
 
@@ -35,7 +38,7 @@ from compressor.recipe_file import shipped_recipes
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/passes/hesso.md", "docs/passes/oto.md", "docs/runtime.md",
-    "docs/design.md", "docs/ci.md",
+    "docs/design.md", "docs/ci.md", "docs/onnx.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
@@ -47,6 +50,8 @@ COMMANDS = {
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
     "once": "scripts/bench_once.py",
     "fuzz": "scripts/fuzz.py",
+    "batch": "scripts/bench_batch.py",
+    "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
 }  # fmt: skip
 LLAMA_CPP = (
     ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
@@ -112,6 +117,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tables": lambda: measured_table("tables", tables_table),
     "once": lambda: measured_table("once", once_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
+    "kills": lambda: measured_table("kills", kills_table),
+    "batch": lambda: measured_table("batch", batch_table),
+    "onnx": lambda: measured_table("onnx", onnx_table),
 }
 
 

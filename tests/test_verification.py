@@ -14,9 +14,10 @@ import compressor.evaluate.bench
 import compressor.pipeline
 from compressor.core.artifact import Artifact
 from compressor.core.options import RunOptions
+from compressor.core.roles import folded
 from compressor.pipeline import run
 from compressor.report.difference import compare
-from compressor.report.facts import siblings, stored_tensors
+from compressor.report.facts import StoredTensor, siblings, stored_tensors
 from compressor.report.page import write_page
 from compressor.verification import failures, verify
 from tests import pico
@@ -137,3 +138,14 @@ def test_names_in_the_page_are_escaped(four, tmp_path):
     assert "<script" not in page
 
     assert "<i>" not in page
+
+
+def test_layers_of_graphs_are_joined_by_their_numbers():
+    """`layer_0` of an ONNX graph is a block as `layer.0` is; a layer that only has a number in its name is none."""
+    names = ("encoder.layer_0.query.weight", "encoder.layer_11.query.weight", "fc_2.weight", "model.layers.3.up.weight")
+    found = [StoredTensor(name, (4, 4), "dense", 64, 64.0, None) for name in names]
+    assert [tensor.layer for tensor in found] == ["encoder.layer_0", "encoder.layer_11", "fc_2", "model.layers.3"]
+    assert [tensor.kind for tensor in found] == ["query", "query", "fc_2", "up"]
+    assert [folded(name) for name in names] == [
+        "encoder.layer_*.query.weight", "encoder.layer_*.query.weight", "fc_2.weight", "model.layers.*.up.weight",
+    ]  # fmt: skip

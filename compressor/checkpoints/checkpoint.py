@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ class Checkpoint:
 
     def _info(self, name: str) -> TensorInfo:
         info = self.source.tensors[self._stored[name]]
-        return TensorInfo(name, info.shape, info.dtype, info.nbytes)
+        return replace(info, name=name)
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import torch
 
+from compressor.checkpoints.archive import opened_archive
 from compressor.checkpoints.source import refuse_empty
-from compressor.checkpoints.state_dict import READ_ERRORS, StateDictSource, find_shared, find_state_dict
+from compressor.checkpoints.state_dict import StateDictSource, find_shared, find_state_dict
 from compressor.checkpoints.state_dict import _info as tensor_info
 from compressor.core.errors import CheckpointError
-
-UNREADABLE = (*READ_ERRORS, ImportError, zipfile.BadZipFile)
 
 
 def open_exported(path: Path, *, trust_pickle: bool) -> StateDictSource:
@@ -25,11 +23,17 @@ def open_exported(path: Path, *, trust_pickle: bool) -> StateDictSource:
             "--arch"
         )
     try:
+        with opened_archive(path):  # its index, before anything is unpacked
+            pass
         program = torch.export.load(path)
-    except UNREADABLE as error:
-        raise CheckpointError(f"{path}: is not a readable exported program; {error}; export it again") from error
+        module = program.module()
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a damaged file makes torch's reader and its unpickler do is without bounds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: is not a readable exported program; {reason}; export it again") from error
     tensors = find_state_dict(path, dict(program.state_dict))
     infos = {name: tensor_info(path, name, tensor) for name, tensor in tensors.items()}
     homes = dict.fromkeys(tensors, path)
     shared = find_shared(tensors, homes)
-    return StateDictSource("pt2", [path], infos, shared, program.module(), homes, tensors)
+    return StateDictSource("pt2", [path], infos, shared, module, homes, tensors)

@@ -16,7 +16,7 @@ from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.errors import CheckpointError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".th")
-SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".gguf", ".pt2")
+SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".gguf", ".pt2", ".onnx")
 INDEXED = ("model.safetensors", "pytorch_model.bin")
 # Files of the Trainer and of adapters that lie beside weights and are none.
 NO_WEIGHTS = (
@@ -67,6 +67,7 @@ def weight_files(directory: Path) -> list[Path]:
         if (directory / f"{name}.index.json").is_file():
             return indexed_files(directory / f"{name}.index.json")
     found = [path for path in sorted(directory.iterdir()) if path.suffix in SUFFIXES and path.name not in NO_WEIGHTS]
+    found = [path for path in found if path.suffix != ".onnx"] or found  # an export beside what it was made from
     if len(found) == 1:
         return found
     if not found:
@@ -98,6 +99,8 @@ def indexed_files(index: Path) -> list[Path]:
 def open_located(found: Location, *, arch: str | None, trust_pickle: bool) -> Checkpoint:
     """Open the weights, and put config, tokenizer and architecture with them."""
     folder, reference = parse_arch(arch)
+    if found.files[0].suffix == ".onnx":
+        return _open_onnx(found, folder or found.files[0].parent, reference)
     config_file = folder / "config.json" if folder else (None if reference else found.config)
     config = read_config(config_file) if config_file else None
     gguf = found.files[0].suffix == ".gguf"
@@ -115,6 +118,27 @@ def open_located(found: Location, *, arch: str | None, trust_pickle: bool) -> Ch
     return Checkpoint(found.path, source, architecture, config=config, tokenizer_files=tokenizer_files)
 
 
+def _open_onnx(found: Location, beside: Path, reference: str | None) -> Checkpoint:
+    """A graph is its own architecture; a folder gives the tokenizer of a language model."""
+    from compressor.checkpoints.onnx_file import OnnxSource
+    from compressor.checkpoints.onnx_kind import onnx_architecture
+
+    if reference is not None:
+        raise CheckpointError(
+            f"--arch {reference}: {found.path} is an ONNX graph, which is a network by itself; leave --arch out, or "
+            "give a folder with its tokenizer"
+        )
+    source = open_source(found.files, None, False)
+    assert isinstance(source, OnnxSource)
+    tokenizer_files = find_tokenizer(beside)
+    architecture = onnx_architecture(source, bool(tokenizer_files))
+    config = beside / "config.json"
+    if architecture.family == "decoder" and config.is_file():
+        read_json(config)  # onnxruntime's sessions read it beside the artifact
+        tokenizer_files.append(config)
+    return Checkpoint(found.path, source, architecture, tokenizer_files=tokenizer_files)
+
+
 def open_source(files: list[Path], config: dict[str, Any] | None, trust_pickle: bool) -> Source:
     """The reader for a kind of file; each is imported on its first use."""
     suffix = files[0].suffix
@@ -126,6 +150,10 @@ def open_source(files: list[Path], config: dict[str, Any] | None, trust_pickle: 
         from compressor.checkpoints.gguf_file import GgufSource
 
         return GgufSource.open(files[0], config)
+    if suffix == ".onnx":
+        from compressor.checkpoints.onnx_file import OnnxSource
+
+        return OnnxSource.open(files[0])
     if suffix == ".pt2":
         from compressor.checkpoints.exported import open_exported
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CheckpointError
+from compressor.core.passes import Role
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: `dtype` in safetensors' spelling ("F32"), or the GGUF type ("Q4_1")."""
+    """One tensor of a file: `dtype` in safetensors' spelling ("F32"), or the GGUF type ("Q4_1").
+
+    Where the file itself says what a tensor is for, `role` does, and `transposed` whether a matrix is stored
+    (inputs, outputs); elsewhere names and shapes tell.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    role: Role | None = None
+    transposed: bool = False
 
     @property
     def numel(self) -> int:

@@ -49,5 +49,8 @@ def block_of(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """The name with a star for each number in it, which alike tensors of all blocks share."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    """The name with a star for each number of a block in it, which alike tensors of all blocks share.
+
+    Blocks of an ONNX graph are called `layer_0`, and not `layer.0`: only what has more below it is one.
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)|(?<=_)\d+(?=\.[^.]+\.)", "*", name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from compressor.core.passes import Need, Pass, Role
 from compressor.core.spec import AffineSpec, CodebookSpec, Group, Spec
@@ -33,6 +33,11 @@ def uniform_ladder(step: Any) -> tuple[Any, ...]:
     """A pass with fields `bits` and `group` at every width, and in the usual groups beside its own."""
     groups = (step.group,) if step.group == "row" else sorted({step.group, *GROUPS})
     return tuple(step.model_copy(update={"bits": bits, "group": group}) for bits in WIDTHS for group in groups)
+
+
+def _listed(value: Any) -> Any:
+    """A list as YAML has it; plans are compared, and settings hashed, so that it is a tuple here."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def whole_share(n: int, share: float) -> int:
@@ -194,7 +199,9 @@ https://arxiv.org/abs/2004.10568"
     start: Literal["nearest", "feedback"] = "feedback"
     unit: Literal["layer", "block"] = "layer"
     grid: Literal["uniform", "codebook"] = "uniform"
-    learn: Annotated[list[Literal["rounding", "scale", "zero"]], Field(min_length=1)] = Field(["rounding"])
+    learn: Annotated[
+        tuple[Literal["rounding", "scale", "zero"], ...], BeforeValidator(_listed), Field(min_length=1)
+    ] = ("rounding",)
     optimizer: Literal["adam", "signsgd", "descent"] = "descent"
     steps: Steps = 4
     rate: Rate | None = None

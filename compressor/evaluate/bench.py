@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.core.artifact import NOT_NEEDED
+from compressor.core.artifact import NOT_NEEDED, Artifact, is_artifact
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.session import graph_path
 from compressor.inference import process_of
@@ -28,6 +29,7 @@ def bench(
     new: int = 64,
     prefill: int = 512,
     repeats: int = 3,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Measures an artifact in a fresh process.
 
@@ -36,6 +38,7 @@ def bench(
         prompt, new: Tokens given and tokens generated for `decode_tokens_per_second` (the prompt's time left out).
         prefill: Tokens given at once for `prefill_tokens_per_second`.
         repeats: Of which the median counts.
+        shapes: Of the inputs, by name, where sizes are open; of an artifact those that it was measured with before.
 
     Returns:
         `kind`, `threads`, `load_seconds`, `load_cpu_seconds`, `memory` (bytes: start, loaded, peak_private,
@@ -45,7 +48,9 @@ def bench(
         CheckpointError: The artifact cannot be opened or run.
     """
     graph = graph_path(Path(directory))
+    shapes = dict(shapes or _shapes_before(graph.parent))
     settings = {
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
         "path": str(graph), "threads": threads, "prompt": prompt, "new": new, "prefill": prefill, "repeats": repeats,
     }  # fmt: skip
     command, environment = process_of("compressor.evaluate.bench_process")
@@ -65,6 +70,13 @@ def bench(
     found = json.loads(output)
     found["memory"]["peak_private"] = max(peak, found["memory"]["loaded"]["private"] or 0) or None
     return found
+
+
+def _shapes_before(directory: Path) -> dict[str, Any]:
+    """The inputs' shapes that an artifact's report holds."""
+    if not is_artifact(directory):
+        return {}
+    return (Artifact.open(directory).report.get("speed") or {}).get("input_shapes") or {}
 
 
 def memory(pid: int | str = "self") -> dict[str, int | None]:

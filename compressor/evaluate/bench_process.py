@@ -32,7 +32,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         kind, speed = "decoder", decoder_speed(session, settings)
     else:
         kind = "encoder" if "input_ids" in session.inputs else "module"
-        inputs = inputs_for(session)
+        inputs = inputs_for(session, settings["shapes"])
         speed = {
             "latency_seconds": seconds(lambda: session.run(inputs), settings["repeats"]),
             "input_shapes": {name: list(array.shape) for name, array in inputs.items()},
@@ -88,15 +88,22 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def inputs_for(session: ModuleSession) -> dict[str, np.ndarray]:
-    """One example of random values; ones for token masks, tokens below the vocabulary's size."""
+def inputs_for(session: ModuleSession, shapes: dict[str, list[int]] | None = None) -> dict[str, np.ndarray]:
+    """One example of random values; ones for token masks, tokens below the vocabulary's size.
+
+    Open axes are as in `shapes`, where the input is there, or is the only one.
+    """
     generator = np.random.default_rng(0)
     inputs = {}
     for name, entry in session.inputs.items():
         dtype = np.dtype(DTYPES[entry.type])
         open_axis = PIXELS if len(entry.shape) == 4 else positions(session, SEQUENCE)
+        known = (shapes or {}).get(name) or []
+        if shapes and len(shapes) == len(session.inputs) == 1:
+            known = next(iter(shapes.values()))
+        fits = len(known) == len(entry.shape)
         shape = [
-            length if isinstance(length, int) else (1 if axis == 0 else open_axis)
+            length if isinstance(length, int) else known[axis] if fits else (1 if axis == 0 else open_axis)
             for axis, length in enumerate(entry.shape)
         ]
         if dtype.kind == "f":

@@ -1,7 +1,7 @@
 """The original network, run block by block: one block's weights in memory at a time, in float32.
 
 Hidden states of all batches are kept between blocks; what lies outside of blocks (tables, norms, head) stays in memory
-while it is used. A network without repeated blocks is run whole.
+while it is used. A network without repeated blocks is run whole. An ONNX graph is run in onnxruntime, as it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.evaluate.session import first_output, open_session
 from compressor.streaming import Network, as_batch
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ def original_outputs(checkpoint: Checkpoint, batches: Iterable[dict[str, np.ndar
     Args:
         batches: Arguments of its forward by name. A single one, unless it is input_ids, is given by position.
     """
+    if checkpoint.kind == "onnx":
+        session = open_session(checkpoint.path, apart=True)
+        yield from (first_output(session, batch) for batch in batches)
+        return
     calls = [as_batch(batch) for batch in batches]
     network = Network(checkpoint, fast=False)
     for name, _, _ in network.sweep(calls):

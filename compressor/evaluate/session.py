@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 
 from compressor.core.errors import CheckpointError
-from compressor.inference import Settings, open_inference
+from compressor.inference import Settings, filled, in_pieces, open_inference
 
 GRAPH = "model.onnx"
 DTYPES = {
@@ -56,7 +56,9 @@ class ModuleSession:
             )
         feed = {name: np.asarray(inputs[name], dtype=DTYPES[entry.type]) for name, entry in self.inputs.items()}
         names = list(outputs or self.outputs)
-        return dict(zip(names, self.session.run(names, feed), strict=True))
+        first = next((entry.shape for entry in self.inputs.values()), None)
+        fixed = first[0] if first and isinstance(first[0], int) else None
+        return dict(zip(names, in_pieces(feed, fixed, lambda part: self.session.run(names, part)), strict=True))
 
 
 class EncoderSession(ModuleSession):
@@ -64,13 +66,7 @@ class EncoderSession(ModuleSession):
 
     def run(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """As any graph, from input_ids alone if need be."""
-        filled = dict(inputs)
-        shape = np.shape(filled.get("input_ids", ()))
-        if len(shape) == 2:
-            filled.setdefault("attention_mask", np.ones(shape, np.int64))
-            filled.setdefault("token_type_ids", np.zeros(shape, np.int64))
-            filled.setdefault("position_ids", np.broadcast_to(np.arange(shape[1]), shape))
-        return super().run(filled, outputs)
+        return super().run(filled(inputs, {}), outputs)
 
     def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """The first output, float32: hidden states (batch, n, width), or logits."""
@@ -164,6 +160,15 @@ def open_session(
     if any(name.startswith("past_key_values.") for name in inputs):
         kind = DecoderSession
     return kind(path, opened=opened)
+
+
+def first_output(session: ModuleSession, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """What the network is judged by: logits of a decoder, hidden states of an encoder, else the first output."""
+    if isinstance(session, DecoderSession):
+        return session.logits(inputs["input_ids"])
+    if isinstance(session, EncoderSession):
+        return session.hidden(inputs)
+    return session.run(inputs, session.outputs[:1])[session.outputs[0]]
 
 
 def graph_path(path: Path) -> Path:

@@ -14,11 +14,12 @@ CONTRIBUTED = "com.microsoft"
 class GraphBuilder:
     """Adds nodes to `graph`: at its end, or before the node `before` (settable) when a graph is rewritten.
 
-    Equal constants become one initialiser. When nodes were added out of order, call `graph.sort()` at the end.
+    Equal constants become one initialiser. When nodes were added out of order, call `graph.sort()` at the end. `stem`
+    begins the names that it makes up.
     """
 
-    def __init__(self, graph: ir.Graph, before: ir.Node | None = None) -> None:
-        self.graph, self.before = graph, before
+    def __init__(self, graph: ir.Graph, before: ir.Node | None = None, stem: str = "") -> None:
+        self.graph, self.before, self.stem = graph, before, stem
         self._constants: dict[tuple, ir.Value] = {}
         self._external: dict[str, ir.Value] = {}
         self._made: dict[Hashable, ir.Value] = {}
@@ -41,7 +42,7 @@ class GraphBuilder:
     ) -> list[ir.Value]:
         """All outputs of a new node; the values are called `name`, `name.1`, …"""
         self._n_values += 1
-        stem = name or f"{op_type}_{self._n_values}"
+        stem = name or f"{self.stem}{op_type}_{self._n_values}"
         values = [ir.Value(name=stem if i == 0 else f"{stem}.{i}") for i in range(outputs)]
         node = ir.node(op_type, list(inputs), attributes, domain=domain, outputs=values, name=f"node_{stem}")
         if self.before is None:
@@ -75,7 +76,7 @@ class GraphBuilder:
             values = values.reshape(())
         key = (values.dtype.str, values.shape, values.tobytes())
         if key not in self._constants:
-            name = f"constant_{len(self._constants)}"
+            name = f"{self.stem}constant_{len(self._constants)}"
             self._constants[key] = self.initializer(ir.Tensor(values, name=name))
         return self._constants[key]
 

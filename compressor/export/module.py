@@ -25,15 +25,10 @@ from torch import Tensor, nn
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.errors import ExportError
 from compressor.core.tensors import EncodedTensors
-from compressor.export.builder import CONTRIBUTED, GraphBuilder
-from compressor.export.int8_operations import int8_operations, observed
-from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, Mode
-from compressor.export.ranges import Range, output_ranges
-from compressor.export.static_int8 import StaticInt8
-from compressor.export.substitution import Substitution
+from compressor.export.lowering import IR_VERSIONS, OPSETS, Mode
+from compressor.export.rewriting import Rewriting
 
 MODEL_FILE = "model.onnx"
-OBSERVED_FILE = "model.observed.onnx"
 PREFIX = "network."
 TRACED_OPSET = 21
 
@@ -67,55 +62,8 @@ def export_module(
     _free_weights(model.graph, shell.network, empty, tensors, path)
     model = onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
     _name_ends(model.graph, inputs, notes[-1])
-    ranges = _ranges(model.clone(), tensors, offsets, out_dir, calibration) if calibration else []
-    lowering = Lowering(tensors, offsets, GraphBuilder(model.graph), mode, exact, out_dir)
-    if calibration:
-        StaticInt8(lowering, int8_operations(model.graph, _describe(tensors)), ranges).rewrite()
-    return _written(model, lowering, mode, path)
-
-
-def _ranges(
-    model: ir.Model, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], out_dir: Path,
-    calibration: Sequence[Mapping[str, Tensor]],
-) -> list[Range]:  # fmt: skip
-    """The ranges that int8 operations of the traced network need, from the same graph on floats."""
-    values = observed(int8_operations(model.graph, _describe(tensors)))
-    if not values:
-        raise ExportError(f"{out_dir}: no convolution is stored as int8; activations: static_int8 needs some")
-    names = [f"observed.{i}" for i in range(len(values))]
-    builder = GraphBuilder(model.graph)
-    for name, value in zip(names, values, strict=True):
-        seen = builder.op("Identity", value, name=name)
-        seen.type = ir.TensorType(ir.DataType.FLOAT)
-        model.graph.outputs.append(seen)
-    path = out_dir / OBSERVED_FILE
-    try:
-        _written(model, Lowering(tensors, offsets, builder, "default", True, out_dir), "default", path)
-        return output_ranges(path, calibration, names)
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _describe(tensors: EncodedTensors) -> Callable[[ir.Value | None], dict[str, Any] | None]:
-    def describe(value: ir.Value | None) -> dict[str, Any] | None:
-        name = None if value is None else value.metadata_props.get("tensor")
-        return None if name is None else tensors.describe(name)
-
-    return describe
-
-
-def _written(model: ir.Model, lowering: Lowering, mode: Mode, path: Path) -> Path:
-    """Lowers what still uses weights, and saves the graph."""
-    names = [output.name for output in model.graph.outputs]
-    model.graph.opset_imports.update({"": OPSETS[mode], CONTRIBUTED: 1})
-    weights = [value for value in model.graph.inputs if "tensor" in value.metadata_props]
-    Substitution(model.graph, lowering).substitute(weights)
-    for output, name in zip(model.graph.outputs, names, strict=True):
-        output.name = name
-    lowering.close()
-    _finish(model, mode)
-    ir.save(model, path)
-    return path
+    writing = Rewriting(tensors, offsets, out_dir, mode, exact, lambda found: _finish(found, mode))
+    return writing.write(model, path, calibration)
 
 
 def encoder_example(config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -280,6 +228,7 @@ def _renamed(dimension: int | ir.SymbolicDim | None, symbols: Mapping[str, str])
 
 def _finish(model: ir.Model, mode: Mode) -> None:
     """Drops what nobody uses, and torch's notes about its source files."""
+    model.graph.opset_imports[""] = OPSETS[mode]
     RemoveUnusedNodesPass()(model)
     model.graph.sort()
     if mode == "standard":

@@ -14,6 +14,8 @@ import numpy as np
 import onnxruntime
 from torch import Tensor
 
+from compressor.inference import in_pieces
+
 CLIPPED = 1e-4
 """Share of an example's values that is cut off at either end."""
 
@@ -25,9 +27,12 @@ def output_ranges(graph: Path, batches: Iterable[Mapping[str, Tensor]], outputs:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    first = session.get_inputs()[0]
+    fixed = first.shape[0] if first.shape and isinstance(first.shape[0], int) else None
     total, count = np.zeros((len(outputs), 2)), 0
-    for inputs in _examples(batches):
-        total += [example_range(values) for values in session.run(outputs, inputs)]
+    for inputs in _examples(batches, first.name):
+        found = in_pieces(inputs, fixed, lambda part: session.run(outputs, part))
+        total += [example_range(values) for values in found]
         count += 1
     return [(float(low), float(high)) for low, high in total / max(count, 1)]
 
@@ -40,9 +45,9 @@ def example_range(values: np.ndarray, clipped: float = CLIPPED) -> Range:
     return float(ordered[rank]), float(ordered[flat.size - 1 - rank])
 
 
-def _examples(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, np.ndarray]]:
-    """One at a time: every activation of the network is held at once."""
+def _examples(batches: Iterable[Mapping[str, Tensor]], first: str) -> Iterator[dict[str, np.ndarray]]:
+    """One at a time: every activation of the network is held at once. `first` names the input that has no name."""
     for batch in batches:
-        arrays = {name or "input": tensor.numpy() for name, tensor in batch.items()}
+        arrays = {name or first: tensor.numpy() for name, tensor in batch.items()}
         for i in range(min(len(array) for array in arrays.values() if array.ndim)):
             yield {name: array[i : i + 1] if array.ndim else array for name, array in arrays.items()}

@@ -17,10 +17,16 @@ def export_graph(
     checkpoint: Any, tensors: EncodedTensors, offsets: dict[str, tuple[int, int]], directory: Path, mode: Mode,
     exact: bool, batches: list[dict[str, Tensor]], static: bool = False,
 ) -> Path:  # fmt: skip
-    """`directory`/model.onnx, over the packed weights beside it: a decoder with its cache, or the module as it is.
+    """`directory`/model.onnx, over the packed weights beside it: a decoder with its cache, the module as it
+    is, or the ONNX graph that it came from.
 
     `static`: the module's convolutions compute on int8 activations in the ranges of `batches`.
     """
+    if checkpoint.kind == "onnx":
+        from compressor.export.onnx_graph import export_onnx
+
+        calibration = batches if static else []
+        return export_onnx(checkpoint.source, tensors, offsets, directory, mode, exact, calibration)
     config = checkpoint.config
     if checkpoint.family == "decoder" and config is not None and decoder_refusal(config) is None:
         from compressor.export.genai import write_genai_config

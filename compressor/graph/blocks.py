@@ -19,6 +19,23 @@ from compressor.core.encoding import Layout
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+class InputsFirst(nn.Module):
+    """x @ W + b for W (inputs, outputs), as ONNX's MatMul and GPT-2's Conv1D store it."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = True, device: str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out, device=device))
+        self.bias = nn.Parameter(torch.empty(n_out, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = x @ self.weight
+        return product if self.bias is None else product + self.bias
+
+
+def _is_inputs_first(module: nn.Module) -> bool:
+    return isinstance(module, InputsFirst) or type(module).__name__ == "Conv1D"
+
+
 def block_names(module: nn.Module) -> list[str]:
     """Names of the blocks in execution order; [""] where the network is one block."""
     best: tuple[int, list[str]] = (0, [])
@@ -40,7 +57,7 @@ def layout_of(module: nn.Module) -> Layout | None:
         return None
     if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)):
         return Layout(tuple(weight.shape))
-    if type(module).__name__ == "Conv1D":  # GPT-2's linear, stored (inputs, outputs)
+    if _is_inputs_first(module):
         return Layout(tuple(weight.shape), transposed=True)
     return None
 
@@ -94,7 +111,7 @@ def unfolds(module: nn.Module) -> bool:
     Not so of grouped convolutions, which have a matrix per group, of transposed and three-dimensional ones, and of
     embeddings.
     """
-    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or type(module).__name__ == "Conv1D"
+    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or _is_inputs_first(module)
     return plain and getattr(module, "groups", 1) == 1
 
 

@@ -37,7 +37,7 @@ def bars(rows: Sequence[Bar]) -> str:
     drawn = []
     for i, row in enumerate(rows):
         y, x = i * ROW, float(LABEL)
-        drawn.append(f'<text class="label" x="{LABEL - 8}" y="{y + 15}">{escape(_shortened(row.label, 28))}</text>')
+        drawn.append(f'<text class="label" x="{LABEL - 8}" y="{y + 15}">{escape(shortened(row.label, 24))}</text>')
         if row.before:
             width = max(row.before * scale, 1)
             drawn.append(f'<rect class="before" x="{x:.1f}" y="{y + 4}" width="{width:.1f}" height="14" rx="2"/>')
@@ -101,7 +101,7 @@ def dots(points: Sequence[Point], x: Axis, y: Axis, x_ticks: Sequence[tuple[floa
         if point.label:
             right = at_x > WIDTH * 0.7
             side, shift = ("label", -11) if right else ("beside", 11)
-            text = escape(_shortened(point.label, 40))
+            text = escape(shortened(point.label, 40))
             drawn.append(f'<text class="{side}" x="{at_x + shift:.1f}" y="{at_y + 4:.1f}">{text}</text>')
     return _svg(HEIGHT, drawn, "dots")
 
@@ -119,7 +119,8 @@ def colour(index: int) -> str:
 
 
 def _svg(height: int, drawn: Sequence[str], kind: str) -> str:
-    return f'<svg class="{kind}" viewBox="0 0 {WIDTH} {height}" role="img">{"".join(drawn)}</svg>'
+    picture = f'<svg class="{kind}" viewBox="0 0 {WIDTH} {height}" role="img">{"".join(drawn)}</svg>'
+    return f'<div class="scroll">{picture}</div>'
 
 
 def _scale(
@@ -155,5 +156,6 @@ def _powers(low: float, high: float) -> list[float]:
     return [value for value in all_of if low <= math.log10(value) <= high]
 
 
-def _shortened(text: str, n: int) -> str:
+def shortened(text: str, n: int) -> str:
+    """The end of a text, which is what names differ in."""
     return text if len(text) <= n else "…" + text[-n + 1 :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from compressor.core.roles import block_of, folded
 
 MOST_LAYERS = 48
 TABLES = "outside of layers"
+_NUMBERED = re.compile(r"^(.*?_\d+)\.[^.]+\.")
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,22 @@ class StoredTensor:
     @property
     def layer(self) -> str:
         """The repeated block, or for what is in none the name's first parts."""
-        return block_of(self.name) or ".".join(self.name.split(".")[:-1]) or self.name
+        return self.block or ".".join(self.name.split(".")[:-1]) or self.name
+
+    @property
+    def block(self) -> str:
+        """`model.layers.0`, or as ONNX graphs have it `encoder.layer_0`; empty outside of blocks."""
+        numbered = _NUMBERED.match(self.name)
+        return block_of(self.name) or (numbered.group(1) if numbered else "")
 
     @property
     def kind(self) -> str:
         """What alike tensors of all layers have in common."""
-        return folded(self.name.removeprefix(f"{block_of(self.name)}.")).removesuffix(".weight")
+        return folded(self.name.removeprefix(f"{self.block}.")).removesuffix(".weight")
+
+    @property
+    def is_dense(self) -> bool:
+        return self.encoding.startswith("dense")
 
 
 @dataclass(frozen=True)

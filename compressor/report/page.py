@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -12,10 +13,13 @@ import yaml
 from compressor.core.artifact import Artifact
 from compressor.core.quantities import duration, size
 from compressor.report import facts
-from compressor.report.charts import Axis, Bar, Point, bars, colour, dots, legend
+from compressor.report.charts import Axis, Bar, Point, bars, colour, dots, legend, shortened
 
 STYLE = Path(__file__).parent / "style.css"
 MOST_ROWS = 12
+TICK_CHARACTERS = 84
+"""That fit side by side below a picture."""
+_NUMBER = re.compile(r"^[a-z_]*?_(\d[\d_]*)$")
 
 
 def write_page(directories: Sequence[Path], target: Path, title: str = "") -> None:
@@ -111,7 +115,7 @@ def _bytes(tensors: Sequence[facts.StoredTensor]) -> str:
 
 
 def _errors(tensors: Sequence[facts.StoredTensor]) -> str:
-    known = [tensor for tensor in tensors if tensor.error is not None]
+    known = [tensor for tensor in tensors if tensor.error is not None and not tensor.is_dense]
     if not known:
         return ""
     layers = list(dict.fromkeys(tensor.layer for tensor in known))
@@ -128,10 +132,13 @@ def _errors(tensors: Sequence[facts.StoredTensor]) -> str:
         for t in known if t.error is not None
     ]  # fmt: skip
     every = max(1, -(-len(layers) // 16))
-    shown = [(i, layer.rpartition(".")[2]) for i, layer in enumerate(layers)]
-    if not by_layer and len(layers) > 8:
-        shown = [(i, text) for i, text in shown if text.isdigit()]  # the names of tables are wide
-    ticks = [(float(i), str(i + 1) if by_layer else text) for i, text in shown[::every]]
+    shown = [(i, _NUMBER.sub(r"\1", layer.rpartition(".")[2])) for i, layer in enumerate(layers)]
+    if not by_layer:  # beside numbers the names of tables are wide
+        shown = [(i, text) for i, text in shown if text[:1].isdigit()] or shown
+    if len(layers) > 8 and not shown[0][1][:1].isdigit():
+        shown = [(i, str(i + 1)) for i, _ in shown]
+    room = TICK_CHARACTERS // max(1, min(len(layers), 16))
+    ticks = [(float(i), str(i + 1) if by_layer else shortened(text, room)) for i, text in shown[::every]]
     plot = dots(points, Axis("layer, in the order of the file", str), Axis("‖W − Ŵ‖ / ‖W‖", "{:g}".format, zero=True),
                 ticks)  # fmt: skip
     names = [] if by_layer else [(colours[kind], kind) for kind in kinds[:7]]
@@ -139,7 +146,7 @@ def _errors(tensors: Sequence[facts.StoredTensor]) -> str:
     worst = max(known, key=lambda tensor: tensor.error or 0)
     return (
         f"<h2>Error per layer</h2>\n{legend(names)}{plot}"
-        f'<p class="soft">Relative error of each tensor that is not stored as it was; the largest is '
+        f'<p class="soft">Relative error of each tensor that is encoded; the largest is '
         f"{escape(worst.name)} with {worst.error:.3f}. How much an error matters differs from tensor to tensor: the "
         "loss above is what all of them do together.</p>"
     )
@@ -176,8 +183,12 @@ def _stages(report: dict[str, Any]) -> str:
         bars(rows),
     ]
     if peaks:
-        memory = [Bar(name, ((peak, "c2", f"{name}: {size(peak)}"),), 0, size(peak)) for name, peak in peaks.items()]
-        parts += [legend([("c2", "largest resident memory of the run so far, at the end of each stage")]), bars(memory)]
+        highest, rising = 0, {}
+        for name, peak in peaks.items():
+            if peak > 1.01 * highest:  # later stages that take less do not show in a process's peak
+                highest = rising[name] = peak
+        memory = [Bar(name, ((peak, "c2", f"{name}: {size(peak)}"),), 0, size(peak)) for name, peak in rising.items()]
+        parts += [legend([("c2", "largest resident memory, where a stage raised it")]), bars(memory)]
     return "\n".join(parts)
 
 
@@ -189,7 +200,7 @@ def _kinds(tensors: Sequence[facts.StoredTensor]) -> str:
     ordered = sorted(groups.items(), key=lambda item: -sum(t.bytes for t in item[1]))
     rows = []
     for (kind, encoding), members in ordered[:MOST_ROWS]:
-        known = [t.error for t in members if t.error is not None]
+        known = [t.error for t in members if t.error is not None and not t.is_dense]
         mean = f"{sum(known) / len(known):.3f}" if known else ""
         shapes = {"×".join(map(str, t.shape)) for t in members}
         shape = shapes.pop() if len(shapes) == 1 else ""
@@ -227,4 +238,5 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequenc
 
     head = f"<tr>{cells('th', heads)}</tr>" if heads else ""
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{head}{body}</table></div>'
+    wide = ' class="wide"' if heads else ""
+    return f'<div class="scroll"><table{wide}>{head}{body}</table></div>'

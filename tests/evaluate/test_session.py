@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import onnx
 import pytest
+from onnx import parser
 from pico_graphs import decoder_logits, save_classifier, save_decoder
 
 from compressor.core.errors import CheckpointError
@@ -74,6 +78,20 @@ def test_a_module_is_measured_with_inputs_of_its_own_shapes(tmp_path):
     found = bench(save_classifier(tmp_path)[0], threads=1, repeats=1)
     assert found["kind"] == "module" and found["input_shapes"] == {"pixels": [1, 4]}
     assert found["latency_seconds"] > 0
+
+
+def test_open_sizes_are_those_of_the_data(tmp_path):
+    """A graph whose input may have any height and width, and that only computes with one of them."""
+    model = parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> net (float[B, C, H, W] image) => (float[B, K] flat) '
+        "<int64[2] shape = {-1, 60}> { flat = Reshape(image, shape) }"
+    )
+    onnx.save(model, tmp_path / "net.onnx")
+    found = bench(tmp_path / "net.onnx", repeats=1, shapes={"": [1, 3, 4, 5]})
+    assert found["input_shapes"] == {"image": [1, 3, 4, 5]}
+    (tmp_path / "model.onnx").write_bytes((tmp_path / "net.onnx").read_bytes())
+    (tmp_path / "compression.json").write_text(json.dumps({"speed": {"input_shapes": {"image": [1, 5, 4, 3]}}}))
+    assert bench(tmp_path, repeats=1)["input_shapes"] == {"image": [1, 5, 4, 3]}
 
 
 def test_an_artifact_that_does_not_load_is_not_measured(tmp_path):
