@@ -57,7 +57,7 @@ from compressor.samples import (
     training_examples,
 )
 from compressor.streaming import Batch, Network
-from compressor.structure import Reference, restructure
+from compressor.structure import Reference, decided, restructure
 from compressor.survey import Survey, survey
 from compressor.workplace import open_work, workplace
 
@@ -109,7 +109,7 @@ def _run(options: RunOptions) -> Artifact:
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     _refuse_unwritable(plan, options, recipe)
-    ladder = None if recipe.structure else _ladder(plan, recipe, options)
+    ladder = None if recipe.early else _ladder(plan, recipe, options)
     samples = load_samples(checkpoint, recipe, options)
     if options.allocates and samples.calibration is None:
         raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")
@@ -120,10 +120,11 @@ def _run(options: RunOptions) -> Artifact:
         work = open_work(partial, recipe, checkpoint, samples, options)
         checkpoint.write_tokenizer(partial)
         wait()
-        original, shrunk = checkpoint, []
-        if recipe.structure:
+        original, shrunk, asked = checkpoint, [], recipe
+        if recipe.early:
             with clock.stage("structure"):
                 checkpoint, shrunk = restructure(checkpoint, recipe, _reference(samples, recipe, work), work, progress)
+            recipe = decided(recipe, shrunk)
             plan = make_plan(checkpoint, recipe, options.format, smaller=True)
             ladder = _ladder(plan, recipe, options)
         tensors, batches, allocation = _encode(
@@ -138,7 +139,7 @@ def _run(options: RunOptions) -> Artifact:
             proof = prove(checkpoint, tensors, offsets, partial, options, batches)
             quality = judge(original, samples, recipe, partial, options.format, progress)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
-        recipe = recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
+        recipe = asked.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
         report = _report(original, recipe, plan, samples, options, clock, work)
         report |= {"structure": shrunk} if shrunk else {}
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}

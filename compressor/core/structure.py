@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compressor.core.encoding import Layout
 from compressor.core.groups import Group
 
 if TYPE_CHECKING:
-    from compressor.core.sparsifier import Trainer
-    from compressor.core.training_settings import TrainingPass
+    from compressor.core.follower import Trainer
+    from compressor.core.training_settings import Training
 
 Removal = Mapping[Group, Tensor]
 """Which units of each group go: LongTensors of their numbers."""
@@ -40,6 +41,20 @@ class Surgeon(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A linear or a convolution that a recipe's step is for.
+
+    name     of its weight, whose matrix `layout` tells
+    reason   why it should stay as it is; empty where it need not
+    """
+
+    name: str
+    module: nn.Module
+    layout: Layout
+    reason: str = ""
+
+
 @dataclass
 class Subject:
     """A network to make smaller.
@@ -49,7 +64,9 @@ class Subject:
     labels      (n,) per batch; None where there are none, and the network's own classes serve
     selects     whether the recipe's step is for a tensor of that name
     advance     reports progress: a share of the pass's whole work, and a note
-    trainer     of the module, as the settings of a pass that trains say
+    trainer     of the module, as the settings of a pass that trains say; its second argument is the network to learn
+                from, if that is not the module as it is
+    layers      that the recipe's step is for, in execution order; of a pass whose encoding is trained
     """
 
     module: nn.Module
@@ -59,7 +76,8 @@ class Subject:
     generator: torch.Generator
     selects: Callable[[str], bool]
     advance: Callable[[float, str], None]
-    trainer: Callable[[TrainingPass], Trainer]
+    trainer: Callable[[Training, nn.Module | None], Trainer]
+    layers: Callable[[], list[Layer]] = list
 
     def call(self, batch: Batch) -> Any:
         """The forward of a batch; {"": tensor} is one argument by position."""
