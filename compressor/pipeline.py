@@ -145,6 +145,7 @@ def _run(options: RunOptions) -> Artifact:
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
         if allocation is not None:
             report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
+        report |= _binary(partial, tensors)
         with clock.stage("benchmark"):
             report |= _speeds(partial, options, original, batches if recipe.evaluation.tokens else [])
         report["size"] = artifact_size(partial, report["source"]["file_bytes"])
@@ -351,6 +352,14 @@ def _export(
     if slow:
         raise ExportError(f"{graph}: onnxruntime would run it slowly: {'; '.join(slow[:3])}; please report the recipe")
     return least_version([tensors.describe(name) for name in tensors], options.mode)
+
+
+def _binary(partial: Path, tensors: EncodedTensors) -> dict[str, Any]:
+    """What binary layers take and run as, where there are some."""
+    from compressor.export.kernels import binary_layers
+
+    found = binary_layers(partial / "model.onnx", tensors)
+    return {"binary": found} if found else {}
 
 
 def _report(

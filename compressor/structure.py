@@ -154,7 +154,7 @@ def _subject(
     def call(module: nn.Module, batch: Batch) -> Any:
         return module(batch[""]) if "" in batch else module(**batch)
 
-    def trainer(settings: Training, teacher: nn.Module | None) -> Fitting:
+    def trainer(settings: Training, teacher: nn.Module | None = None) -> Fitting:
         kept = folder.with_name(f"{folder.name}-training")
         return Fitting(module, data.examples(), settings, work.seed, kept, advance, teacher)
 

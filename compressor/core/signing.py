@@ -19,7 +19,7 @@ Sign = Callable[[Tensor], Tensor]
 
 def hard_sign(z: Tensor) -> Tensor:
     """+1 where z ≥ 0, −1 elsewhere."""
-    return torch.where(z >= 0, 1.0, -1.0)
+    return torch.where(z >= 0, 1.0, -1.0).to(z.dtype)
 
 
 class SignedInputs:

@@ -41,6 +41,12 @@ class Surgeon(Protocol):
         ...
 
 
+class MakesTrainer(Protocol):
+    """Makes what trains the module as settings say; to learn from `teacher`, or without one from the module as it is."""
+
+    def __call__(self, settings: Training, teacher: nn.Module | None = None) -> Trainer: ...
+
+
 @dataclass(frozen=True)
 class Layer:
     """A linear or a convolution that a recipe's step is for.
@@ -64,8 +70,7 @@ class Subject:
     labels      (n,) per batch; None where there are none, and the network's own classes serve
     selects     whether the recipe's step is for a tensor of that name
     advance     reports progress: a share of the pass's whole work, and a note
-    trainer     of the module, as the settings of a pass that trains say; its second argument is the network to learn
-                from, if that is not the module as it is
+    trainer     of the module
     layers      that the recipe's step is for, in execution order; of a pass whose encoding is trained
     """
 
@@ -76,7 +81,7 @@ class Subject:
     generator: torch.Generator
     selects: Callable[[str], bool]
     advance: Callable[[float, str], None]
-    trainer: Callable[[Training, nn.Module | None], Trainer]
+    trainer: MakesTrainer
     layers: Callable[[], list[Layer]] = list
 
     def call(self, batch: Batch) -> Any:
