@@ -304,8 +304,8 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
     """Which sizes are bounds, since passes make the network smaller first; or near what they will be."""
     trained = [step.name for step in recipe.early if step.settings.trains]
     notes = [
-        f"{name} leaves alone what reads the input, gives the output or lies alone on a shortcut, as the traced network "
-        "has it: the sizes above are near what they will be"
+        f"{name} leaves alone what reads the input, gives the output or lies alone on a shortcut, as the traced "
+        "network has it: the sizes above are near what they will be"
         for name in trained
     ]
     left, exact = 1.0, True

@@ -6,9 +6,9 @@
 
 Every training starts at the same dense network, trained here first, with the same settings; a seed is an order of the
 batches. Images are averaged over squares of `--pool` pixels first: 2 makes 14×14 and takes a quarter of the time, 1
-leaves them. Each run is a whole one, to an artifact: accuracy is of onnxruntime on the whole test set, beside that of torch
-on the decoded weights. At the end the recipe cnn-binary once, on int8. What is finished stays in the cache and is not
-done again, an interrupted training is resumed. Results go to docs/measured/binary.json.
+leaves them. Each run is a whole one, to an artifact: accuracy is of onnxruntime on the whole test set, beside that of
+torch on the decoded weights. At the end the recipe cnn-binary once, on int8. What is finished stays in the cache and is
+not done again, an interrupted training is resumed. Results go to docs/measured/binary.json.
 """
 
 from __future__ import annotations
@@ -91,8 +91,11 @@ def artifact(target: Path, weights: Path, data: Path, recipe: str, seed: int, se
     """The artifact of a recipe, made once."""
     if not target.is_dir():
         partial = target.with_name(f"{target.name}.partial")
-        run(RunOptions(model=str(weights), recipe=recipe, sets=sets, data=str(data), eval=str(data.with_name("one.npz")),
-                       arch=ARCH, output=target, seed=seed, resume=partial.is_dir(), progress=make_progress()))  # fmt: skip
+        options = RunOptions(
+            model=str(weights), recipe=recipe, sets=sets, data=str(data), eval=str(data.with_name("one.npz")),
+            arch=ARCH, output=target, seed=seed, resume=partial.is_dir(), progress=make_progress(),
+        )  # fmt: skip
+        run(options)
     return target
 
 
@@ -140,7 +143,8 @@ def binary_table(results: dict[str, Any]) -> str:
               "training loss, last epoch", "CPU-seconds"]  # fmt: skip
     dense, int8 = results["dense"], results["int8"]
     head = (
-        f"{results['images']:,} training images of {results['side']}×{results['side']}, {results['epochs']} epochs ({results['steps']:,} steps of "
+        f"{results['images']:,} training images of {results['side']}×{results['side']}, "
+        f"{results['epochs']} epochs ({results['steps']:,} steps of "
         f"{results['batch']}) from one dense network of {100 * dense['accuracy']:.2f} %; labels; no augmentation; "
         f"accuracy in onnxruntime on {results['test_images']:,} test images.\n\n"
     )
@@ -195,7 +199,13 @@ def main() -> None:
             wanted = arguments.only is None or row in arguments.only
             if not target.is_dir() and (not wanted or time.monotonic() - began > 60 * arguments.minutes):
                 continue
-            step = {"pass": "reste", "activations": activations, "epochs": arguments.epochs, **TRAINING, **VARIANTS[name]}
+            step = {
+                "pass": "reste",
+                "activations": activations,
+                "epochs": arguments.epochs,
+                **TRAINING,
+                **VARIANTS[name],
+            }
             recipe = folder / f"{target.name}.yaml"
             recipe.write_text(json.dumps({"passes": [step], "evaluation": {"tokens": 0}}))
             entries.append(measured(artifact(target, weights, data, str(recipe), seed), test_images, test_labels))
@@ -205,7 +215,8 @@ def main() -> None:
     together = {"dense": dense, "reste": folder / "float-reste-0", "`cnn-binary`": int8}
     seconds = interleaved(together, {"input": test_images[:1]}, 1, 200)
     results = {
-        "images": len(images), "side": images.shape[-1], "epochs": arguments.epochs, "dense_epochs": arguments.dense_epochs,
+        "images": len(images), "side": images.shape[-1],
+        "epochs": arguments.epochs, "dense_epochs": arguments.dense_epochs,
         "steps": len(images) // TRAINING["batch"] * arguments.epochs, "test_images": len(test_labels), **TRAINING,
         "onnxruntime": onnxruntime.__version__,
         "dense": {"accuracy": accuracy(dense, test_images, test_labels), "bytes": size(dense)["bytes"]},

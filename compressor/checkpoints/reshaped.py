@@ -1,8 +1,9 @@
-"""A checkpoint whose network became another: the original's module, with other shapes, or layers that sign their inputs.
+"""A checkpoint whose network became another: the original's module with other shapes, or layers on binary inputs.
 
 A module cannot be rebuilt from weights alone, so beside them lies `structure.json`: which tensors have which new shape,
-which attributes (out_channels, num_heads, …) tell it, and which layers binarise their inputs. It is applied to the module that the original's architecture
-makes. Where a transformers config can say the same, the config does, and there is no such file.
+which attributes (out_channels, num_heads, …) tell it, and which layers binarise their inputs. It is applied to the
+module that the original's architecture makes. Where a transformers config can say the same, the config does, and there
+is no such file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WIDTH_KEYS = ("intermediate_size", "d_ff", "ffn_dim", "n_inner", "hidden_dim", "
 
 @dataclass(frozen=True)
 class Reshaping:
-    """Tensor -> [shape before, shape now]; module's path -> attribute -> value now; paths of layers on signed inputs."""
+    """Tensor -> [shape before, shape now]; module's path -> attribute -> value now; layers on binary inputs."""
 
     shapes: dict[str, list[list[int]]]
     attributes: dict[str, dict[str, int]]

@@ -334,7 +334,13 @@ https://arxiv.org/abs/2311.04902"
 SETTINGS: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
-        AffineSettings, GblmSettings, HessoSettings, JlcmSettings, LrpSettings, OtoSettings, ResteSettings,
+        AffineSettings,
+        GblmSettings,
+        HessoSettings,
+        JlcmSettings,
+        LrpSettings,
+        OtoSettings,
+        ResteSettings,
         RoundingSettings,
-    )  # fmt: skip
+    )
 }

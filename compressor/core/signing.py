@@ -8,7 +8,7 @@ ECCV 2020, arXiv 2003.03488 (RSign); the size is ours, for networks without a ba
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,11 @@ class SignedInputs:
         self.axis, self.sign = axis, hard_sign
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, size = inputs[0], layer.input_size
+        x = inputs[0]
+        threshold, size = cast(Tensor, layer.input_threshold), cast(Tensor, layer.input_size)
         shape = [1] * x.dim()
         shape[self.axis] = -1
-        return (size * self.sign((x - layer.input_threshold.view(shape)) / size), *inputs[1:])
+        return (size * self.sign((x - threshold.view(shape)) / size), *inputs[1:])
 
 
 def input_channels(layer: nn.Module) -> tuple[int, int]:

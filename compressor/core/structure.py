@@ -42,7 +42,7 @@ class Surgeon(Protocol):
 
 
 class MakesTrainer(Protocol):
-    """Makes what trains the module as settings say; to learn from `teacher`, or without one from the module as it is."""
+    """Makes what trains the module as settings say; it learns from `teacher`, or the module as it is."""
 
     def __call__(self, settings: Training, teacher: nn.Module | None = None) -> Trainer: ...
 

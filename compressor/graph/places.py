@@ -16,7 +16,19 @@ LAST = "gives the network's output"
 SHORTCUT = "is the only layer of a shortcut"
 UNUSED = "is no layer of its own in the forward"
 _RESHAPES = frozenset(
-    ["view", "permute", "t", "transpose", "expand", "unsqueeze", "squeeze", "clone", "_unsafe_view", "alias", "_to_copy"]
+    [
+        "view",
+        "permute",
+        "t",
+        "transpose",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "clone",
+        "_unsafe_view",
+        "alias",
+        "_to_copy",
+    ]
 )
 
 

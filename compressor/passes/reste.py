@@ -1,9 +1,9 @@
 """ReSTE: networks of binary weights, and of binary inputs, by a straight-through estimator that grows steeper.
 
-Wu, Zheng, Liu, Zheng, "Estimator Meets Equilibrium Perspective: A Rectified Straight Through Estimator for Binary Neural
-Networks Training", ICCV 2023, arXiv 2308.06689. The forward has sign(z), the backward the derivative of
-f(z) = sgn(z)·|z|^(1/o), cut off at |z| = t and below |z| = m, where it is infinite at 0. o goes from 1, where f is
-the identity, to o_end: early gradients are stable, late ones are those of something like sign.
+Wu, Zheng, Liu, Zheng, "Estimator Meets Equilibrium Perspective: A Rectified Straight Through Estimator for Binary
+Neural Networks Training", ICCV 2023, arXiv 2308.06689. The forward has sign(z), the backward the derivative of
+f(z) = sgn(z)·|z|^(1/o): 0 beyond |z| = t, and below |z| = m, where it would grow without bound, the slope of the chord.
+o goes from 1, where f is the identity, to o_end: early gradients are stable, late ones those of something like sign.
 
     Ŵ = sign(W)·mean|W|       the mean over the layer, or an output channel; gradients go through it as well
 

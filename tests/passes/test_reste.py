@@ -54,8 +54,10 @@ def test_the_sign_of_zero_is_positive():
 
 @pytest.mark.parametrize(("o", "t", "m"), [(1.0, 1.5, 0.1), (1.7, 1.5, 0.1), (3.0, 1.2, 0.3)])
 def test_the_gradient_by_the_paper(o, t, m):
-    """A loop in float64: the power function's slope is a difference quotient, below m that of the chord to (m, f(m))."""
-    z = torch.tensor([-2.0, -1.2, -0.7, -m, -m / 3, 0.0, m / 2, m * 1.01, 0.9, 1.19, 1.21, 1.49, 1.51], dtype=torch.float64)
+    """A loop in float64: the slope of f is a difference quotient, below m that of the chord to (m, f(m))."""
+    z = torch.tensor(
+        [-2.0, -1.2, -0.7, -m, -m / 3, 0.0, m / 2, m * 1.01, 0.9, 1.19, 1.21, 1.49, 1.51], dtype=torch.float64
+    )
     upstream = weights(len(z))
     given = z.clone().requires_grad_(True)
     (reste_sign(given, o, t, m) * upstream).sum().backward()
@@ -138,7 +140,9 @@ def test_signed_inputs_are_of_the_size_about_a_threshold_per_channel():
     layer.input_size.fill_(0.5)
     x = images(4)
     wanted = torch.empty_like(x)
-    for (n, c, i, j), value in zip(torch.cartesian_prod(*map(torch.arange, x.shape)).tolist(), x.flatten(), strict=True):
+    for (n, c, i, j), value in zip(
+        torch.cartesian_prod(*map(torch.arange, x.shape)).tolist(), x.flatten(), strict=True
+    ):
         wanted[n, c, i, j] = 0.5 if value >= (0.0, 1.0, -1.0)[c] else -0.5
     torch.testing.assert_close(layer(x), functional.conv2d(wanted, layer.weight))
 
