@@ -110,6 +110,11 @@ def _run(options: RunOptions) -> Artifact:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     _refuse_unwritable(plan, options, recipe)
     ladder = None if recipe.early else _ladder(plan, recipe, options)
+    if options.allocates and any(getattr(step.settings, "activations", "") == "binary" for step in recipe.early):
+        raise UsageError(
+            f"{recipe.name}: widths are allocated by gradients, and binary inputs have none; leave --target-size and "
+            "--max-loss out, or write activations: float"
+        )
     samples = load_samples(checkpoint, recipe, options)
     if options.allocates and samples.calibration is None:
         raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")

@@ -244,7 +244,7 @@ class Recipe(BaseModel):
     def smallest(self, role: Role) -> int:
         """Matrices with fewer weights stay dense. Of convolutions on int8 none: floats between them cost time. None of
         what is trained either: training makes up for it."""
-        trains = any(step.settings.trains for step in self.passes)
+        trains = role in ("linear", "conv") and any(step.settings.trains for step in self.passes)
         return 1 if trains or (role == "conv" and self.export.activations == "static_int8") else SMALLEST
 
     def choose(self, name: str, shape: tuple[int, int], role: Role, depthwise: bool = False) -> Chosen:

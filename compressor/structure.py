@@ -126,9 +126,12 @@ def restructure(
 
 
 def decided(recipe: Recipe, reports: list[dict[str, Any]]) -> Recipe:
-    """The recipe whose trained steps leave alone what they did leave alone."""
+    """The recipe whose trained steps leave alone what they did leave alone, and that asks for no gradient of a sign."""
     for report in reports:
         recipe = recipe.leaving(report["pass"], report.get("dense", ()))
+        if report.get("activations") == "binary":
+            calibration = recipe.calibration.model_copy(update={"token_importance": False})
+            recipe = recipe.model_copy(update={"calibration": calibration})
     return recipe
 
 

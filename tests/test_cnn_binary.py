@@ -16,7 +16,7 @@ import compressor.evaluate.bench
 import compressor.pipeline
 from compressor import fitting
 from compressor.checkpoints import open_checkpoint
-from compressor.core.errors import CheckpointError
+from compressor.core.errors import CheckpointError, UsageError
 from compressor.core.options import RunOptions
 from compressor.evaluate.session import open_session
 from compressor.export.check import _optimised
@@ -173,6 +173,19 @@ def test_a_plan_guesses_the_dense_layers_from_names_and_says_so(folder):
     plan = make_plan(open_checkpoint("model.pt", arch="tests.pico:ResNet"), load_recipe("cnn-binary"))
     assert [tensor.name for tensor in plan.tensors if tensor.by == "reste"] == CONVOLUTIONS
     assert any("leaves alone what reads the input" in note for note in plan.notes)
+
+
+def test_an_encoder_has_binary_inputs_and_is_not_asked_for_gradients_through_them(folder):
+    pico.bert(folder / "bert")
+    (folder / "signs-of-text.yaml").write_text(
+        "passes: [{pass: reste, activations: binary, epochs: 1, batch: 8, rate: 0.01}]\n"
+        "calibration: {tokens: 1024, window: 64}\nevaluation: {tokens: 0}\n"
+    )
+    found = run(RunOptions(model="bert", recipe="signs-of-text.yaml", output=Path("encoder")))
+    assert found.report["binary"]["runs_as"] == {"a 2-bit matrix product": 13}
+    assert found.report["proof"]["exact"]["max_relative_error"] < 1e-4
+    with pytest.raises(UsageError, match="widths are allocated by gradients, and binary inputs have none"):
+        run(RunOptions(model="bert", recipe="signs-of-text.yaml", output=Path("none"), target_size=10**5))
 
 
 def test_a_language_model_of_one_bit_per_weight(folder):
