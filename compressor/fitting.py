@@ -23,8 +23,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from compressor.core.errors import DataError, RecipeError
-from compressor.core.sparsifier import Sparsifier
-from compressor.core.training_settings import TrainingPass
+from compressor.core.follower import Follower
+from compressor.core.training_settings import Training
 from compressor.graph.blocks import first_tensor
 from compressor.ops.schedules import rate_share
 from compressor.parallel import n_processes, rank, wait
@@ -50,12 +50,13 @@ class Examples:
 
 
 class Fitting:
-    """Trains a module in place as a pass's settings say; a `core.sparsifier.Trainer`.
+    """Trains a module in place as a pass's settings say; a `core.follower.Trainer`.
 
     Args:
         module: float32; trained, and in eval mode again at the end.
         folder: Where the state of an interrupted training is kept; None keeps none.
         advance: Reports a share of the whole training, and how it goes.
+        teacher: What a loss that has one learns from; without one the module as it is now.
 
     Raises:
         DataError: Labels are asked for and there are none, or there are fewer examples than processes.
@@ -63,8 +64,8 @@ class Fitting:
     """
 
     def __init__(
-        self, module: nn.Module, examples: Examples, settings: TrainingPass, seed: int, folder: Path | None,
-        advance: Callable[[float, str], None],
+        self, module: nn.Module, examples: Examples, settings: Training, seed: int, folder: Path | None,
+        advance: Callable[[float, str], None], teacher: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.module, self.examples, self.settings, self.seed = module, examples, settings, seed
         self.folder, self.advance = folder, advance
@@ -79,40 +80,42 @@ class Fitting:
                             f"{n_processes()} processes; give more data, or start fewer")  # fmt: skip
         self.steps_per_epoch = len(examples) // self.batch
         self.n_steps = settings.epochs * self.steps_per_epoch
-        self.teacher = None if self.loss == "labels" else copy.deepcopy(module).eval().requires_grad_(False)
+        self.teacher = None
+        if self.loss != "labels":
+            self.teacher = (teacher or copy.deepcopy(module)).eval().requires_grad_(False)
         for parameter in module.parameters():
             parameter.requires_grad_(True)
         self.optimizer = make_optimizer(settings, module)
 
-    def train(self, sparsifier: Sparsifier | None = None) -> list[dict[str, float]]:
+    def train(self, follower: Follower | None = None) -> list[dict[str, float]]:
         """All steps, or those that an interrupted training has left; what each epoch came to.
 
         Args:
-            sparsifier: Follows every step; without one the network is only trained.
+            follower: Goes along with every step; without one the network is only trained.
         """
         parallel = self.module
         if n_processes() > 1:  # what a forward leaves out, as a pooler, has no gradient, as in one process
             parallel = DistributedDataParallel(self.module, find_unused_parameters=True)
-        step, log, total = self._restore(sparsifier)
+        step, log, total = self._restore(follower)
         self.advance(step / self.n_steps, "")
         saved = time.monotonic()
         self.module.train()
         with torch.random.fork_rng(devices=[]):
             while step < self.n_steps:
-                total += self._step(parallel, step, sparsifier)
+                total += self._step(parallel, step, follower)
                 step += 1
                 if step % self.steps_per_epoch == 0:
-                    log.append(self._epoch(step, total / self.steps_per_epoch, sparsifier))
+                    log.append(self._epoch(step, total / self.steps_per_epoch, follower))
                     total = 0.0
-                self.advance(1 / self.n_steps, self._note(step, total, log, sparsifier))
+                self.advance(1 / self.n_steps, self._note(step, total, log, follower))
                 if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                    self._save(sparsifier, step, log, total)
+                    self._save(follower, step, log, total)
                     saved = time.monotonic()
         self.module.eval().requires_grad_(False)
         self.optimizer.zero_grad()
         return log
 
-    def _step(self, parallel: nn.Module, step: int, sparsifier: Sparsifier | None) -> float:
+    def _step(self, parallel: nn.Module, step: int, follower: Follower | None) -> float:
         """One step of the optimizer, and of what makes units go; its loss."""
         settings = self.settings
         share = rate_share(step, self.n_steps, settings.schedule, round(settings.rise * self.n_steps))
@@ -128,11 +131,11 @@ class Fitting:
                 f"training has diverged at a rate of {settings.rate * share:g}; write a smaller rate"
             )
         loss.backward()
-        before = sparsifier.units.snapshot() if sparsifier else {}
+        before = follower.before() if follower else {}
         self.optimizer.step()
-        if sparsifier:
+        if follower:
             with torch.no_grad():
-                sparsifier.step(step, before, settings.rate * share)
+                follower.step(step, before, settings.rate * share)
         return float(loss.detach())
 
     def _index(self, step: int) -> Tensor:
@@ -153,34 +156,30 @@ class Fitting:
             terms.append(teaching_loss(outputs, wanted, self.settings.distance, self.settings.temperature))
         return torch.stack(terms).mean()
 
-    def _epoch(self, step: int, loss: float, sparsifier: Sparsifier | None) -> dict[str, float]:
+    def _epoch(self, step: int, loss: float, follower: Follower | None) -> dict[str, float]:
         found = {"epoch": step // self.steps_per_epoch, "loss": round(loss, 6)}
-        if sparsifier:
-            found |= {"sparsity": round(sparsifier.sparsity(), 6), "parameters": sparsifier.parameters()}
-        return found
+        return found | (follower.entry() if follower else {})
 
-    def _note(self, step: int, total: float, log: list[dict[str, float]], sparsifier: Sparsifier | None) -> str:
+    def _note(self, step: int, total: float, log: list[dict[str, float]], follower: Follower | None) -> str:
         done = step % self.steps_per_epoch
         loss = total / done if done else log[-1]["loss"]
-        if not sparsifier:
-            return f"loss {loss:.4f}"
-        megabytes = 4e-6 * sparsifier.parameters()
-        return f"loss {loss:.4f} · {sparsifier.sparsity():.0%} of units gone · {megabytes:.2f} MB in float32"
+        beside = follower.note() if follower else ""
+        return f"loss {loss:.4f} · {beside}" if beside else f"loss {loss:.4f}"
 
-    def _save(self, sparsifier: Sparsifier | None, step: int, log: list[dict[str, float]], total: float) -> None:
+    def _save(self, follower: Follower | None, step: int, log: list[dict[str, float]], total: float) -> None:
         """Whole or not at all, by the first process."""
         if self.folder is None or rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "step": step, "log": log, "total": total, "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "sparsifier": sparsifier.state() if sparsifier else {},
+            "optimizer": self.optimizer.state_dict(), "follower": follower.state() if follower else {},
         }  # fmt: skip
         partial = self.folder / f"{STATE}.partial"
         torch.save(state, partial)
         partial.rename(self.folder / STATE)
 
-    def _restore(self, sparsifier: Sparsifier | None) -> tuple[int, list[dict[str, float]], float]:
+    def _restore(self, follower: Follower | None) -> tuple[int, list[dict[str, float]], float]:
         """(steps done, log, sum of losses in this epoch) of an interrupted training; of a new one 0."""
         wait()
         if self.folder is None or not (self.folder / STATE).is_file():
@@ -188,8 +187,8 @@ class Fitting:
         state: dict[str, Any] = torch.load(self.folder / STATE, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if sparsifier:
-            sparsifier.restore(state["sparsifier"])
+        if follower:
+            follower.restore(state["follower"])
         return state["step"], state["log"], state["total"]
 
 
@@ -226,7 +225,7 @@ def teaching_loss(outputs: Tensor, wanted: Tensor, distance: str, temperature: f
     return temperature**2 * functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def make_optimizer(settings: TrainingPass, module: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer by its name in torch.optim.
 
     Raises:

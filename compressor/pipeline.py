@@ -58,7 +58,7 @@ from compressor.samples import (
     training_examples,
 )
 from compressor.streaming import Batch, Network
-from compressor.structure import Reference, restructure
+from compressor.structure import Reference, decided, restructure
 from compressor.survey import Survey, survey
 from compressor.workplace import open_work, workplace
 
@@ -111,7 +111,12 @@ def _run(options: RunOptions) -> Artifact:
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     _refuse_unwritable(plan, options, recipe)
-    ladder = None if recipe.structure else _ladder(plan, recipe, options)
+    ladder = None if recipe.early else _ladder(plan, recipe, options)
+    if options.allocates and any(getattr(step.settings, "activations", "") == "binary" for step in recipe.early):
+        raise UsageError(
+            f"{recipe.name}: widths are allocated by gradients, and binary inputs have none; leave --target-size and "
+            "--max-loss out, or write activations: float"
+        )
     samples = load_samples(checkpoint, recipe, options)
     if options.allocates and samples.calibration is None:
         raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")
@@ -122,10 +127,11 @@ def _run(options: RunOptions) -> Artifact:
         work = open_work(partial, recipe, checkpoint, samples, options)
         checkpoint.write_tokenizer(partial)
         wait()
-        original, shrunk = checkpoint, []
-        if recipe.structure:
+        original, shrunk, asked = checkpoint, [], recipe
+        if recipe.early:
             with clock.stage("structure"):
                 checkpoint, shrunk = restructure(checkpoint, recipe, _reference(samples, recipe, work), work, progress)
+            recipe = decided(recipe, shrunk)
             plan = make_plan(checkpoint, recipe, options.format, smaller=True)
             ladder = _ladder(plan, recipe, options)
         tensors, batches, allocation = _encode(
@@ -140,12 +146,13 @@ def _run(options: RunOptions) -> Artifact:
             proof = prove(checkpoint, tensors, offsets, partial, options, batches)
             quality = judge(original, samples, recipe, partial, options.format, progress)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
-        recipe = recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
+        recipe = asked.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
         report = _report(original, recipe, plan, samples, options, clock, work)
         report |= {"structure": shrunk} if shrunk else {}
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
         if allocation is not None:
             report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
+        report |= _binary(partial, tensors)
         with clock.stage("benchmark"):
             report |= _speeds(partial, options, original, batches if recipe.evaluation.tokens else [])
         report["size"] = artifact_size(partial, report["source"]["file_bytes"])
@@ -352,6 +359,14 @@ def _export(
     if slow:
         raise ExportError(f"{graph}: onnxruntime would run it slowly: {'; '.join(slow[:3])}; please report the recipe")
     return least_version([tensors.describe(name) for name in tensors], options.mode)
+
+
+def _binary(partial: Path, tensors: EncodedTensors) -> dict[str, Any]:
+    """What binary layers take and run as, where there are some."""
+    from compressor.export.kernels import binary_layers
+
+    found = binary_layers(partial / "model.onnx", tensors)
+    return {"binary": found} if found else {}
 
 
 def _report(

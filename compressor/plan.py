@@ -119,6 +119,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
     if checkpoint.kind == "onnx":
         _refuse_gradients(checkpoint, recipe)
     config = checkpoint.config or {}
+    if not smaller:
+        for step in recipe.early:
+            if step.settings.trains:
+                recipe = recipe.leaving(step.name, _likely_ends(checkpoint))
     has_blocks = any(block_of(name) for name in checkpoint.tensors)
     tensors = tuple(_planned(info, config, recipe, format, has_blocks) for info in checkpoint.tensors.values())
     _refuse_two_norms(tensors, recipe)
@@ -126,7 +130,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         raise RecipeError(
             f"{recipe.name}: unit is block, but {checkpoint.path} has no repeated blocks; write unit: layer"
         )
-    if not any(tensor.by for tensor in tensors) and not recipe.structure:
+    if not any(tensor.by for tensor in tensors) and not recipe.early:
         reasons = sorted({tensor.reason for tensor in tensors if tensor.reason})
         raise RecipeError(f"{recipe.name}: encodes no tensor of {checkpoint.path}; {'; '.join(reasons)}")
     return Plan(
@@ -141,6 +145,18 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         cpu_seconds=_cpu_seconds(tensors, recipe),
         notes=_notes(tensors) + (() if smaller else _structure_notes(recipe, tensors)),
     )
+
+
+def _likely_ends(checkpoint: Checkpoint) -> list[str]:
+    """What a trained encoding is likely to leave alone, by order and names: the first and the last layer, shortcuts.
+
+    The traced network decides.
+    """
+    config = checkpoint.config or {}
+    named = [(info.name, role_of(info.name, info.shape, config)) for info in checkpoint.tensors.values()]
+    ordered = [name for name, role in named if role in ("linear", "conv", "embedding")]
+    ends = {ordered[0], ordered[-1]} if len(ordered) > 2 else set()
+    return [name for name in ordered if name in ends or re.search(r"(downsample|shortcut)", name)]
 
 
 def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: str, has_blocks: bool) -> PlannedTensor:
@@ -304,7 +320,12 @@ def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
 
 def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
     """Which sizes are bounds, since passes make the network smaller first; or near what they will be."""
-    notes = []
+    trained = [step.name for step in recipe.early if step.settings.trains]
+    notes = [
+        f"{name} leaves alone what reads the input, gives the output or lies alone on a shortcut, as the traced "
+        "network has it: the sizes above are near what they will be"
+        for name in trained
+    ]
     left, exact = 1.0, True
     for step in recipe.structure:
         settings = step.settings
@@ -314,7 +335,7 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
         notes.append(
             f"{step.name} removes {settings.removes:.0%} of the {kind} first: the sizes above are upper bounds"
         )
-    if notes and exact:
+    if recipe.structure and exact:
         notes.append(
             f"its weights will take about {left * sum(tensor.bytes_after for tensor in tensors) / 1e6:,.1f} MB"
         )

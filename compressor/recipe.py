@@ -245,9 +245,27 @@ class Recipe(BaseModel):
         """The steps that make the network smaller, before any other."""
         return tuple(step for step in self.passes if step.settings.stage == "structure")
 
+    @property
+    def early(self) -> tuple[Step, ...]:
+        """The steps whose network is another before anything is encoded: structure, and encodings that are trained."""
+        return tuple(step for step in self.passes if step.settings.stage == "structure" or step.settings.trains)
+
+    def leaving(self, name: str, tensors: Iterable[str]) -> Recipe:
+        """The recipe whose steps of that name are not for these tensors."""
+        further = tuple(tensors)
+        if not further:
+            return self
+        steps = tuple(
+            step.model_copy(update={"skip": (*step.skip, *further)}) if step.name == name else step
+            for step in self.passes
+        )
+        return self.model_copy(update={"passes": steps})
+
     def smallest(self, role: Role) -> int:
-        """Matrices with fewer weights stay dense. Of convolutions on int8 none: floats between them cost time."""
-        return 1 if role == "conv" and self.export.activations == "static_int8" else SMALLEST
+        """Matrices with fewer weights stay dense. Of convolutions on int8 none: floats between them cost time. None of
+        what is trained either: training makes up for it."""
+        trains = role in ("linear", "conv") and any(step.settings.trains for step in self.passes)
+        return 1 if trains or (role == "conv" and self.export.activations == "static_int8") else SMALLEST
 
     def choose(self, name: str, shape: tuple[int, int], role: Role, depthwise: bool = False) -> Chosen:
         """Which passes a matrix goes through and how it is stored: the last step of each kind that is for it.

@@ -1,6 +1,6 @@
-"""The structure stage: passes that return a smaller network, before anything is encoded.
+"""The structure stage: passes that return a smaller network, or train what will be encoded, before anything is.
 
-The smaller network is written to the run's working folder and goes on as a checkpoint like any other, so that all later
+The network is written to the run's working folder and goes on as a checkpoint like any other, so that all later
 stages, and --resume, know nothing of how it came about. Quality is still measured beside the original.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,16 @@ from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.core.errors import CheckpointError
 from compressor.core.groups import Group
-from compressor.core.structure import Outcome, Removal, Subject
-from compressor.core.training_settings import TrainingPass
+from compressor.core.structure import Layer, Outcome, Removal, Subject
+from compressor.core.training_settings import Training
 from compressor.encode import Work
 from compressor.fitting import Examples, Fitting
-from compressor.graph.blocks import first_tensor
+from compressor.graph.blocks import first_tensor, layers, layout_of
 from compressor.graph.groups import find_groups
+from compressor.graph.places import layer_places
 from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
 from compressor.parallel import rank, wait
+from compressor.plan import make_plan
 from compressor.progress import Progress
 from compressor.recipe import Recipe, Step, load_pass
 from compressor.streaming import Batch
@@ -94,7 +97,7 @@ class Reference:
 def restructure(
     checkpoint: Checkpoint, recipe: Recipe, data: Reference, work: Work, progress: Progress
 ) -> tuple[Checkpoint, list[dict[str, Any]]]:
-    """The smaller network after all structure passes of the recipe, and each one's report.
+    """The network after all structure passes of the recipe and those whose encoding is trained, and each one's report.
 
     Under torchrun every process calls this: all of them train, the first alone does the rest.
 
@@ -102,45 +105,87 @@ def restructure(
         CheckpointError: The network cannot be traced, or not made smaller.
     """
     found, reports = checkpoint, []
-    for number, step in enumerate(recipe.structure):
+    for number, step in enumerate(recipe.early):
         folder = work.folder / f"structure-{number}"
-        due = not folder.exists() and (rank() == 0 or isinstance(step.settings, TrainingPass))
+        due = not folder.exists() and (rank() == 0 or isinstance(step.settings, Training))
         wait()  # until all have looked
         if due:
-            with progress.task(f"{step.name}: a smaller network", 1) as task:
-                subject = _subject(found, step, data, work, folder, lambda share, note: task.advance(share, note=note))
+            what = "a smaller network" if step.settings.stage == "structure" else "training"
+            with progress.task(f"{step.name}: {what}", 1) as task:
+                subject = _subject(
+                    found, step, recipe, data, work, folder, lambda share, note: task.advance(share, note=note)
+                )
                 outcome = _applied(load_pass(step.settings), subject)
             if rank() == 0:
                 _write(checkpoint, found, outcome, step.name, folder)
         wait()
         found = open_reshaped(checkpoint, folder)
         reports.append(json.loads((folder / REPORT).read_text()))
-        progress.say(f"{step.name}: {reports[-1]['parameters_before']:,} → {reports[-1]['parameters']:,} parameters")
+        progress.say(f"{step.name}: {_summary(reports[-1])}")
     return found, reports
 
 
+def decided(recipe: Recipe, reports: list[dict[str, Any]]) -> Recipe:
+    """The recipe whose trained steps leave alone what they did leave alone, and that asks for no gradient of a sign."""
+    for report in reports:
+        recipe = recipe.leaving(report["pass"], report.get("dense", ()))
+        if report.get("activations") == "binary":
+            calibration = recipe.calibration.model_copy(update={"token_importance": False})
+            recipe = recipe.model_copy(update={"calibration": calibration})
+    return recipe
+
+
+def _summary(report: dict[str, Any]) -> str:
+    if "binary" in report:
+        return f"{len(report['binary'])} layers are binary, {len(report['dense'])} stay as they are"
+    return f"{report['parameters_before']:,} → {report['parameters']:,} parameters"
+
+
 def _subject(
-    checkpoint: Checkpoint, step: Step, data: Reference, work: Work, folder: Path,
+    checkpoint: Checkpoint, step: Step, recipe: Recipe, data: Reference, work: Work, folder: Path,
     advance: Callable[[float, str], None],
 ) -> Subject:  # fmt: skip
     if not data.batches:
-        raise CheckpointError(f"{checkpoint.path}: a structure pass traces the network on an example; give --data")
+        raise CheckpointError(f"{checkpoint.path}: {step.name} traces the network on an example; give --data")
+    if checkpoint.family == "decoder" and getattr(step.settings, "activations", "float") == "binary":
+        raise CheckpointError(
+            f"{checkpoint.path}: the graph of decoders has no layers on binary inputs; write activations: float"
+        )
     module = checkpoint.build("cpu").float()
     example = {name: tensor[:2] for name, tensor in data.batches[0].items()}
 
     def call(module: nn.Module, batch: Batch) -> Any:
         return module(batch[""]) if "" in batch else module(**batch)
 
-    def trainer(settings: TrainingPass) -> Fitting:
-        return Fitting(
-            module, data.examples(), settings, work.seed, folder.with_name(f"{folder.name}-training"), advance
-        )
+    def trainer(settings: Training, teacher: nn.Module | None = None) -> Fitting:
+        kept = folder.with_name(f"{folder.name}-training")
+        return Fitting(module, data.examples(), settings, work.seed, kept, advance, teacher)
 
     surgeon, generator = GraphSurgeon(example, call), work.generator(folder.name)
-    return Subject(module, data.batches, data.labels, surgeon, generator, step.selects, advance, trainer)
+    return Subject(
+        module, data.batches, data.labels, surgeon, generator, step.selects, advance, trainer,
+        lambda: _trainable(checkpoint, module, step, recipe, example),
+    )  # fmt: skip
+
+
+def _trainable(checkpoint: Checkpoint, module: nn.Module, step: Step, recipe: Recipe, example: Batch) -> list[Layer]:
+    """The layers that the plan has the step encode, and why some of them should stay as they are."""
+    plan = make_plan(checkpoint, recipe, smaller=True)
+    chosen = {tensor.name for tensor in plan.tensors if tensor.method == step.settings}
+    places, modules = layer_places(module, example), layers(module)
+    uses = Counter(id(weight) for child in module.modules() if (weight := child._parameters.get("weight")) is not None)
+    found = []
+    for name, place in places.items():
+        layout = layout_of(modules[name])
+        if name in chosen and layout is not None:
+            shared = "is shared by several layers" if uses[id(modules[name].weight)] > 1 else ""
+            found.append(Layer(name, modules[name], layout, place or shared))
+    return found
 
 
 def _applied(method: Any, subject: Subject) -> Outcome:
+    if method.stage != "structure":
+        return method.fit(subject)
     if not subject.choosable():
         groups = subject.surgeon.groups(subject.module)
         reasons = "; ".join(dict.fromkeys(f"'{group.name}' {group.reason}" for group in groups if group.reason))

@@ -114,6 +114,9 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
             beside = (report.get("original_speed") or {}) if section == "speed" else found
             original = beside.get(before) if before else None
             made.add_row(label, "" if original is None else f"{original:.4g}", f"{found[after]:.4g}")
+    binary = report.get("binary") or {}
+    if binary:
+        made.add_row(f"{binary['layers']} binary layers", size(binary["float_bytes"]), size(binary["bytes"]))
     allocation = report.get("allocation") or {}
     if allocation.get("target_size"):
         made.add_row("size, target", "", size(allocation["target_size"]))
@@ -126,7 +129,9 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
         made.add_row("memory in use, peak", size(peaks[0]) if peaks[0] else "", size(peaks[1]))
     stages = report.get("cost") or {}
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
-    return [made, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
+    notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
+        binary.get("runs_as")) else []  # fmt: skip
+    return [made, *notes, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
 
 
 def checks_table(checks: Sequence[Any]) -> Table:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_batch import batch_table
+from bench_binary import binary_table
 from bench_gradients import gradients_table
 from bench_layers import layers_table
 from bench_loading import loading_table
@@ -37,7 +38,7 @@ from compressor.recipe_file import shipped_recipes
 
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
-    "docs/passes/hesso.md", "docs/passes/oto.md", "docs/runtime.md",
+    "docs/passes/hesso.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/runtime.md",
     "docs/design.md", "docs/ci.md", "docs/onnx.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -48,7 +49,7 @@ COMMANDS = {
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
-    "once": "scripts/bench_once.py",
+    "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
     "fuzz": "scripts/fuzz.py",
     "batch": "scripts/bench_batch.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
@@ -116,6 +117,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "zeros": lambda: measured_table("zeros", zeros_table),
     "tables": lambda: measured_table("tables", tables_table),
     "once": lambda: measured_table("once", once_table),
+    "binary": lambda: measured_table("binary", binary_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
     "kills": lambda: measured_table("kills", kills_table),
     "batch": lambda: measured_table("batch", batch_table),

@@ -44,7 +44,9 @@ STRUCTURE = {
                                                          "cycles": 2, "cycle_steps": 4}],
     "oto": [{"epochs": 2, "batch": 16}],
 }  # fmt: skip
-ENCODING = [name for name in PASSES if name not in STRUCTURE]
+TRAINED = {"reste": [{}, {"activations": "binary", "estimator": "ede", "scale": "channel"}]}
+"""Weight passes that train the network first; what they encode then is exact, and no concern of the data."""
+ENCODING = [name for name in PASSES if name not in STRUCTURE and name not in TRAINED]
 CASES = [(name, settings) for name in ENCODING for settings in VARIANTS.get(name, [{}])]
 BYTES = {"U8": 1, "U16": 2, "F16": 2, "F32": 4, "I32": 4}
 
@@ -293,6 +295,40 @@ def test_other_architectures_are_encoded_as_planned(tmp_path, build):
 
 def test_the_passes_that_change_the_shape_are_these():
     assert {name for name in PASSES if made(name).stage == "structure"} == STRUCTURE.keys()
+
+
+TRAINED_CASES = [(name, each) for name, many in TRAINED.items() for each in many]
+
+
+def test_the_passes_whose_encoding_is_trained_are_these():
+    assert {name for name in PASSES if made(name).trains} == TRAINED.keys()
+
+
+@pytest.mark.parametrize(("name", "settings"), TRAINED_CASES)
+def test_a_trained_encoding_is_the_same_whatever_the_global_seed_and_exactly_what_is_stored(name, settings):
+    method, found = made(name, **settings, epochs=2, batch=16, rate=0.05), []
+    assert {"data", "gradients", "training"} <= method.needs
+    for seed in (1, 2):
+        subject = training_case.subject_of(training_case.residual(), method)
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(method.fit(subject))
+        assert torch.equal(torch.get_rng_state(), state)
+    first, second = (outcome.module.state_dict() for outcome in found)
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    module = found[0].module
+    for key in found[0].report["binary"]:
+        matrix = module.get_parameter(key).flatten(1)
+        encoding = method.encode(matrix, None, torch.Generator())
+        assert torch.equal(encoding.decode(), matrix)
+        same_parts(encoding, restore(describe(encoding), encoding.parts()))
+        assert encoding.nbytes == method.spec_for(key, tuple(matrix.shape), "conv").nbytes(*matrix.shape)
+        assert refusal(describe(encoding), "constant", "default") is None
+    original = training_case.residual().state_dict()
+    assert any(not torch.equal(tensor, first[key]) for key, tensor in original.items())
+    assert not module.training
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in module.parameters())
+    assert not any(child._forward_hooks or child._backward_hooks for child in module.modules())
 
 
 @pytest.mark.parametrize(("name", "settings"), [(name, each) for name, many in STRUCTURE.items() for each in many])

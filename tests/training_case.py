@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressor.core.structure import Outcome, Subject
-from compressor.core.training_settings import TrainingPass
+from compressor.core.encoding import Layout
+from compressor.core.structure import Layer, Outcome, Subject
+from compressor.core.training_settings import Training, TrainingPass
 from compressor.fitting import Examples, Fitting
+from compressor.graph.blocks import layers
+from compressor.graph.places import layer_places
 from compressor.structure import GraphSurgeon
 
 N_CLASSES = 5
@@ -82,11 +85,17 @@ def subject_of(
     batch = {"": EXAMPLE}
     surgeon = GraphSurgeon(batch, lambda module, batch: module(batch[""]))
 
-    def trainer(settings: TrainingPass) -> Fitting:
-        return Fitting(module, data or examples(), settings, 3, folder, lambda share, note: None)
+    def trainer(settings: Training, teacher: nn.Module | None = None) -> Fitting:
+        return Fitting(module, data or examples(), settings, 3, folder, lambda share, note: None, teacher)
+
+    def found() -> list[Layer]:
+        modules, places = layers(module), layer_places(module, batch)
+        return [
+            Layer(name, modules[name], Layout(tuple(modules[name].weight.shape)), why) for name, why in places.items()
+        ]
 
     return Subject(
-        module, [batch], None, surgeon, torch.Generator(), lambda name: True, lambda share, note: None, trainer
+        module, [batch], None, surgeon, torch.Generator(), lambda name: True, lambda share, note: None, trainer, found
     )
 
 

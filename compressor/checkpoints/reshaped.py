@@ -1,8 +1,9 @@
-"""A checkpoint whose network became smaller: the original's module, with other shapes.
+"""A checkpoint whose network became another: the original's module with other shapes, or layers on binary inputs.
 
 A module cannot be rebuilt from weights alone, so beside them lies `structure.json`: which tensors have which new shape,
-and which attributes (out_channels, num_heads, …) tell it. It is applied to the module that the original's architecture
-makes. Where a transformers config can say the same, the config does, and there is no such file.
+which attributes (out_channels, num_heads, …) tell it, and which layers binarise their inputs. It is applied to the
+module that the original's architecture makes. Where a transformers config can say the same, the config does, and there
+is no such file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from compressor.checkpoints.opening import open_source
 from compressor.checkpoints.source import TensorInfo, read_json
 from compressor.core.errors import CheckpointError
 
+SIGNED = (".input_threshold", ".input_size")
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -28,14 +31,17 @@ WIDTH_KEYS = ("intermediate_size", "d_ff", "ffn_dim", "n_inner", "hidden_dim", "
 
 @dataclass(frozen=True)
 class Reshaping:
-    """Tensor -> [shape before, shape now]; module's path -> attribute -> value now."""
+    """Tensor -> [shape before, shape now]; module's path -> attribute -> value now; layers on binary inputs."""
 
     shapes: dict[str, list[list[int]]]
     attributes: dict[str, dict[str, int]]
+    signed: tuple[str, ...] = ()
 
     @classmethod
     def between(cls, before: nn.Module, after: nn.Module) -> Reshaping:
-        """What differs between a module and one that was made smaller from it."""
+        """What differs between a module and one that was made from it."""
+        from compressor.core.signing import signed_layers
+
         old, new = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (before, after))
         shapes = {
             name: [list(tensor.shape), list(new[name].shape)]
@@ -52,7 +58,12 @@ class Reshaping:
             }
             if changed:
                 attributes[path] = changed
-        return cls(shapes, attributes)
+        return cls(shapes, attributes, tuple(signed_layers(after)))
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing but weights is another."""
+        return not (self.shapes or self.attributes or self.signed)
 
     @classmethod
     def read(cls, file: Path) -> Reshaping:
@@ -62,18 +73,22 @@ class Reshaping:
             CheckpointError: It is damaged.
         """
         content = read_json(file)
-        if set(content) != {"shapes", "attributes"}:
+        if set(content) not in ({"shapes", "attributes"}, {"shapes", "attributes", "signed"}):
             raise CheckpointError(f"{file}: has keys {sorted(content)}; expected shapes and attributes; compress again")
-        return cls(**content)
+        return cls(content["shapes"], content["attributes"], tuple(content.get("signed", ())))
 
     def text(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+        content = asdict(self)
+        if not self.signed:
+            del content["signed"]
+        return json.dumps(content, separators=(",", ":"), sort_keys=True)
 
     def before(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The tensors with the shapes that they had, by which an architecture is recognised."""
         return {
             name: replace(info, shape=tuple(self.shapes[name][0])) if name in self.shapes else info
             for name, info in tensors.items()
+            if not (self.signed and name.endswith(SIGNED))
         }
 
     def apply(self, module: nn.Module) -> nn.Module:
@@ -84,6 +99,8 @@ class Reshaping:
         """
         import torch
         from torch import nn
+
+        from compressor.core.signing import sign_inputs
 
         for path, values in self.attributes.items():
             for name, value in values.items():
@@ -104,6 +121,8 @@ class Reshaping:
             for alias in names[id(tensors[name])]:
                 owner, _, attribute = alias.rpartition(".")
                 setattr(module.get_submodule(owner), attribute, fresh)
+        for path in self.signed:
+            sign_inputs(module.get_submodule(path))
         return module
 
     def architecture(self, original: Architecture) -> Architecture:
@@ -119,7 +138,7 @@ def write_reshaped(original: Checkpoint, module: nn.Module, folder: Path) -> Non
     tied = set(original.tied)
     weights = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name not in tied}
     save_file(weights, folder / WEIGHTS)
-    config = None if original.config is None else _following(original, module, reshaping)
+    config = None if original.config is None or reshaping.signed else _following(original, module, reshaping)
     if config is not None:
         (folder / CONFIG).write_text(json.dumps(config))
     else:
@@ -145,7 +164,7 @@ def open_reshaped(original: Checkpoint, folder: Path) -> Checkpoint:
                 "cannot say and the graph of decoders cannot have; leave structure passes out"
             )
     found = Checkpoint(folder / WEIGHTS, source, architecture, config=config, tokenizer_files=original.tokenizer_files)
-    found.kind, found.reshaping = original.kind, reshaping
+    found.kind, found.reshaping = original.kind, None if reshaping is None or reshaping.empty else reshaping
     return found
 
 

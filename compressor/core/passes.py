@@ -78,6 +78,12 @@ class Pass(BaseModel, ABC):
         """A faster pass whose errors rise and fall with the width as its own do."""
         return self
 
+    @property
+    def trains(self) -> bool:
+        """Of a weight pass, whether the network is trained before it is encoded: its `fit` takes a
+        `core.structure.Subject`."""
+        return False
+
     def kept(self, rows: int, columns: int) -> int:
         """How many weights of such a matrix stay; of a pass that prunes."""
         return rows * columns

@@ -51,6 +51,13 @@ class _Blame(_Section):
     share: Number
 
 
+class _Binary(_Section):
+    layers: Count
+    bytes: Count
+    float_bytes: Count
+    runs_as: dict[str, Count] = {}
+
+
 class _Gates(_Section):
     passed: bool = True
     failures: list[str] = []
@@ -73,6 +80,7 @@ class Report(_Section):
     sha256: dict[str, str] | None = None
     cost: dict[str, _Stage] | None = None
     allocation: dict[str, Any] | None = None
+    binary: _Binary | None = None
 
 
 def misshapen(content: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from compressor.core.passes import Need, Pass, Role
 from compressor.core.spec import AffineSpec, CodebookSpec, Group, Spec
 from compressor.core.structure_settings import LrpSettings
-from compressor.core.training_settings import HessoSettings, OtoSettings
+from compressor.core.training_settings import HessoSettings, OtoSettings, ResteSettings
 
 GroupSetting = Annotated[int, Field(ge=16, multiple_of=16)] | Literal["row"]
 Steps = Annotated[int, Field(ge=0)]
@@ -350,5 +350,14 @@ https://arxiv.org/abs/2311.04902"
 
 SETTINGS: dict[str, type[Pass]] = {
     kind.name: kind
-    for kind in (AffineSettings, GblmSettings, HessoSettings, JlcmSettings, LrpSettings, OtoSettings, RoundingSettings)
+    for kind in (
+        AffineSettings,
+        GblmSettings,
+        HessoSettings,
+        JlcmSettings,
+        LrpSettings,
+        OtoSettings,
+        ResteSettings,
+        RoundingSettings,
+    )
 }

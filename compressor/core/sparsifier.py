@@ -1,19 +1,16 @@
-"""What makes units of a network go to zero while it trains, and what trains it.
-
-A pass that trains holds a `Sparsifier`, whose `step` follows every step of the optimizer; a `Trainer` runs both.
-Neither knows the other's business: the one no data or loss, the other no paper.
-"""
+"""What makes units of a network go to zero while it trains."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from compressor.core.errors import RecipeError
+from compressor.core.follower import Follower
 from compressor.core.structure import Outcome
 from compressor.core.units import Units
 from compressor.ops.selection import lowest_reaching
@@ -23,17 +20,7 @@ if TYPE_CHECKING:
     from compressor.core.training_settings import TrainingPass
 
 
-class Trainer(Protocol):
-    """Trains the subject's network as a pass's settings say."""
-
-    n_steps: int
-
-    def train(self, sparsifier: Sparsifier) -> list[dict[str, float]]:
-        """All steps, or those that an interrupted run has left; what each epoch came to."""
-        ...
-
-
-class Sparsifier(ABC):
+class Sparsifier(Follower):
     """Follows a training from its step 0 to `n_steps` − 1 and sets units to zero for good.
 
     gone       BoolTensor (units,) per group: zero, and kept there
@@ -43,7 +30,6 @@ class Sparsifier(ABC):
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("gone",)
-    """Attributes that a resumed training needs: tensors, numbers and containers of them."""
 
     def __init__(self, settings: TrainingPass, subject: Subject, n_steps: int) -> None:
         self.settings, self.subject = settings, subject
@@ -60,14 +46,15 @@ class Sparsifier(ABC):
     def step(self, number: int, before: Mapping[str, Tensor], rate: float) -> None:
         """After the optimizer's step; `before` are the units' tensors before it, `rate` its learning rate."""
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint of the training."""
-        return {name: getattr(self, name) for name in self.remembers}
+    def before(self) -> Mapping[str, Tensor]:
+        return self.units.snapshot()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken."""
-        for name in self.remembers:
-            setattr(self, name, state[name])
+    def entry(self) -> dict[str, float]:
+        return {"sparsity": round(self.sparsity(), 6), "parameters": self.parameters()}
+
+    def note(self) -> str:
+        megabytes = 4e-6 * self.parameters()
+        return f"{self.sparsity():.0%} of units gone · {megabytes:.2f} MB in float32"
 
     def amount(self, flags: list[Tensor]) -> int:
         """Parameters or units that go with these."""

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compressor.core.encoding import Layout
 from compressor.core.groups import Group
 
 if TYPE_CHECKING:
-    from compressor.core.sparsifier import Trainer
-    from compressor.core.training_settings import TrainingPass
+    from compressor.core.follower import Trainer
+    from compressor.core.training_settings import Training
 
 Removal = Mapping[Group, Tensor]
 """Which units of each group go: LongTensors of their numbers."""
@@ -40,6 +41,26 @@ class Surgeon(Protocol):
         ...
 
 
+class MakesTrainer(Protocol):
+    """Makes what trains the module as settings say; it learns from `teacher`, or the module as it is."""
+
+    def __call__(self, settings: Training, teacher: nn.Module | None = None) -> Trainer: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear or a convolution that a recipe's step is for.
+
+    name     of its weight, whose matrix `layout` tells
+    reason   why it should stay as it is; empty where it need not
+    """
+
+    name: str
+    module: nn.Module
+    layout: Layout
+    reason: str = ""
+
+
 @dataclass
 class Subject:
     """A network to make smaller.
@@ -49,7 +70,8 @@ class Subject:
     labels      (n,) per batch; None where there are none, and the network's own classes serve
     selects     whether the recipe's step is for a tensor of that name
     advance     reports progress: a share of the pass's whole work, and a note
-    trainer     of the module, as the settings of a pass that trains say
+    trainer     of the module
+    layers      that the recipe's step is for, in execution order; of a pass whose encoding is trained
     """
 
     module: nn.Module
@@ -59,7 +81,8 @@ class Subject:
     generator: torch.Generator
     selects: Callable[[str], bool]
     advance: Callable[[float, str], None]
-    trainer: Callable[[TrainingPass], Trainer]
+    trainer: MakesTrainer
+    layers: Callable[[], list[Layer]] = list
 
     def call(self, batch: Batch) -> Any:
         """The forward of a batch; {"": tensor} is one argument by position."""

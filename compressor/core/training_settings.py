@@ -1,4 +1,4 @@
-"""The settings of passes that train the network while units of it go to zero, without torch."""
+"""The settings of passes that train the network, without torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from compressor.core.passes import Need, StructurePass
+from compressor.core.passes import Need, Pass, Role, StructurePass
+from compressor.core.spec import BinarySpec, Spec
 from compressor.ops.schedules import Schedule
 
 Positive = Annotated[int, Field(ge=1)]
@@ -19,24 +20,17 @@ Optimizer = Literal[
 """Of torch.optim; not LBFGS, which calls the loss itself, nor those that take some tensors only."""
 
 
-class TrainingPass(StructurePass):
-    """What these passes have in common.
+class Training(Pass):
+    """What passes that train have in common.
 
-    fraction      the share that is removed, `of` the parameters or of the units
-    divisible     what stays of a group is a multiple of it, and at least that
     epochs        over --data; a step takes `batch` examples, in a new order each epoch
     loss          labels: cross-entropy; teacher: the original's predictions; both: their mean; none: labels where the
                   data has them, the teacher otherwise
     distance      to the teacher; kl: of the softmax at `temperature`, times its square; mse: of the outputs
     optimizer     a class of torch.optim, with `rate` and further `options` as it takes them
     schedule      of the rate: cosine, linear or constant, after a `rise` over that share of the steps
-    warmup        the share of the steps before units begin to go
-    pruning       the share of the steps over which they go; what is left trains on
     """
 
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    of: Literal["parameters", "units"] = "parameters"
-    divisible: Positive = 1
     epochs: Positive = 10
     batch: Positive = 128
     loss: Literal["labels", "teacher", "both"] | None = None
@@ -47,6 +41,25 @@ class TrainingPass(StructurePass):
     options: dict[str, Any] = Field({})
     schedule: Schedule = "cosine"
     rise: Share = 0.05
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
+        return frozenset({"data", "gradients", "training"}) | labels
+
+
+class TrainingPass(Training, StructurePass):
+    """Passes that train while units go to zero.
+
+    fraction      the share that is removed, `of` the parameters or of the units
+    divisible     what stays of a group is a multiple of it, and at least that
+    warmup        the share of the steps before units begin to go
+    pruning       the share of the steps over which they go; what is left trains on
+    """
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    of: Literal["parameters", "units"] = "parameters"
+    divisible: Positive = 1
     warmup: Share = 0.1
     pruning: Annotated[float, Field(gt=0, le=1)] = 0.5
 
@@ -58,11 +71,6 @@ class TrainingPass(StructurePass):
                 "1; write such as 0.1 and 0.5"
             )
         return self
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
-        return frozenset({"data", "gradients", "training"}) | labels
 
     @property
     def removes(self) -> float:
@@ -118,3 +126,43 @@ Pruning to Erasing Operators, 2023, https://arxiv.org/abs/2312.09411"
         """λ₀, amplification and cap, as set or as they suit the optimizer."""
         usual = (1e-3, 2.0, 10.0) if self.optimizer in ("SGD", "ASGD") else (1e-2, 20.0, 1000.0)
         return self.penalty or usual[0], self.amplification or usual[1], self.cap or usual[2]
+
+
+class ResteSettings(Training):
+    """Weights, and inputs if asked, learned as signs: one bit per weight and a scale.
+
+    activations   binary: inputs of these layers are signs as well, about a threshold per channel that is learned
+    estimator     of the gradient of sign; reste: of a power function that grows steeper; ste: 1 near zero;
+                  ede: of a hyperbolic tangent that does
+    scale         of the signs: one for the layer, or for each output channel
+    unit          what the estimator sees of a weight; raw: the weight itself; mean: in units of the layer's mean size
+    o_end         o at the end of the training; 1 at its start
+    """
+
+    name = "reste"
+    stage = "weight"
+    paper = (
+        "Wu et al., Estimator Meets Equilibrium Perspective: A Rectified Straight Through Estimator for Binary Neural \
+Networks Training, ICCV 2023, https://arxiv.org/abs/2308.06689"
+    )
+
+    activations: Literal["float", "binary"] = "float"
+    estimator: Literal["reste", "ste", "ede"] = "reste"
+    scale: Literal["layer", "channel"] = "layer"
+    unit: Literal["raw", "mean"] = "raw"
+    o_end: Annotated[float, Field(ge=1)] = 3.0
+    rate: Rate = 0.1
+    options: dict[str, Any] = Field({"momentum": 0.9})
+    rise: Share = 0.0
+
+    def spec_for(self, name: str, shape: tuple[int, int], role: Role) -> Spec | None:
+        scale = "row" if self.scale == "channel" else "tensor"
+        return BinarySpec(scale=scale) if role in ("linear", "conv") else None
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    @property
+    def keeps_zeros(self) -> bool:
+        return False

@@ -5,7 +5,7 @@ with ranges known beforehand: B. Jacob et al., "Quantization and Training of Neu
 Integer-Arithmetic-Only Inference", CVPR 2018, https://arxiv.org/abs/1712.05877.
 
     x̂ = s_x·(q_x − z_x)      uint8, one scale and zero point per tensor, from `ranges`
-    ŵ = s_w·q_w              int8, a scale per output channel: the stored codes, read as they are
+    ŵ = s_w·q_w              int8, a scale per output channel: the stored codes, or signs, read as they are
     b̂ = s_x·s_w·q_b          int32
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from compressor.core.encoding import Binary, Encoding
 from compressor.export.int8_operations import Int8Operation, observed
 from compressor.export.lowering import Lowering
 from compressor.export.ranges import Range
@@ -69,8 +70,7 @@ class StaticInt8:
 
     def _weight_and_bias(self, operation: Int8Operation) -> list[ir.Value]:
         b, weight = self.builder, _tensor(operation.node.inputs[1])
-        stored = self.lowering.tensors[weight].encoding
-        scale, bias = self._folded(operation, stored.scales.decode().numpy()[:, 0].astype(np.float64))  # type: ignore
+        scale, bias = self._folded(operation, row_scales(self.lowering.tensors[weight].encoding))
         input_scale = np.float64(self._scales[operation.inputs[0]][0])
         scale = enlarged(scale, bias / input_scale)
         codes = np.round(bias / (scale * input_scale)).astype(np.int32)
@@ -99,6 +99,12 @@ class StaticInt8:
         if value.const_value is not None:
             return value.const_value.numpy().astype(np.float64).ravel()
         return self.lowering.tensors[_tensor(value)].decode().numpy().astype(np.float64).ravel()
+
+
+def row_scales(encoding: Encoding) -> np.ndarray:
+    """The scale of each output, float64 (out,)."""
+    stored = encoding.scale.float() if isinstance(encoding, Binary) else encoding.scales.decode()  # type: ignore
+    return np.broadcast_to(stored.numpy()[:, 0].astype(np.float64), encoding.shape[0])
 
 
 def quantisation(low: float, high: float) -> tuple[np.float32, np.uint8]:

@@ -55,7 +55,7 @@ def trace(module: nn.Module, example: Example) -> Trace:
     except Exception as error:
         raise CheckpointError(
             f"{type(module).__name__}: its forward cannot be traced at {_line(error)}; {_first_line(error)}; "
-            "write that line without branches on the values of tensors, or leave structure passes out"
+            "write that line without branches on the values of tensors, or leave passes that need a graph out"
         ) from error
     signature, names = program.graph_signature, _first_names(module)
     found = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -37,6 +37,7 @@ def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
         _tiles(report),
         _gates(report),
         _bytes(tensors),
+        _binary(report),
         _errors(tensors),
         _against_quality(artifact, others, title),
         _stages(report),
@@ -94,6 +95,16 @@ def _gates(report: dict[str, Any]) -> str:
     rows = [(each["tensors"], each["by"], f"{each['share']:.1%}") for each in gates.get("blame", [])]
     table = _table(("tensors", "by", "of the loss goes without"), rows, numbers=(2,)) if rows else ""
     return f'<p class="bad"><b>A gate failed.</b></p><ul class="bad">{failures}</ul>{table}'
+
+
+def _binary(report: dict[str, Any]) -> str:
+    """What layers of one bit take, and what they run as."""
+    found = report.get("binary")
+    if not found:
+        return ""
+    sizes = f"{size(found['bytes'])} on disk, {size(found['float_bytes'])} in float32"
+    runs = ", ".join(f"{n} as {kind}" for kind, n in (found.get("runs_as") or {}).items())
+    return f"<p>{found['layers']} layers are binary, {escape(sizes)}{'; ' if runs else ''}{escape(runs)}.</p>"
 
 
 def _bytes(tensors: Sequence[facts.StoredTensor]) -> str:
