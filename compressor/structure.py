@@ -21,6 +21,7 @@ from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.core.errors import CheckpointError
 from compressor.core.groups import Group
+from compressor.core.search_settings import N2nSettings
 from compressor.core.structure import Outcome, Removal, Subject
 from compressor.core.training_settings import TrainingPass
 from compressor.encode import Work
@@ -32,6 +33,8 @@ from compressor.parallel import rank, wait
 from compressor.progress import Progress
 from compressor.recipe import Recipe, Step, load_pass
 from compressor.streaming import Batch
+from compressor.students.laboratory import Laboratory
+from compressor.students.making import students_of
 
 LARGEST_ERROR = 1e-4
 """Of the largest output, between a network with units masked and without them."""
@@ -136,12 +139,16 @@ def _subject(
             module, data.examples(), settings, work.seed, folder.with_name(f"{folder.name}-training"), advance
         )
 
+    def students(settings: N2nSettings) -> Laboratory:
+        searched = folder.with_name(f"{folder.name}-search")
+        return students_of(module, data.batches, data.labels, settings, data.examples, work.seed, searched, advance)
+
     surgeon, generator = GraphSurgeon(example, call), work.generator(folder.name)
-    return Subject(module, data.batches, data.labels, surgeon, generator, step.selects, advance, trainer)
+    return Subject(module, data.batches, data.labels, surgeon, generator, step.selects, advance, trainer, students)
 
 
 def _applied(method: Any, subject: Subject) -> Outcome:
-    if not subject.choosable():
+    if method.chooses_units and not subject.choosable():
         groups = subject.surgeon.groups(subject.module)
         reasons = "; ".join(dict.fromkeys(f"'{group.name}' {group.reason}" for group in groups if group.reason))
         raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compressor.core.passes import Need, Pass, Role
+from compressor.core.search_settings import N2nSettings
 from compressor.core.spec import AffineSpec, CodebookSpec, Group, Spec
 from compressor.core.structure_settings import LrpSettings
 from compressor.core.training_settings import HessoSettings, OtoSettings
@@ -333,5 +334,8 @@ https://arxiv.org/abs/2311.04902"
 
 SETTINGS: dict[str, type[Pass]] = {
     kind.name: kind
-    for kind in (AffineSettings, GblmSettings, HessoSettings, JlcmSettings, LrpSettings, OtoSettings, RoundingSettings)
+    for kind in (
+        AffineSettings, GblmSettings, HessoSettings, JlcmSettings, LrpSettings, N2nSettings, OtoSettings,
+        RoundingSettings,
+    )  # fmt: skip
 }

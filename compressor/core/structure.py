@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from compressor.core.groups import Group
 
 if TYPE_CHECKING:
+    from compressor.core.search_settings import N2nSettings
     from compressor.core.sparsifier import Trainer
+    from compressor.core.students import Students
     from compressor.core.training_settings import TrainingPass
 
 Removal = Mapping[Group, Tensor]
@@ -50,6 +52,7 @@ class Subject:
     selects     whether the recipe's step is for a tensor of that name
     advance     reports progress: a share of the pass's whole work, and a note
     trainer     of the module, as the settings of a pass that trains say
+    students    of the module, as the settings of a pass that searches say
     """
 
     module: nn.Module
@@ -60,6 +63,7 @@ class Subject:
     selects: Callable[[str], bool]
     advance: Callable[[float, str], None]
     trainer: Callable[[TrainingPass], Trainer]
+    students: Callable[[N2nSettings], Students] | None = None
 
     def call(self, batch: Batch) -> Any:
         """The forward of a batch; {"": tensor} is one argument by position."""
