@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KINDS = ("identity", "zeros")
+KINDS = ("identity", "zeros", "nothing")
 KEPT = "kept_children"
 NUMBERS = ("layer_idx", "layer_id", "layer_index")
 """Attributes by which a block of transformers knows its place in the list."""
 
 
 class Absent(nn.Module):
-    """Passes its first tensor on (identity), or zeros of its shape; as a tuple of `n_outputs` with None behind it.
+    """Passes its first tensor on (identity), or zeros of its shape, or one zero, which adds to any shape (nothing).
 
-    shape   of the outputs beyond the first two axes' sizes does not change: what was there kept it too
+    n_outputs   of a tuple with None behind it; 0: the tensor alone
     """
 
     def __init__(self, kind: str, n_outputs: int = 0) -> None:
@@ -34,7 +34,8 @@ class Absent(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        found = tensor if self.kind == "identity" else torch.zeros_like(tensor)
+        zeros = torch.zeros_like(tensor) if self.kind == "zeros" else tensor.new_zeros(())
+        found = tensor if self.kind == "identity" else zeros
         return (found, *[None] * (self.n_outputs - 1)) if self.n_outputs else found
 
     def extra_repr(self) -> str:

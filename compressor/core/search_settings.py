@@ -26,6 +26,7 @@ class N2nSettings(LearningPass):
     strength       of that start, in logits per standard deviation
     search_epochs  of rollouts that decide what is removed
     shrink_epochs  of rollouts that decide how much the others shrink; layers only
+    attributes     what of a layer shrinks: outputs, kernel, padding
     rollouts       students per epoch
     max_students   the search ends when so many were judged
     policy_rate, shrink_rate, own_rate    learning rates of the policies, and of the weight that each block has
@@ -59,6 +60,9 @@ class N2nSettings(LearningPass):
     strength: Annotated[float, Field(ge=0)] = 1.5
     search_epochs: Positive = 20
     shrink_epochs: Count = 0
+    attributes: Annotated[list[Literal["outputs", "kernel", "padding"]], Field(min_length=1)] = Field(
+        ["outputs", "kernel", "padding"]
+    )
     rollouts: Positive = 5
     max_students: Positive | None = None
     policy_rate: Rate = 3e-3

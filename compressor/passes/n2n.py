@@ -277,7 +277,7 @@ class Search:
             (number, name)
             for number, layer in enumerate(layers)
             for name in layer.shrinks
-            if number not in start.removed
+            if number not in start.removed and name in settings.attributes
         ]
         if not decisions:
             return

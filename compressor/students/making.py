@@ -15,6 +15,7 @@ from compressor.parallel import n_processes
 from compressor.streaming import Batch
 from compressor.students.blocks import BlockWorkshop
 from compressor.students.laboratory import Laboratory
+from compressor.students.layers import LayerWorkshop
 from compressor.students.pool import Here, Pool, Processes, RayPool
 from compressor.workers import cores
 
@@ -40,9 +41,14 @@ def students_of(
     units = settings.units if settings.units != "auto" else unit_of(module)
     settings = settings.model_copy(update={"units": units})
     training = None if folder is None else folder / "final"
-    kind = BlockWorkshop
-    workshop = kind(module, batches, labels, settings, examples, seed, training,
-                    lambda share, note: advance((1 - SEARCHING) * share, note))  # fmt: skip
+
+    def finishing(share: float, note: str) -> None:
+        advance((1 - SEARCHING) * share, note)
+
+    if units == "layer":
+        workshop = LayerWorkshop(module, examples(), settings, seed, training, finishing)
+    else:
+        workshop = BlockWorkshop(module, batches, labels, settings, examples, seed, training, finishing)
     jobs = settings.jobs or cores()
 
     def start() -> Pool:
