@@ -18,6 +18,7 @@ from bench_gradients import gradients_table
 from bench_layers import layers_table
 from bench_loading import loading_table
 from bench_memory import memory_table
+from bench_n2n import n2n_table
 from bench_once import once_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
@@ -33,7 +34,7 @@ from compressor.recipe_file import shipped_recipes
 
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
-    "docs/passes/hesso.md", "docs/passes/oto.md", "docs/runtime.md",
+    "docs/passes/hesso.md", "docs/passes/oto.md", "docs/passes/n2n.md", "docs/runtime.md",
     "docs/design.md", "docs/ci.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,6 +46,7 @@ COMMANDS = {
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py",
     "once": "scripts/bench_once.py",
+    "n2n": "scripts/bench_n2n.py",
     "fuzz": "scripts/fuzz.py",
 }  # fmt: skip
 LLAMA_CPP = (
@@ -109,6 +111,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rounding": lambda: measured_table("rounding", rounding_table),
     "zeros": lambda: measured_table("zeros", zeros_table),
     "once": lambda: measured_table("once", once_table),
+    "search": lambda: measured_table("n2n", n2n_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
 }
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compressor.core.search_settings import N2nSettings
 from compressor.core.structure import Outcome, Subject
 from compressor.core.training_settings import TrainingPass
 from compressor.fitting import Examples, Fitting
 from compressor.structure import GraphSurgeon
+from compressor.students.laboratory import Laboratory
+from compressor.students.making import students_of
 
 N_CLASSES = 5
 
@@ -85,9 +88,15 @@ def subject_of(
     def trainer(settings: TrainingPass) -> Fitting:
         return Fitting(module, data or examples(), settings, 3, folder, lambda share, note: None)
 
+    def students(settings: N2nSettings) -> Laboratory:
+        return students_of(
+            module, [batch], None, settings, lambda: data or examples(), 3, folder, lambda share, note: None
+        )
+
     return Subject(
-        module, [batch], None, surgeon, torch.Generator(), lambda name: True, lambda share, note: None, trainer
-    )
+        module, [batch], None, surgeon, torch.Generator(), lambda name: True, lambda share, note: None, trainer,
+        students,
+    )  # fmt: skip
 
 
 def trained(method: TrainingPass, module: nn.Module | None = None) -> tuple[Subject, Outcome]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from compressor.core.errors import DataError
 from compressor.core.search_settings import N2nSettings
 from compressor.core.students import Student
 from compressor.fitting import Examples, Fitting
-from compressor.graph.blocks import block_names
+from compressor.graph.blocks import block_names, fast_bfloat16
 from compressor.graph.depth import depth_units, without_units
 from compressor.streaming import Batch
 from compressor.students.depth import DepthEvaluator, unit_layers
@@ -50,7 +51,10 @@ class BlockWorkshop:
         self.layers = unit_layers(self.units)
         self.parameters = sum(parameter.numel() for parameter in module.parameters())
         self.sizes = [sum(p.numel() for p in module.get_submodule(unit.name).parameters()) for unit in self.units]
-        self.evaluator = DepthEvaluator(module, block_names(module), self.units, inputs, chosen, settings.measure)
+        judged = module
+        if "input_ids" in inputs and fast_bfloat16():  # as autocast computes, without a cast of each weight per forward
+            judged = copy.deepcopy(module).bfloat16()
+        self.evaluator = DepthEvaluator(judged, block_names(module), self.units, inputs, chosen, settings.measure)
 
     def size(self, student: Student) -> int | None:
         if not student.removed or len(student.removed) == len(self.units) or student.shrunk:
