@@ -335,7 +335,13 @@ https://arxiv.org/abs/2311.04902"
 SETTINGS: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
-        AffineSettings, GblmSettings, HessoSettings, JlcmSettings, LrpSettings, N2nSettings, OtoSettings,
+        AffineSettings,
+        GblmSettings,
+        HessoSettings,
+        JlcmSettings,
+        LrpSettings,
+        N2nSettings,
+        OtoSettings,
         RoundingSettings,
     )  # fmt: skip
 }

@@ -100,6 +100,10 @@ class Students(Protocol):
         """The student after its final training, and what its epochs came to."""
         ...
 
+    def close(self) -> None:
+        """Lets go of the processes that judge."""
+        ...
+
     def slowness(self, student: Student) -> float:
         """Its latency over the teacher's."""
         ...

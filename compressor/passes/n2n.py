@@ -80,8 +80,11 @@ class N2n(N2nSettings):
         if self.policy_in and not Path(self.policy_in).is_file():
             raise RecipeError(f"n2n: policy_in {self.policy_in} is not there; give a file that policy_out wrote")
         students = subject.students(self)
-        search = Search(self, students, subject.generator)
-        best = search.run()
+        try:
+            search = Search(self, students, subject.generator)
+            best = search.run()
+        finally:
+            students.close()
         module, log = students.finish(best)
         if self.policy_out and search.policies:
             save_policies(Path(self.policy_out), search.policies)
@@ -153,10 +156,13 @@ class Search:
         if not n:
             reasons = "; ".join(dict.fromkeys(f"'{x.name}' {x.fixed}" for x in self.students.layers if x.fixed))
             raise RecipeError(f"n2n: no layer of the network can go; {reasons or 'it has none'}")
-        if settings.remove is not None and settings.remove >= n:
+        if not self.students.accuracy > 0:
             raise RecipeError(
-                f"n2n: remove is {settings.remove}, but {n} units can go; write at most {max(1, n - 1)}"
+                "n2n: the network itself is right on nothing of the validation split, so that no student can be held to "
+                "it; write a larger validation, or for a decoder measure: perplexity"
             )
+        if settings.remove is not None and settings.remove >= n:
+            raise RecipeError(f"n2n: remove is {settings.remove}, but {n} units can go; write at most {max(1, n - 1)}")
         if not self.of_blocks and settings.policy in ("greedy", "influence"):
             raise RecipeError(
                 f"n2n: policy {settings.policy} is of blocks, and this network's units are layers; write policy: "

@@ -29,7 +29,7 @@ class BlockWorkshop:
 
     Raises:
         CheckpointError: The network has no repeated blocks.
-        DataError: `measure` is of next tokens, and the network reads none.
+        DataError: `measure` is of next tokens, and the network predicts none.
     """
 
     def __init__(
@@ -41,9 +41,6 @@ class BlockWorkshop:
         if hasattr(module, "config"):
             module.config.use_cache = False
         inputs, chosen = first_examples(batches, labels, settings.validation)
-        if settings.measure == "perplexity" and "input_ids" not in inputs:
-            raise DataError("n2n: measure perplexity is of language models, and this network reads no tokens; write "
-                            "measure: accuracy")  # fmt: skip
         example = {name: tensor[:1] for name, tensor in inputs.items()}
         self.units = depth_units(
             module, lambda: module(example[""]) if "" in example else module(**example), settings.units == "part"
@@ -55,6 +52,9 @@ class BlockWorkshop:
         if "input_ids" in inputs and fast_bfloat16():  # as autocast computes, without a cast of each weight per forward
             judged = copy.deepcopy(module).bfloat16()
         self.evaluator = DepthEvaluator(judged, block_names(module), self.units, inputs, chosen, settings.measure)
+        if settings.measure == "perplexity" and (chosen is not None or not self.evaluator.causal):
+            raise DataError("n2n: measure perplexity is of decoders, and this network does not predict next tokens; write "
+                            "measure: accuracy")  # fmt: skip
 
     def size(self, student: Student) -> int | None:
         if not student.removed or len(student.removed) == len(self.units) or student.shrunk:
@@ -84,7 +84,8 @@ class BlockWorkshop:
         ids = self.evaluator.inputs.get("input_ids")
         kind = "tokens" if ids is not None else "examples"
         n = ids.numel() if ids is not None else len(next(iter(self.evaluator.inputs.values())))
-        return {"measure": self.settings.measure, "validation": f"{n} {kind}"}
+        measure = "cosine" if self.evaluator.wanted is not None else self.settings.measure
+        return {"measure": measure, "validation": f"{n} {kind}"}
 
 
 def first_examples(

@@ -21,6 +21,8 @@ from compressor.graph.blocks import fast_bfloat16, first_tensor
 from compressor.graph.depth import Unit, hidden_of, patched, with_hidden
 
 _POSITIONS = 256
+_SAME = 1e-2
+"""Of the change where something has changed: bfloat16 rounds."""
 
 
 @dataclass
@@ -29,8 +31,9 @@ class DepthEvaluator:
 
     module    in eval mode
     inputs    one batch of the forward's arguments
-    labels    (n,) classes, or None: of a language model the next tokens, of others the teacher's own classes
-    measure   accuracy: a share; perplexity: its inverse, of next tokens
+    labels    (n,) classes, or None: of a language model that reads from left to right the next tokens, of others the
+              teacher's own classes; where its output is a vector per position, students are held to those vectors
+    measure   accuracy: a share, or a cosine; perplexity: its inverse, of next tokens
     """
 
     module: nn.Module
@@ -43,8 +46,12 @@ class DepthEvaluator:
 
     def __post_init__(self) -> None:
         self.n_outputs = self._watched_outputs()
-        if self.labels is None and "input_ids" not in self.inputs:
-            self.labels = self._logits(Student()).argmax(-1)
+        self.wanted: Tensor | None = None
+        self.causal = "input_ids" in self.inputs and self._is_causal()
+        if self.labels is None and not self.causal:
+            outputs = self._logits(Student())
+            self.wanted = outputs.float() if outputs.dim() > 2 else None
+            self.labels = outputs.argmax(-1) if outputs.dim() == 2 else None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_paths": []}
@@ -151,6 +158,18 @@ class DepthEvaluator:
             handle.remove()
         return seen
 
+    @torch.no_grad()
+    def _is_causal(self) -> bool:
+        """Whether what is said of a position does not depend on later ones."""
+        ids = self.inputs["input_ids"][:1, :16]
+        other = ids.clone()
+        other[:, -1] = ids[:, 0] if int(ids[0, -1]) != int(ids[0, 0]) else (ids[:, 0] + 1) % 2
+        first, second = (first_tensor(self.module(input_ids=each)).float() for each in (ids, other))
+        if first.dim() != 3 or first.shape[1] < 2:
+            return False
+        changed = float((first - second)[:, :-1].abs().max())
+        return changed < _SAME * float((first - second)[:, -1:].abs().max())
+
     def _shared(self, gone: tuple[frozenset[int], ...]) -> tuple[int, list[Tensor]]:
         """How many blocks at the start a path that is kept has in common, and the inputs of its blocks."""
         best: tuple[int, list[Tensor]] = (0, [])
@@ -161,6 +180,8 @@ class DepthEvaluator:
 
     def _score(self, logits: Tensor) -> float:
         """Accuracy, or the inverse of the perplexity."""
+        if self.wanted is not None:
+            return max(0.0, float(functional.cosine_similarity(logits.float(), self.wanted, dim=-1).mean()))
         if self.labels is not None:
             return float((logits.argmax(-1) == self.labels).double().mean())
         rows, targets = logits[:, :-1].flatten(0, 1), self.inputs["input_ids"][:, 1:].flatten()

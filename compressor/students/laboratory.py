@@ -101,10 +101,13 @@ class Laboratory:
         return self.answers["influence"]
 
     def finish(self, student: Student) -> tuple[nn.Module, list[dict[str, float]]]:
+        self.close()
+        return self.workshop.finish(student)
+
+    def close(self) -> None:
         if self.pool is not None:
             self.pool.close()
             self.pool = None
-        return self.workshop.finish(student)
 
     def facts(self) -> dict[str, Any]:
         return self.workshop.facts()

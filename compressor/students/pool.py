@@ -124,6 +124,8 @@ class Processes:
             except subprocess.TimeoutExpired:  # in the middle of a student
                 worker.kill()
                 worker.wait()
+            if worker.stdout is not None:
+                worker.stdout.close()
 
 
 class RayPool:

@@ -70,7 +70,9 @@ def test_subsets_of_a_size_are_as_likely_as_enumeration_says_float64():
         for subset, weight in zip(subsets, weights, strict=True):
             flags = torch.zeros(5, dtype=torch.bool)
             flags[list(subset)] = True
-            assert float(subset_log_probability(theta, flags).detach()) == pytest.approx(math.log(weight / sum(weights)))
+            assert float(subset_log_probability(theta, flags).detach()) == pytest.approx(
+                math.log(weight / sum(weights))
+            )
         (gradient,) = torch.autograd.grad(subset_log_probability(theta, flags), theta)
         assert gradient.tolist() == pytest.approx([float(f) - s for f, s in zip(flags, shares, strict=True)])
 
