@@ -173,7 +173,8 @@ def fashion_teacher(folder: Path, width: int, images: Any, labels: Any) -> Path:
                                  options={"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4})  # fmt: skip
         with make_progress().task(f"teacher of width {width}", 1) as task:
             Fitting(module, Examples({"": torch.from_numpy(images)}, torch.from_numpy(labels)), settings, 0,
-                    folder / f"teaching-{width}", lambda share, note: task.advance(share, note=note)).train()  # fmt: skip
+                    folder / f"teaching-{width}",
+                    lambda share, note: task.advance(share, note=note)).train()  # fmt: skip
         partial = target.with_suffix(".partial")
         torch.save(module.state_dict(), partial)
         partial.rename(target)
@@ -247,8 +248,8 @@ def fashion_table(results: dict[str, Any]) -> str:
               "times fewer", "accuracy", "CPU-seconds"]  # fmt: skip
     head = (
         f"ResNet-18-like teachers of width 16 and 8 with a stem of stride 2, {found['images']:,} images of "
-        f"Fashion-MNIST; students learn on {SEARCH['student_examples']:,} of them for {SEARCH['student_epochs']} epochs. "
-        "Accuracy of the artifacts in onnxruntime on 10,000 test images.\n\n"
+        f"Fashion-MNIST; students learn on {SEARCH['student_examples']:,} of them for {SEARCH['student_epochs']} "
+        "epochs. Accuracy of the artifacts in onnxruntime on 10,000 test images.\n\n"
     )
     return head + markdown(titles, rows)
 
@@ -277,8 +278,9 @@ def depth_table(results: dict[str, Any]) -> str:
                                                                                     "students")]]  # fmt: skip
     whole = found["rows"]["none"]["perplexity"]
     head = (
-        f"SmolLM2-135M, {found['blocks']} blocks, searched on {found['tokens']:,} tokens; perplexity on {found['held_out_tokens']:,} "
-        f"held-out tokens of each text, before healing. The whole model: {number(whole['sotu_8'])} and {number(whole['moby_8'])}.\n\n"
+        f"SmolLM2-135M, {found['blocks']} blocks, searched on {found['tokens']:,} tokens; perplexity on "
+        f"{found['held_out_tokens']:,} held-out tokens of each text, before healing. The whole model: "
+        f"{number(whole['sotu_8'])} and {number(whole['moby_8'])}.\n\n"
     )
     healed = results.get("heal")
     tail = ""

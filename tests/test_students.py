@@ -1,4 +1,4 @@
-"""N2N in whole runs: searches in other processes and resumed ones come to the same student, and artifacts compute it."""
+"""N2N in whole runs: searches in other processes and resumed ones find the same student, and artifacts compute it."""
 
 from __future__ import annotations
 

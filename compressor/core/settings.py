@@ -343,5 +343,5 @@ SETTINGS: dict[str, type[Pass]] = {
         N2nSettings,
         OtoSettings,
         RoundingSettings,
-    )  # fmt: skip
+    )
 }

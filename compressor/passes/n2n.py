@@ -158,8 +158,8 @@ class Search:
             raise RecipeError(f"n2n: no layer of the network can go; {reasons or 'it has none'}")
         if not self.students.accuracy > 0:
             raise RecipeError(
-                "n2n: the network itself is right on nothing of the validation split, so that no student can be held to "
-                "it; write a larger validation, or for a decoder measure: perplexity"
+                "n2n: the network itself is right on nothing of the validation split, so that no student can be held "
+                "to it; write a larger validation, or for a decoder measure: perplexity"
             )
         if settings.remove is not None and settings.remove >= n:
             raise RecipeError(f"n2n: remove is {settings.remove}, but {n} units can go; write at most {max(1, n - 1)}")

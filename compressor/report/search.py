@@ -61,7 +61,7 @@ def _sizes(found: dict[str, Any], trials: list[dict[str, Any]]) -> str:
     points = [Point(found["teacher"]["parameters"] / 1e6, 1.0, "c7", "the teacher")]
     for key, trial in sorted(seen.items(), key=lambda item: item[0] == best):
         kind, label = ("c1", "the best") if key == best else ("c0", "")
-        points.append(Point(trial["parameters"] / 1e6, trial["accuracy"], kind, label,
-                            f"{trial['parameters']:,} parameters, {trial['accuracy']:.4f} of the teacher's"))  # fmt: skip
+        title = f"{trial['parameters']:,} parameters, {trial['accuracy']:.4f} of the teacher's"
+        points.append(Point(trial["parameters"] / 1e6, trial["accuracy"], kind, label, title))
     what = "accuracy" if found["measure"] == "accuracy" else "1 / perplexity"
     return dots(points, Axis("million parameters", "{:g}".format), Axis(f"{what}, of the teacher's", "{:g}".format))

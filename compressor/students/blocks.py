@@ -53,7 +53,7 @@ class BlockWorkshop:
             judged = copy.deepcopy(module).bfloat16()
         self.evaluator = DepthEvaluator(judged, block_names(module), self.units, inputs, chosen, settings.measure)
         if settings.measure == "perplexity" and (chosen is not None or not self.evaluator.causal):
-            raise DataError("n2n: measure perplexity is of decoders, and this network does not predict next tokens; write "
+            raise DataError("n2n: measure perplexity is of decoders, and this network predicts no next tokens; write "
                             "measure: accuracy")  # fmt: skip
 
     def size(self, student: Student) -> int | None:

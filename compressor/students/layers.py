@@ -1,4 +1,4 @@
-"""The workshop of students of a convolutional network: fewer layers, and less of each; judged after a short training."""
+"""The workshop of a convolutional network's students: fewer layers, and less of each; judged after a short training."""
 
 from __future__ import annotations
 

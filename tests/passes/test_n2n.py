@@ -1,4 +1,4 @@
-"""N2N: the reward, the constraint, REINFORCE and both policies, held against the paper and on searches of known answer."""
+"""N2N: reward, constraint, REINFORCE and both policies against the paper, and on searches of known answer."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_the_shrinkage_policy_is_told_what_it_chose():
     rows, attributes = torch.zeros(3, 7), torch.zeros(3, dtype=torch.long)
     chosen = torch.tensor([[0, 3, 3], [6, 3, 3]])
     scores = policy.roll_out(rows, attributes, 2, torch.Generator(), chosen)[1].detach()
-    first = policy.head(policy.lstm(torch.cat([torch.zeros(7), torch.tensor([1.0, 0, 0]), torch.zeros(7)]).view(1, 1, -1))
-                        [0][0]).log_softmax(1)[0].detach()  # fmt: skip
+    step = torch.cat([torch.zeros(7), torch.tensor([1.0, 0, 0]), torch.zeros(7)]).view(1, 1, -1)
+    first = policy.head(policy.lstm(step)[0][0]).log_softmax(1)[0].detach()
     later = scores - first[chosen[:, 0]]
     assert float(later[0]) != pytest.approx(float(later[1]), abs=1e-4)
 
