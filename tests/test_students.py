@@ -25,7 +25,7 @@ from tests import pico, training_case
 
 CNN = (
     "n2n.search_epochs=2", "n2n.shrink_epochs=2", "n2n.rollouts=3", "n2n.student_examples=48", "n2n.validation=32",
-    "n2n.epochs=1", "n2n.jobs=1", "calibration.samples=32", "evaluation.samples=32",
+    "n2n.epochs=1", "n2n.jobs=1", "n2n.max_students=8", "calibration.samples=32", "evaluation.samples=32",
 )  # fmt: skip
 LLM = (
     "n2n.remove=2", "n2n.search_epochs=3", "n2n.validation=128", "n2n.jobs=1", "calibration.tokens=256",

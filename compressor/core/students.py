@@ -72,13 +72,15 @@ class Students(Protocol):
     layers       of the teacher, in the order in which a forward reaches them
     parameters   of the teacher
     accuracy     of the teacher on the validation split: a share, or 1/perplexity
-    n_judged     students that were evaluated so far, in this run or in one that it resumes
+    n_judged     students that this search has asked for so far; a resumed one asks again for those before
     """
 
     layers: Sequence[Layer]
     parameters: int
     accuracy: float
-    n_judged: int
+
+    @property
+    def n_judged(self) -> int: ...
 
     def size(self, student: Student) -> int | None:
         """Its parameters; None where it cannot be: shapes that do not fit, an empty field, not smaller."""

@@ -38,7 +38,8 @@ def resize(module: Any) -> None:
         if isinstance(module, kind):
             change(module)
     if type(module).__name__ == "Conv1D":  # GPT-2's linear, stored (inputs, outputs)
-        module.nx, module.nf = module.weight.shape
+        weight: Tensor = module.weight
+        module.nx, module.nf = weight.shape
 
 
 def _count_units(module: nn.Module, before: Mapping[str, torch.Size], group: Group, kept: int) -> None:

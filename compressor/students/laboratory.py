@@ -69,8 +69,13 @@ class Laboratory:
         self.start, self.folder, self.watch = start, folder, watch
         self.pool: Pool | None = None
         self.answers = dict(self._read())
-        self.n_judged = 0
+        self.asked: set[Student] = set()
         (self.accuracy,) = self.judge([Student()])
+
+    @property
+    def n_judged(self) -> int:
+        """Students beside the teacher that this search has asked for, whether or not the journal knew them."""
+        return len(self.asked - {Student()})
 
     def size(self, student: Student) -> int | None:
         return self.workshop.size(student)
@@ -85,7 +90,7 @@ class Laboratory:
                 self._note(self._name("accuracy", student), accuracy, seconds=round(now - began, 3))
                 began = now
                 self.watch(f"{accuracy:.4f}")
-        self.n_judged = sum(name.startswith("accuracy ") for name in self.answers) - 1
+        self.asked |= set(students)
         return [self.answers[self._name("accuracy", student)] for student in students]
 
     def trainability(self, student: Student) -> float:
