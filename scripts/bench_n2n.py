@@ -147,10 +147,12 @@ def heal(tokens: int, steps: int, remove: int = 6) -> None:
     with make_progress().task("healing", 1) as task:
         log = Fitting(smaller, Examples({"input_ids": text}), settings, 0, None,
                       lambda share, note: task.advance(share, note=note), teacher=bench.module).train()  # fmt: skip
+    after = perplexities(smaller)
+    results = read_results("n2n")
     results["heal"] = {
         "removed": remove, "tokens": text.numel(), "cpu_seconds": round(time.process_time() - began, 1),
         "loss": log[-1]["loss"], "before": results["depth"]["rows"][f"reinforce {remove}"]["perplexity"],
-        "after": perplexities(smaller),
+        "after": after,
     }  # fmt: skip
     print(results["heal"])
     write_results("n2n", results)
@@ -209,7 +211,7 @@ def searched(folder: Path, name: str, width: int, step: dict[str, Any]) -> dict[
 
 def fashion(n_images: int, n_students: int, transfer: bool) -> None:
     """The policies against random students; then policies of a smaller teacher on the larger one."""
-    folder, results = cached(f"n2n/fashion-{n_images}-{n_students}"), read_results("n2n")
+    folder = cached(f"n2n/fashion-{n_images}-{n_students}")
     images, labels = fashion_images("train", n_images)
     if not (folder / "train.npz").is_file():
         test_images, test_labels = fashion_images("t10k")
@@ -225,9 +227,11 @@ def fashion(n_images: int, n_students: int, transfer: bool) -> None:
         file = str(folder / "policy.safetensors")
         plan["small"] = (8, lengths | {"policy_out": file, "epochs": 2})
         plan["transferred"] = (16, lengths | {"policy_in": file, "epochs": 2})
-    rows = results.setdefault("fashion", {}).setdefault("rows", {})
     for name, (width, step) in plan.items():
-        rows[name] = searched(folder, name, width, step)
+        row = searched(folder, name, width, step)
+        results = read_results("n2n")
+        rows = results.setdefault("fashion", {}).setdefault("rows", {})
+        rows[name] = row
         results["fashion"] |= {"images": n_images, "max_students": n_students}
         write_results("n2n", results)
         print(name, {k: v for k, v in rows[name].items() if k not in ("curve", "shrunk", "removed")}, flush=True)
