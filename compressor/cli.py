@@ -84,6 +84,8 @@ def run(
     format: Annotated[Format, typer.Option(help="onnx, or only the packed weights.")] = Format.onnx,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="PASS.KEY=VALUE", help="Change a setting of the "
                     "recipe; also calibration.KEY, embeddings.KEY, and so on. Repeatable.")] = None,
+    policy: Annotated[Path | None, typer.Option(metavar="FILE", help="Of n2n: start from the policies in FILE if it is "
+                      "there, and save there what they have learned.")] = None,
     target_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Give each tensor its own width, so that all "
                            "files stay below 60MB, say, within 1 %.")] = None,
     max_loss: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 5%, say: rise of perplexity, loss of "
@@ -117,6 +119,8 @@ def run(
         "min_agreement": min_agreement,
     }  # fmt: skip
     sets = [*(set_ or ()), *(f"gates.{name}={limit}" for name, limit in gates.items() if limit is not None)]
+    if policy is not None:
+        sets += [f"n2n.policy_in={policy}"] * policy.exists() + [f"n2n.policy_out={policy}"]
     options = RunOptions(
         model=model, recipe=recipe, output=output, data=data, eval=eval, arch=arch, trust_pickle=trust_pickle,
         format=format.value, sets=tuple(sets), mode="standard" if standard else "compat" if compat else "default",

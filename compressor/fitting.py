@@ -35,10 +35,14 @@ STATE = "training.pt"
 
 @dataclass(frozen=True)
 class Examples:
-    """What a training learns from: inputs of the forward by name, along the first axis; "" is the one by position."""
+    """What a training learns from: inputs of the forward by name, along the first axis; "" is the one by position.
+
+    wanted   the teacher's outputs, where they are known; no teacher then runs
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor | None = None
+    wanted: Tensor | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -48,6 +52,11 @@ class Examples:
         labels = None if self.labels is None else self.labels[index]
         return {name: values[index] for name, values in self.inputs.items()}, labels
 
+    def part(self, index: Tensor) -> Examples:
+        """Some of them, with all that is known of each."""
+        inputs, labels = self.take(index)
+        return Examples(inputs, labels, None if self.wanted is None else self.wanted[index])
+
 
 class Fitting:
     """Trains a module in place as a pass's settings say; a `core.follower.Trainer`.
@@ -56,7 +65,7 @@ class Fitting:
         module: float32; trained, and in eval mode again at the end.
         folder: Where the state of an interrupted training is kept; None keeps none.
         advance: Reports a share of the whole training, and how it goes.
-        teacher: What a loss that has one learns from; without one the module as it is now.
+        teacher: Whose outputs are learned, where any are; None: the module's own, as it is now.
 
     Raises:
         DataError: Labels are asked for and there are none, or there are fewer examples than processes.
@@ -81,7 +90,7 @@ class Fitting:
         self.steps_per_epoch = len(examples) // self.batch
         self.n_steps = settings.epochs * self.steps_per_epoch
         self.teacher = None
-        if self.loss != "labels":
+        if self.loss != "labels" and (teacher is not None or examples.wanted is None):
             self.teacher = (teacher or copy.deepcopy(module)).eval().requires_grad_(False)
         for parameter in module.parameters():
             parameter.requires_grad_(True)
@@ -122,9 +131,9 @@ class Fitting:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate * share
         torch.manual_seed(self.seed + (step * n_processes() + rank()) * 7919)
-        batch, labels = self.examples.take(self._index(step))
+        examples = self.examples.part(self._index(step))
         self.optimizer.zero_grad()
-        loss = self._loss(called(parallel, batch), batch, labels)
+        loss = self._loss(called(parallel, examples.inputs), examples)
         if not bool(loss.isfinite()):
             raise RecipeError(
                 f"{settings.name}: the loss is {float(loss.detach())} at step {step + 1} of {self.n_steps}; the "
@@ -145,16 +154,21 @@ class Fitting:
         order = torch.randperm(len(self.examples), generator=generator)
         return order[place * self.batch : (place + 1) * self.batch][rank() :: n_processes()]
 
-    def _loss(self, outputs: Tensor, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
+    def _loss(self, outputs: Tensor, examples: Examples) -> Tensor:
         terms = []
         if self.loss != "teacher":
-            assert labels is not None
-            terms.append(class_loss(outputs, labels, self.settings.name))
-        if self.teacher is not None:
-            with torch.no_grad():
-                wanted = called(self.teacher, batch)
+            assert examples.labels is not None
+            terms.append(class_loss(outputs, examples.labels, self.settings.name))
+        if self.loss != "labels":
+            wanted = examples.wanted if self.teacher is None else self._taught(examples.inputs)
+            assert wanted is not None
             terms.append(teaching_loss(outputs, wanted, self.settings.distance, self.settings.temperature))
         return torch.stack(terms).mean()
+
+    @torch.no_grad()
+    def _taught(self, batch: dict[str, Tensor]) -> Tensor:
+        assert self.teacher is not None
+        return called(self.teacher, batch)
 
     def _epoch(self, step: int, loss: float, follower: Follower | None) -> dict[str, float]:
         found = {"epoch": step // self.steps_per_epoch, "loss": round(loss, 6)}

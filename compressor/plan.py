@@ -331,6 +331,9 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
         settings = step.settings
         assert isinstance(settings, StructurePass)
         left, exact = left * (1 - settings.removes), exact and settings.removes_exactly
+        if not settings.chooses_units:
+            notes.append(f"{step.name} makes the network smaller first: the sizes above are upper bounds")
+            continue
         kind = "parameters" if settings.removes_exactly else "units"
         notes.append(
             f"{step.name} removes {settings.removes:.0%} of the {kind} first: the sizes above are upper bounds"

@@ -22,6 +22,7 @@ from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.core.errors import CheckpointError
 from compressor.core.groups import Group
+from compressor.core.search_settings import N2nSettings
 from compressor.core.structure import Layer, Outcome, Removal, Subject
 from compressor.core.training_settings import Training
 from compressor.encode import Work
@@ -35,6 +36,8 @@ from compressor.plan import make_plan
 from compressor.progress import Progress
 from compressor.recipe import Recipe, Step, load_pass
 from compressor.streaming import Batch
+from compressor.students.laboratory import Laboratory
+from compressor.students.making import students_of
 
 LARGEST_ERROR = 1e-4
 """Of the largest output, between a network with units masked and without them."""
@@ -161,10 +164,14 @@ def _subject(
         kept = folder.with_name(f"{folder.name}-training")
         return Fitting(module, data.examples(), settings, work.seed, kept, advance, teacher)
 
+    def students(settings: N2nSettings) -> Laboratory:
+        searched = folder.with_name(f"{folder.name}-search")
+        return students_of(module, data.batches, data.labels, settings, data.examples, work.seed, searched, advance)
+
     surgeon, generator = GraphSurgeon(example, call), work.generator(folder.name)
     return Subject(
         module, data.batches, data.labels, surgeon, generator, step.selects, advance, trainer,
-        lambda: _trainable(checkpoint, module, step, recipe, example),
+        lambda: _trainable(checkpoint, module, step, recipe, example), students,
     )  # fmt: skip
 
 
@@ -186,7 +193,7 @@ def _trainable(checkpoint: Checkpoint, module: nn.Module, step: Step, recipe: Re
 def _applied(method: Any, subject: Subject) -> Outcome:
     if method.stage != "structure":
         return method.fit(subject)
-    if not subject.choosable():
+    if method.chooses_units and not subject.choosable():
         groups = subject.surgeon.groups(subject.module)
         reasons = "; ".join(dict.fromkeys(f"'{group.name}' {group.reason}" for group in groups if group.reason))
         raise CheckpointError(

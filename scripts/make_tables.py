@@ -20,6 +20,7 @@ from bench_gradients import gradients_table
 from bench_layers import layers_table
 from bench_loading import loading_table
 from bench_memory import memory_table
+from bench_n2n import n2n_table
 from bench_once import once_table
 from bench_onnx import onnx_table
 from bench_pruning import pruning_table
@@ -38,7 +39,7 @@ from compressor.recipe_file import shipped_recipes
 
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
-    "docs/passes/hesso.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/runtime.md",
+    "docs/passes/hesso.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md", "docs/runtime.md",
     "docs/design.md", "docs/ci.md", "docs/onnx.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -50,6 +51,7 @@ COMMANDS = {
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
     "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
+    "n2n": "scripts/bench_n2n.py",
     "fuzz": "scripts/fuzz.py",
     "batch": "scripts/bench_batch.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
@@ -118,6 +120,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tables": lambda: measured_table("tables", tables_table),
     "once": lambda: measured_table("once", once_table),
     "binary": lambda: measured_table("binary", binary_table),
+    "search": lambda: measured_table("n2n", n2n_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
     "kills": lambda: measured_table("kills", kills_table),
     "batch": lambda: measured_table("batch", batch_table),

@@ -62,3 +62,25 @@ class ResNet20(nn.Module):
 
 def resnet20() -> nn.Module:
     return ResNet20()
+
+
+class ResNet18(nn.Module):
+    """Grey images (batch, 1, 28, 28) to ten logits: four stages of two blocks, as ResNet-18; a stem of stride 2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        widths = [width, *(width * 2**stage for stage in range(4) for _ in range(2))]
+        blocks = [_Block(a, b, 2 if a != b else 1) for a, b in pairwise(widths)]
+        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(8 * width, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def resnet18_16() -> nn.Module:
+    return ResNet18(16)
+
+
+def resnet18_8() -> nn.Module:
+    return ResNet18(8)

@@ -22,6 +22,7 @@ LAYERS = (
     ("delivery",),
     ("learn", "judge", "original", "gates", "blame", "clock", "workplace", "structure"),
     ("allocate", "sensitivity", "encode", "generated", "samples"),
+    ("students",),
     ("report", "evaluate", "fitting"),
     ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming"),
     ("manifest", "workers", "fingerprint"),
@@ -87,8 +88,8 @@ def test_a_pass_stands_on_core_and_ops_alone(module):
 # The pipeline's files and torch: a command that only reads a recipe or a header must start in a moment.
 WITHOUT_TORCH = (
     "cli", "recipe", "recipe_file", "plan", "inspection", "progress", "failure", "core.settings", "core.passes",
-    "core.structure_settings", "core.training_settings", "core.spec", "core.roles", "core.errors", "core.options",
-    "core.artifact", "ops.widths", "ops.schedules",
+    "core.structure_settings", "core.training_settings", "core.search_settings", "core.spec", "core.roles",
+    "core.errors", "core.options", "core.artifact", "ops.widths", "ops.schedules",
 )  # fmt: skip
 
 

@@ -160,6 +160,17 @@ def test_gates_on_the_line_are_settings_of_the_recipe(pipeline):
     assert status(*["net.safetensors", "-r", "llm-2bit", "--max-size", "lots"]) == 2
 
 
+def test_a_policy_is_started_from_where_it_is_and_saved_there(pipeline, folder):
+    args = ["net.safetensors", "-r", "llm-depth", "--policy", "policy.safetensors"]
+    assert status(*args) == 0
+    Path("policy.safetensors").touch()
+    assert status(*args) == 0
+    new, old = (options.sets for options in pipeline.asked)
+    assert new == ("n2n.policy_out=policy.safetensors",)
+    assert old == ("n2n.policy_in=policy.safetensors", *new)
+    assert status("net.safetensors", "-r", "llm-2bit", "--policy", "p") == 2  # has no n2n
+
+
 def test_debug_shows_the_traceback(pipeline):
     pipeline.outcome = raising(CheckpointError("file"))
     with pytest.raises(CheckpointError):

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.encoding import Layout
+from compressor.core.search_settings import N2nSettings
 from compressor.core.structure import Layer, Outcome, Subject
 from compressor.core.training_settings import Training, TrainingPass
 from compressor.fitting import Examples, Fitting
 from compressor.graph.blocks import layers
 from compressor.graph.places import layer_places
 from compressor.structure import GraphSurgeon
+from compressor.students.laboratory import Laboratory
+from compressor.students.making import students_of
 
 N_CLASSES = 5
 
@@ -94,9 +97,15 @@ def subject_of(
             Layer(name, modules[name], Layout(tuple(modules[name].weight.shape)), why) for name, why in places.items()
         ]
 
+    def students(settings: N2nSettings) -> Laboratory:
+        return students_of(
+            module, [batch], None, settings, lambda: data or examples(), 3, folder, lambda share, note: None
+        )
+
     return Subject(
-        module, [batch], None, surgeon, torch.Generator(), lambda name: True, lambda share, note: None, trainer, found
-    )
+        module, [batch], None, surgeon, torch.Generator(), lambda name: True, lambda share, note: None, trainer, found,
+        students,
+    )  # fmt: skip
 
 
 def trained(method: TrainingPass, module: nn.Module | None = None) -> tuple[Subject, Outcome]:

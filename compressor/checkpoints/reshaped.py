@@ -1,16 +1,16 @@
 """A checkpoint whose network became another: the original's module with other shapes, or layers on binary inputs.
 
 A module cannot be rebuilt from weights alone, so beside them lies `structure.json`: which tensors have which new shape,
-which attributes (out_channels, num_heads, …) tell it, and which layers binarise their inputs. It is applied to the
-module that the original's architecture makes. Where a transformers config can say the same, the config does, and there
-is no such file.
+which attributes (out_channels, num_heads, …) tell it, which layers and blocks are gone, and which layers binarise their
+inputs. It is applied to the module that the original's architecture makes. Where a transformers config can say the
+same, the config does, and there is no such file.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from compressor.checkpoints.architecture import Architecture
 from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.opening import open_source
 from compressor.checkpoints.source import TensorInfo, read_json
+from compressor.core.absent import apply_cuts, cuts, follow_depth
 from compressor.core.errors import CheckpointError
 
 SIGNED = (".input_threshold", ".input_size")
@@ -31,17 +32,32 @@ WIDTH_KEYS = ("intermediate_size", "d_ff", "ffn_dim", "n_inner", "hidden_dim", "
 
 @dataclass(frozen=True)
 class Reshaping:
-    """Tensor -> [shape before, shape now]; module's path -> attribute -> value now; layers on binary inputs."""
+    """What to do to the original's module, in this order.
+
+    lists        path of a list of blocks -> which it keeps
+    absent       path -> [kind, n_outputs] of the `core.absent.Absent` that is there instead
+    shapes       tensor -> [shape before, shape now]
+    attributes   module's path -> attribute -> value now: an integer, or several
+    gone         tensors that are absent -> their shapes, by which an architecture is recognised
+    signed       layers on binary inputs
+    """
 
     shapes: dict[str, list[list[int]]]
-    attributes: dict[str, dict[str, int]]
+    attributes: dict[str, dict[str, Any]]
+    lists: dict[str, list[int]] = field(default_factory=dict)
+    absent: dict[str, list[Any]] = field(default_factory=dict)
+    gone: dict[str, list[int]] = field(default_factory=dict)
     signed: tuple[str, ...] = ()
 
     @classmethod
     def between(cls, before: nn.Module, after: nn.Module) -> Reshaping:
-        """What differs between a module and one that was made from it."""
+        """What differs between a module, which is cut, and one that was made smaller from it."""
         from compressor.core.signing import signed_layers
 
+        lists, absent = cuts(after)
+        sizes = {name: list(tensor.shape) for name, tensor in before.state_dict().items()}
+        before = apply_cuts(before, lists, absent)
+        gone = {name: sizes[name] for name in sizes.keys() - before.state_dict().keys()} if absent else {}
         old, new = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (before, after))
         shapes = {
             name: [list(tensor.shape), list(new[name].shape)]
@@ -54,16 +70,16 @@ class Reshaping:
             changed = {
                 name: getattr(modules[path], name)
                 for name, value in vars(module).items()
-                if type(value) is int and getattr(modules[path], name) != value
+                if _tells_sizes(value) and getattr(modules[path], name) != value
             }
             if changed:
                 attributes[path] = changed
-        return cls(shapes, attributes, tuple(signed_layers(after)))
+        return cls(shapes, attributes, lists, absent, dict(sorted(gone.items())), tuple(signed_layers(after)))
 
     @property
     def empty(self) -> bool:
         """Whether nothing but weights is another."""
-        return not (self.shapes or self.attributes or self.signed)
+        return not (self.shapes or self.attributes or self.lists or self.absent or self.signed)
 
     @classmethod
     def read(cls, file: Path) -> Reshaping:
@@ -73,9 +89,10 @@ class Reshaping:
             CheckpointError: It is damaged.
         """
         content = read_json(file)
-        if set(content) not in ({"shapes", "attributes"}, {"shapes", "attributes", "signed"}):
-            raise CheckpointError(f"{file}: has keys {sorted(content)}; expected shapes and attributes; compress again")
-        return cls(content["shapes"], content["attributes"], tuple(content.get("signed", ())))
+        known = set(cls.__dataclass_fields__)
+        if not {"shapes", "attributes"} <= set(content) <= known:
+            raise CheckpointError(f"{file}: has keys {sorted(content)}; expected {sorted(known)}; compress again")
+        return cls(**content | {"signed": tuple(content.get("signed", ()))})
 
     def text(self) -> str:
         content = asdict(self)
@@ -85,11 +102,12 @@ class Reshaping:
 
     def before(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The tensors with the shapes that they had, by which an architecture is recognised."""
-        return {
+        whole = {
             name: replace(info, shape=tuple(self.shapes[name][0])) if name in self.shapes else info
             for name, info in tensors.items()
             if not (self.signed and name.endswith(SIGNED))
         }
+        return whole | {name: TensorInfo(name, tuple(shape), "F32", 0) for name, shape in self.gone.items()}
 
     def apply(self, module: nn.Module) -> nn.Module:
         """The module with the new shapes, its changed tensors empty; the same object.
@@ -102,9 +120,10 @@ class Reshaping:
 
         from compressor.core.signing import sign_inputs
 
+        apply_cuts(module, self.lists, self.absent)
         for path, values in self.attributes.items():
             for name, value in values.items():
-                setattr(module.get_submodule(path), name, value)
+                setattr(module.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
         names: dict[int, list[str]] = {}
         for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
             names.setdefault(id(tensor), []).append(name)
@@ -128,6 +147,11 @@ class Reshaping:
     def architecture(self, original: Architecture) -> Architecture:
         """The original's architecture, which then builds the smaller module."""
         return replace(original, construct=lambda config: self.apply(original.construct(config)))
+
+
+def _tells_sizes(value: Any) -> bool:
+    """An integer, or a tuple of them as a kernel's."""
+    return type(value) is int or (isinstance(value, tuple) and all(type(each) is int for each in value))
 
 
 def write_reshaped(original: Checkpoint, module: nn.Module, folder: Path) -> None:
@@ -160,8 +184,9 @@ def open_reshaped(original: Checkpoint, folder: Path) -> Checkpoint:
         architecture = reshaping.architecture(architecture)
         if original.family == "decoder":
             raise CheckpointError(
-                f"{original.path}: its layers would differ in heads or width, which a {original.architecture}'s config "
-                "cannot say and the graph of decoders cannot have; leave structure passes out"
+                f"{original.path}: its layers would differ in heads, width or parts, which a {original.architecture}'s "
+                "config cannot say and the graph of decoders cannot have; leave structure passes out, or remove whole "
+                "blocks"
             )
     found = Checkpoint(folder / WEIGHTS, source, architecture, config=config, tokenizer_files=original.tokenizer_files)
     found.kind, found.reshaping = original.kind, None if reshaping is None or reshaping.empty else reshaping
@@ -173,6 +198,10 @@ def _following(original: Checkpoint, module: nn.Module, reshaping: Reshaping) ->
     from compressor.checkpoints.skeleton import construct
 
     config = copy.deepcopy(original.config or {})
+    if reshaping.absent:
+        return None
+    for path, kept in reshaping.lists.items():
+        follow_depth(config, len(list(original.build().get_submodule(path).children())), kept)
     for values in reshaping.attributes.values():
         config.update({name: value for name, value in values.items() if name in config})
         if "num_attention_heads" in values and "head_dim" not in config:

@@ -108,6 +108,8 @@ class StructurePass(Pass):
     """A pass that returns a smaller network; its `restructure` takes a `core.structure.Subject`."""
 
     stage = "structure"
+    chooses_units: ClassVar[bool] = True
+    """Among the traced graph's groups; a network that has none is refused before."""
 
     @property
     def removes(self) -> float:

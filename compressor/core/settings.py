@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from compressor.core.passes import Need, Pass, Role
+from compressor.core.search_settings import N2nSettings
 from compressor.core.spec import AffineSpec, CodebookSpec, Group, Spec
 from compressor.core.structure_settings import LrpSettings
 from compressor.core.training_settings import HessoSettings, OtoSettings, ResteSettings
@@ -356,6 +357,7 @@ SETTINGS: dict[str, type[Pass]] = {
         HessoSettings,
         JlcmSettings,
         LrpSettings,
+        N2nSettings,
         OtoSettings,
         ResteSettings,
         RoundingSettings,

@@ -14,6 +14,8 @@ from compressor.core.groups import Group
 
 if TYPE_CHECKING:
     from compressor.core.follower import Trainer
+    from compressor.core.search_settings import N2nSettings
+    from compressor.core.students import Students
     from compressor.core.training_settings import Training
 
 Removal = Mapping[Group, Tensor]
@@ -72,6 +74,7 @@ class Subject:
     advance     reports progress: a share of the pass's whole work, and a note
     trainer     of the module
     layers      that the recipe's step is for, in execution order; of a pass whose encoding is trained
+    students    of the module, as the settings of a pass that searches say
     """
 
     module: nn.Module
@@ -83,6 +86,7 @@ class Subject:
     advance: Callable[[float, str], None]
     trainer: MakesTrainer
     layers: Callable[[], list[Layer]] = list
+    students: Callable[[N2nSettings], Students] | None = None
 
     def call(self, batch: Batch) -> Any:
         """The forward of a batch; {"": tensor} is one argument by position."""

@@ -27,14 +27,19 @@ def follow(module: nn.Module, before: Mapping[str, torch.Size], removal: Mapping
         before: The shapes that these tensors had.
     """
     for owner in {name.rpartition(".")[0]: None for name in before}:
-        child = module.get_submodule(owner)
-        for kind, change in _KNOWN.items():
-            if isinstance(child, kind):
-                change(child)
-        if type(child).__name__ == "Conv1D":  # GPT-2's linear, stored (inputs, outputs)
-            child.nx, child.nf = child.weight.shape
+        resize(module.get_submodule(owner))
     for group, units in removal.items():
         _count_units(module, before, group, group.size - len(units.unique()))
+
+
+def resize(module: Any) -> None:
+    """Sets a layer's attributes by the shapes of its tensors."""
+    for kind, change in _KNOWN.items():
+        if isinstance(module, kind):
+            change(module)
+    if type(module).__name__ == "Conv1D":  # GPT-2's linear, stored (inputs, outputs)
+        weight: Tensor = module.weight
+        module.nx, module.nf = weight.shape
 
 
 def _count_units(module: nn.Module, before: Mapping[str, torch.Size], group: Group, kept: int) -> None:

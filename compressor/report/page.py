@@ -14,6 +14,7 @@ from compressor.core.artifact import Artifact
 from compressor.core.quantities import duration, size
 from compressor.report import facts
 from compressor.report.charts import Axis, Bar, Point, bars, colour, dots, legend, shortened
+from compressor.report.search import search_section
 
 STYLE = Path(__file__).parent / "style.css"
 MOST_ROWS = 12
@@ -40,6 +41,7 @@ def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
         _binary(report),
         _errors(tensors),
         _against_quality(artifact, others, title),
+        *map(search_section, report.get("structure") or []),
         _stages(report),
         _kinds(tensors),
         _provenance(report),

