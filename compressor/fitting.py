@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compressor.core.errors import DataError, RecipeError
 from compressor.core.sparsifier import Sparsifier
-from compressor.core.training_settings import TrainingPass
+from compressor.core.training_settings import FittedPass
 from compressor.graph.blocks import first_tensor
 from compressor.ops.schedules import rate_share
 from compressor.parallel import n_processes, rank, wait
@@ -56,6 +56,7 @@ class Fitting:
         module: float32; trained, and in eval mode again at the end.
         folder: Where the state of an interrupted training is kept; None keeps none.
         advance: Reports a share of the whole training, and how it goes.
+        teacher: The original, where it is not the module as it is now.
 
     Raises:
         DataError: Labels are asked for and there are none, or there are fewer examples than processes.
@@ -63,8 +64,8 @@ class Fitting:
     """
 
     def __init__(
-        self, module: nn.Module, examples: Examples, settings: TrainingPass, seed: int, folder: Path | None,
-        advance: Callable[[float, str], None],
+        self, module: nn.Module, examples: Examples, settings: FittedPass, seed: int, folder: Path | None,
+        advance: Callable[[float, str], None], teacher: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.module, self.examples, self.settings, self.seed = module, examples, settings, seed
         self.folder, self.advance = folder, advance
@@ -79,7 +80,9 @@ class Fitting:
                             f"{n_processes()} processes; give more data, or start fewer")  # fmt: skip
         self.steps_per_epoch = len(examples) // self.batch
         self.n_steps = settings.epochs * self.steps_per_epoch
-        self.teacher = None if self.loss == "labels" else copy.deepcopy(module).eval().requires_grad_(False)
+        self.teacher = None
+        if self.loss != "labels":
+            self.teacher = (teacher or copy.deepcopy(module)).eval().requires_grad_(False)
         for parameter in module.parameters():
             parameter.requires_grad_(True)
         self.optimizer = make_optimizer(settings, module)
@@ -226,7 +229,7 @@ def teaching_loss(outputs: Tensor, wanted: Tensor, distance: str, temperature: f
     return temperature**2 * functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def make_optimizer(settings: TrainingPass, module: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(settings: FittedPass, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer by its name in torch.optim.
 
     Raises:

@@ -21,11 +21,14 @@ from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.core.errors import CheckpointError
 from compressor.core.groups import Group
+from compressor.core.passes import Pass
 from compressor.core.structure import Outcome, Removal, Subject
-from compressor.core.training_settings import TrainingPass
+from compressor.core.training_settings import FittedPass
 from compressor.encode import Work
 from compressor.fitting import Examples, Fitting
 from compressor.graph.blocks import first_tensor
+from compressor.graph.compensation import compensate, mean_inputs, readers
+from compressor.graph.cost import multiplications, positions
 from compressor.graph.groups import find_groups
 from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
 from compressor.parallel import rank, wait
@@ -43,6 +46,7 @@ class GraphSurgeon:
 
     def __init__(self, example: Batch, call: Callable[[nn.Module, Batch], Any]) -> None:
         self.example, self.call = example, call
+        self._positions: dict[str, int] = {}
 
     def groups(self, module: nn.Module) -> list[Group]:
         return find_groups(module, self.example)
@@ -52,6 +56,16 @@ class GraphSurgeon:
 
     def parameters(self, module: nn.Module, removal: Removal) -> int:
         return predicted_parameters(module, removal)
+
+    def multiplications(self, module: nn.Module, removal: Removal) -> int:
+        self._positions = self._positions or positions(module, self.call, self.example)
+        return multiplications(module, removal, self._positions)
+
+    def compensate(
+        self, smaller: nn.Module, original: nn.Module, removal: Removal, batches: list[Batch]
+    ) -> list[str]:  # fmt: skip
+        paths = list(readers(original, removal))
+        return compensate(smaller, original, removal, mean_inputs(original, paths, self.call, batches))
 
     @torch.no_grad()
     def remove(self, module: nn.Module, removal: Removal) -> nn.Module:
@@ -104,11 +118,11 @@ def restructure(
     found, reports = checkpoint, []
     for number, step in enumerate(recipe.structure):
         folder = work.folder / f"structure-{number}"
-        due = not folder.exists() and (rank() == 0 or isinstance(step.settings, TrainingPass))
+        due = not folder.exists() and (rank() == 0 or _trains(step.settings))
         wait()  # until all have looked
         if due:
             with progress.task(f"{step.name}: a smaller network", 1) as task:
-                subject = _subject(found, step, data, work, folder, lambda share, note: task.advance(share, note=note))
+                subject = _subject(checkpoint, found, step, data, work, folder, lambda share, note: task.advance(share, note=note))
                 outcome = _applied(load_pass(step.settings), subject)
             if rank() == 0:
                 _write(checkpoint, found, outcome, step.name, folder)
@@ -119,8 +133,12 @@ def restructure(
     return found, reports
 
 
+def _trains(settings: Pass) -> bool:
+    return isinstance(settings, FittedPass) and settings.epochs > 0
+
+
 def _subject(
-    checkpoint: Checkpoint, step: Step, data: Reference, work: Work, folder: Path,
+    original: Checkpoint, checkpoint: Checkpoint, step: Step, data: Reference, work: Work, folder: Path,
     advance: Callable[[float, str], None],
 ) -> Subject:  # fmt: skip
     if not data.batches:
@@ -131,13 +149,21 @@ def _subject(
     def call(module: nn.Module, batch: Batch) -> Any:
         return module(batch[""]) if "" in batch else module(**batch)
 
-    def trainer(settings: TrainingPass) -> Fitting:
-        return Fitting(
-            module, data.examples(), settings, work.seed, folder.with_name(f"{folder.name}-training"), advance
-        )
+    def trainer(settings: FittedPass, other: nn.Module | None) -> Fitting:
+        teacher = None if other is None else original.build("cpu").float()
+        state = folder.with_name(f"{folder.name}-training")
+        return Fitting(other or module, data.examples(), settings, work.seed, state, advance, teacher)
 
+    labels = data.labels
+    if labels is None and checkpoint.family == "decoder":
+        labels = [next_tokens(batch["input_ids"]) for batch in data.batches]
     surgeon, generator = GraphSurgeon(example, call), work.generator(folder.name)
-    return Subject(module, data.batches, data.labels, surgeon, generator, step.selects, advance, trainer)
+    return Subject(module, data.batches, labels, surgeon, generator, step.selects, advance, trainer)
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """The labels (n, tokens) of a language model: the token that follows, −100 at the last."""
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
 
 
 def _applied(method: Any, subject: Subject) -> Outcome:

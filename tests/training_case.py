@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.structure import Outcome, Subject
-from compressor.core.training_settings import TrainingPass
+from compressor.core.training_settings import FittedPass, TrainingPass
 from compressor.fitting import Examples, Fitting
 from compressor.structure import GraphSurgeon
 
@@ -82,8 +82,8 @@ def subject_of(
     batch = {"": EXAMPLE}
     surgeon = GraphSurgeon(batch, lambda module, batch: module(batch[""]))
 
-    def trainer(settings: TrainingPass) -> Fitting:
-        return Fitting(module, data or examples(), settings, 3, folder, lambda share, note: None)
+    def trainer(settings: FittedPass, other: nn.Module | None) -> Fitting:
+        return Fitting(other or module, data or examples(), settings, 3, folder, lambda share, note: None)
 
     return Subject(
         module, [batch], None, surgeon, torch.Generator(), lambda name: True, lambda share, note: None, trainer

@@ -1,15 +1,16 @@
 """A checkpoint whose network became smaller: the original's module, with other shapes.
 
 A module cannot be rebuilt from weights alone, so beside them lies `structure.json`: which tensors have which new shape,
-and which attributes (out_channels, num_heads, …) tell it. It is applied to the module that the original's architecture
-makes. Where a transformers config can say the same, the config does, and there is no such file.
+which attributes (out_channels, num_heads, …) tell it, and which biases are new. It is applied to the module that the
+original's architecture makes. What a transformers config can say, the config does; where it says all, there is no such
+file.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +19,37 @@ from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.opening import open_source
 from compressor.checkpoints.source import TensorInfo, read_json
 from compressor.core.errors import CheckpointError
+from compressor.core.roles import folded
 
 if TYPE_CHECKING:
     from torch import nn
 
 RECORD, WEIGHTS, CONFIG = "structure.json", "model.safetensors", "config.json"
 WIDTH_KEYS = ("intermediate_size", "d_ff", "ffn_dim", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
+HEAD_KEYS = {"self_attn.q_proj.weight": "num_attention_heads", "self_attn.k_proj.weight": "num_key_value_heads"}
+"""Of attentions that know their heads by the size of their matrices."""
 
 
 @dataclass(frozen=True)
 class Reshaping:
-    """Tensor -> [shape before, shape now]; module's path -> attribute -> value now."""
+    """Tensor -> [shape before, shape now]; module's path -> attribute -> value now; new bias -> its length.
+
+    `config` is what the module is built from before, where that of the smaller network is none that its class takes.
+    """
 
     shapes: dict[str, list[list[int]]]
     attributes: dict[str, dict[str, int]]
+    biases: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.shapes or self.attributes or self.biases)
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether biases are all that is new."""
+        return not (self.shapes or self.attributes)
 
     @classmethod
     def between(cls, before: nn.Module, after: nn.Module) -> Reshaping:
@@ -52,7 +70,8 @@ class Reshaping:
             }
             if changed:
                 attributes[path] = changed
-        return cls(shapes, attributes)
+        biases = {name: len(tensor) for name, tensor in new.items() if name not in old}
+        return cls(shapes, attributes, biases)
 
     @classmethod
     def read(cls, file: Path) -> Reshaping:
@@ -62,8 +81,10 @@ class Reshaping:
             CheckpointError: It is damaged.
         """
         content = read_json(file)
-        if set(content) != {"shapes", "attributes"}:
-            raise CheckpointError(f"{file}: has keys {sorted(content)}; expected shapes and attributes; compress again")
+        if not {"shapes", "attributes"} <= set(content) <= {each.name for each in fields(cls)}:
+            raise CheckpointError(
+                f"{file}: has keys {sorted(content)}; expected shapes, attributes, biases; compress again"
+            )
         return cls(**content)
 
     def text(self) -> str:
@@ -74,6 +95,7 @@ class Reshaping:
         return {
             name: replace(info, shape=tuple(self.shapes[name][0])) if name in self.shapes else info
             for name, info in tensors.items()
+            if name not in self.biases
         }
 
     def apply(self, module: nn.Module) -> nn.Module:
@@ -104,69 +126,92 @@ class Reshaping:
             for alias in names[id(tensors[name])]:
                 owner, _, attribute = alias.rpartition(".")
                 setattr(module.get_submodule(owner), attribute, fresh)
+        for name, length in self.biases.items():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            weight = next(owner.parameters())
+            owner.register_parameter("bias", nn.Parameter(torch.empty(length, dtype=weight.dtype, device=weight.device)))
         return module
 
     def architecture(self, original: Architecture) -> Architecture:
         """The original's architecture, which then builds the smaller module."""
-        return replace(original, construct=lambda config: self.apply(original.construct(config)))
+        return replace(original, construct=lambda config: self.apply(original.construct(self.config or config)))
 
 
 def write_reshaped(original: Checkpoint, module: nn.Module, folder: Path) -> None:
-    """Weights, and the config or record from which `open_reshaped` builds the module, into a new folder."""
-    from safetensors.torch import save_file
-
-    reshaping = Reshaping.between(original.build(), module)
-    tied = set(original.tied)
-    weights = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name not in tied}
-    save_file(weights, folder / WEIGHTS)
-    config = None if original.config is None else _following(original, module, reshaping)
-    if config is not None:
-        (folder / CONFIG).write_text(json.dumps(config))
-    else:
-        (folder / RECORD).write_text(reshaping.text())
-
-
-def open_reshaped(original: Checkpoint, folder: Path) -> Checkpoint:
-    """What `write_reshaped` wrote, as a checkpoint like any other.
+    """Weights, and the config or record from which `open_reshaped` builds the module, into a new folder.
 
     Raises:
         CheckpointError: A decoder whose layers differ in shape, which its graph cannot have.
     """
+    from safetensors.torch import save_file
+
+    from compressor.checkpoints.skeleton import construct
+
+    reshaping, config = Reshaping.between(original.build(), module), None
+    if original.config is not None:
+        config = _following(original.config, module, reshaping)
+        try:
+            said = Reshaping.between(construct(original._architecture, config), module)
+        except CheckpointError:  # the class cannot have these sizes
+            said = reshaping
+        if said.keeps_shapes:
+            reshaping = said
+        elif original.family == "decoder" and _is_uniform(module):  # its graph needs no transformers class
+            reshaping = replace(reshaping, config=original.config)
+        else:
+            config = original.config
+    if original.family == "decoder" and config is original.config and not reshaping.keeps_shapes:
+        raise CheckpointError(
+            f"{original.path}: its layers would differ in heads or width, which the config of a "
+            f"{original.architecture} cannot say and the graph of decoders cannot have; write spread: group, so that "
+            "all lose alike"
+        )
+    tied = set(original.tied)
+    weights = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name not in tied}
+    save_file(weights, folder / WEIGHTS)
+    if config is not None:
+        (folder / CONFIG).write_text(json.dumps(config))
+    if not reshaping.is_empty:
+        (folder / RECORD).write_text(reshaping.text())
+
+
+def open_reshaped(original: Checkpoint, folder: Path) -> Checkpoint:
+    """What `write_reshaped` wrote, as a checkpoint like any other."""
     source = open_source([folder / WEIGHTS], None, False)
     config, architecture, reshaping = copy.deepcopy(original.config), original._architecture, None
     if (folder / CONFIG).is_file():
         config = read_json(folder / CONFIG)
-    else:
+    if (folder / RECORD).is_file():
         reshaping = Reshaping.read(folder / RECORD)
         architecture = reshaping.architecture(architecture)
-        if original.family == "decoder":
-            raise CheckpointError(
-                f"{original.path}: its layers would differ in heads or width, which a {original.architecture}'s config "
-                "cannot say and the graph of decoders cannot have; leave structure passes out"
-            )
     found = Checkpoint(folder / WEIGHTS, source, architecture, config=config, tokenizer_files=original.tokenizer_files)
     found.kind, found.reshaping = original.kind, reshaping
     return found
 
 
-def _following(original: Checkpoint, module: nn.Module, reshaping: Reshaping) -> dict[str, Any] | None:
-    """The config of the smaller network; None where the class's config cannot say its shapes."""
-    from compressor.checkpoints.skeleton import construct
+def _is_uniform(module: nn.Module) -> bool:
+    """Whether alike tensors of all blocks have the same shape."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for name, tensor in module.state_dict().items():
+        shapes.setdefault(folded(name), set()).add(tuple(tensor.shape))
+    return all(len(found) == 1 for found in shapes.values())
 
-    config = copy.deepcopy(original.config or {})
+
+def _following(config: dict[str, Any], module: nn.Module, reshaping: Reshaping) -> dict[str, Any]:
+    """The config with what it can say of the smaller network."""
+    found = copy.deepcopy(config)
     for values in reshaping.attributes.values():
-        config.update({name: value for name, value in values.items() if name in config})
-        if "num_attention_heads" in values and "head_dim" not in config:
-            size = {getattr(child, "head_dim", None) for child in module.modules()} - {None}
-            config.update({"head_dim": size.pop()} if len(size) == 1 else {})
+        found.update({name: value for name, value in values.items() if name in found})
+        if "num_heads" in values and "num_attention_heads" in found:
+            found["num_attention_heads"] = values["num_heads"]
+    size = {getattr(child, "head_dim", None) for child in module.modules()} - {None}
+    for name, key in HEAD_KEYS.items() if len(size) == 1 else ():
+        counts = {new[0] // min(size) for tensor, (_, new) in reshaping.shapes.items() if tensor.endswith(name)}
+        found.update({key: counts.pop()} if len(counts) == 1 and key in found else {})
+    if len(size) == 1 and found.get("num_attention_heads") != config.get("num_attention_heads"):
+        found["head_dim"] = size.pop()
     for old, new in reshaping.shapes.values():
         for before, now in zip(old, new, strict=True):
-            keys = [key for key in WIDTH_KEYS if (original.config or {}).get(key) == before and now != before]
-            config.update(dict.fromkeys(keys, now))
-    try:
-        built = construct(original._architecture, config)
-    except CheckpointError:
-        return None
-    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in built.state_dict().items()}
-    return config if found == wanted else None
+            keys = [key for key in WIDTH_KEYS if config.get(key) == before and now != before]
+            found.update(dict.fromkeys(keys, now))
+    return found

@@ -28,7 +28,7 @@ class Trainer(Protocol):
 
     n_steps: int
 
-    def train(self, sparsifier: Sparsifier) -> list[dict[str, float]]:
+    def train(self, sparsifier: Sparsifier | None = None) -> list[dict[str, float]]:
         """All steps, or those that an interrupted run has left; what each epoch came to."""
         ...
 
@@ -39,7 +39,7 @@ class Sparsifier(ABC):
     gone       BoolTensor (units,) per group: zero, and kept there
     start      the first step at which units may go
     length     steps over which they go
-    budget     what goes in all: parameters or units
+    budget     what goes in all: parameters, units or multiplications
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("gone",)
@@ -51,8 +51,7 @@ class Sparsifier(ABC):
         self.gone = [torch.zeros(group.size, dtype=torch.bool) for group in self.units.groups]
         self.least = [min(group.size, settings.divisible) for group in self.units.groups]
         self.start, self.length = round(settings.warmup * n_steps), max(1, round(settings.pruning * n_steps))
-        self._parameters = subject.surgeon.parameters(subject.module, {})
-        whole = self.units.n if settings.of == "units" else self._parameters
+        whole = self.units.n if settings.of == "units" else subject.whole(settings.of)
         self.budget = round(settings.fraction * whole)
         self._refuse_unreachable(whole)
 
@@ -70,10 +69,8 @@ class Sparsifier(ABC):
             setattr(self, name, state[name])
 
     def amount(self, flags: list[Tensor]) -> int:
-        """Parameters or units that go with these."""
-        if self.settings.of == "units":
-            return sum(int(each.sum()) for each in flags)
-        return self._parameters - self.subject.surgeon.parameters(self.subject.module, self.removal(flags))
+        """Parameters, units or multiplications that go with these."""
+        return self.subject.amount(self.removal(flags), self.settings.of)
 
     def lowest(self, scores: list[Tensor], goal: float) -> list[Tensor]:
         """The fewest of the lowest units that bring what goes to `goal`, with those that are gone."""

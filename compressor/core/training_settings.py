@@ -19,25 +19,18 @@ Optimizer = Literal[
 """Of torch.optim; not LBFGS, which calls the loss itself, nor those that take some tensors only."""
 
 
-class TrainingPass(StructurePass):
-    """What these passes have in common.
+class FittedPass(StructurePass):
+    """What passes have in common that train the network, on the way or at the end.
 
-    fraction      the share that is removed, `of` the parameters or of the units
-    divisible     what stays of a group is a multiple of it, and at least that
     epochs        over --data; a step takes `batch` examples, in a new order each epoch
     loss          labels: cross-entropy; teacher: the original's predictions; both: their mean; none: labels where the
                   data has them, the teacher otherwise
     distance      to the teacher; kl: of the softmax at `temperature`, times its square; mse: of the outputs
     optimizer     a class of torch.optim, with `rate` and further `options` as it takes them
     schedule      of the rate: cosine, linear or constant, after a `rise` over that share of the steps
-    warmup        the share of the steps before units begin to go
-    pruning       the share of the steps over which they go; what is left trains on
     """
 
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    of: Literal["parameters", "units"] = "parameters"
-    divisible: Positive = 1
-    epochs: Positive = 10
+    epochs: Count = 10
     batch: Positive = 128
     loss: Literal["labels", "teacher", "both"] | None = None
     distance: Literal["kl", "mse"] = "kl"
@@ -47,6 +40,27 @@ class TrainingPass(StructurePass):
     options: dict[str, Any] = Field({})
     schedule: Schedule = "cosine"
     rise: Share = 0.05
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
+        return frozenset({"data", "gradients", "training"}) | labels if self.epochs else frozenset()
+
+
+class TrainingPass(FittedPass):
+    """What these passes have in common.
+
+    fraction      the share that is removed, `of` the parameters, of the units, or of the flops: a forward's multiplications
+                  by matrices
+    divisible     what stays of a group is a multiple of it, and at least that
+    warmup        the share of the steps before units begin to go
+    pruning       the share of the steps over which they go; what is left trains on
+    """
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    of: Literal["parameters", "units", "flops"] = "parameters"
+    divisible: Positive = 1
+    epochs: Positive = 10
     warmup: Share = 0.1
     pruning: Annotated[float, Field(gt=0, le=1)] = 0.5
 
@@ -58,11 +72,6 @@ class TrainingPass(StructurePass):
                 "1; write such as 0.1 and 0.5"
             )
         return self
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
-        return frozenset({"data", "gradients", "training"}) | labels
 
     @property
     def removes(self) -> float:

@@ -77,7 +77,7 @@ class Hesso(HessoSettings):
 
     def restructure(self, subject: Subject) -> Outcome:
         """The smaller network, trained."""
-        trainer = subject.trainer(self)
+        trainer = subject.trainer(self, None)
         shrinking = Shrinking(self, subject, trainer.n_steps)
         return shrinking.outcome(trainer.train(shrinking), cycles=shrinking.cycle)
 

@@ -77,7 +77,7 @@ class Oto(OtoSettings):
 
     def restructure(self, subject: Subject) -> Outcome:
         """The smaller network, trained."""
-        trainer = subject.trainer(self)
+        trainer = subject.trainer(self, None)
         projecting = Projecting(self, subject, trainer.n_steps)
         return projecting.outcome(trainer.train(projecting), set_to_zero_at_the_end=projecting.forced)
 
