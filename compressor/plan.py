@@ -17,7 +17,7 @@ from compressor.core.passes import Pass, Role, StructurePass
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
 from compressor.core.spec import DenseSpec, Spec, sparse_spec
 from compressor.footprint import peak_memory
-from compressor.recipe import Chosen, Recipe
+from compressor.recipe import Chosen, Recipe, Step
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint, TensorInfo
@@ -285,19 +285,42 @@ def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
 
 
 def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
-    """Which sizes are bounds, since passes make the network smaller first; or near what they will be."""
-    notes = []
-    left, exact = 1.0, True
-    for step in recipe.structure:
-        settings = step.settings
-        assert isinstance(settings, StructurePass)
-        left, exact = left * (1 - settings.removes), exact and settings.removes_exactly
-        kind = "parameters" if settings.removes_exactly else "units"
-        notes.append(
-            f"{step.name} removes {settings.removes:.0%} of the {kind} first: the sizes above are upper bounds"
-        )
-    if notes and exact:
-        notes.append(
-            f"its weights will take about {left * sum(tensor.bytes_after for tensor in tensors) / 1e6:,.1f} MB"
-        )
+    """That sizes are bounds, since passes make the network smaller first, and what they will come to, about."""
+    if not recipe.structure:
+        return ()
+    notes = [
+        f"{step.name} removes {_settings(step).removes:.0%} of the {_settings(step).of} first: the sizes above are "
+        "upper bounds"
+        for step in recipe.structure
+    ]
+    left = smaller_bytes(recipe, tensors)
+    if left is not None:
+        notes.append(f"its weights will take about {left / 1e6:,.1f} MB")
     return tuple(notes)
+
+
+def _settings(step: Step) -> StructurePass:
+    assert isinstance(step.settings, StructurePass)
+    return step.settings
+
+
+def smaller_bytes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> int | None:
+    """Bytes of the weights once structure passes are done, about; None where their budget does not say.
+
+    Parameters go from the matrices outside of tables that a step is for, alike from all; a share of the units is that
+    share of them, where each kind of unit loses it.
+    """
+    kept = {tensor.name: 1.0 for tensor in tensors}
+    for step in recipe.structure:
+        settings = _settings(step)
+        mine = [t for t in tensors if t.role in ("linear", "conv") and step.selects(t.name)]
+        if settings.removes_exactly:
+            whole = sum(kept[t.name] * math.prod(t.shape) for t in tensors)
+            share = settings.removes * whole / max(1.0, sum(kept[t.name] * math.prod(t.shape) for t in mine))
+        elif settings.removes_evenly:
+            share, mine = settings.removes, [t for t in mine if block_of(t.name)]
+        else:
+            return None
+        for tensor in mine:
+            kept[tensor.name] *= max(0.0, 1 - share)
+    return round(sum(kept[tensor.name] * tensor.bytes_after for tensor in tensors))

@@ -102,6 +102,7 @@ class StructurePass(Pass):
     """A pass that returns a smaller network; its `restructure` takes a `core.structure.Subject`."""
 
     stage = "structure"
+    of: str = "parameters"
 
     @property
     def removes(self) -> float:
@@ -111,4 +112,9 @@ class StructurePass(Pass):
     @property
     def removes_exactly(self) -> bool:
         """Whether that is a share of the parameters, so that sizes can be told before."""
+        return False
+
+    @property
+    def removes_evenly(self) -> bool:
+        """Whether every kind of unit loses that share."""
         return False

@@ -81,5 +81,9 @@ class LrpSettings(FittedPass):
     def removes_exactly(self) -> bool:
         return self.of == "parameters"
 
+    @property
+    def removes_evenly(self) -> bool:
+        return self.of == "units" and self.spread != "network"
+
     def cost(self, tokens: int) -> float:
         return 3.0 * self.fraction / self.step
