@@ -122,7 +122,9 @@ def restructure(
         wait()  # until all have looked
         if due:
             with progress.task(f"{step.name}: a smaller network", 1) as task:
-                subject = _subject(checkpoint, found, step, data, work, folder, lambda share, note: task.advance(share, note=note))
+                subject = _subject(
+                    checkpoint, found, step, data, work, folder, lambda share, note: task.advance(share, note=note)
+                )
                 outcome = _applied(load_pass(step.settings), subject)
             if rank() == 0:
                 _write(checkpoint, found, outcome, step.name, folder)

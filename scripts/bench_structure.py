@@ -128,7 +128,9 @@ def picture(found: dict[str, Any]) -> str:
         parts.append(f'<text x="{x0}" y="30">{title}: accuracy by share of channels removed</text>')
         parts.append(f'<path d="M{x0} {y0 - high}V{y0}H{x0 + wide}" fill="none" stroke="#444"/>')
         for share in SHARES:
-            parts.append(f'<text x="{x0 + wide * share / 0.6:.0f}" y="{y0 + 16}" text-anchor="middle">{share:.0%}</text>')
+            parts.append(
+                f'<text x="{x0 + wide * share / 0.6:.0f}" y="{y0 + 16}" text-anchor="middle">{share:.0%}</text>'
+            )
         for level in (0, 0.5, 1):
             parts.append(f'<text x="{x0 - 6}" y="{y0 - high * level + 4:.0f}" text-anchor="end">{level:.0%}</text>')
         for number, (name, line) in enumerate(found[key].items()):

@@ -23,6 +23,7 @@ from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
 from bench_speed import speed_table
+from bench_structure import structure_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
 from fuzz import fuzz_table
@@ -33,7 +34,7 @@ from compressor.recipe_file import shipped_recipes
 
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
-    "docs/passes/hesso.md", "docs/passes/oto.md", "docs/runtime.md",
+    "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/runtime.md",
     "docs/design.md", "docs/ci.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,7 +45,7 @@ COMMANDS = {
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py",
-    "once": "scripts/bench_once.py",
+    "once": "scripts/bench_once.py", "structure": "scripts/bench_structure.py",
     "fuzz": "scripts/fuzz.py",
 }  # fmt: skip
 LLAMA_CPP = (
@@ -109,6 +110,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rounding": lambda: measured_table("rounding", rounding_table),
     "zeros": lambda: measured_table("zeros", zeros_table),
     "once": lambda: measured_table("once", once_table),
+    "structure": lambda: measured_table("structure", structure_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
 }
 

@@ -129,7 +129,9 @@ class Reshaping:
         for name, length in self.biases.items():
             owner = module.get_submodule(name.rpartition(".")[0])
             weight = next(owner.parameters())
-            owner.register_parameter("bias", nn.Parameter(torch.empty(length, dtype=weight.dtype, device=weight.device)))
+            owner.register_parameter(
+                "bias", nn.Parameter(torch.empty(length, dtype=weight.dtype, device=weight.device))
+            )
         return module
 
     def architecture(self, original: Architecture) -> Architecture:
