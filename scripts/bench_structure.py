@@ -170,8 +170,8 @@ def structure_table(results: dict[str, Any]) -> str:
             table = markdown([f"channels removed; {title}", *[f"{each:.0%}" for each in SHARES], "area"], rows)
             text.append(table)
         text.append(
-            f"ResNet-20 on Fashion-MNIST, {found['dense']:.1%} dense; accuracy in % on {found['images']:,} test images, "
-            f"{found['reference']} reference images, no fine-tuning."
+            f"ResNet-20 on Fashion-MNIST, {found['dense']:.1%} dense; accuracy in % on {found['images']:,} test "
+            f"images, {found['reference']} reference images, no fine-tuning."
         )
     return "\n\n".join(text)
 

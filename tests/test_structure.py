@@ -1,4 +1,4 @@
-"""Narrower transformers by the recipes encoder-heads and llm-width; shares, multiplications and biases by definition."""
+"""Narrower transformers by encoder-heads and llm-width; shares, multiplications and biases by definition."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ class FittedPass(StructurePass):
 class TrainingPass(FittedPass):
     """What these passes have in common.
 
-    fraction      the share that is removed, `of` the parameters, of the units, or of the flops: a forward's multiplications
+    fraction      the share that is removed, `of` the parameters, of the units, or of the flops:
+                  a forward's multiplications
                   by matrices
     divisible     what stays of a group is a multiple of it, and at least that
     warmup        the share of the steps before units begin to go
