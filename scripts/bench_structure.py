@@ -150,8 +150,8 @@ def structure_table(results: dict[str, Any]) -> str:
         text.append(
             f"MobileNetV2, cnn-explain in steps of {found['step']:g} on {found['samples']} crops of ten photos: "
             f"{found['parameters_before']:,} → {found['parameters']:,} parameters, {found['original_bytes']:,} → "
-            f"{found['bytes']:,} bytes. On {agreed['n']} crops of ten other photos {agreed['top1']:.1%} top-1 agreement "
-            f"with the original, cosine of logits {agreed['cosine']:.3f}."
+            f"{found['bytes']:,} bytes. On {agreed['n']} crops of ten other photos {agreed['top1']:.1%} top-1 "
+            f"agreement with the original, cosine of logits {agreed['cosine']:.3f}."
         )
     if found := results.get("minilm"):
         before, after = found["removed"], found["distilled"]
