@@ -17,7 +17,7 @@ from compressor.core.passes import Pass, Role, StructurePass
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
 from compressor.core.spec import DenseSpec, Spec, sparse_spec
 from compressor.footprint import peak_memory
-from compressor.recipe import Chosen, Recipe
+from compressor.recipe import Chosen, Recipe, Step
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint, TensorInfo
@@ -319,27 +319,46 @@ def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
 
 
 def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
-    """Which sizes are bounds, since passes make the network smaller first; or near what they will be."""
-    trained = [step.name for step in recipe.early if step.settings.trains]
+    """That sizes are bounds, since passes make the network smaller first, and what they will come to, about."""
     notes = [
-        f"{name} leaves alone what reads the input, gives the output or lies alone on a shortcut, as the traced "
+        f"{step.name} leaves alone what reads the input, gives the output or lies alone on a shortcut, as the traced "
         "network has it: the sizes above are near what they will be"
-        for name in trained
+        for step in recipe.early
+        if step.settings.trains and step.settings.stage != "structure"
     ]
-    left, exact = 1.0, True
     for step in recipe.structure:
-        settings = step.settings
-        assert isinstance(settings, StructurePass)
-        left, exact = left * (1 - settings.removes), exact and settings.removes_exactly
-        if not settings.chooses_units:
-            notes.append(f"{step.name} makes the network smaller first: the sizes above are upper bounds")
-            continue
-        kind = "parameters" if settings.removes_exactly else "units"
-        notes.append(
-            f"{step.name} removes {settings.removes:.0%} of the {kind} first: the sizes above are upper bounds"
-        )
-    if recipe.structure and exact:
-        notes.append(
-            f"its weights will take about {left * sum(tensor.bytes_after for tensor in tensors) / 1e6:,.1f} MB"
-        )
+        settings = _settings(step)
+        what = f"removes {settings.removes:.0%} of the {getattr(settings, 'of', 'units')}"
+        what = what if settings.chooses_units else "makes the network smaller"
+        notes.append(f"{step.name} {what} first: the sizes above are upper bounds")
+    left = smaller_bytes(recipe, tensors) if recipe.structure else None
+    if left is not None:
+        notes.append(f"its weights will take about {left / 1e6:,.1f} MB")
     return tuple(notes)
+
+
+def _settings(step: Step) -> StructurePass:
+    assert isinstance(step.settings, StructurePass)
+    return step.settings
+
+
+def smaller_bytes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> int | None:
+    """Bytes of the weights once structure passes are done, about; None where their budget does not say.
+
+    Parameters go from the matrices outside of tables that a step is for, alike from all; a share of the units is that
+    share of them, where each kind of unit loses it.
+    """
+    kept = {tensor.name: 1.0 for tensor in tensors}
+    for step in recipe.structure:
+        settings = _settings(step)
+        mine = [t for t in tensors if t.role in ("linear", "conv") and step.selects(t.name)]
+        if settings.removes_exactly:
+            whole = sum(kept[t.name] * math.prod(t.shape) for t in tensors)
+            share = settings.removes * whole / max(1.0, sum(kept[t.name] * math.prod(t.shape) for t in mine))
+        elif settings.removes_evenly:
+            share, mine = settings.removes, [t for t in mine if block_of(t.name)]
+        else:
+            return None
+        for tensor in mine:
+            kept[tensor.name] *= max(0.0, 1 - share)
+    return round(sum(kept[tensor.name] * tensor.bytes_after for tensor in tensors))

@@ -22,12 +22,15 @@ from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.core.errors import CheckpointError
 from compressor.core.groups import Group
+from compressor.core.passes import Pass
 from compressor.core.search_settings import N2nSettings
 from compressor.core.structure import Layer, Outcome, Removal, Subject
 from compressor.core.training_settings import Training
 from compressor.encode import Work
 from compressor.fitting import Examples, Fitting
 from compressor.graph.blocks import first_tensor, layers, layout_of
+from compressor.graph.compensation import compensate, mean_inputs, readers
+from compressor.graph.cost import multiplications, positions
 from compressor.graph.groups import find_groups
 from compressor.graph.places import layer_places
 from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
@@ -49,6 +52,7 @@ class GraphSurgeon:
 
     def __init__(self, example: Batch, call: Callable[[nn.Module, Batch], Any]) -> None:
         self.example, self.call = example, call
+        self._positions: dict[str, int] = {}
 
     def groups(self, module: nn.Module) -> list[Group]:
         return find_groups(module, self.example)
@@ -58,6 +62,16 @@ class GraphSurgeon:
 
     def parameters(self, module: nn.Module, removal: Removal) -> int:
         return predicted_parameters(module, removal)
+
+    def multiplications(self, module: nn.Module, removal: Removal) -> int:
+        self._positions = self._positions or positions(module, self.call, self.example)
+        return multiplications(module, removal, self._positions)
+
+    def compensate(
+        self, smaller: nn.Module, original: nn.Module, removal: Removal, batches: list[Batch]
+    ) -> list[str]:  # fmt: skip
+        paths = list(readers(original, removal))
+        return compensate(smaller, original, removal, mean_inputs(original, paths, self.call, batches))
 
     @torch.no_grad()
     def remove(self, module: nn.Module, removal: Removal) -> nn.Module:
@@ -110,13 +124,20 @@ def restructure(
     found, reports = checkpoint, []
     for number, step in enumerate(recipe.early):
         folder = work.folder / f"structure-{number}"
-        due = not folder.exists() and (rank() == 0 or isinstance(step.settings, Training))
+        due = not folder.exists() and (rank() == 0 or _trains(step.settings))
         wait()  # until all have looked
         if due:
             what = "a smaller network" if step.settings.stage == "structure" else "training"
             with progress.task(f"{step.name}: {what}", 1) as task:
                 subject = _subject(
-                    found, step, recipe, data, work, folder, lambda share, note: task.advance(share, note=note)
+                    checkpoint,
+                    found,
+                    step,
+                    recipe,
+                    data,
+                    work,
+                    folder,
+                    lambda share, note: task.advance(share, note=note),
                 )
                 outcome = _applied(load_pass(step.settings), subject)
             if rank() == 0:
@@ -144,8 +165,12 @@ def _summary(report: dict[str, Any]) -> str:
     return f"{report['parameters_before']:,} → {report['parameters']:,} parameters"
 
 
+def _trains(settings: Pass) -> bool:
+    return isinstance(settings, Training) and settings.epochs > 0
+
+
 def _subject(
-    checkpoint: Checkpoint, step: Step, recipe: Recipe, data: Reference, work: Work, folder: Path,
+    original: Checkpoint, checkpoint: Checkpoint, step: Step, recipe: Recipe, data: Reference, work: Work, folder: Path,
     advance: Callable[[float, str], None],
 ) -> Subject:  # fmt: skip
     if not data.batches:
@@ -160,17 +185,22 @@ def _subject(
     def call(module: nn.Module, batch: Batch) -> Any:
         return module(batch[""]) if "" in batch else module(**batch)
 
-    def trainer(settings: Training, teacher: nn.Module | None = None) -> Fitting:
+    def trainer(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> Fitting:
         kept = folder.with_name(f"{folder.name}-training")
-        return Fitting(module, data.examples(), settings, work.seed, kept, advance, teacher)
+        if other is not None and teacher is None:
+            teacher = original.build("cpu").float()
+        return Fitting(other or module, data.examples(), settings, work.seed, kept, advance, teacher)
 
     def students(settings: N2nSettings) -> Laboratory:
         searched = folder.with_name(f"{folder.name}-search")
         return students_of(module, data.batches, data.labels, settings, data.examples, work.seed, searched, advance)
 
+    labels = data.labels
+    if labels is None and checkpoint.family == "decoder":
+        labels = [next_tokens(batch["input_ids"]) for batch in data.batches]
     surgeon, generator = GraphSurgeon(example, call), work.generator(folder.name)
     return Subject(
-        module, data.batches, data.labels, surgeon, generator, step.selects, advance, trainer,
+        module, data.batches, labels, surgeon, generator, step.selects, advance, trainer,
         lambda: _trainable(checkpoint, module, step, recipe, example), students,
     )  # fmt: skip
 
@@ -188,6 +218,11 @@ def _trainable(checkpoint: Checkpoint, module: nn.Module, step: Step, recipe: Re
             shared = "is shared by several layers" if uses[id(modules[name].weight)] > 1 else ""
             found.append(Layer(name, modules[name], layout, place or shared))
     return found
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """The labels (n, tokens) of a language model: the token that follows, −100 at the last."""
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
 
 
 def _applied(method: Any, subject: Subject) -> Outcome:

@@ -27,6 +27,7 @@ from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
 from bench_speed import speed_table
+from bench_structure import structure_table
 from bench_tables import tables_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
@@ -39,8 +40,8 @@ from compressor.recipe_file import shipped_recipes
 
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
-    "docs/passes/hesso.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md", "docs/runtime.md",
-    "docs/design.md", "docs/ci.md", "docs/onnx.md",
+    "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md",
+    "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
@@ -52,6 +53,7 @@ COMMANDS = {
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
     "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
     "n2n": "scripts/bench_n2n.py",
+    "structure": "scripts/bench_structure.py",
     "fuzz": "scripts/fuzz.py",
     "batch": "scripts/bench_batch.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
@@ -121,6 +123,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "once": lambda: measured_table("once", once_table),
     "binary": lambda: measured_table("binary", binary_table),
     "search": lambda: measured_table("n2n", n2n_table),
+    "structure": lambda: measured_table("structure", structure_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
     "kills": lambda: measured_table("kills", kills_table),
     "batch": lambda: measured_table("batch", batch_table),

@@ -88,8 +88,8 @@ def subject_of(
     batch = {"": EXAMPLE}
     surgeon = GraphSurgeon(batch, lambda module, batch: module(batch[""]))
 
-    def trainer(settings: Training, teacher: nn.Module | None = None) -> Fitting:
-        return Fitting(module, data or examples(), settings, 3, folder, lambda share, note: None, teacher)
+    def trainer(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> Fitting:
+        return Fitting(other or module, data or examples(), settings, 3, folder, lambda share, note: None, teacher)
 
     def found() -> list[Layer]:
         modules, places = layers(module), layer_places(module, batch)

@@ -1,9 +1,9 @@
 """A checkpoint whose network became another: the original's module with other shapes, or layers on binary inputs.
 
 A module cannot be rebuilt from weights alone, so beside them lies `structure.json`: which tensors have which new shape,
-which attributes (out_channels, num_heads, …) tell it, which layers and blocks are gone, and which layers binarise their
-inputs. It is applied to the module that the original's architecture makes. Where a transformers config can say the
-same, the config does, and there is no such file.
+which attributes (out_channels, num_heads, …) tell it, which layers and blocks are gone, which biases are new, and which
+layers binarise their inputs. It is applied to the module that the original's architecture makes. What a transformers
+config can say, the config does; where it says all, there is no such file.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from compressor.checkpoints.opening import open_source
 from compressor.checkpoints.source import TensorInfo, read_json
 from compressor.core.absent import apply_cuts, cuts, follow_depth
 from compressor.core.errors import CheckpointError
+from compressor.core.roles import folded
 
 SIGNED = (".input_threshold", ".input_size")
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 RECORD, WEIGHTS, CONFIG = "structure.json", "model.safetensors", "config.json"
 WIDTH_KEYS = ("intermediate_size", "d_ff", "ffn_dim", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
+HEAD_KEYS = {"self_attn.q_proj.weight": "num_attention_heads", "self_attn.k_proj.weight": "num_key_value_heads"}
+"""Of attentions that know their heads by the size of their matrices."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Reshaping:
     attributes   module's path -> attribute -> value now: an integer, or several
     gone         tensors that are absent -> their shapes, by which an architecture is recognised
     signed       layers on binary inputs
+    biases       new bias -> its length
+    config       what the module is built from before, where that of the smaller network is none that its class takes
     """
 
     shapes: dict[str, list[list[int]]]
@@ -48,13 +53,25 @@ class Reshaping:
     absent: dict[str, list[Any]] = field(default_factory=dict)
     gone: dict[str, list[int]] = field(default_factory=dict)
     signed: tuple[str, ...] = ()
+    biases: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing but weights is another."""
+        return self.keeps_shapes and not (self.signed or self.biases)
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether biases, or how inputs are taken, are all that is new."""
+        return not (self.shapes or self.attributes or self.lists or self.absent)
 
     @classmethod
-    def between(cls, before: nn.Module, after: nn.Module) -> Reshaping:
-        """What differs between a module, which is cut, and one that was made smaller from it."""
+    def between(cls, before: nn.Module, after: nn.Module, cut: bool = True) -> Reshaping:
+        """What differs between a module, which is cut where it is not yet, and one that was made smaller from it."""
         from compressor.core.signing import signed_layers
 
-        lists, absent = cuts(after)
+        lists, absent = cuts(after) if cut else ({}, {})
         sizes = {name: list(tensor.shape) for name, tensor in before.state_dict().items()}
         before = apply_cuts(before, lists, absent)
         gone = {name: sizes[name] for name in sizes.keys() - before.state_dict().keys()} if absent else {}
@@ -74,12 +91,10 @@ class Reshaping:
             }
             if changed:
                 attributes[path] = changed
-        return cls(shapes, attributes, lists, absent, dict(sorted(gone.items())), tuple(signed_layers(after)))
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing but weights is another."""
-        return not (self.shapes or self.attributes or self.lists or self.absent or self.signed)
+        biases = {name: len(tensor) for name, tensor in new.items() if name not in old and not name.endswith(SIGNED)}
+        return cls(
+            shapes, attributes, lists, absent, dict(sorted(gone.items())), tuple(signed_layers(after)), biases
+        )  # fmt: skip
 
     @classmethod
     def read(cls, file: Path) -> Reshaping:
@@ -105,7 +120,7 @@ class Reshaping:
         whole = {
             name: replace(info, shape=tuple(self.shapes[name][0])) if name in self.shapes else info
             for name, info in tensors.items()
-            if not (self.signed and name.endswith(SIGNED))
+            if name not in self.biases and not (self.signed and name.endswith(SIGNED))
         }
         return whole | {name: TensorInfo(name, tuple(shape), "F32", 0) for name, shape in self.gone.items()}
 
@@ -142,11 +157,17 @@ class Reshaping:
                 setattr(module.get_submodule(owner), attribute, fresh)
         for path in self.signed:
             sign_inputs(module.get_submodule(path))
+        for name, length in self.biases.items():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            weight = next(owner.parameters())
+            owner.register_parameter(
+                "bias", nn.Parameter(torch.empty(length, dtype=weight.dtype, device=weight.device))
+            )
         return module
 
     def architecture(self, original: Architecture) -> Architecture:
         """The original's architecture, which then builds the smaller module."""
-        return replace(original, construct=lambda config: self.apply(original.construct(config)))
+        return replace(original, construct=lambda config: self.apply(original.construct(self.config or config)))
 
 
 def _tells_sizes(value: Any) -> bool:
@@ -155,66 +176,91 @@ def _tells_sizes(value: Any) -> bool:
 
 
 def write_reshaped(original: Checkpoint, module: nn.Module, folder: Path) -> None:
-    """Weights, and the config or record from which `open_reshaped` builds the module, into a new folder."""
-    from safetensors.torch import save_file
-
-    reshaping = Reshaping.between(original.build(), module)
-    tied = set(original.tied)
-    weights = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name not in tied}
-    save_file(weights, folder / WEIGHTS)
-    config = None if original.config is None or reshaping.signed else _following(original, module, reshaping)
-    if config is not None:
-        (folder / CONFIG).write_text(json.dumps(config))
-    else:
-        (folder / RECORD).write_text(reshaping.text())
-
-
-def open_reshaped(original: Checkpoint, folder: Path) -> Checkpoint:
-    """What `write_reshaped` wrote, as a checkpoint like any other.
+    """Weights, and the config or record from which `open_reshaped` builds the module, into a new folder.
 
     Raises:
         CheckpointError: A decoder whose layers differ in shape, which its graph cannot have.
     """
+    from safetensors.torch import save_file
+
+    reshaping, config = Reshaping.between(original.build(), module), None
+    if original.config is not None:
+        config = _following(original, module, reshaping)
+        said = None if reshaping.absent else _beside_config(original, config, module)
+        if said is not None and said.keeps_shapes:
+            reshaping = said
+        elif original.family == "decoder" and not reshaping.absent and _is_uniform(module):
+            reshaping = replace(reshaping, config=original.config)  # its graph needs no transformers class
+        else:
+            config = original.config
+    if original.family == "decoder" and config is original.config and not reshaping.keeps_shapes:
+        raise CheckpointError(
+            f"{original.path}: its layers would differ in heads, width or parts, which the config of a "
+            f"{original.architecture} cannot say and the graph of decoders cannot have; write spread: group, so that "
+            "all lose alike, or remove whole blocks"
+        )
+    tied = set(original.tied)
+    weights = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name not in tied}
+    save_file(weights, folder / WEIGHTS)
+    if config is not None:
+        (folder / CONFIG).write_text(json.dumps(config))
+    if not reshaping.is_empty:
+        (folder / RECORD).write_text(reshaping.text())
+
+
+def open_reshaped(original: Checkpoint, folder: Path) -> Checkpoint:
+    """What `write_reshaped` wrote, as a checkpoint like any other."""
     source = open_source([folder / WEIGHTS], None, False)
     config, architecture, reshaping = copy.deepcopy(original.config), original._architecture, None
     if (folder / CONFIG).is_file():
         config = read_json(folder / CONFIG)
-    else:
+    if (folder / RECORD).is_file():
         reshaping = Reshaping.read(folder / RECORD)
         architecture = reshaping.architecture(architecture)
-        if original.family == "decoder":
-            raise CheckpointError(
-                f"{original.path}: its layers would differ in heads, width or parts, which a {original.architecture}'s "
-                "config cannot say and the graph of decoders cannot have; leave structure passes out, or remove whole "
-                "blocks"
-            )
     found = Checkpoint(folder / WEIGHTS, source, architecture, config=config, tokenizer_files=original.tokenizer_files)
-    found.kind, found.reshaping = original.kind, None if reshaping is None or reshaping.empty else reshaping
+    found.kind, found.reshaping = original.kind, None if reshaping is None or reshaping.is_empty else reshaping
     return found
 
 
-def _following(original: Checkpoint, module: nn.Module, reshaping: Reshaping) -> dict[str, Any] | None:
-    """The config of the smaller network; None where the class's config cannot say its shapes."""
+def _is_uniform(module: nn.Module) -> bool:
+    """Whether alike tensors of all blocks have the same shape."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for name, tensor in module.state_dict().items():
+        shapes.setdefault(folded(name), set()).add(tuple(tensor.shape))
+    return all(len(found) == 1 for found in shapes.values())
+
+
+def _beside_config(original: Checkpoint, config: dict[str, Any], module: nn.Module) -> Reshaping | None:
+    """What the config leaves to say of the smaller network; None where its class cannot have these sizes."""
     from compressor.checkpoints.skeleton import construct
 
-    config = copy.deepcopy(original.config or {})
-    if reshaping.absent:
-        return None
-    for path, kept in reshaping.lists.items():
-        follow_depth(config, len(list(original.build().get_submodule(path).children())), kept)
-    for values in reshaping.attributes.values():
-        config.update({name: value for name, value in values.items() if name in config})
-        if "num_attention_heads" in values and "head_dim" not in config:
-            size = {getattr(child, "head_dim", None) for child in module.modules()} - {None}
-            config.update({"head_dim": size.pop()} if len(size) == 1 else {})
-    for old, new in reshaping.shapes.values():
-        for before, now in zip(old, new, strict=True):
-            keys = [key for key in WIDTH_KEYS if (original.config or {}).get(key) == before and now != before]
-            config.update(dict.fromkeys(keys, now))
     try:
         built = construct(original._architecture, config)
     except CheckpointError:
         return None
-    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in built.state_dict().items()}
-    return config if found == wanted else None
+    if built.state_dict().keys() - module.state_dict().keys():
+        return None
+    return Reshaping.between(built, module, cut=False)
+
+
+def _following(original: Checkpoint, module: nn.Module, reshaping: Reshaping) -> dict[str, Any]:
+    """The config with what it can say of the smaller network."""
+    config = original.config or {}
+    found = copy.deepcopy(config)
+    for path, kept in reshaping.lists.items():
+        follow_depth(found, len(list(original.build().get_submodule(path).children())), kept)
+    for values in reshaping.attributes.values():
+        found.update({name: value for name, value in values.items() if name in found})
+        if "num_heads" in values and "num_attention_heads" in found:
+            found["num_attention_heads"] = values["num_heads"]
+    size = {getattr(child, "head_dim", None) for child in module.modules()} - {None}
+    for name, key in HEAD_KEYS.items() if len(size) == 1 else ():
+        counts = {new[0] // min(size) for tensor, (_, new) in reshaping.shapes.items() if tensor.endswith(name)}
+        found.update({key: counts.pop()} if len(counts) == 1 and key in found else {})
+    if len(size) == 1 and found.get("num_attention_heads") != config.get("num_attention_heads"):
+        found["head_dim"] = size.pop()
+    for old, new in reshaping.shapes.values():
+        for before, now in zip(old, new, strict=True):
+            keys = [key for key in WIDTH_KEYS if config.get(key) == before and now != before]
+            found.update(dict.fromkeys(keys, now))
+    return found

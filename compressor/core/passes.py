@@ -120,3 +120,8 @@ class StructurePass(Pass):
     def removes_exactly(self) -> bool:
         """Whether that is a share of the parameters, so that sizes can be told before."""
         return False
+
+    @property
+    def removes_evenly(self) -> bool:
+        """Whether every kind of unit loses that share."""
+        return False

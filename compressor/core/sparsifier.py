@@ -26,7 +26,7 @@ class Sparsifier(Follower):
     gone       BoolTensor (units,) per group: zero, and kept there
     start      the first step at which units may go
     length     steps over which they go
-    budget     what goes in all: parameters or units
+    budget     what goes in all: parameters, units or multiplications
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("gone",)
@@ -37,8 +37,7 @@ class Sparsifier(Follower):
         self.gone = [torch.zeros(group.size, dtype=torch.bool) for group in self.units.groups]
         self.least = [min(group.size, settings.divisible) for group in self.units.groups]
         self.start, self.length = round(settings.warmup * n_steps), max(1, round(settings.pruning * n_steps))
-        self._parameters = subject.surgeon.parameters(subject.module, {})
-        whole = self.units.n if settings.of == "units" else self._parameters
+        whole = self.units.n if settings.of == "units" else subject.whole(settings.of)
         self.budget = round(settings.fraction * whole)
         self._refuse_unreachable(whole)
 
@@ -57,10 +56,8 @@ class Sparsifier(Follower):
         return f"{self.sparsity():.0%} of units gone · {megabytes:.2f} MB in float32"
 
     def amount(self, flags: list[Tensor]) -> int:
-        """Parameters or units that go with these."""
-        if self.settings.of == "units":
-            return sum(int(each.sum()) for each in flags)
-        return self._parameters - self.subject.surgeon.parameters(self.subject.module, self.removal(flags))
+        """Parameters, units or multiplications that go with these."""
+        return self.subject.amount(self.removal(flags), self.settings.of)
 
     def lowest(self, scores: list[Tensor], goal: float) -> list[Tensor]:
         """The fewest of the lowest units that bring what goes to `goal`, with those that are gone."""

@@ -38,15 +38,27 @@ class Surgeon(Protocol):
         """How many parameters the network without these units has."""
         ...
 
+    def multiplications(self, module: nn.Module, removal: Removal) -> int:
+        """How many multiplications by matrices one example takes in the network without these units."""
+        ...
+
+    def compensate(
+        self, smaller: nn.Module, original: nn.Module, removal: Removal, batches: list[Batch]
+    ) -> list[str]:  # fmt: skip
+        """Adds to biases what removed units add on average in the original; names of biases that are new."""
+        ...
+
     def remove(self, module: nn.Module, removal: Removal) -> nn.Module:
         """The network without these units, checked to compute what it does with them masked."""
         ...
 
 
 class MakesTrainer(Protocol):
-    """Makes what trains the module as settings say; it learns from `teacher`, or the module as it is."""
+    """Makes what trains the module, or `other`, as settings say; it learns from `teacher`, or the original."""
 
-    def __call__(self, settings: Training, teacher: nn.Module | None = None) -> Trainer: ...
+    def __call__(
+        self, settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None
+    ) -> Trainer: ...
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,10 @@ class Subject:
 
     module      float32, in eval mode; the pass owns it
     batches     calibration data, as arguments of its forward
-    labels      (n,) per batch; None where there are none, and the network's own classes serve
+    labels      (n,) per batch, or (n, tokens); None where there are none, and the network's own classes serve
     selects     whether the recipe's step is for a tensor of that name
     advance     reports progress: a share of the pass's whole work, and a note
-    trainer     of the module
+    trainer     of the module, or of a network made from it, which the original then teaches
     layers      that the recipe's step is for, in execution order; of a pass whose encoding is trained
     students    of the module, as the settings of a pass that searches say
     """
@@ -91,6 +103,17 @@ class Subject:
     def call(self, batch: Batch) -> Any:
         """The forward of a batch; {"": tensor} is one argument by position."""
         return self.module(batch[""]) if "" in batch else self.module(**batch)
+
+    def amount(self, removal: Removal, of: str) -> int:
+        """How much goes with these units: "parameters", "flops" or "units"."""
+        if of == "units":
+            return sum(len(units) for units in removal.values())
+        count = self.surgeon.multiplications if of == "flops" else self.surgeon.parameters
+        return count(self.module, {}) - count(self.module, removal)
+
+    def whole(self, of: str) -> int:
+        """The parameters or multiplications that `amount` counts from."""
+        return (self.surgeon.multiplications if of == "flops" else self.surgeon.parameters)(self.module, {})
 
     def choosable(self) -> list[Group]:
         """The groups that can lose units and whose producers the recipe's step is for."""

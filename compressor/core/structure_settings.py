@@ -6,17 +6,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compressor.core.passes import Need, StructurePass
+from compressor.core.passes import Need
+from compressor.core.training_settings import Count, FittedPass, Optimizer, Rate
 
 Rule = Literal["epsilon", "zplus", "alpha_beta", "gamma"]
 
 
-class LrpSettings(StructurePass):
+class LrpSettings(FittedPass):
     """Removes the channels, heads and neurons that explain least of what the network says.
 
     criterion      lrp: relevance at a unit's output; taylor: |activation · gradient|; gradient: |gradient|;
                    magnitude: the norm of its weights
-    fraction       the share that is removed, `of` the parameters or of the units
+    fraction       the share that is removed, `of` the parameters, of the units or of the flops, a forward's
+                   multiplications by matrices
+    spread         network: the lowest of all units; kind: the same share of each kind, as heads and neurons, the
+                   lowest of all blocks; group: the same share of each layer's, so that all blocks stay alike
     step           how much of it at a time: scores are computed anew after each
     most           the largest share of a group's units that may go
     first_rule     of the layer that reads the network's input; zbox, or same as the others of its kind
@@ -24,6 +28,9 @@ class LrpSettings(StructurePass):
     linear_rule    of linear layers
     epsilon, gamma, alpha, beta   of the rules; alpha − beta is 1
     norms          measure: batch norms take their statistics from the smaller network on the calibration data; keep
+    compensate     bias: what removed units add on average goes to the biases of the linear layers that read them;
+                   layers that have none get one; none
+    epochs         of training afterwards, with the original as teacher or on labels; 0 is none
     """
 
     name = "lrp"
@@ -34,7 +41,8 @@ class LrpSettings(StructurePass):
 
     criterion: Literal["lrp", "taylor", "gradient", "magnitude"] = "lrp"
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    of: Literal["parameters", "units"] = "parameters"
+    of: Literal["parameters", "units", "flops"] = "parameters"
+    spread: Literal["network", "kind", "group"] = "network"
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
     most: Annotated[float, Field(gt=0, lt=1)] = 0.9
     first_rule: Literal["zbox", "same"] = "zbox"
@@ -45,6 +53,11 @@ class LrpSettings(StructurePass):
     alpha: Annotated[float, Field(ge=1)] = 2.0
     beta: Annotated[float, Field(ge=0)] = 1.0
     norms: Literal["measure", "keep"] = "measure"
+    compensate: Literal["bias", "none"] = "none"
+    epochs: Count = 0
+    batch: Annotated[int, Field(ge=1)] = 32
+    optimizer: Optimizer = "AdamW"
+    rate: Rate = 1e-4
 
     @model_validator(mode="after")
     def _conserves(self) -> LrpSettings:
@@ -54,9 +67,11 @@ class LrpSettings(StructurePass):
 
     @property
     def needs(self) -> frozenset[Need]:
+        learns = super().needs
         if self.criterion == "magnitude":
-            return frozenset({"data"}) if self.norms == "measure" else frozenset()
-        return frozenset({"data", "gradients"})
+            measures = self.norms == "measure" or self.compensate == "bias" or self.of == "flops"
+            return learns | (frozenset({"data"}) if measures else frozenset())
+        return learns | {"data", "gradients"}
 
     @property
     def removes(self) -> float:
@@ -65,6 +80,10 @@ class LrpSettings(StructurePass):
     @property
     def removes_exactly(self) -> bool:
         return self.of == "parameters"
+
+    @property
+    def removes_evenly(self) -> bool:
+        return self.of == "units" and self.spread != "network"
 
     def cost(self, tokens: int) -> float:
         return 3.0 * self.fraction / self.step

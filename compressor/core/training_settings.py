@@ -45,21 +45,29 @@ class Training(Pass):
     @property
     def needs(self) -> frozenset[Need]:
         labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
-        return frozenset({"data", "gradients", "training"}) | labels
+        return frozenset({"data", "gradients", "training"}) | labels if self.epochs else frozenset()
 
 
-class TrainingPass(Training, StructurePass):
+class FittedPass(Training, StructurePass):
+    """Structure passes that train the network, on the way or at the end; 0 epochs are none."""
+
+    epochs: Count = 10
+
+
+class TrainingPass(FittedPass):
     """Passes that train while units go to zero.
 
-    fraction      the share that is removed, `of` the parameters or of the units
+    fraction      the share that is removed, `of` the parameters, of the units, or of the flops: a forward's
+                  multiplications by matrices
     divisible     what stays of a group is a multiple of it, and at least that
     warmup        the share of the steps before units begin to go
     pruning       the share of the steps over which they go; what is left trains on
     """
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    of: Literal["parameters", "units"] = "parameters"
+    of: Literal["parameters", "units", "flops"] = "parameters"
     divisible: Positive = 1
+    epochs: Positive = 10
     warmup: Share = 0.1
     pruning: Annotated[float, Field(gt=0, le=1)] = 0.5
 

@@ -15,7 +15,9 @@ from compressor.core.groups import Group
 
 HEADS = re.compile(r"(^|_)(num_|n_)?(attention_|key_value_|kv_)?n?heads?$")
 """Attributes that count heads; `head_dim` and its kin stay."""
-WIDTHS = frozenset({"all_head_size", "inner_dim", "split_size", "hidden_features", "inner_size", "qkv_dim"})
+WIDTHS = frozenset(
+    {"all_head_size", "inner_dim", "split_size", "hidden_features", "inner_size", "qkv_dim", "intermediate_size"}
+)
 """Attributes of attentions and MLPs that tell a width between two of their layers."""
 
 

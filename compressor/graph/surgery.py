@@ -31,7 +31,7 @@ def remove_units(module: nn.Module, removal: Removal) -> nn.Module:
         PassError: A group cannot lose units, or would lose all of them.
     """
     tensors = _tensors(module)
-    kept = {key: _kept(tensors[key[0]].shape[key[1]], places) for key, places in _dropped(removal).items()}
+    kept = {key: _kept(tensors[key[0]].shape[key[1]], places) for key, places in dropped(removal).items()}
     smaller: dict[str, Tensor] = {}
     for (name, dim), places in sorted(kept.items()):
         source = smaller.get(name, tensors[name].detach())
@@ -47,18 +47,23 @@ def remove_units(module: nn.Module, removal: Removal) -> nn.Module:
 
 def predicted_parameters(module: nn.Module, removal: Removal) -> int:
     """How many parameters the network without these units will have."""
+    return sum(torch.Size(shape).numel() for shape in shapes_without(module, removal).values())
+
+
+def shapes_without(module: nn.Module, removal: Removal) -> dict[str, list[int]]:
+    """The shapes that the parameters of the network without these units will have."""
     shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters()}
-    for (name, dim), places in _dropped(removal).items():
+    for (name, dim), places in dropped(removal).items():
         if name in shapes:
             shapes[name][dim] -= len(places)
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
+    return shapes
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _dropped(removal: Removal) -> dict[tuple[str, int], Tensor]:
+def dropped(removal: Removal) -> dict[tuple[str, int], Tensor]:
     """(tensor, dimension) -> the positions that go, ascending."""
     found: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     for group, units in removal.items():

@@ -188,7 +188,7 @@ def attribute(
     Args:
         names: Of the weights, by their identity.
         call: The forward.
-        labels: (n,) per batch; None takes the largest output for the class.
+        labels: (n,) per batch, or (n, tokens), −100 where there is none; None takes the largest output for the class.
     """
     found: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
@@ -197,7 +197,8 @@ def attribute(
             output = _first(call(batch))
         label = None if labels is None else labels[number]
         reached = [output_ for _, output_, _ in mode.outputs if output_.requires_grad]
-        start = start_of(output.detach(), label, composite.criterion)
+        generator = torch.Generator().manual_seed(number)
+        start = start_of(output.detach(), label, composite.criterion, generator)
         gradients = iter(torch.autograd.grad(output, reached, start, allow_unused=True))
         for name, value, dim in mode.outputs:
             gradient = next(gradients) if value.requires_grad else None
@@ -207,21 +208,26 @@ def attribute(
     return found
 
 
-def start_of(output: Tensor, label: Tensor | None, criterion: str) -> Tensor:
-    """The gradient at the output (n, …): of classes, or of the direction of an output that has none.
+def start_of(output: Tensor, label: Tensor | None, criterion: str, generator: torch.Generator) -> Tensor:
+    """The gradient at the output: of classes (n, classes) or (n, tokens, classes), or of what has no classes.
 
-    lrp starts with relevance 1 per sample at the class, 1 / logit; others with the cross-entropy's gradient. An output
-    of more than two dimensions is a hidden state: its relevance is its own square, 1 in sum.
+    lrp starts with relevance 1 per sample at the class, 1 / logit (a share of it at each token); others with the
+    cross-entropy's gradient. An output of more than two dimensions without labels is a hidden state: its relevance is
+    its own square, 1 in sum; gradients start with random signs, since E(vᵀΔy)² = ‖Δy‖² for what a unit changes in it.
     """
-    if output.dim() != 2:
+    if label is None and output.dim() != 2:
+        if criterion != "lrp":
+            return torch.randint(0, 2, output.shape, generator=generator).to(output.dtype) * 2 - 1
         rows = output.flatten(1)
         return (rows / rows.square().sum(1, keepdim=True)).view_as(output)
-    target = output.argmax(1) if label is None else label
-    chosen = functional.one_hot(target, output.shape[1]).to(output.dtype)
+    target = output.argmax(-1) if label is None else label
+    known = (target >= 0).unsqueeze(-1).to(output.dtype)
+    chosen = functional.one_hot(target.clamp(min=0), output.shape[-1]) * known
     if criterion != "lrp":
-        return output.softmax(1) - chosen
-    logit = (output * chosen).sum(1, keepdim=True)
-    return chosen / torch.where(logit == 0, 1, logit)
+        return (output.softmax(-1) - chosen) * known
+    logit = (output * chosen).sum(-1, keepdim=True)
+    found = chosen / torch.where(logit == 0, 1, logit)
+    return found / known.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (output.dim() - 1))
 
 
 def _score(value: Tensor, gradient: Tensor, dim: int, criterion: str) -> Tensor:

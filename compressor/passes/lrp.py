@@ -17,19 +17,22 @@ alone, the softmax counts as constant.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.core.errors import PassError
+from compressor.core.errors import RecipeError
 from compressor.core.groups import Group
+from compressor.core.roles import folded
 from compressor.core.structure import Outcome, Subject
 from compressor.core.structure_settings import LrpSettings
 from compressor.ops.attribution import Composite, Rule, attribute
 from compressor.ops.relevance import RULES
-from compressor.ops.selection import lowest_reaching
+from compressor.ops.selection import even_share, lowest_reaching
 
 Gone = dict[Group, Tensor]
 """Group -> BoolTensor (units,) of those that are removed."""
@@ -51,24 +54,41 @@ class Lrp(LrpSettings):
 
     def restructure(self, subject: Subject) -> Outcome:
         """The network without the units that explain least."""
+        original = copy.deepcopy(subject.module) if self.compensate == "bias" else None
+        gone = self._chosen(subject)
+        removal = _removal(gone)
+        smaller = subject.surgeon.remove(subject.module, removal)
+        kept = {group.name: [int((~flags).sum()), group.size] for group, flags in gone.items()}
+        report: dict[str, Any] = {"kept_units": kept}
+        if original is not None:
+            report["new_biases"] = len(subject.surgeon.compensate(smaller, original, removal, subject.batches))
+        if self.epochs:
+            report["training"] = subject.trainer(self, other=smaller).train()
+        return Outcome(smaller, report)
+
+    def _chosen(self, subject: Subject) -> Gone:
+        """What goes, step by step; the subject's network ends with it masked."""
         groups = subject.choosable()
         gone = {group: torch.zeros(group.size, dtype=torch.bool) for group in groups}
-        n_steps = math.ceil(self.fraction / self.step - 1e-9)
+        most = self._lowest(subject, [torch.zeros(group.size) for group in groups], gone, math.inf)
+        self._refuse_unreachable(self._share(subject, dict(zip(groups, most, strict=True))))
+        n_steps, part = math.ceil(self.fraction / self.step - 1e-9), 0.5 if self.epochs else 1.0
         for number in range(n_steps):
             goal = min(self.fraction, (number + 1) * self.step)
             scores = self.scores(subject, groups)
             for group, flags in zip(groups, self._lowest(subject, scores, gone, goal), strict=True):
                 subject.surgeon.mask(subject.module, group, (flags & ~gone[group]).nonzero()[:, 0])
                 gone[group] = flags
-            subject.advance(1 / n_steps, f"{self._share(subject, gone):.0%} removed")
-        if self._share(subject, gone) < self.fraction - 1e-9:
-            raise PassError(
-                f"lrp: only {self._share(subject, gone):.1%} of the {self.of} can go with most: {self.most:g}, and "
-                f"fraction is {self.fraction:g}; write a smaller fraction, or let more of each group go"
+            subject.advance(part / n_steps, f"{self._share(subject, gone):.0%} removed")
+        self._refuse_unreachable(self._share(subject, gone))
+        return gone
+
+    def _refuse_unreachable(self, share: float) -> None:
+        if share < self.fraction - 1e-9:
+            raise RecipeError(
+                f"lrp: only {share:.1%} of the {self.of} can go with most: {self.most:g}, and fraction is "
+                f"{self.fraction:g}; write a smaller fraction, or let more of each group go"
             )
-        removal = {group: flags.nonzero()[:, 0] for group, flags in gone.items() if flags.any()}
-        kept = {group.name: [int((~flags).sum()), group.size] for group, flags in gone.items()}
-        return Outcome(subject.surgeon.remove(subject.module, removal), {"kept_units": kept})
 
     def scores(self, subject: Subject, groups: Sequence[Group]) -> list[Tensor]:
         """(units,) per group; infinite where no layer that was seen makes the unit."""
@@ -100,15 +120,20 @@ class Lrp(LrpSettings):
         def share(flags: list[Tensor]) -> float:
             return self._share(subject, dict(zip(groups, flags, strict=True)))
 
-        return lowest_reaching(scores, list(gone.values()), least, 1, goal, share)
+        already = list(gone.values())
+        if self.spread == "network":
+            return lowest_reaching(scores, already, least, 1, goal, share)
+        kinds = [folded(group.name) if self.spread == "kind" else number for number, group in enumerate(groups)]
+        return even_share(scores, already, least, kinds, goal, share)
 
     def _share(self, subject: Subject, gone: Gone) -> float:
-        """Of the parameters or of the units, those that are gone."""
-        if self.of == "units":
-            return sum(int(flags.sum()) for flags in gone.values()) / max(1, sum(group.size for group in gone))
-        removal = {group: flags.nonzero()[:, 0] for group, flags in gone.items() if flags.any()}
-        before = subject.surgeon.parameters(subject.module, {})
-        return 1 - subject.surgeon.parameters(subject.module, removal) / before
+        """Of the parameters, units or multiplications, those that are gone."""
+        whole = sum(group.size for group in gone) if self.of == "units" else subject.whole(self.of)
+        return subject.amount(_removal(gone), self.of) / max(1, whole)
+
+
+def _removal(gone: Gone) -> dict[Group, Tensor]:
+    return {group: flags.nonzero()[:, 0] for group, flags in gone.items() if flags.any()}
 
 
 def _gathered(group: Group, layers: dict[str, Tensor]) -> Tensor:

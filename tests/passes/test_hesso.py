@@ -123,7 +123,7 @@ def test_cric_keeps_the_unit_that_nothing_replaces_and_plain_hesso_removes_it():
         with torch.no_grad():
             wanted = module(EXAMPLE)
         subject = subject_of(module, method)
-        trainer = subject.trainer(method)
+        trainer = subject.trainer(method, None)
         shrinking = Shrinking(method, subject, trainer.n_steps)
         trainer.train(shrinking)
         kept[cycles] = not bool(shrinking.gone[0][0])

@@ -141,7 +141,7 @@ def test_a_strong_penalty_brings_every_redundant_unit_to_zero_by_itself_and_a_we
     for strength in (1e-4, 10.0):
         method = Oto(fraction=0.5, of="units", epochs=12, batch=16, penalty=strength, rate=0.05)
         subject = subject_of(residual())
-        trainer = subject.trainer(method)
+        trainer = subject.trainer(method, None)
         projecting = Projecting(method, subject, trainer.n_steps)
         trainer.train(projecting)
         forced[strength] = projecting.forced
