@@ -52,7 +52,7 @@ def write_compact(content: dict, path: Path) -> None:
 def _compact(content: dict) -> bytes:
     model = content.get("model")
     merges = model.get("merges") if isinstance(model, dict) else None
-    if isinstance(merges, list) and all(_joins(pair) for pair in merges):
+    if isinstance(model, dict) and isinstance(merges, list) and all(_joins(pair) for pair in merges):
         content = content | {"model": model | {"merges": [" ".join(pair) for pair in merges]}}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 

@@ -40,8 +40,7 @@ def resize(module: Any) -> None:
         if isinstance(module, kind):
             change(module)
     if type(module).__name__ == "Conv1D":  # GPT-2's linear, stored (inputs, outputs)
-        weight: Tensor = module.weight
-        module.nx, module.nf = weight.shape
+        module.nx, module.nf = module.get_parameter("weight").shape
 
 
 def _count_units(module: nn.Module, before: Mapping[str, torch.Size], group: Group, kept: int) -> None:

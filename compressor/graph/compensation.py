@@ -71,7 +71,8 @@ def compensate(smaller: nn.Module, original: nn.Module, removal: Removal, means:
             continue
         old, new = original.get_submodule(path), smaller.get_submodule(path)
         straight = isinstance(old, nn.Linear)
-        weight = old.weight.double() if straight else old.weight.double().T
+        stored = old.get_parameter("weight").double()
+        weight = stored if straight else stored.T
         bias = weight[:, columns] @ means[path][columns]
         rows = gone.get((f"{path}.weight", 0 if straight else 1))
         if rows is not None:

@@ -470,11 +470,12 @@ def _index(run: Propagation, node: fx.Node) -> Value:
 
 
 def _pad(run: Propagation, node: fx.Node) -> Value:
-    source, shape = run.value(node.args[0]), node.meta["val"].shape
-    zero = len(node.args) < 3 or node.args[2] == 0
+    arguments = list(node.args)
+    source, shape = run.value(arguments[0]), node.meta["val"].shape
+    zero = len(arguments) < 3 or arguments[2] == 0
     axes = []
     for axis in source.axes:
-        labels = aten.constant_pad_nd.default(axis.labels.contiguous() + 1, node.args[1], 0) - 1
+        labels = aten.constant_pad_nd.default(axis.labels.contiguous() + 1, arguments[1], 0) - 1
         grown = [dim for dim in axis.varies if shape[dim] != source.shape[dim]]
         if grown:
             new = run.labels.fresh(1)

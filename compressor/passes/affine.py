@@ -62,7 +62,7 @@ class Affine(AffineSettings):
         found = []
         for rows, kept in zip(weight.split(at_once), masks, strict=True):
             fitted = grid.fit(rows, kept, factor)
-            if factor is not None and self.sweeps:
+            if factor is not None and hessian is not None and self.sweeps:
                 pull = functional.pad(rows.float(), (0, padding)) @ hessian
                 fitted = descend(fitted, hessian, pull, self.sweeps, _padded(kept, padding), self.scale_bits)
             found.append((fitted.codes, fitted.scale, fitted.zero, fitted.top))  # without `due`, as large as the weight
