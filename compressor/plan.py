@@ -16,8 +16,8 @@ from compressor.core.errors import RecipeError
 from compressor.core.passes import Pass, Role, StructurePass
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
 from compressor.core.spec import DenseSpec, Spec, sparse_spec
-from compressor.footprint import peak_memory
-from compressor.recipe import Chosen, Recipe, Step
+from compressor.footprint import multiplies_bfloat16, peak_memory
+from compressor.recipe import TOKENS_PER_BATCH, Chosen, Recipe, Step
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint, TensorInfo
@@ -27,6 +27,8 @@ FLOPS = 90e9
 """Multiplications and additions per CPU-second of a forward pass, measured on SmolLM2-135M."""
 SECONDS_PER_WEIGHT = 1.0e-6
 """CPU-seconds to assign codes to a weight, about."""
+SECONDS_PER_STEP = 2e-8
+"""CPU-seconds to decode a weight and learn what it is made of, about, in a step of the distillation."""
 GRAPH_BYTES_PER_PART = 420
 GRAPH_BYTES_PER_CONVOLUTION = 1500
 CONFIG_BYTES = 4096
@@ -306,10 +308,15 @@ def _weights(tensors: tuple[PlannedTensor, ...]) -> int:
 
 
 def _cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> float:
-    n_weights, tokens = _weights(tensors), recipe.calibration.tokens
-    forward = 2 * n_weights * tokens / FLOPS
-    passes = sum(step.settings.cost(tokens) for step in recipe.passes)
-    return round(forward * passes + n_weights * SECONDS_PER_WEIGHT + 5, 1)
+    n_weights, tokens, distill = _weights(tensors), recipe.calibration.tokens, recipe.distill
+    tables = sum(math.prod(tensor.shape) for tensor in tensors if tensor.role == "embedding")
+    passes = sum(step.settings.cost(tokens) for step in recipe.passes) + 3 * ("gradients" in recipe.required)
+    found = 2 * n_weights * tokens * passes / FLOPS + n_weights * SECONDS_PER_WEIGHT + 5
+    if distill.steps:
+        rate = FLOPS * (2 if multiplies_bfloat16() else 1)
+        learned = 2 * (n_weights + tables) * (distill.tokens + 3 * distill.steps * TOKENS_PER_BATCH) / rate
+        found += learned + distill.steps * (n_weights + tables) * SECONDS_PER_STEP
+    return round(found, 1)
 
 
 def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
