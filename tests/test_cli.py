@@ -112,7 +112,7 @@ def test_options_reach_the_pipeline(pipeline):
 @pytest.mark.parametrize(
     ("args", "expected", "message"),
     [
-        ("net.safetensors", 2, "no recipe; write --recipe NAME. Known: cnn-4bit, cnn-int8, cnn-once"),
+        ("net.safetensors", 2, "no recipe; write --recipe NAME. Known: cnn-4bit, cnn-binary, cnn-explain"),
         ("net.safetensors -r llm2bit", 2, "no recipe named 'llm2bit'. Did you mean 'llm-2bit'?"),
         ("net.safetensors -r llm-2bit --set jlcm.widht=3", 2, "no setting 'widht'. Did you mean 'width'?"),
         ("net.safetensors -r llm-2bit --standard --compat", 2, "--standard and --compat exclude each other"),
