@@ -240,7 +240,7 @@ def test_inspect_lists_layers(tmp_path):
 @pytest.mark.parametrize(
     ("recipe_name", "message"),
     [
-        ("llm-4bit", "distill.steps needs gradients, and .* is an ONNX graph, run forwards only; leave that out with"),
+        ("llm-2bit", "distill.steps needs gradients, and .* is an ONNX graph, run forwards only; leave that out with"),
         ("llm-sparse50", "gblm needs gradients, and .* is an ONNX graph, run forwards only"),
         ("cnn-once", "hesso makes the network smaller, and .* is an ONNX graph"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.ops import vector_quantization
 from compressor.ops.vector_quantization import balanced_clusters, gaussian_codebook, kmeans, nearest
 
 
@@ -21,11 +20,17 @@ def naive_nearest(points: torch.Tensor, codewords: torch.Tensor) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("n", "size", "dim"), [(50, 7, 1), (41, 16, 4), (33, 5, 3)])
-def test_nearest_is_the_least_distance(monkeypatch, n, size, dim):
-    monkeypatch.setattr(vector_quantization, "_CHUNK", 3 * size)  # so that chunks of 3 points do not divide n
+@pytest.mark.parametrize(("n", "size", "dim"), [(50, 7, 1), (41, 16, 4), (33, 5, 3), (1, 3, 2), (3000, 9, 4)])
+def test_nearest_is_the_least_distance(n, size, dim):
     points, codewords = gaussian(n, dim), gaussian(size, dim, 1)
     assert nearest(points, codewords).tolist() == naive_nearest(points, codewords)
+
+
+def test_nothing_has_no_nearest_codeword_and_neither_has_nan():
+    codewords = gaussian(4, 2)
+    assert nearest(torch.empty(0, 2), codewords).shape == (0,)
+    with pytest.raises(ValueError, match="not finite"):
+        nearest(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]), codewords)
 
 
 def test_the_lowest_of_equal_codewords_is_taken():
