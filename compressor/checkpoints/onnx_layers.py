@@ -37,10 +37,10 @@ RESERVED = frozenset(
         "register_full_backward_hook", "register_full_backward_pre_hook", "register_load_state_dict_post_hook",
         "register_load_state_dict_pre_hook", "register_module", "register_parameter", "register_state_dict_post_hook",
         "register_state_dict_pre_hook", "requires_grad_", "set_extra_state", "set_submodule", "share_memory",
-        "state_dict", "to", "to_empty", "train", "training", "type", "weight", "xpu", "zero_grad",
+        "smart_apply", "state_dict", "to", "to_empty", "train", "training", "type", "weight", "xpu", "zero_grad",
     ]
 )  # fmt: skip
-"""Attributes of torch's modules, which no layer may be called."""
+"""Attributes of torch's modules, one of them by transformers, which no layer may be called."""
 
 
 @dataclass(frozen=True)
