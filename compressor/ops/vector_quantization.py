@@ -20,8 +20,12 @@ def nearest(points: Tensor, codewords: Tensor) -> Tensor:
     """
     if not len(points):
         return torch.empty(0, dtype=torch.long)
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    _, index = faiss.knn(points.contiguous().numpy(), codewords.contiguous().numpy(), 1)
+    threads = torch.get_num_threads()
+    faiss.omp_set_num_threads(1)  # calls are many and short: on a busy machine threads would wait for one another
+    try:
+        _, index = faiss.knn(points.contiguous().numpy(), codewords.contiguous().numpy(), 1)
+    finally:
+        faiss.omp_set_num_threads(threads)  # which are torch's as well
     found = torch.from_numpy(index[:, 0])
     if int(found.min()) < 0:
         raise ValueError("points without a nearest codeword: they are not finite")
