@@ -122,6 +122,30 @@ class LocalEngine(_Planning):
                 process.send_signal(signal.SIGINT)
 
 
+def connected_ray(address: str, prefix: str, local: str) -> Any:
+    """The module ray, on the cluster at an address.
+
+    Args:
+        prefix: Of the options engine and address, where they are written: "--" or "n2n.".
+        local: How a cluster of one's own is asked for there.
+
+    Raises:
+        UsageError: Ray is not installed, or there is no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError(f"{prefix}engine ray: ray is not installed; pip install 'compressor[ray]'") from error
+    try:
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except ConnectionError as error:
+        raise UsageError(
+            f"{prefix}address {address}: no Ray cluster answers; start one with `ray start --head`, or write {local}"
+        ) from error
+    return ray
+
+
 class RayEngine(_Planning):
     """Tasks on a Ray cluster that shares the file system; each in a worker of its own, with the memory it will take.
 
@@ -130,19 +154,7 @@ class RayEngine(_Planning):
     """
 
     def __init__(self, address: str) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise UsageError("--engine ray: ray is not installed; pip install 'compressor[ray]'") from error
-        try:
-            if not ray.is_initialized():
-                ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except ConnectionError as error:
-            raise UsageError(
-                f"--address {address}: no Ray cluster answers; start one with `ray start --head`, or write "
-                "--address local"
-            ) from error
-        self._ray = ray
+        ray = self._ray = connected_ray(address, "--", "--address local")
         self._references: set[Any] = set()
         self._stopped = threading.Event()
         self._task = ray.remote(max_retries=0, max_calls=1, num_cpus=1)(run_here)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,9 @@ from compressor.evaluate.session import open_session
 from compressor.export.check import _optimised
 from compressor.pipeline import run
 from compressor.plan import make_plan
-from compressor.progress import Progress, Task
 from compressor.recipe import load_recipe
 from tests import pico
+from tests.training_case import Interrupting
 
 SETS = ("reste.epochs=6", "reste.batch=16", "reste.rate=0.05", "calibration.samples=24")
 CONVOLUTIONS = ["blocks.0.conv1.weight", "blocks.0.conv2.weight", "blocks.1.conv1.weight", "blocks.1.conv2.weight"]
@@ -143,25 +142,10 @@ def test_what_cannot_have_binary_inputs_is_refused_by_name_and_the_rest_can(fold
     assert abs(artifact_accuracy("some") - torch_accuracy("some")) <= 0.02  # of 8-bit activations in the products
 
 
-class _Interrupting(Progress):
-    """Raises in the middle of the training."""
-
-    def task(self, description, total):
-        class Ends(Task):
-            done = 0.0
-
-            def advance(self, steps=1.0, note=""):
-                self.done += steps
-                if description.startswith("reste") and self.done > 0.6:
-                    raise KeyboardInterrupt
-
-        return nullcontext(Ends())
-
-
 def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, whole):
     monkeypatch.setattr(fitting, "SECONDS_BETWEEN_SAVES", -1.0)
     with pytest.raises(KeyboardInterrupt):
-        run(options(output=Path("again"), progress=_Interrupting()))
+        run(options(output=Path("again"), progress=Interrupting("reste")))
     state = torch.load("again.partial/work/structure-0-training/training.pt", weights_only=True)
     assert 1 < state["follower"]["o"] < 3
     again = run(options(output=Path("again"), resume=True))

@@ -19,8 +19,8 @@ from compressor import fitting
 from compressor.core.errors import DataError
 from compressor.core.options import RunOptions
 from compressor.pipeline import run
-from compressor.progress import Progress, Task
 from tests import pico
+from tests.training_case import Interrupting
 
 ROOT = Path(__file__).parents[1]
 SETS = ("hesso.epochs=4", "hesso.batch=16", "hesso.periods=3", "hesso.fraction=0.5", "hesso.rate=0.01",
@@ -116,27 +116,10 @@ export: {activations: static_int8, dense: float16}
     assert small < 0.5 * large
 
 
-class _Interrupting(Progress):
-    """Raises in the middle of the training."""
-
-    def task(self, description, total):
-        class Ends(Task):
-            done = 0.0
-
-            def advance(self, steps=1.0, note=""):
-                self.done += steps
-                if description.startswith("hesso") and self.done > 0.6:
-                    raise KeyboardInterrupt
-
-        from contextlib import nullcontext
-
-        return nullcontext(Ends())
-
-
 def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, artifact):
     monkeypatch.setattr(fitting, "SECONDS_BETWEEN_SAVES", -1.0)
     with pytest.raises(KeyboardInterrupt):
-        run(options(output=Path("again"), progress=_Interrupting()))
+        run(options(output=Path("again"), progress=Interrupting("hesso")))
     assert Path("again.partial/work/structure-0-training/training.pt").is_file()
     again = run(options(output=Path("again"), resume=True))
     first, second = ((each.directory / "model.safetensors").read_bytes() for each in (artifact, again))

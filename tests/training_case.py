@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from compressor.core.training_settings import Training, TrainingPass
 from compressor.fitting import Examples, Fitting
 from compressor.graph.blocks import layers
 from compressor.graph.places import layer_places
+from compressor.progress import Progress, Task
 from compressor.structure import GraphSurgeon
 from compressor.students.laboratory import Laboratory
 from compressor.students.making import students_of
@@ -112,3 +114,23 @@ def trained(method: TrainingPass, module: nn.Module | None = None) -> tuple[Subj
     """The subject, its units masked, and what the pass made of it."""
     subject = subject_of(module or residual(), method)
     return subject, method.restructure(subject)
+
+
+class Interrupting(Progress):
+    """Raises in the middle of a task whose description begins with `what`."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def task(self, description, total):
+        due = description.startswith(self.what)
+
+        class Ends(Task):
+            done = 0.0
+
+            def advance(self, steps=1.0, note=""):
+                self.done += steps
+                if due and self.done > 0.6:
+                    raise KeyboardInterrupt
+
+        return nullcontext(Ends())

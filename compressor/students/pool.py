@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import torch
 
-from compressor.core.errors import PassError, UsageError
+from compressor.core.errors import PassError
 from compressor.core.students import Student
-from compressor.workers import environment, last_line
+from compressor.workers import connected_ray, environment, last_line
 
 EVALUATOR = "evaluator.pt"
 _WORKER = "import sys; from compressor.students.pool import work; work(sys.argv[1])"
@@ -136,22 +136,10 @@ class RayPool:
     """
 
     def __init__(self, evaluator: Evaluator, folder: Path, address: str) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise UsageError("n2n.engine ray: ray is not installed; pip install 'compressor[ray]'") from error
-        try:
-            if not ray.is_initialized():
-                ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except ConnectionError as error:
-            raise UsageError(
-                f"n2n.address {address}: no Ray cluster answers; start one with `ray start --head`, or write "
-                "address: local"
-            ) from error
+        ray = self._ray = connected_ray(address, "n2n.", "address: local")
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / EVALUATOR).resolve()
         torch.save(evaluator, self.file)
-        self._ray = ray
         variables = {name: environment()[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
         self._task = ray.remote(num_cpus=1, runtime_env={"env_vars": variables})(judged)
 
