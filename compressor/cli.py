@@ -87,7 +87,10 @@ def run(
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="Of n2n: start from the policies in FILE if it is "
                       "there, and save there what they have learned.")] = None,
     target_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Give each tensor its own width, so that all "
-                           "files stay below 60MB, say, within 1 %.")] = None,
+                           "files stay below 60MB, say, within 1 %. Where the recipe encodes nothing, its structure "
+                           "pass removes as much as that takes.")] = None,
+    target_flops: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 50%, say: remove channels, heads and "
+                            "neurons until so many multiplications are left; recipes with lrp, hesso or oto.")] = None,
     max_loss: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 5%, say: rise of perplexity, loss of "
                         "cosine, or points of accuracy. Makes the smallest artifact that is predicted to keep it, and "
                         "checks it as a gate; beside --target-size it is the gate alone.")] = None,
@@ -126,6 +129,7 @@ def run(
         format=format.value, sets=tuple(sets), mode="standard" if standard else "compat" if compat else "default",
         seed=seed, resume=resume, force=force,
         target_size=None if target_size is None else parse_size(target_size, "--target-size"),
+        target_flops=None if target_flops is None else parse_share(target_flops, "--target-flops"),
         max_loss=None if max_loss is None else parse_share(max_loss, "--max-loss"),
         max_ram=None if max_ram is None else parse_size(max_ram, "--max-ram"),
     )  # fmt: skip
@@ -164,11 +168,13 @@ def _print_outcome(artifact: Artifact, json: bool) -> None:
 
 
 def _dry_run(options: Any, recipe: Any, json: bool) -> None:
+    from compressor.aim import aimed
     from compressor.checkpoints import open_checkpoint
     from compressor.footprint import refuse_beyond
     from compressor.plan import make_plan
 
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
+    options, recipe = aimed(options, recipe, checkpoint)
     plan = make_plan(checkpoint, recipe, options.format)
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)

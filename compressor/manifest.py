@@ -26,8 +26,8 @@ from compressor.recipe import load_recipe
 from compressor.recipe_file import parse_yaml
 
 KEYS = (
-    "recipe", "recipes", "data", "eval", "arch", "format", "mode", "seed", "trust_pickle", "target_size", "max_loss",
-    "set", "gates",
+    "recipe", "recipes", "data", "eval", "arch", "format", "mode", "seed", "trust_pickle", "target_size",
+    "target_flops", "max_loss", "set", "gates",
 )  # fmt: skip
 MODEL_KEYS = ("path", "name", *KEYS)
 TOP_KEYS = ("models", *KEYS)
@@ -174,7 +174,7 @@ def _options(settings: dict[str, Any], where: str, folder: Path) -> tuple[list[s
             wanted = {int: "an integer", bool: "true or false"}[kind]
             raise UsageError(f"{where}: {key} is {value!r:.40}; write {wanted}")
         words += ["--trust-pickle"] * value if kind is bool else ["--seed", str(value)] if value else []
-    for key, parse in (("target_size", parse_size), ("max_loss", parse_share)):
+    for key, parse in (("target_size", parse_size), ("target_flops", parse_share), ("max_loss", parse_share)):
         if (value := settings.get(key)) is not None:
             parse(str(value), f"{where}: {key}")
             words += [f"--{key.replace('_', '-')}", str(value)]

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from compressor.aim import aimed
 from compressor.allocate import Allocation, Target, allocate, refuse_unreachable, summary, target_of
 from compressor.blame import blame, blamed, weight_errors
 from compressor.checkpoints import Checkpoint, open_checkpoint
@@ -86,6 +87,7 @@ def _assist(options: RunOptions) -> Artifact:
     recipe = load_recipe(options.recipe, options.sets)
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
     checkpoint.check()
+    options, recipe = aimed(options, recipe, checkpoint)
     samples = load_samples(checkpoint, recipe, options)
     wait()  # for the working folder
     work = Work(_partial(options) / "work", options.seed)
@@ -107,6 +109,7 @@ def _run(options: RunOptions) -> Artifact:
     recipe = load_recipe(options.recipe, options.sets)
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
     checkpoint.check()
+    options, recipe = aimed(options, recipe, checkpoint)
     plan = make_plan(checkpoint, recipe, options.format)
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)

@@ -270,8 +270,20 @@ def model_files(
     header = header_bytes(tensors, tied)
     files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
     if format == "onnx":
-        files["model.onnx"] = (2_000 if static else 20_000) + sum(graph_bytes(tensor, static) for tensor in tensors)
+        there = [tensor for tensor in tensors if tensor.name.rpartition(".")[0] not in batch_norms(tensors)]
+        files["model.onnx"] = (2_000 if static else 20_000) + sum(graph_bytes(tensor, static) for tensor in there)
     return files
+
+
+def batch_norms(tensors: tuple[PlannedTensor, ...]) -> frozenset[str]:
+    """The modules whose tensors the graph folds into the convolutions before them, as a rule."""
+    means = (tensor.name for tensor in tensors if tensor.name.endswith(".running_mean"))
+    return frozenset(name.removesuffix(".running_mean") for name in means)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether the tensor is a batch norm's statistics and no parameter."""
+    return name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
 
 
 def graph_bytes(tensor: PlannedTensor, static: bool) -> int:

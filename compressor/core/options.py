@@ -24,7 +24,9 @@ class RunOptions:
     eval      evaluation data; None: the built-in sample's other part
     sets      "section.key=value", over the recipe
     mode      how the graph is written: default, standard (DequantizeLinear) or compat (older onnxruntimes)
-    target_size   bytes of all files, which an allocation of widths stays below, within 1 %
+    target_size   bytes of all files, which an allocation of widths stays below, within 1 %; of a recipe that encodes
+                  nothing, what its structure pass has to leave
+    target_flops  share of a forward's multiplications that the recipe's structure pass leaves
     max_loss      a gate on the loss of quality; without target_size also what widths are allocated for
     max_ram       bytes of memory; a plan that needs more is refused
     resume    go on with the blocks of an interrupted run
@@ -43,6 +45,7 @@ class RunOptions:
     mode: Mode = "default"
     seed: int = 0
     target_size: int | None = None
+    target_flops: float | None = None
     max_loss: float | None = None
     max_ram: int | None = None
     resume: bool = False
