@@ -35,7 +35,10 @@ class Sparsifier(Follower):
         self.settings, self.subject = settings, subject
         self.units = Units(subject.module, subject.choosable())
         self.gone = [torch.zeros(group.size, dtype=torch.bool) for group in self.units.groups]
-        self.least = [min(group.size, settings.divisible) for group in self.units.groups]
+        self.least = [
+            min(group.size, max(settings.divisible, group.size - int(settings.most * group.size)))
+            for group in self.units.groups
+        ]
         self.start, self.length = round(settings.warmup * n_steps), max(1, round(settings.pruning * n_steps))
         whole = self.units.n if settings.of == "units" else subject.whole(settings.of)
         self.budget = round(settings.fraction * whole)
@@ -101,5 +104,6 @@ class Sparsifier(Follower):
             settings = self.settings
             raise RecipeError(
                 f"{settings.name}: fraction {settings.fraction:g} of the {settings.of} cannot go; "
-                f"{most / whole:.3f} can, with divisible: {settings.divisible}; write a smaller fraction"
+                f"{most / whole:.3f} can, with divisible: {settings.divisible} and most: {settings.most:g}; "
+                "write a smaller fraction"
             )

@@ -27,6 +27,8 @@ class LrpSettings(FittedPass):
     conv_rule      of convolutions
     linear_rule    of linear layers
     epsilon, gamma, alpha, beta   of the rules; alpha − beta is 1
+    trials         of a search by Optuna for the rules of low, middle and high convolutions and of linear layers, such
+                   that the network keeps its predictions longest on the reference data; 0 takes those written
     norms          measure: batch norms take their statistics from the smaller network on the calibration data; keep
     compensate     bias: what removed units add on average goes to the biases of the linear layers that read them;
                    layers that have none get one; none
@@ -52,6 +54,7 @@ class LrpSettings(FittedPass):
     gamma: Annotated[float, Field(ge=0)] = 0.25
     alpha: Annotated[float, Field(ge=1)] = 2.0
     beta: Annotated[float, Field(ge=0)] = 1.0
+    trials: Count = 0
     norms: Literal["measure", "keep"] = "measure"
     compensate: Literal["bias", "none"] = "none"
     epochs: Count = 0
@@ -63,6 +66,8 @@ class LrpSettings(FittedPass):
     def _conserves(self) -> LrpSettings:
         if abs(self.alpha - self.beta - 1) > 1e-9:
             raise ValueError(f"alpha − beta is {self.alpha - self.beta:g}; write such that it is 1, as 2 and 1")
+        if self.trials and self.criterion != "lrp":
+            raise ValueError(f"trials searches the rules of criterion: lrp, found {self.criterion}; write trials: 0")
         return self
 
     @property
@@ -86,4 +91,4 @@ class LrpSettings(FittedPass):
         return self.of == "units" and self.spread != "network"
 
     def cost(self, tokens: int) -> float:
-        return 3.0 * self.fraction / self.step
+        return 3.0 * self.fraction / self.step + 13.0 * self.trials  # 3 to score, 10 to judge

@@ -60,6 +60,7 @@ class TrainingPass(FittedPass):
     fraction      the share that is removed, `of` the parameters, of the units, or of the flops: a forward's
                   multiplications by matrices
     divisible     what stays of a group is a multiple of it, and at least that
+    most          the largest share of a group's units that may go
     warmup        the share of the steps before units begin to go
     pruning       the share of the steps over which they go; what is left trains on
     """
@@ -67,6 +68,7 @@ class TrainingPass(FittedPass):
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     of: Literal["parameters", "units", "flops"] = "parameters"
     divisible: Positive = 1
+    most: Annotated[float, Field(gt=0, le=1)] = 0.9
     epochs: Positive = 10
     warmup: Share = 0.1
     pruning: Annotated[float, Field(gt=0, le=1)] = 0.5

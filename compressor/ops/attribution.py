@@ -43,12 +43,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class Composite:
-    """What is scored, and by which rule a layer passes relevance on; `box`: z^B for the one that reads the input."""
+    """What is scored, and by which rule a layer passes relevance on.
+
+    box   z^B for the layer that reads the input
+    own   weight's name -> the rule of its layer, before that of its kind
+    """
 
     criterion: Literal["lrp", "taylor", "gradient", "magnitude"]
     conv: Rule
     linear: Rule
     box: bool
+    own: Mapping[str, Rule] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,7 +139,7 @@ class Observed(TorchFunctionMode):
     def _ran(self, forward: Any, x: Tensor, weight: Tensor, output: Tensor, linear: bool) -> Tensor:
         name, dim = self.names.get(id(weight)), -1 if linear else 1
         if self.composite.criterion == "lrp":
-            rule = self.composite.linear if linear else self.composite.conv
+            rule = self.composite.own.get(name or "", self.composite.linear if linear else self.composite.conv)
             if self.composite.box and not linear and not x.requires_grad:
                 over = [d for d in range(x.dim()) if d != 1]
                 rule = Rule("zbox", {"low": x.amin(over, keepdim=True), "high": x.amax(over, keepdim=True)})
@@ -194,7 +199,7 @@ def attribute(
     for number, batch in enumerate(batches):
         mode = Observed(names, composite)
         with torch.enable_grad(), mode:
-            output = _first(call(batch))
+            output = first_output(call(batch))
         label = None if labels is None else labels[number]
         reached = [output_ for _, output_, _ in mode.outputs if output_.requires_grad]
         generator = torch.Generator().manual_seed(number)
@@ -242,7 +247,7 @@ def _score(value: Tensor, gradient: Tensor, dim: int, criterion: str) -> Tensor:
     return products.mean(1).abs().sum(0) if criterion == "taylor" else products.abs().sum((0, 1))
 
 
-def _first(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
     """The first tensor of what a forward returns."""
     while not isinstance(output, Tensor):
         output = next(iter(output.values())) if isinstance(output, dict) else output[0]

@@ -10,6 +10,9 @@ score of a unit is the sum over samples and positions of |relevance| at its outp
 network, and scores are computed anew after each step. Where several layers write one unit (a residual sum), theirs are
 averaged.
 
+`trials` searches the rules as Hatefi et al. do: one each for the low, middle and high third of the convolutions and for
+linear layers, such that the area under the accuracy is largest when units go at once, in the order of their scores.
+
 We leave the papers in this: units are removed for good, with all that depends on them; the other criteria are made
 comparable between groups by their Euclidean norm, as Molchanov et al. do; relevance in attention goes to the values
 alone, the softmax counts as constant.
@@ -18,24 +21,31 @@ alone, the softmax counts as constant.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from compressor.core.errors import RecipeError
+from compressor.core.errors import RecipeError, UsageError
 from compressor.core.groups import Group
 from compressor.core.roles import folded
 from compressor.core.structure import Outcome, Subject
 from compressor.core.structure_settings import LrpSettings
-from compressor.ops.attribution import Composite, Rule, attribute
+from compressor.core.structure_settings import Rule as RuleName
+from compressor.ops.attribution import Composite, Rule, attribute, first_output
 from compressor.ops.relevance import RULES
-from compressor.ops.selection import even_share, lowest_reaching
+from compressor.ops.selection import even_share, lowest, lowest_reaching
 
 Gone = dict[Group, Tensor]
 """Group -> BoolTensor (units,) of those that are removed."""
+
+
+SHARES = torch.arange(0.05, 0.96, 0.1).tolist()
+"""Of the units, that are gone when a composite is judged."""
+THIRDS = ("low", "middle", "high")
 
 
 def relevance(weight: Tensor, inputs: Tensor, relevance: Tensor, rule: str, **options: float | Tensor) -> Tensor:
@@ -55,27 +65,31 @@ class Lrp(LrpSettings):
     def restructure(self, subject: Subject) -> Outcome:
         """The network without the units that explain least."""
         original = copy.deepcopy(subject.module) if self.compensate == "bias" else None
-        gone = self._chosen(subject)
+        composite, searched = self.composite(), {}
+        if self.trials:
+            composite, searched = self._searched(subject)
+        gone = self._chosen(subject, composite)
         removal = _removal(gone)
         smaller = subject.surgeon.remove(subject.module, removal)
         kept = {group.name: [int((~flags).sum()), group.size] for group, flags in gone.items()}
-        report: dict[str, Any] = {"kept_units": kept}
+        report: dict[str, Any] = {"kept_units": kept} | searched
         if original is not None:
             report["new_biases"] = len(subject.surgeon.compensate(smaller, original, removal, subject.batches))
         if self.epochs:
             report["training"] = subject.trainer(self, other=smaller).train()
         return Outcome(smaller, report)
 
-    def _chosen(self, subject: Subject) -> Gone:
+    def _chosen(self, subject: Subject, composite: Composite) -> Gone:
         """What goes, step by step; the subject's network ends with it masked."""
         groups = subject.choosable()
         gone = {group: torch.zeros(group.size, dtype=torch.bool) for group in groups}
         most = self._lowest(subject, [torch.zeros(group.size) for group in groups], gone, math.inf)
         self._refuse_unreachable(self._share(subject, dict(zip(groups, most, strict=True))))
-        n_steps, part = math.ceil(self.fraction / self.step - 1e-9), 0.5 if self.epochs else 1.0
+        n_steps = math.ceil(self.fraction / self.step - 1e-9)
+        part = (0.5 if self.epochs else 1.0) * (0.5 if self.trials else 1.0)
         for number in range(n_steps):
             goal = min(self.fraction, (number + 1) * self.step)
-            scores = self.scores(subject, groups)
+            scores = self.scores(subject, groups, composite)
             for group, flags in zip(groups, self._lowest(subject, scores, gone, goal), strict=True):
                 subject.surgeon.mask(subject.module, group, (flags & ~gone[group]).nonzero()[:, 0])
                 gone[group] = flags
@@ -90,27 +104,83 @@ class Lrp(LrpSettings):
                 f"{self.fraction:g}; write a smaller fraction, or let more of each group go"
             )
 
-    def scores(self, subject: Subject, groups: Sequence[Group]) -> list[Tensor]:
+    def scores(self, subject: Subject, groups: Sequence[Group], composite: Composite) -> list[Tensor]:
         """(units,) per group; infinite where no layer that was seen makes the unit."""
         if self.criterion == "magnitude":
             tensors = {name: p.detach().square() for name, p in subject.module.named_parameters()}
             found = [_gathered(group, {name: t for name, t in tensors.items() if t.dim() > 1}) for group in groups]
         else:
             names = {id(parameter): name for name, parameter in subject.module.named_parameters()}
-            layers = attribute(names, subject.call, subject.batches, subject.labels, self.composite())
+            layers = attribute(names, subject.call, subject.batches, subject.labels, composite)
             found = [_gathered(group, layers) for group in groups]
         if self.criterion == "lrp":
             return found
         return [_of_unit_length(values) for values in found]
 
     def composite(self) -> Composite:
-        """Which rule for which layer."""
+        """Which rule for which layer, as written."""
+        conv, linear = self._rule(self.conv_rule), self._rule(self.linear_rule)
+        return Composite(self.criterion, conv, linear, self.first_rule == "zbox")
+
+    def _rule(self, name: str) -> Rule:
         options = {
             "epsilon": {"epsilon": self.epsilon}, "gamma": {"gamma": self.gamma}, "zplus": {},
             "alpha_beta": {"alpha": self.alpha, "beta": self.beta},
         }  # fmt: skip
-        conv, linear = (Rule(name, options[name]) for name in (self.conv_rule, self.linear_rule))
-        return Composite(self.criterion, conv, linear, self.first_rule == "zbox")
+        return Rule(name, options[name])
+
+    def _searched(self, subject: Subject) -> tuple[Composite, dict[str, Any]]:
+        """The composite that keeps most, and what the report says of the search. The rules as written come first."""
+        optuna = _optuna()
+        places = self._thirds(subject)
+        with torch.no_grad():
+            wanted = [first_output(subject.call(batch)) for batch in subject.batches]
+        written = {place: self.linear_rule if place == "linear" else self.conv_rule for place in places.values()}
+
+        def composite(rules: dict[str, str]) -> Composite:
+            own = {name: self._rule(rules[place]) for name, place in places.items()}
+            return dataclasses.replace(self.composite(), own=own)
+
+        def area(trial: Any) -> float:
+            rules = {place: trial.suggest_categorical(place, list(get_args(RuleName))) for place in written}
+            found = self._area(subject, composite(rules), wanted)
+            subject.advance((0.25 if self.epochs else 0.5) / self.trials, f"{found:.0%} of the predictions")
+            return found
+
+        seed = int(torch.randint(2**31, (1,), generator=subject.generator))
+        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+        study.enqueue_trial(written)
+        study.optimize(area, n_trials=self.trials)
+        searched = {"rules": study.best_params, "area": study.best_value, "area_as_written": study.trials[0].value}
+        return composite(study.best_params), {"search": searched}
+
+    def _thirds(self, subject: Subject) -> dict[str, str]:
+        """Name of a layer's weight -> where it stands: a third of the convolutions, in their order, or linear."""
+        names = {id(parameter): name for name, parameter in subject.module.named_parameters()}
+        order = list(attribute(names, subject.call, subject.batches[:1], None, self.composite()))
+        dims = {name: parameter.dim() for name, parameter in subject.module.named_parameters()}
+        convolutions = [name for name in order if dims[name] > 2]
+        found = {name: THIRDS[3 * n // len(convolutions)] for n, name in enumerate(convolutions)}
+        return found | {name: "linear" for name in order if dims[name] == 2}
+
+    @torch.no_grad()
+    def _area(self, subject: Subject, composite: Composite, wanted: list[Tensor]) -> float:
+        """The mean over SHARES of what the network keeps of its predictions, units masked at once by their scores."""
+        groups = subject.choosable()
+        scores = self.scores(subject, groups, composite)
+        ranking = lowest(scores, [min(int(self.most * group.size), group.size - 1) for group in groups])
+        masked = dataclasses.replace(subject, module=copy.deepcopy(subject.module))
+        done, kept = 0, []
+        for share in SHARES:
+            units: dict[int, list[int]] = {}
+            for number, unit in ranking[done : round(share * len(ranking))]:
+                units.setdefault(number, []).append(unit)
+            done = round(share * len(ranking))
+            for number, numbers in units.items():
+                subject.surgeon.mask(masked.module, groups[number], torch.tensor(numbers))
+            outputs = (first_output(masked.call(batch)) for batch in subject.batches)
+            kept.append(sum(map(_kept, outputs, wanted, subject.labels or wanted)) / len(wanted))
+        return sum(kept) / len(kept)
 
     def _lowest(self, subject: Subject, scores: list[Tensor], gone: Gone, goal: float) -> list[Tensor]:
         """What is gone, and as few of the lowest as reach the goal."""
@@ -130,6 +200,23 @@ class Lrp(LrpSettings):
         """Of the parameters, units or multiplications, those that are gone."""
         whole = sum(group.size for group in gone) if self.of == "units" else subject.whole(self.of)
         return subject.amount(_removal(gone), self.of) / max(1, whole)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UsageError("lrp: trials needs optuna; pip install 'compressor[search]', or write trials: 0") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _kept(output: Tensor, original: Tensor, labels: Tensor) -> float:
+    """The share of samples with the right class, the label where there is one; of hidden states the cosine."""
+    if output.dim() == 2:
+        right = original.argmax(1) if labels is original else labels
+        return float((output.argmax(1) == right).double().mean())
+    return float(torch.cosine_similarity(output.flatten(1), original.flatten(1)).mean())
 
 
 def _removal(gone: Gone) -> dict[Group, Tensor]:

@@ -9,6 +9,9 @@ optimizer's step, λ such that the unit shrinks although the gradient lets it gr
 left the half-space x̂ᵀx ≥ ε‖x‖². What is zero stays zero. What the penalty has not brought to zero at the end of the
 pruning steps is set to zero then, and the report says how many those were.
 
+We leave the papers in `most`: no group loses more than that share. Both halves of the redundancy depend on how wide a
+layer is, and one choice for good can take a whole residual stream, with it all that the network knows.
+
 Erasing whole operators (OTOv3's H2SPG) is not built.
 """
 

@@ -152,7 +152,7 @@ def test_after_cric_the_network_is_what_it_was():
     ("settings", "message"),
     [
         ({"fraction": 0.99}, "fraction 0.99 of the parameters cannot go"),
-        ({"fraction": 0.9, "of": "units", "divisible": 8}, "with divisible: 8; write a smaller fraction"),
+        ({"fraction": 0.9, "of": "units", "divisible": 8}, "with divisible: 8 and most: 0.9; write a smaller fraction"),
         ({"periods": 30}, "10 of 20 steps are for pruning, fewer than periods: 30"),
         ({"cycles": 3, "cycle_steps": 10, "periods": 2}, "take 42 steps, and there are 20; write more epochs"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,14 @@ import torch
 import compressor.evaluate.bench
 import compressor.pipeline
 from compressor.core.options import RunOptions
-from compressor.passes.lrp import relevance
+from compressor.core.structure import Subject
+from compressor.ops.attribution import Composite, Rule, attribute
+from compressor.passes.lrp import Lrp, relevance
 from compressor.pipeline import run
+from compressor.structure import GraphSurgeon
 from tests import pico
 
+OPTIONS = {"epsilon": {"epsilon": 1e-6}, "zplus": {}}
 X, W, ONE = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]]), torch.ones(1, 1)
 
 
@@ -76,6 +81,39 @@ def test_zplus_conserves_relevance():
     above = torch.rand(4, 6, generator=generator)
     below = relevance(weight, inputs, above, "zplus")
     torch.testing.assert_close(below.sum(1), above.sum(1), rtol=1e-4, atol=0)
+
+
+def test_a_layers_own_rule_goes_before_that_of_its_kind():
+    network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    batch = [{"": torch.randn(7, 6, generator=torch.Generator().manual_seed(0))}]
+
+    def scores(linear: str, **own: str) -> torch.Tensor:
+        rules = {name.replace("_", "."): Rule(rule, OPTIONS[rule]) for name, rule in own.items()}
+        composite = Composite("lrp", Rule("zplus"), Rule(linear, OPTIONS[linear]), False, rules)
+        return attribute(names, lambda batch: network(batch[""]), batch, None, composite)["0.weight"]
+
+    torch.testing.assert_close(scores("zplus", **{"2_weight": "epsilon"}), scores("epsilon", **{"0_weight": "zplus"}))
+    assert not torch.equal(scores("zplus"), scores("zplus", **{"2_weight": "epsilon"}))
+
+
+def test_a_search_is_never_worse_than_the_rules_as_written():
+    network = pico.ResNet().eval()
+    generator = torch.Generator().manual_seed(3)
+    batches = [{"": torch.randn(12, 3, 12, 12, generator=generator)} for _ in range(2)]
+    example = {"": batches[0][""][:2]}
+
+    def restructured(seed: int) -> dict:
+        subject = Subject(
+            copy.deepcopy(network), batches, None, GraphSurgeon(example, lambda net, batch: net(batch[""])),
+            torch.Generator().manual_seed(seed), lambda name: True, lambda share, note: None, lambda *_: None,
+        )  # fmt: skip
+        return Lrp(fraction=0.2, step=0.2, trials=6).restructure(subject).report["search"]
+
+    found = restructured(0)
+    assert set(found["rules"]) == {"low", "middle", "high", "linear"}
+    assert found["area"] >= found["area_as_written"] > 0.1
+    assert found == restructured(0)
 
 
 @pytest.mark.parametrize("criterion", ["lrp", "taylor", "gradient", "magnitude"])

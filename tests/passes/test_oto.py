@@ -151,6 +151,14 @@ def test_a_strong_penalty_brings_every_redundant_unit_to_zero_by_itself_and_a_we
     assert forced == {1e-4: 16, 10.0: 0}
 
 
+@pytest.mark.parametrize(("most", "stay"), [(0.9, 2), (0.5, 6), (1.0, 1)])
+def test_no_group_loses_more_than_most_of_it_however_redundant_it_is(most, stay):
+    method = Oto(fraction=0.3, of="units", most=most)
+    projecting = Projecting(method, subject_of(one_channel_matters()), 10)
+    (flags,) = projecting.lowest([torch.zeros(12)], math.inf)
+    assert int((~flags).sum()) == stay
+
+
 def test_one_step_is_the_optimizers_the_penaltys_and_the_projection():
     """On a unit each way: naive arithmetic from x, the optimizer's step and the rate."""
     method = Oto(fraction=0.5, of="units", warmup=0.0, pruning=1.0, penalty=0.4, amplification=2.0, cap=10.0)
