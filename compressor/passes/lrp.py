@@ -132,7 +132,7 @@ class Lrp(LrpSettings):
     def _searched(self, subject: Subject) -> tuple[Composite, dict[str, Any]]:
         """The composite that keeps most, and what the report says of the search. The rules as written come first."""
         optuna = _optuna()
-        places = self._thirds(subject)
+        places, groups = self._thirds(subject), subject.choosable()
         with torch.no_grad():
             wanted = [first_output(subject.call(batch)) for batch in subject.batches]
         written = {place: self.linear_rule if place == "linear" else self.conv_rule for place in places.values()}
@@ -143,7 +143,7 @@ class Lrp(LrpSettings):
 
         def area(trial: Any) -> float:
             rules = {place: trial.suggest_categorical(place, list(get_args(RuleName))) for place in written}
-            found = self._area(subject, composite(rules), wanted)
+            found = self._area(subject, groups, composite(rules), wanted)
             subject.advance((0.25 if self.epochs else 0.5) / self.trials, f"{found:.0%} of the predictions")
             return found
 
@@ -164,9 +164,10 @@ class Lrp(LrpSettings):
         return found | {name: "linear" for name in order if dims[name] == 2}
 
     @torch.no_grad()
-    def _area(self, subject: Subject, composite: Composite, wanted: list[Tensor]) -> float:
+    def _area(
+        self, subject: Subject, groups: Sequence[Group], composite: Composite, wanted: list[Tensor]
+    ) -> float:  # fmt: skip
         """The mean over SHARES of what the network keeps of its predictions, units masked at once by their scores."""
-        groups = subject.choosable()
         scores = self.scores(subject, groups, composite)
         ranking = lowest(scores, [min(int(self.most * group.size), group.size - 1) for group in groups])
         masked = dataclasses.replace(subject, module=copy.deepcopy(subject.module))
