@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime
 import torch
 from material import model_dir
-from measured import cached, interleaved, markdown, number, write_results
+from measured import cached, interleaved, markdown, number, read_results, write_results
 from networks import resnet20
 
 from compressor.checkpoints import open_checkpoint
@@ -112,6 +112,11 @@ def measured(artifact: Path, images: np.ndarray, labels: np.ndarray) -> dict[str
 
 
 def once_table(results: dict[str, Any]) -> str:
+    """A table for each share that was removed."""
+    return "\n\n".join(_table(results[share]) for share in sorted(results))
+
+
+def _table(results: dict[str, Any]) -> str:
     """A row per training."""
     rows: list[list[object]] = []
     for name, entry in results["trainings"].items():
@@ -123,7 +128,8 @@ def once_table(results: dict[str, Any]) -> str:
     titles = ["ResNet-20", "parameters", "bytes, all files", "accuracy", "one image, 1 thread", "2 threads",
               "CPU-seconds"]  # fmt: skip
     head = (
-        f"{results['images']:,} training images, {results['epochs']} epochs, {results['steps']:,} steps of "
+        f"{results['fraction']:.0%} of the parameters removed: {results['images']:,} training images, "
+        f"{results['epochs']} epochs, {results['steps']:,} steps of "
         f"{results['batch']}, from the same random weights; accuracy on {results['test_images']:,} test images.\n\n"
     )
     oto = results["trainings"].get("oto", {})
@@ -168,8 +174,8 @@ def main() -> None:
         "trainings": {name: measured(path, test_images, test_labels) for name, path in artifacts.items()},
         "speed": {key: {name: round(ms, 3) for name, ms in times.items()} for key, times in speed.items()},
     }  # fmt: skip
-    write_results("once", results)
-    print(once_table(results))
+    write_results("once", read_results("once") | {f"{arguments.fraction:g}": results})
+    print(_table(results))
 
 
 if __name__ == "__main__":

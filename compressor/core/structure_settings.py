@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -68,6 +69,8 @@ class LrpSettings(FittedPass):
             raise ValueError(f"alpha − beta is {self.alpha - self.beta:g}; write such that it is 1, as 2 and 1")
         if self.trials and self.criterion != "lrp":
             raise ValueError(f"trials searches the rules of criterion: lrp, found {self.criterion}; write trials: 0")
+        if self.trials and find_spec("optuna") is None:
+            raise ValueError("trials needs optuna; pip install 'compressor[search]', or write trials: 0")
         return self
 
     @property

@@ -29,7 +29,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from compressor.core.errors import RecipeError, UsageError
+from compressor.core.errors import RecipeError
 from compressor.core.groups import Group
 from compressor.core.roles import folded
 from compressor.core.structure import Outcome, Subject
@@ -131,7 +131,9 @@ class Lrp(LrpSettings):
 
     def _searched(self, subject: Subject) -> tuple[Composite, dict[str, Any]]:
         """The composite that keeps most, and what the report says of the search. The rules as written come first."""
-        optuna = _optuna()
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         places, groups = self._thirds(subject), subject.choosable()
         with torch.no_grad():
             wanted = [first_output(subject.call(batch)) for batch in subject.batches]
@@ -201,15 +203,6 @@ class Lrp(LrpSettings):
         """Of the parameters, units or multiplications, those that are gone."""
         whole = sum(group.size for group in gone) if self.of == "units" else subject.whole(self.of)
         return subject.amount(_removal(gone), self.of) / max(1, whole)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise UsageError("lrp: trials needs optuna; pip install 'compressor[search]', or write trials: 0") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
 
 
 def _kept(output: Tensor, original: Tensor, labels: Tensor) -> float:

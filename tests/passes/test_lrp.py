@@ -11,11 +11,13 @@ import torch
 
 import compressor.evaluate.bench
 import compressor.pipeline
+from compressor.core.errors import RecipeError
 from compressor.core.options import RunOptions
 from compressor.core.structure import Subject
 from compressor.ops.attribution import Composite, Rule, attribute
 from compressor.passes.lrp import Lrp, relevance
 from compressor.pipeline import run
+from compressor.recipe import load_recipe
 from compressor.structure import GraphSurgeon
 from tests import pico
 
@@ -95,6 +97,13 @@ def test_a_layers_own_rule_goes_before_that_of_its_kind():
 
     torch.testing.assert_close(scores("zplus", **{"2_weight": "epsilon"}), scores("epsilon", **{"0_weight": "zplus"}))
     assert not torch.equal(scores("zplus"), scores("zplus", **{"2_weight": "epsilon"}))
+
+
+def test_a_search_without_optuna_is_refused_when_the_recipe_is_read(monkeypatch, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("passes: [{pass: lrp, trials: 3}]\n")
+    monkeypatch.setattr("compressor.core.structure_settings.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="trials needs optuna; pip install"):
+        load_recipe(str(tmp_path / "recipe.yaml"))
 
 
 def test_a_search_is_never_worse_than_the_rules_as_written():
