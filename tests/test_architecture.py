@@ -24,7 +24,7 @@ LAYERS = (
     ("allocate", "sensitivity", "encode", "generated", "samples"),
     ("students",),
     ("report", "evaluate", "fitting"),
-    ("calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming"),
+    ("aim", "calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming"),
     ("manifest", "workers", "fingerprint"),
     ("export", "passes"),
     ("plan", "footprint", "recipe", "recipe_file"),
