@@ -32,37 +32,41 @@ def aimed(options: RunOptions, recipe: Recipe, checkpoint: Checkpoint) -> tuple[
         UsageError: No pass of the recipe removes a share, or none leaves such a size.
     """
     if options.target_flops is not None:
-        left = {"of": "flops", "fraction": 1 - options.target_flops}
-        recipe = _removing(recipe, "--target-flops", left)
+        step = _removing(recipe, "--target-flops")
+        recipe = _with(recipe, step, {"of": "flops", "fraction": 1 - options.target_flops})
         options = replace(options, target_flops=None)
     if not recipe.structure or any(step.settings.stage == "weight" for step in recipe.passes):
         return options, recipe
     limits = {"max_loss": options.max_loss, "max_size": options.target_size}
     if options.target_size is not None:
-        left = {"of": "parameters", "fraction": _fraction(options.target_size, recipe, checkpoint, options.format)}
-        recipe = _removing(recipe, "--target-size", left)
+        step = _removing(recipe, "--target-size")
+        share = _fraction(options.target_size, step, recipe, checkpoint, options.format)
+        recipe = _with(recipe, step, {"of": "parameters", "fraction": share})
     gates = recipe.gates.model_copy(update={name: limit for name, limit in limits.items() if limit is not None})
     return replace(options, target_size=None, max_loss=None), recipe.model_copy(update={"gates": gates})
 
 
-def _removing(recipe: Recipe, option: str, left: dict[str, object]) -> Recipe:
-    """The recipe whose one pass that removes a share has other settings."""
+def _removing(recipe: Recipe, option: str) -> Step:
+    """The recipe's one step that removes a share."""
     steps = [step for step in recipe.passes if _removes_a_share(step)]
     if len(steps) != 1:
         found = f"{len(steps)} passes of {recipe.name} remove a share of the network"
         raise UsageError(f"{option}: {found}; give a recipe with one of lrp, hesso or oto, as cnn-explain")
-    settings = steps[0].settings
-    changed = steps[0].model_copy(
-        update={"settings": type(settings).model_validate(settings.model_dump(exclude_unset=True) | left)}
-    )
-    return recipe.model_copy(update={"passes": tuple(changed if step is steps[0] else step for step in recipe.passes)})
+    return steps[0]
+
+
+def _with(recipe: Recipe, step: Step, changed: dict[str, object]) -> Recipe:
+    """The recipe with other settings of one step."""
+    settings = type(step.settings).model_validate(step.settings.model_dump(exclude_unset=True) | changed)
+    other = step.model_copy(update={"settings": settings})
+    return recipe.model_copy(update={"passes": tuple(other if each is step else each for each in recipe.passes)})
 
 
 def _removes_a_share(step: Step) -> bool:
     return step.settings.stage == "structure" and {"of", "fraction"} <= set(type(step.settings).model_fields)
 
 
-def _fraction(target: int, recipe: Recipe, checkpoint: Checkpoint, format: str) -> float:
+def _fraction(target: int, step: Step, recipe: Recipe, checkpoint: Checkpoint, format: str) -> float:
     """Of the parameters, to remove for all files to take `target` bytes, about and rather fewer."""
     plan = make_plan(checkpoint, recipe, format)
     parameters = [tensor for tensor in plan.tensors if not is_buffer(tensor.name)]
@@ -72,7 +76,7 @@ def _fraction(target: int, recipe: Recipe, checkpoint: Checkpoint, format: str) 
     if surplus <= 0:
         raise UsageError(
             f"--target-size: all files of {checkpoint.path} take about {size(whole)} as it is, and "
-            f"{size(target)} is asked; give a smaller size, or --set {_names(recipe)}.fraction=…"
+            f"{size(target)} is asked; give a smaller size, or --set {step.name}.fraction=…"
         )
     fraction = math.ceil(surplus / n_bytes * 1e4) / 1e4
     if fraction >= 1:
@@ -81,7 +85,3 @@ def _fraction(target: int, recipe: Recipe, checkpoint: Checkpoint, format: str) 
             f"{size(whole - n_bytes)} are not parameters; give a larger size"
         )
     return fraction
-
-
-def _names(recipe: Recipe) -> str:
-    return " or ".join(dict.fromkeys(step.name for step in recipe.structure))

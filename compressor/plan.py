@@ -270,7 +270,8 @@ def model_files(
     header = header_bytes(tensors, tied)
     files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
     if format == "onnx":
-        there = [tensor for tensor in tensors if tensor.name.rpartition(".")[0] not in batch_norms(tensors)]
+        norms = batch_norms(tensors)
+        there = [tensor for tensor in tensors if tensor.name.rpartition(".")[0] not in norms]
         files["model.onnx"] = (2_000 if static else 20_000) + sum(graph_bytes(tensor, static) for tensor in there)
     return files
 

@@ -56,7 +56,7 @@ def compressed(model: Path, recipe: str, name: str, **options: Any) -> tuple[Pat
         "exact": artifact.report["proof"]["exact"]["max_relative_error"],
         "cpu_seconds": round(time.process_time() - began, 1),
     }  # fmt: skip
-    return target, found | {"quality": artifact.report["quality"]}
+    return target, found | {"quality": artifact.report["quality"]} | step.get("search", {})
 
 
 def mobilenet(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -74,8 +74,7 @@ def mobilenet(arguments: argparse.Namespace) -> dict[str, Any]:
         target, found = compressed(
             model_dir("mobilenet"), "cnn-explain", "mobilenet", data=str(data), sets=(*sets, f"lrp.trials={trials}")
         )
-        searched = json.loads((target / "compression.json").read_text())["structure"][0].get("search", {})
-        made[trials] = found | searched | {"agreement": agreement(logits(open_session(target), other), wanted)}
+        made[trials] = found | {"agreement": agreement(logits(open_session(target), other), wanted)}
         print(trials, made[trials], flush=True)
     return made[0] | {"samples": arguments.samples, "step": arguments.step, "trials": arguments.trials,
                       "searched": made[arguments.trials]}  # fmt: skip

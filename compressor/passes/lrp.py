@@ -171,7 +171,7 @@ class Lrp(LrpSettings):
     ) -> float:  # fmt: skip
         """The mean over SHARES of what the network keeps of its predictions, units masked at once by their scores."""
         scores = self.scores(subject, groups, composite)
-        ranking = lowest(scores, [min(int(self.most * group.size), group.size - 1) for group in groups])
+        ranking = lowest(scores, self._allowed(groups))
         masked = dataclasses.replace(subject, module=copy.deepcopy(subject.module))
         done, kept = 0, []
         for share in SHARES:
@@ -188,7 +188,7 @@ class Lrp(LrpSettings):
     def _lowest(self, subject: Subject, scores: list[Tensor], gone: Gone, goal: float) -> list[Tensor]:
         """What is gone, and as few of the lowest as reach the goal."""
         groups = list(gone)
-        least = [group.size - max(0, min(int(self.most * group.size), group.size - 1)) for group in groups]
+        least = [group.size - n for group, n in zip(groups, self._allowed(groups), strict=True)]
 
         def share(flags: list[Tensor]) -> float:
             return self._share(subject, dict(zip(groups, flags, strict=True)))
@@ -198,6 +198,10 @@ class Lrp(LrpSettings):
             return lowest_reaching(scores, already, least, 1, goal, share)
         kinds = [folded(group.name) if self.spread == "kind" else number for number, group in enumerate(groups)]
         return even_share(scores, already, least, kinds, goal, share)
+
+    def _allowed(self, groups: Sequence[Group]) -> list[int]:
+        """How many units of each group may go: one stays at least."""
+        return [max(0, min(int(self.most * group.size), group.size - 1)) for group in groups]
 
     def _share(self, subject: Subject, gone: Gone) -> float:
         """Of the parameters, units or multiplications, those that are gone."""
