@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.core.errors import CheckpointError
-from compressor.core.groups import Group
+from compressor.core.groups import Branches, Group
 from compressor.core.passes import Pass
 from compressor.core.search_settings import N2nSettings
 from compressor.core.structure import Layer, Outcome, Removal, Subject
@@ -32,6 +32,7 @@ from compressor.graph.blocks import first_tensor, layers, layout_of
 from compressor.graph.compensation import compensate, mean_inputs, readers
 from compressor.graph.cost import multiplications, positions
 from compressor.graph.groups import find_groups
+from compressor.graph.operators import find_branches
 from compressor.graph.places import layer_places
 from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
 from compressor.parallel import rank, wait
@@ -56,6 +57,9 @@ class GraphSurgeon:
 
     def groups(self, module: nn.Module) -> list[Group]:
         return find_groups(module, self.example)
+
+    def branches(self, module: nn.Module) -> Branches:
+        return find_branches(module, self.example)
 
     def mask(self, module: nn.Module, group: Group, units: Tensor) -> None:
         zero_units(module, group, units)
@@ -178,6 +182,11 @@ def _subject(
     if checkpoint.family == "decoder" and getattr(step.settings, "activations", "float") == "binary":
         raise CheckpointError(
             f"{checkpoint.path}: the graph of decoders has no layers on binary inputs; write activations: float"
+        )
+    if checkpoint.family == "decoder" and getattr(step.settings, "erase", False):
+        raise CheckpointError(
+            f"{checkpoint.path}: the graph of decoders has whole blocks only, and {step.name} erases parts of them; "
+            "write erase: false, or take n2n with units: block"
         )
     module = checkpoint.build("cpu").float()
     example = {name: tensor[:2] for name, tensor in data.batches[0].items()}

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""HESSO and OTO at a fifth of the parameters of ResNet-20 on Fashion-MNIST, against dense training of as many steps.
+"""HESSO, OTO and OTO's erasing at a fifth of ResNet-20's parameters, against dense training of as many steps.
 
     scripts/fetch_material fashion
     scripts/bench_once.py [--images 60000] [--epochs 20] [--fraction 0.8] [--penalty 1.0]
 
-All three start from the same random weights and see the same batches with the same rates. Accuracy is of the artifacts
-in onnxruntime on the whole test set; speed of one image, all in turn in the same run. What is finished stays in the
-cache and is not done again, and an interrupted training is resumed: with 60,000 images an epoch takes minutes. Results
-go to docs/measured/once.json.
+On Fashion-MNIST. All start from the same random weights and see the same batches with the same rates. Accuracy is of
+the artifacts in onnxruntime on the whole test set; speed of one image, all in turn in the same run. What is finished
+stays in the cache and is not done again, and an interrupted training is resumed: with 60,000 images an epoch takes
+minutes. Results go to docs/measured/once.json.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def train_dense(folder: Path, start: Path, settings: TrainingPass, images: np.nd
     return target
 
 
-def compressed(folder: Path, start: Path, data: Path, step: dict[str, Any]) -> Path:
+def compressed(folder: Path, name: str, start: Path, data: Path, step: dict[str, Any]) -> Path:
     """The artifact of one pass by a recipe of its own, once."""
-    target, recipe = folder / step["pass"], folder / f"{step['pass']}.yaml"
+    target, recipe = folder / name, folder / f"{name}.yaml"
     if target.is_dir():
         return target
     recipe.write_text(json.dumps({"passes": [step], "evaluation": {"tokens": 0}}))
@@ -132,13 +132,11 @@ def _table(results: dict[str, Any]) -> str:
         f"{results['epochs']} epochs, {results['steps']:,} steps of "
         f"{results['batch']}, from the same random weights; accuracy on {results['test_images']:,} test images.\n\n"
     )
-    oto = results["trainings"].get("oto", {})
-    tail = (
-        f"\n\nOf OTO's {oto['units_gone']} removed units {oto['forced']} were not yet zero at the end of its pruning "
-        "steps and were set to zero there."
-        if oto else ""
-    )  # fmt: skip
-    return head + markdown(titles, rows) + tail
+    forced = {name: entry for name, entry in results["trainings"].items() if "forced" in entry}
+    tails = [f"of {name}'s {entry['units_gone']} removed {'branches' if 'erase' in name else 'units'} {entry['forced']}"
+             for name, entry in forced.items()]  # fmt: skip
+    tail = "Not yet zero at the end of its pruning steps, and set to zero there, were " + ", ".join(tails) + "."
+    return f"{head}{markdown(titles, rows)}\n\n{tail}"
 
 
 def main() -> None:
@@ -150,18 +148,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200)
     arguments = parser.parse_args()
     images, labels = fashion("train", arguments.images)
-    folder = cached(f"once/{len(images)}-{arguments.epochs}-{arguments.fraction:g}-{arguments.penalty:g}")
-    start, data = folder / "start.pt", folder / "train.npz"
+    common = cached(f"once/{len(images)}-{arguments.epochs}")
+    start, data = common / "start.pt", common / "train.npz"
     if not data.is_file():
         torch.manual_seed(SEED)
         torch.save(resnet20().state_dict(), start)
         test = fashion("t10k", 1)
-        np.savez(folder / "one.npz", input=test[0], labels=test[1])
+        np.savez(common / "one.npz", input=test[0], labels=test[1])
         np.savez(data, input=images, labels=labels)
-    common = {"fraction": arguments.fraction, "epochs": arguments.epochs, **TRAINING}
-    artifacts = {"dense": train_dense(folder, start, HessoSettings(**common), images, labels)}
-    for step in ({"pass": "hesso"}, {"pass": "oto", "penalty": arguments.penalty}):
-        artifacts[step["pass"]] = compressed(folder, start, data, step | common)
+    settings = {"fraction": arguments.fraction, "epochs": arguments.epochs, **TRAINING}
+    artifacts = {"dense": train_dense(common, start, HessoSettings(**settings), images, labels)}
+    folder = cached(f"once/{common.name}/{arguments.fraction:g}-{arguments.penalty:g}")
+    steps: dict[str, dict[str, Any]] = {
+        "hesso": {"pass": "hesso"}, "oto": {"pass": "oto", "penalty": arguments.penalty},
+        "oto-erase": {"pass": "oto", "penalty": 10 * arguments.penalty, "erase": True},
+    }  # fmt: skip
+    for name, step in steps.items():
+        artifacts[name] = compressed(folder, name, start, data, step | settings)
     test_images, test_labels = fashion("t10k")
     speed = {}
     for threads in (1, 2):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -114,6 +115,33 @@ export: {activations: static_int8, dense: float16}
     assert report["quality"]["accuracy"] > report["quality"]["original_accuracy"]
     small, large = ((each.directory / "model.safetensors").stat().st_size for each in (both, artifact))
     assert small < 0.5 * large
+
+
+def test_erased_branches_are_not_in_the_graph(folder, artifact):
+    """One of the two blocks' branches, or its projection, is gone from the file, and eight bits follow."""
+    (folder / "erased.yaml").write_text(
+        """
+passes:
+  - {pass: oto, fraction: 0.2, erase: true, epochs: 4, batch: 16, rate: 0.01}
+  - {pass: affine, method: rtn, bits: 8, group: row}
+calibration: {samples: 24}
+export: {activations: exact}
+"""
+    )
+    erased = run(options(recipe="erased.yaml", sets=(), output=Path("erased")))
+    (step,) = erased.report["structure"]
+    gone = [name for name, (left, _) in step["kept_units"].items() if not left]
+    assert gone
+    assert step["parameters"] == step["training"][-1]["parameters"] <= 0.8 * step["parameters_before"]
+    convolutions = {
+        node.name: node.op_type
+        for node in onnx.load(erased.directory / "model.onnx").graph.node
+        if "Conv" in node.op_type
+    }
+    whole = sum("Conv" in node.op_type for node in onnx.load(artifact.directory / "model.onnx").graph.node)
+    assert len(convolutions) < whole
+    assert erased.report["proof"]["exact"]["max_relative_error"] < 1e-4
+    assert n_parameters(compressor.load("erased")) == step["parameters"]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, artifact):

@@ -1,8 +1,9 @@
-"""Dependency groups: which entries of which tensors are one channel, head or neuron, and so go or stay together."""
+"""What goes or stays together: entries of tensors that are one channel, head or neuron, and whole branches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -50,3 +51,41 @@ class Group:
     def producers(self) -> tuple[Member, ...]:
         """The members that are the zero-invariant group."""
         return tuple(member for member in self.members if member.role == "producer")
+
+
+@dataclass(frozen=True, eq=False)
+class Operator(Group):
+    """One whole branch, from where it leaves the rest to the sum that it is added in; a group of one unit.
+
+    nodes   of the traced graph that are in it
+    cut     what stands in its place: path -> kind and n_outputs of a `core.absent.Absent`
+    """
+
+    nodes: frozenset[str] = frozenset()
+    cut: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """The operators of a network that can be erased, and what feeds what.
+
+    feeds   node of the traced graph -> the nodes that it reads, in execution order; the network's inputs read nothing
+    sums    those of which one input is enough
+    """
+
+    operators: tuple[Operator, ...]
+    feeds: Mapping[str, tuple[str, ...]]
+    sums: frozenset[str]
+
+    def connected(self, gone: Collection[Operator]) -> bool:
+        """Whether all that stays is still fed without these: the only path is never erased."""
+        erased = frozenset[str]().union(*(operator.nodes for operator in gone))
+        fed: set[str] = set()
+        for node, feeds in self.feeds.items():
+            if node in erased:
+                continue
+            alive = [feed in fed for feed in feeds]
+            if not (any(alive) if node in self.sums else all(alive)):
+                return False
+            fed.add(node)
+        return True

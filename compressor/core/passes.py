@@ -108,8 +108,11 @@ class StructurePass(Pass):
     """A pass that returns a smaller network; its `restructure` takes a `core.structure.Subject`."""
 
     stage = "structure"
-    chooses_units: ClassVar[bool] = True
-    """Among the traced graph's groups; a network that has none is refused before."""
+
+    @property
+    def chooses_units(self) -> bool:
+        """Among the traced graph's groups; a network that has none is refused before."""
+        return True
 
     @property
     def removes(self) -> float:

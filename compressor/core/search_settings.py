@@ -46,7 +46,6 @@ class N2nSettings(Training, StructurePass):
     """
 
     name = "n2n"
-    chooses_units = False
     paper = (
         "Ashok et al., N2N Learning: Network to Network Compression via Policy Gradient Reinforcement Learning, ICLR \
 2018, https://arxiv.org/abs/1709.06030"
@@ -100,6 +99,10 @@ class N2nSettings(Training, StructurePass):
         if self.policy == "influence" and self.units == "part":
             raise ValueError("policy influence is of whole blocks, but units is part; write units: block")
         return self
+
+    @property
+    def chooses_units(self) -> bool:
+        return False
 
     @property
     def needs(self) -> frozenset[Need]:

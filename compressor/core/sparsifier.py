@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compressor.core.errors import RecipeError
 from compressor.core.follower import Follower
+from compressor.core.groups import Group
 from compressor.core.structure import Outcome
 from compressor.core.units import Units
 from compressor.ops.selection import lowest_reaching
@@ -33,7 +34,7 @@ class Sparsifier(Follower):
 
     def __init__(self, settings: TrainingPass, subject: Subject, n_steps: int) -> None:
         self.settings, self.subject = settings, subject
-        self.units = Units(subject.module, subject.choosable())
+        self.units = Units(subject.module, self.choosable())
         self.gone = [torch.zeros(group.size, dtype=torch.bool) for group in self.units.groups]
         self.least = [
             min(group.size, max(settings.divisible, group.size - int(settings.most * group.size)))
@@ -47,6 +48,14 @@ class Sparsifier(Follower):
     @abstractmethod
     def step(self, number: int, before: Mapping[str, Tensor], rate: float) -> None:
         """After the optimizer's step; `before` are the units' tensors before it, `rate` its learning rate."""
+
+    def choosable(self) -> Sequence[Group]:
+        """What may go, of which some units may."""
+        return self.subject.choosable()
+
+    def limits(self) -> str:
+        """What keeps some of it from going."""
+        return f"divisible: {self.settings.divisible} and most: {self.settings.most:g}"
 
     def before(self) -> Mapping[str, Tensor]:
         return self.units.snapshot()
@@ -104,6 +113,6 @@ class Sparsifier(Follower):
             settings = self.settings
             raise RecipeError(
                 f"{settings.name}: fraction {settings.fraction:g} of the {settings.of} cannot go; "
-                f"{most / whole:.3f} can, with divisible: {settings.divisible} and most: {settings.most:g}; "
+                f"{most / whole:.3f} can, with {self.limits()}; "
                 "write a smaller fraction"
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.encoding import Layout
-from compressor.core.groups import Group
+from compressor.core.groups import Branches, Group
 
 if TYPE_CHECKING:
     from compressor.core.follower import Trainer
@@ -28,6 +28,10 @@ class Surgeon(Protocol):
 
     def groups(self, module: nn.Module) -> list[Group]:
         """The dependency groups."""
+        ...
+
+    def branches(self, module: nn.Module) -> Branches:
+        """The whole branches that can be erased."""
         ...
 
     def mask(self, module: nn.Module, group: Group, units: Tensor) -> None:
@@ -114,6 +118,14 @@ class Subject:
     def whole(self, of: str) -> int:
         """The parameters or multiplications that `amount` counts from."""
         return (self.surgeon.multiplications if of == "flops" else self.surgeon.parameters)(self.module, {})
+
+    def erasable(self) -> Branches:
+        """The branches that can be erased and whose weights the recipe's step is for."""
+        found = self.surgeon.branches(self.module)
+        chosen = [
+            operator for operator in found.operators if all(self.selects(member.tensor) for member in operator.members)
+        ]
+        return Branches(tuple(chosen), found.feeds, found.sums)
 
     def choosable(self) -> list[Group]:
         """The groups that can lose units and whose producers the recipe's step is for."""

@@ -118,6 +118,8 @@ class OtoSettings(TrainingPass):
     amplification   of the smallest λ that makes a unit shrink where the gradient would let it grow; none: 2, or 20
     cap             of λ, in λ₀; none: 10, or 1000
     epsilon         ε of the half-space: a unit whose step turns away by more is set to zero
+    erase           whole branches go instead of channels, heads and neurons: what lies between two joins, and adds
+                    nothing to a sum once it is zero
     """
 
     name = "oto"
@@ -130,6 +132,23 @@ Pruning to Erasing Operators, 2023, https://arxiv.org/abs/2312.09411"
     amplification: Rate | None = None
     cap: Rate | None = None
     epsilon: Annotated[float, Field(ge=0, lt=0.95)] = 0.0
+    erase: bool = False
+
+    @model_validator(mode="after")
+    def _counts_no_operators(self) -> OtoSettings:
+        if self.erase and self.of == "units":
+            raise ValueError(
+                "erase counts what goes in parameters or flops, since branches are of all sizes; write of: parameters"
+            )
+        return self
+
+    @property
+    def chooses_units(self) -> bool:
+        return not self.erase
+
+    @property
+    def removes_exactly(self) -> bool:
+        return super().removes_exactly and not self.erase
 
     @property
     def strength(self) -> tuple[float, float, float]:

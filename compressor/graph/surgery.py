@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import PassError
-from compressor.core.groups import Group, Member
+from compressor.core.groups import Group, Member, Operator
 from compressor.core.structure import Removal
 from compressor.graph.attributes import follow
+from compressor.graph.operators import erase
 
 
 @torch.no_grad()
@@ -41,7 +42,11 @@ def remove_units(module: nn.Module, removal: Removal) -> nn.Module:
         old = tensors[name]
         memo[id(old)] = nn.Parameter(values, old.requires_grad) if isinstance(old, nn.Parameter) else values
     found = copy.deepcopy(module, memo)
-    follow(found, {name: tensors[name].shape for name in smaller}, removal)
+    channels = {group: units for group, units in removal.items() if not isinstance(group, Operator)}
+    follow(found, {name: tensors[name].shape for name in smaller}, channels)
+    for group in removal:
+        if isinstance(group, Operator):
+            erase(found, group.cut)
     return found
 
 
@@ -52,7 +57,8 @@ def predicted_parameters(module: nn.Module, removal: Removal) -> int:
 
 def shapes_without(module: nn.Module, removal: Removal) -> dict[str, list[int]]:
     """The shapes that the parameters of the network without these units will have."""
-    shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters()}
+    gone = {member.tensor for group in removal if isinstance(group, Operator) for member in group.members}
+    shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters() if name not in gone}
     for (name, dim), places in dropped(removal).items():
         if name in shapes:
             shapes[name][dim] -= len(places)
@@ -64,9 +70,11 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def dropped(removal: Removal) -> dict[tuple[str, int], Tensor]:
-    """(tensor, dimension) -> the positions that go, ascending."""
+    """(tensor, dimension) -> the positions that go, ascending; of tensors that stay."""
     found: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     for group, units in removal.items():
+        if isinstance(group, Operator):
+            continue
         if group.reason:
             raise PassError(f"group '{group.name}': cannot lose units, as it {group.reason}")
         if len(units.unique()) >= group.size:

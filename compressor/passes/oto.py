@@ -12,19 +12,23 @@ pruning steps is set to zero then, and the report says how many those were.
 We leave the papers in `most`: no group loses more than that share. Both halves of the redundancy depend on how wide a
 layer is, and one choice for good can take a whole residual stream, with it all that the network knows.
 
-Erasing whole operators (OTOv3's H2SPG) is not built.
+With `erase` the units are whole branches, as OTOv3's H2SPG has them: what lies between two joins of the traced graph.
+The most redundant are taken one by one, each only if everything that stays is still fed. The rest is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from compressor.core.errors import CheckpointError
+from compressor.core.groups import Operator
 from compressor.core.sparsifier import Sparsifier
 from compressor.core.structure import Outcome, Subject
 from compressor.core.training_settings import OtoSettings
+from compressor.ops.selection import lowest
 
 _TINY = 1e-30
 
@@ -81,7 +85,7 @@ class Oto(OtoSettings):
     def restructure(self, subject: Subject) -> Outcome:
         """The smaller network, trained."""
         trainer = subject.trainer(self)
-        projecting = Projecting(self, subject, trainer.n_steps)
+        projecting = (Erasing if self.erase else Projecting)(self, subject, trainer.n_steps)
         return projecting.outcome(trainer.train(projecting), set_to_zero_at_the_end=projecting.forced)
 
 
@@ -124,3 +128,37 @@ class Projecting(Sparsifier):
             self.units.write(number, now)
             gone.append(self.gone[number] | (due & (now == 0).all(1)))
         self.gone = gone
+
+
+class Erasing(Projecting):
+    """The same of whole branches (H2SPG): the hierarchy of the graph says which of them may go together."""
+
+    def choosable(self) -> Sequence[Operator]:
+        """The branches.
+
+        Raises:
+            CheckpointError: There are none.
+        """
+        self.branches = self.subject.erasable()
+        if not self.branches.operators:
+            raise CheckpointError(
+                f"{type(self.subject.module).__name__}: oto can erase nothing of it: no branch with weights of its own "
+                "ends in a sum only; write erase: false for channels, or select other tensors"
+            )
+        return self.branches.operators
+
+    def limits(self) -> str:
+        return f"every sum fed by one of its inputs ({len(self.branches.operators)} branches)"
+
+    def lowest(self, scores: list[Tensor], goal: float) -> list[Tensor]:
+        """The lowest branches, one by one, until what goes is `goal`; those without which something starves stay."""
+        taken: list[Operator] = []
+        found = [torch.zeros_like(flags) for flags in self.gone]
+        for number, _ in lowest(scores, [1] * len(scores)):
+            if self.amount(found) >= goal:
+                break
+            operator = self.branches.operators[number]
+            if self.branches.connected([*taken, operator]):
+                taken.append(operator)
+                found[number] = torch.ones_like(found[number])
+        return found

@@ -6,9 +6,19 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from compressor.core.errors import CheckpointError, RecipeError
 from compressor.core.training_settings import OtoSettings
-from compressor.passes.oto import Oto, Projecting, dhspg_penalty_range, half_space_project, penalty, redundancy
+from compressor.passes.oto import (
+    Erasing,
+    Oto,
+    Projecting,
+    dhspg_penalty_range,
+    half_space_project,
+    penalty,
+    redundancy,
+)
 from tests.training_case import EXAMPLE, one_channel_matters, residual, subject_of, trained
 
 
@@ -184,3 +194,69 @@ def test_one_step_is_the_optimizers_the_penaltys_and_the_projection():
             wanted = wanted * (float(wanted @ a) >= 0)
         torch.testing.assert_close(found[unit].double(), wanted, rtol=1e-4, atol=1e-5)
     assert int(projecting.redundant[0].sum()) == 6
+
+
+class Branched(nn.Module):
+    """A stem, two blocks, a sum of two convolutions without a shortcut, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first, self.second = (nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+                                   for _ in range(2))  # fmt: skip
+        self.left, self.right = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = x + self.first(x)
+        x = x + self.second(x)
+        return self.head(torch.relu(self.left(x) + self.right(x)).mean((2, 3)))
+
+
+def branched() -> nn.Module:
+    torch.manual_seed(4)
+    return Branched().eval()
+
+
+@pytest.mark.parametrize("penalty", [1e-4, 100.0])
+def test_whole_branches_are_erased_as_the_budget_says(penalty):
+    method = Oto(fraction=0.4, epochs=6, batch=16, rate=0.02, erase=True, penalty=penalty)
+    subject, outcome = trained(method, branched())
+    torch.testing.assert_close(outcome.module(EXAMPLE), subject.module(EXAMPLE), rtol=1e-4, atol=1e-5)
+    before, after = (sum(p.numel() for p in module.parameters()) for module in (subject.module, outcome.module))
+    assert after <= 0.6 * before
+    kept = outcome.report["kept_units"]
+    assert {size for _, size in kept.values()} == {1}
+    gone = {name for name, (left, _) in kept.items() if not left}
+    assert gone
+    assert not {"left", "right"} <= gone
+    assert sum(left.numel() for left in outcome.module.parameters()) == outcome.report["training"][-1]["parameters"]
+    assert (outcome.report["set_to_zero_at_the_end"] > 0) == (penalty < 1)
+
+
+def test_branches_go_by_score_but_the_last_that_feeds_a_sum_stays():
+    erasing = Erasing(Oto(fraction=0.4, erase=True), subject_of(branched()), 10)
+    names = [operator.name for operator in erasing.branches.operators]
+    order = {"left": 0.0, "right": 1.0, "second.0 to 2": 2.0, "first.0 to 2": 3.0}
+    assert set(names) == set(order)
+    scores = [torch.tensor([order[name]]) for name in names]
+    sizes = {"left": 584, "right": 72, "second.0 to 2": 656, "first.0 to 2": 656}
+
+    def taken(goal: float) -> set[str]:
+        return {name for name, flags in zip(names, erasing.lowest(scores, goal), strict=True) if bool(flags)}
+
+    assert taken(sizes["left"]) == {"left"}
+    assert taken(sizes["left"] + 1) == {"left", "second.0 to 2"}
+    assert taken(math.inf) == {"left", "second.0 to 2", "first.0 to 2"}
+
+
+def test_what_cannot_be_erased_is_refused_before_the_training():
+    with pytest.raises(
+        RecipeError, match=r"fraction 0\.95 of the parameters cannot go; 0\.\d+ can, with every sum fed"
+    ):
+        trained(Oto(fraction=0.95, erase=True), branched())
+    with pytest.raises(CheckpointError, match="Sequential: oto can erase nothing of it"):
+        trained(Oto(fraction=0.1, erase=True), one_channel_matters())
+    with pytest.raises(ValueError, match="branches are of all sizes; write of: parameters"):
+        Oto(erase=True, of="units")
