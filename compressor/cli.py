@@ -7,6 +7,7 @@ import sys
 import threading
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -457,11 +458,20 @@ def main(arguments: list[str] | None = None) -> None:
     args = sys.argv[1:] if arguments is None else arguments
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where whoever started us ignores it
+            signal.signal(signal.SIGINT, _interrupt)
     sys.exit(_status(args or ["--help"]))
 
 
-def _interrupt(*_: Any) -> None:
-    """SIGTERM ends a run as Ctrl-C does: resumable."""
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a run as Ctrl-C does: resumable. While a library is imported, which may swallow it, it waits."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            again = threading.Timer(0.1, signal.raise_signal, [number])
+            again.daemon = True
+            again.start()
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 

@@ -83,8 +83,6 @@ class _Planning:
         return int(json.loads(found.stdout)["peak_memory"]), None
 
 
-AGAIN = 0.5
-"""Seconds after which a worker that was to end is interrupted again."""
 _WORKER = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,19 +110,10 @@ class LocalEngine(_Planning):
                     env=environment(), start_new_session=True,
                 )  # fmt: skip
                 self._running.add(process)
-            status = self._ended(process)
+            status = process.wait()
             with self._lock:
                 self._running.discard(process)
         return Ended(INTERRUPTED, "interrupted") if status == -signal.SIGINT else ended(status, log)
-
-    def _ended(self, process: subprocess.Popen) -> int:
-        """The exit status. An interrupt that some library's import has swallowed comes again."""
-        while True:
-            try:
-                return process.wait(AGAIN)
-            except subprocess.TimeoutExpired:
-                if self._stopped.is_set():
-                    process.send_signal(signal.SIGINT)
 
     def stop(self) -> None:
         self._stopped.set()

@@ -165,7 +165,8 @@ def heal(tokens: int, steps: int, remove: int = 6) -> None:
 ARCH = "networks:resnet18_{}"
 SEARCH: dict[str, Any] = {
     "pass": "n2n", "units": "layer", "attributes": ["outputs"], "rollouts": 5, "student_examples": 4000,
-    "student_epochs": 3, "validation": 4000, "student_rate": 3e-3, "shrink_rate": 0.03, "rate": 3e-3, "batch": 64, "jobs": 1,
+    "student_epochs": 3, "validation": 4000, "student_rate": 3e-3, "shrink_rate": 0.03,
+    "rate": 3e-3, "batch": 64, "jobs": 1,
 }  # fmt: skip
 TAUGHT, TEACHING = 30000, 4
 """The images that a teacher learns from, and for how many epochs."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -249,3 +253,21 @@ def test_inspect_shows_an_artifact(folder, capsys):
 
 def test_the_default_directory_is_named_by_model_and_recipe():
     assert RunOptions("a/b.v2.pt", "x/mine.yaml").directory == Path("b.v2-mine")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_an_import_that_would_swallow_it(folder, monkeypatch, number):
+    """Some libraries try imports of their own with a bare except."""
+    (folder / "swallowing.py").write_text(
+        "import time\nlost = False\ntry:\n    time.sleep(0.5)\nexcept BaseException:\n    lost = True\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    before = signal.signal(number, cli._interrupt)
+    try:
+        threading.Timer(0.1, signal.raise_signal, [number]).start()
+        with pytest.raises(KeyboardInterrupt):
+            module = importlib.import_module("swallowing")
+            time.sleep(5)
+    finally:
+        signal.signal(number, before)
+    assert not module.lost
