@@ -63,19 +63,20 @@ class Encoder(torch.nn.Module):
         return found.last_hidden_state
 
 
-def export(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], free: int, path: Path) -> Path:
-    """By torch.onnx; the first `free` axes of every input are open."""
+def export(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...], free: int, path: Path
+) -> Path:
+    """By torch.onnx, compared with the module on other inputs; the first `free` axes of every input are open."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
         module.eval(), inputs, path, dynamic_shapes=tuple(dict.fromkeys(range(free), FREE) for _ in inputs),
         dynamo=True, external_data=False, verbose=False,
     )  # fmt: skip
-    session, other = onnxruntime.InferenceSession(path), tuple(each.flip(0).contiguous() for each in inputs)
-    found = session.run(
-        None, dict(zip((each.name for each in session.get_inputs()), map(np.asarray, other), strict=True))
-    )[0]
+    session = onnxruntime.InferenceSession(path)
+    names = [each.name for each in session.get_inputs()]
+    found = session.run(None, dict(zip(names, map(np.asarray, others), strict=True)))[0]
     with torch.no_grad():
-        error = float(np.abs(found - module(*other).numpy()).max())
+        error = float(np.abs(found - module(*others).numpy()).max())
     if error > 1e-3:
         sys.exit(f"{path}: differs from its network by {error:.2g}")
     return path
@@ -92,13 +93,19 @@ def case(name: str, folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]
             data[key] = str(folder / f"{key}.npz")
         arch = "scripts.networks:digit_cnn"
         module = open_checkpoint(model_dir(name), arch=arch).build("cpu")
-        graph = export(module, (torch.zeros(2, 1, 28, 28),), 1, folder / "digits.onnx")
+        graph = export(
+            module, (torch.zeros(2, 1, 28, 28),), (torch.from_numpy(x[:8]).float(),), 1, folder / "digits.onnx"
+        )
         return graph, data, data | {"model": str(model_dir(name)), "arch": arch}
     if name == "minilm":
         source = model_dir(name)
         # Tensors of their own: torch.export reads one input for all that are given the same object.
         inputs = (torch.arange(32).view(2, 16), torch.ones(2, 16, dtype=torch.int64), torch.zeros(2, 16).long())
-        graph = export(Encoder(open_checkpoint(source).build("cpu")), inputs, 2, folder / "minilm/model.onnx")
+        mask, types = torch.ones(3, 20, dtype=torch.int64), torch.zeros(3, 20, dtype=torch.int64)
+        mask[1, 12:], types[2, 9:] = 0, 1
+        others = (1000 + torch.arange(60).view(3, 20), mask, types)
+        encoder = Encoder(open_checkpoint(source).build("cpu"))
+        graph = export(encoder, inputs, others, 2, folder / "minilm/model.onnx")
         for file in source.glob("*token*"):
             shutil.copy(file, graph.parent)
         shutil.copy(source / "vocab.txt", graph.parent)

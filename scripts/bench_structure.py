@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Networks made smaller without training: cnn-explain, encoder-heads, and LRP beside the criteria it is compared with.
+"""Networks made smaller without training: cnn-explain, encoder-heads, llm-width, and LRP beside other criteria.
 
-    scripts/fetch_material mobilenet photos minilm fashion
+    scripts/fetch_material mobilenet photos minilm smollm2 fashion
     scripts/bench_once.py                     trains the ResNet-20 that `curves` prunes
-    scripts/bench_structure.py mobilenet|minilm|curves …
+    scripts/bench_structure.py mobilenet|minilm|width|curves …
 
 Each part by itself, results together in docs/measured/structure.json. Accuracy and agreement are of networks that were
 cut for good. `curves` counts shares of the channels, draws docs/measured/structure.svg, and takes areas by trapezoids.
@@ -87,6 +87,20 @@ def minilm(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, sets in parts.items():
         found[name] = compressed(model_dir("minilm"), "encoder-heads", f"minilm-{name}", sets=sets)[1]
     return found | {"epochs": arguments.epochs}
+
+
+WIDTHS: dict[str, tuple[str, ...]] = {
+    "llm-width": (), "without the mean of what went": ("lrp.compensate=none",),
+    "by magnitude": ("lrp.criterion=magnitude",),
+}  # fmt: skip
+
+
+def width(_: argparse.Namespace) -> dict[str, Any]:
+    """A tenth of SmolLM2's heads and neurons, as the recipe does it and in two other ways; addresses of later years."""
+    found = {}
+    for number, (name, sets) in enumerate(WIDTHS.items()):
+        found[name] = compressed(model_dir("smollm2"), "llm-width", f"width-{number}", sets=sets)[1]
+    return found
 
 
 def curves(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -175,6 +189,17 @@ def structure_table(results: dict[str, Any]) -> str:
             f"sentence embeddings {before['quality']['cosine']:.4f}, after {found['epochs']} epochs of distillation "
             f"{after['quality']['cosine']:.4f} ({before['quality']['n_sentences']} sentences of later addresses)."
         )
+    if found := results.get("width"):
+        first, rows = next(iter(found.values())), []
+        for name, entry in found.items():
+            quality = entry["quality"]
+            rows.append([name, f"{entry['parameters']:,}", f"{quality['perplexity']:.1f}",
+                         f"{quality['top1_agreement']:.1%}", f"{entry['cpu_seconds']:.0f}"])  # fmt: skip
+        text.append(
+            f"SmolLM2-135M, llm-width: {first['parameters_before']:,} parameters, perplexity "
+            f"{first['quality']['original_perplexity']:.1f} on addresses that nothing was calibrated on.\n\n"
+            + markdown(["", "parameters", "perplexity", "the original's next token", "CPU-seconds"], rows)
+        )
     if found := results.get("curves"):
         for key, area, title in (
             ("accuracy", "area", "norms as they were"),
@@ -193,7 +218,7 @@ def structure_table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("mobilenet", "minilm", "curves"))
+    parser.add_argument("parts", nargs="+", choices=("mobilenet", "minilm", "width", "curves"))
     parser.add_argument("--crops", type=int, default=200)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--step", type=float, default=0.05)
@@ -206,7 +231,7 @@ def main() -> None:
     if "curves" in arguments.parts and not (arguments.weights and arguments.weights.is_file()):
         parser.error("curves: give the state dict of a trained ResNet-20 with --weights; bench_once.py leaves dense.pt")
     for part in arguments.parts:
-        found = {"mobilenet": mobilenet, "minilm": minilm, "curves": curves}[part](arguments)
+        found = {"mobilenet": mobilenet, "minilm": minilm, "width": width, "curves": curves}[part](arguments)
         results = read_results("structure") | {part: found}
         write_results("structure", results)
         if part == "curves":
