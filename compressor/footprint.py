@@ -101,7 +101,7 @@ def _outside(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
         return 0
     logits = 4 * FLOAT * _POSITIONS * max((t.shape[0] for t in outside if t.role == "embedding"), default=0)
     stored = max((tensor.bytes_before for tensor in outside), default=0)
-    if not (_wants_gradients(recipe) or recipe.evaluation.tokens):
+    if recipe.evaluation.skipped and not _wants_gradients(recipe):
         logits = 0
     return FLOAT * _count(outside) + max(stored, logits + (stored / 2 if _wants_gradients(recipe) else 0))
 

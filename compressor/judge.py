@@ -95,7 +95,7 @@ def judge(
 ) -> dict[str, Any] | None:
     """Quality on the evaluation data; None where there is none to measure on."""
     source = samples.evaluation
-    if source is None or format != "onnx" or not recipe.evaluation.tokens:
+    if source is None or format != "onnx" or recipe.evaluation.skipped:
         return None
     session = open_session(directory, apart=True)
     if isinstance(source, Text) and isinstance(session, DecoderSession):

@@ -157,7 +157,7 @@ def _run(options: RunOptions) -> Artifact:
             report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
         report |= _binary(partial, tensors)
         with clock.stage("benchmark"):
-            report |= _speeds(partial, options, original, batches if recipe.evaluation.tokens else [])
+            report |= _speeds(partial, options, original, [] if recipe.evaluation.skipped else batches)
         report["size"] = artifact_size(partial, report["source"]["file_bytes"])
         report["errors"] = weight_errors(checkpoint, tensors)
         failures, blames, why = _held_against_gates(

@@ -183,11 +183,16 @@ class Gates(_Section):
 
 
 class Evaluation(_Section):
-    """How much of the evaluation data is measured; 0 tokens skips it, and the original's speed."""
+    """How much of the evaluation data is measured; 0 tokens or samples skips it, and the original's speed."""
 
     tokens: Annotated[int, Field(ge=0)] = 32768
     window: Annotated[int, Field(ge=16)] = 512
     samples: Annotated[int, Field(ge=0)] = 512
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing is measured."""
+        return not (self.tokens and self.samples)
 
 
 SECTIONS: dict[str, type[_Section]] = {

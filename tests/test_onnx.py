@@ -147,7 +147,7 @@ def _layers(block: nn.Module) -> dict[str, nn.Module]:
 def test_an_artifact_computes_what_its_encodings_say(data, step, make):
     model = make(data)
     before = {path.name: path.read_bytes() for path in data.iterdir() if path.is_file()}
-    artifact = compressed(model, recipe(data, step), sets=("export.activations=exact", "evaluation.tokens=0"))
+    artifact = compressed(model, recipe(data, step), sets=("export.activations=exact", "evaluation.samples=0"))
     kind = "images" if make is pico_onnx.images else "tokens"
     feed = dict(np.load(data / f"{kind}.npz"))
     found = outputs(artifact.directory / "model.onnx", feed)
