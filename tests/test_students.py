@@ -123,6 +123,19 @@ def test_processes_judge_as_this_process_does(folder, smaller_cnn):
     assert first["best"] == second["best"]
 
 
+@pytest.mark.slow
+def test_a_ray_cluster_judges_as_this_process_does(folder, smaller_cnn):
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        beside = cnn(folder, "cluster", "n2n.engine=ray")
+    finally:
+        ray.shutdown()
+    first, second = (each.report["structure"][0]["search"] for each in (smaller_cnn, beside))
+    assert first["trials"] == second["trials"]
+    assert first["best"] == second["best"]
+
+
 def test_a_policy_is_carried_over(folder, smaller_cnn):
     taken = cnn(folder, "taken", f"n2n.policy_in={folder / 'policy.safetensors'}")
     first, second = (each.report["structure"][0]["search"] for each in (smaller_cnn, taken))
