@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from compressor.core.errors import UsageError
 from compressor.core.options import RunOptions
 from compressor.core.quantities import size
-from compressor.plan import is_buffer, make_plan
+from compressor.estimates import is_buffer
+from compressor.plan import make_plan
 from compressor.recipe import Recipe, Step
 
 if TYPE_CHECKING:

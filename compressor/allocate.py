@@ -27,7 +27,7 @@ from compressor.graph.blocks import layers, layout_of
 from compressor.ladder import Ladder, Option
 from compressor.losses import Curve, Judged, Kind, judged, outputs, probe
 from compressor.ops.allocation import Frontier, frontier
-from compressor.plan import Plan
+from compressor.planned import Plan
 from compressor.progress import Progress
 from compressor.recipe import load_pass
 from compressor.samples import Samples

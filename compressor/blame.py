@@ -17,7 +17,7 @@ from torch import Tensor
 from compressor.core.roles import folded
 from compressor.core.tensors import EncodedTensors
 from compressor.losses import Kind, judged, outputs, probe
-from compressor.plan import Plan
+from compressor.planned import Plan
 from compressor.progress import Progress
 from compressor.streaming import Batch
 

@@ -113,8 +113,7 @@ def run(
     """Compress MODEL by a recipe."""
     from compressor.core.options import RunOptions
     from compressor.core.quantities import parse_share, parse_size
-    from compressor.recipe import load_recipe
-    from compressor.recipe_file import shipped_recipes
+    from compressor.recipe_file import load_recipe, shipped_recipes
 
     if standard and compat:
         raise UsageError("--standard and --compat exclude each other; give one of them")
@@ -274,8 +273,7 @@ def recipes(
     debug: Debug = False,
 ) -> None:
     """List the recipes, or explain one."""
-    from compressor.recipe import load_recipe
-    from compressor.recipe_file import find_recipe, shipped_recipes
+    from compressor.recipe_file import find_recipe, load_recipe, shipped_recipes
 
     loaded = [load_recipe(each) for each in ([name] if name else shipped_recipes())]
     if json:

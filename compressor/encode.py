@@ -25,7 +25,7 @@ from compressor.core.spec import DenseSpec, RefinedSpec, Spec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.gradients import load_gradients
 from compressor.graph.blocks import first_tensor, geometry, layers, layout_of, unfolds
-from compressor.plan import Plan, PlannedTensor
+from compressor.planned import Plan, PlannedTensor
 from compressor.recipe import Recipe, load_pass
 from compressor.shares import allocated_shares
 from compressor.streaming import Arguments, Batch, Network, hidden_of, layer_stages, second_moments

@@ -12,7 +12,7 @@ from compressor.checkpoints.opening import locate, open_source, parse_arch
 from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.artifact import file_digest
 from compressor.manifest import Job
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 
 VERSIONS = ("compressor", "torch", "onnxruntime", "transformers", "numpy")
 

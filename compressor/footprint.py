@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressor.core.errors import ResourceError
 from compressor.core.roles import block_of
 from compressor.core.spec import CodebookSpec
+from compressor.planned import Plan, PlannedTensor
 from compressor.recipe import TOKENS_PER_BATCH, WINDOWS_AT_ONCE, Recipe, learning_window
-
-if TYPE_CHECKING:
-    from compressor.plan import Plan, PlannedTensor
 
 BASE = 450_000_000
 """Python, torch and transformers, imported; the texts."""

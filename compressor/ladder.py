@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from compressor.core.errors import UsageError
 from compressor.core.passes import Pass
 from compressor.core.spec import AffineSpec, SparseSpec, Spec, sparse_spec
+from compressor.estimates import graph_bytes, header_bytes, model_files
 from compressor.export.forms import Mode, refusal
-from compressor.plan import Plan, PlannedTensor, graph_bytes, header_bytes, is_depthwise, model_files
+from compressor.plan import is_depthwise
+from compressor.planned import Plan, PlannedTensor
 from compressor.recipe import Recipe
 
 

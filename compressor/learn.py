@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compressor.core.encoding import Affine, Codebook, Refined
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.encode import Work
-from compressor.plan import Plan
+from compressor.planned import Plan
 from compressor.progress import Progress
 from compressor.recipe import Distill, Recipe
 from compressor.streaming import Batch, Network

@@ -22,8 +22,7 @@ from typing import Any
 
 from compressor.core.errors import UsageError, suggestion
 from compressor.core.quantities import parse_share, parse_size
-from compressor.recipe import load_recipe
-from compressor.recipe_file import parse_yaml
+from compressor.recipe_file import load_recipe, parse_yaml
 
 KEYS = (
     "recipe", "recipes", "data", "eval", "arch", "format", "mode", "seed", "trust_pickle", "target_size",

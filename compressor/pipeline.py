@@ -45,10 +45,11 @@ from compressor.ladder import Ladder
 from compressor.learn import learn
 from compressor.original import bench_original
 from compressor.parallel import process_group, rank, wait
-from compressor.plan import Plan, make_plan
+from compressor.plan import make_plan
+from compressor.planned import Plan
 from compressor.progress import Progress
-from compressor.recipe import Recipe, learning_window, load_recipe
-from compressor.recipe_file import restore_recipe
+from compressor.recipe import Recipe, learning_window
+from compressor.recipe_file import load_recipe, restore_recipe
 from compressor.samples import (
     Samples,
     calibration_batches,

@@ -5,110 +5,26 @@ No torch. The weights' bytes are exact, as is the header of model.safetensors; t
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoints.tokenizer import copied_size
 from compressor.core.errors import RecipeError
-from compressor.core.passes import Pass, Role, StructurePass
+from compressor.core.passes import Role
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
-from compressor.core.spec import DenseSpec, Spec, sparse_spec
-from compressor.footprint import multiplies_bfloat16, peak_memory
-from compressor.recipe import TOKENS_PER_BATCH, Chosen, Recipe, Step
+from compressor.core.spec import DenseSpec, sparse_spec
+from compressor.estimates import cpu_seconds, model_files, smaller_bytes, structure_settings
+from compressor.footprint import peak_memory
+from compressor.planned import Plan, PlannedTensor
+from compressor.recipe import Chosen, Recipe
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint, TensorInfo
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
-FLOPS = 90e9
-"""Multiplications and additions per CPU-second of a forward pass, measured on SmolLM2-135M."""
-SECONDS_PER_WEIGHT = 1.0e-6
-"""CPU-seconds to assign codes to a weight, about."""
-SECONDS_PER_STEP = 2e-8
-"""CPU-seconds to decode a weight and learn what it is made of, about, in a step of the distillation."""
-GRAPH_BYTES_PER_PART = 420
-GRAPH_BYTES_PER_CONVOLUTION = 1500
 CONFIG_BYTES = 4096
-_ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor: what it is, how it will be stored and by which passes, or why it stays as it is.
-
-    `by` names what chose the encoding, `method` is the pass that makes it, after `prune` if there is one.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-    matrix: tuple[int, int]
-    bytes_before: int
-    spec: Spec
-    by: str = ""
-    reason: str = ""
-    transposed: bool = False
-    method: Pass | None = None
-    prune: Pass | None = None
-
-    @property
-    def bytes_after(self) -> int:
-        return self.spec.nbytes(*self.matrix)
-
-    def describe(self) -> dict[str, Any]:
-        """The description of its encoding, as exporters take it."""
-        return self.spec.describe(*self.matrix)
-
-    def as_json(self) -> dict[str, Any]:
-        encoding = {key: value for key, value in self.describe().items() if key not in ("shape", "counts")}
-        return {
-            "name": self.name, "shape": list(self.shape), "role": self.role, "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after, "encoding": encoding, "by": self.by or None, "reason": self.reason or None,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The tensors in order, the artifact's files, and what it takes to make them."""
-
-    model: str
-    architecture: str
-    recipe: str
-    tensors: tuple[PlannedTensor, ...]
-    tied: dict[str, str]
-    files: dict[str, int]
-    needs: tuple[str, ...]
-    peak_memory: int
-    cpu_seconds: float
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(tensor.bytes_before for tensor in self.tensors)
-
-    @property
-    def bytes_after(self) -> int:
-        """Of every file that running the artifact needs."""
-        return sum(self.files.values())
-
-    @property
-    def pruned(self) -> frozenset[str]:
-        """The names of the tensors that lose weights."""
-        return frozenset(tensor.name for tensor in self.tensors if tensor.prune is not None)
-
-    @property
-    def gradient_norm(self) -> Literal[1, 2] | None:
-        """The p of the weights' gradients that the passes which drop weights ask for, if any does."""
-        norms = (tensor.prune.gradient_norm for tensor in self.tensors if tensor.prune is not None)
-        return next((norm for norm in norms if norm is not None), None)
-
-    def as_json(self) -> dict[str, Any]:
-        plain = {key: value for key, value in asdict(self).items() if key != "tensors"}
-        totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
-        return plain | totals | {"tensors": [tensor.as_json() for tensor in self.tensors]}
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smaller: bool = False) -> Plan:
@@ -144,7 +60,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         files=_files(checkpoint, tensors, format, recipe.export.activations == "static_int8"),
         needs=tuple(sorted(recipe.required)),
         peak_memory=peak_memory(tensors, config, recipe),
-        cpu_seconds=_cpu_seconds(tensors, recipe),
+        cpu_seconds=cpu_seconds(tensors, recipe),
         notes=_notes(tensors) + (() if smaller else _structure_notes(recipe, tensors)),
     )
 
@@ -263,75 +179,6 @@ def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: s
     return files
 
 
-def model_files(
-    tensors: tuple[PlannedTensor, ...], tied: dict[str, str], format: str, static: bool
-) -> dict[str, int]:  # fmt: skip
-    """Bytes of the weights' file, exact, and of the graph, about."""
-    header = header_bytes(tensors, tied)
-    files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
-    if format == "onnx":
-        norms = batch_norms(tensors)
-        there = [tensor for tensor in tensors if tensor.name.rpartition(".")[0] not in norms]
-        files["model.onnx"] = (2_000 if static else 20_000) + sum(graph_bytes(tensor, static) for tensor in there)
-    return files
-
-
-def batch_norms(tensors: tuple[PlannedTensor, ...]) -> frozenset[str]:
-    """The modules whose tensors the graph folds into the convolutions before them, as a rule."""
-    means = (tensor.name for tensor in tensors if tensor.name.endswith(".running_mean"))
-    return frozenset(name.removesuffix(".running_mean") for name in means)
-
-
-def is_buffer(name: str) -> bool:
-    """Whether the tensor is a batch norm's statistics and no parameter."""
-    return name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
-
-
-def graph_bytes(tensor: PlannedTensor, static: bool) -> int:
-    """Of its share in the graph. Convolutions on int8 hold a scale and a bias for each channel in it; norms fold."""
-    if not static or tensor.role == "linear":
-        return GRAPH_BYTES_PER_PART * len(tensor.spec.parts(*tensor.matrix))
-    return GRAPH_BYTES_PER_CONVOLUTION + 8 * tensor.matrix[0] if tensor.by else 0
-
-
-def header_bytes(tensors: tuple[PlannedTensor, ...], tied: dict[str, str]) -> int:
-    """Bytes before the first tensor in the safetensors file that `core.tensors.write_tensors` makes."""
-    header: dict[str, Any] = {}
-    descriptions: dict[str, Any] = {}
-    position = 0
-    for tensor in tensors:
-        parts = tensor.spec.parts(*tensor.matrix)
-        descriptions[tensor.name] = {
-            **tensor.describe(), "tensor_shape": list(tensor.shape),
-            "transposed": tensor.transposed and bool(tensor.by), "parts": sorted(parts),
-        }  # fmt: skip
-        for part in sorted(parts):
-            dtype, shape = parts[part]
-            size = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
-            name = tensor.name if part == "weight" else f"{tensor.name}.{part}"
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-            position += size
-    metadata = json.dumps({"tensors": descriptions, "tied": tied}, separators=(",", ":"))
-    text = json.dumps({"__metadata__": {"compressor": metadata}, **header}, separators=(",", ":")).encode()
-    return -(-(len(text) + 8) // _ALIGNMENT) * _ALIGNMENT
-
-
-def _weights(tensors: tuple[PlannedTensor, ...]) -> int:
-    return sum(math.prod(tensor.shape) for tensor in tensors if tensor.role in ("linear", "conv"))
-
-
-def _cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> float:
-    n_weights, tokens, distill = _weights(tensors), recipe.calibration.tokens, recipe.distill
-    tables = sum(math.prod(tensor.shape) for tensor in tensors if tensor.role == "embedding")
-    passes = sum(step.settings.cost(tokens) for step in recipe.passes) + 3 * ("gradients" in recipe.required)
-    found = 2 * n_weights * tokens * passes / FLOPS + n_weights * SECONDS_PER_WEIGHT + 5
-    if distill.steps:
-        rate = FLOPS * (2 if multiplies_bfloat16() else 1)
-        learned = 2 * (n_weights + tables) * (distill.tokens + 3 * distill.steps * TOKENS_PER_BATCH) / rate
-        found += learned + distill.steps * (n_weights + tables) * SECONDS_PER_STEP
-    return round(found, 1)
-
-
 def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
     if any(block_of(tensor.name) for tensor in tensors):
         return ()
@@ -347,7 +194,7 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
         if step.settings.trains and step.settings.stage != "structure"
     ]
     for step in recipe.structure:
-        settings = _settings(step)
+        settings = structure_settings(step)
         what = f"removes {settings.removes:.0%} of the {getattr(settings, 'of', 'units')}"
         what = what if settings.chooses_units else "makes the network smaller"
         notes.append(f"{step.name} {what} first: the sizes above are upper bounds")
@@ -355,30 +202,3 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
     if left is not None:
         notes.append(f"its weights will take about {left / 1e6:,.1f} MB")
     return tuple(notes)
-
-
-def _settings(step: Step) -> StructurePass:
-    assert isinstance(step.settings, StructurePass)
-    return step.settings
-
-
-def smaller_bytes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> int | None:
-    """Bytes of the weights once structure passes are done, about; None where their budget does not say.
-
-    Parameters go from the matrices outside of tables that a step is for, alike from all; a share of the units is that
-    share of them, where each kind of unit loses it.
-    """
-    kept = {tensor.name: 1.0 for tensor in tensors}
-    for step in recipe.structure:
-        settings = _settings(step)
-        mine = [t for t in tensors if t.role in ("linear", "conv") and step.selects(t.name)]
-        if settings.removes_exactly:
-            whole = sum(kept[t.name] * math.prod(t.shape) for t in tensors)
-            share = settings.removes * whole / max(1.0, sum(kept[t.name] * math.prod(t.shape) for t in mine))
-        elif settings.removes_evenly:
-            share, mine = settings.removes, [t for t in mine if block_of(t.name)]
-        else:
-            return None
-        for tensor in mine:
-            kept[tensor.name] *= max(0.0, 1 - share)
-    return round(sum(kept[tensor.name] * tensor.bytes_after for tensor in tensors))

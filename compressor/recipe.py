@@ -11,7 +11,6 @@ import importlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
@@ -309,17 +308,6 @@ class Recipe(BaseModel):
 def learning_window(recipe: Recipe) -> int:
     """Half the calibration's window, for gradient steps: attention costs least so."""
     return max(16, recipe.calibration.window // 2)
-
-
-def load_recipe(name: str | Path, sets: Iterable[str] = ()) -> Recipe:
-    """The recipe of a shipped name or a file, with "section.key=value" put over it.
-
-    Raises:
-        RecipeError: Nothing of that name, or a mistake in it.
-    """
-    from compressor.recipe_file import read_recipe
-
-    return read_recipe(str(name), list(sets))
 
 
 def load_pass(settings: Pass) -> Pass:

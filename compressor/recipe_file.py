@@ -8,6 +8,7 @@ added behind. `--set` comes last.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -108,8 +109,13 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     return shipped[name]
 
 
-def read_recipe(name: str, sets: list[str]) -> Recipe:
-    """The recipe of a name or path, checked as a whole."""
+def load_recipe(name: str | Path, sets: Iterable[str] = ()) -> Recipe:
+    """The recipe of a shipped name or a file, with "section.key=value" put over it, checked as a whole.
+
+    Raises:
+        RecipeError: Nothing of that name, or a mistake in it.
+    """
+    name = str(name)
     path = find_recipe(name)
     where = str(path) if name.endswith((".yaml", ".yml")) or "/" in name else path.name
     draft = _read(path, where, ())

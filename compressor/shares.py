@@ -9,7 +9,7 @@ import torch
 from compressor.core.passes import Pass
 from compressor.gradients import load_gradients
 from compressor.graph.blocks import layers, layout_of
-from compressor.plan import Plan
+from compressor.planned import Plan
 from compressor.recipe import load_pass
 from compressor.streaming import Network
 

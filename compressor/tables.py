@@ -11,7 +11,7 @@ from rich.table import Table
 
 from compressor.core.quantities import duration, size
 from compressor.core.roles import folded
-from compressor.plan import Plan
+from compressor.planned import Plan
 from compressor.recipe import SECTIONS, Recipe
 
 

@@ -30,7 +30,8 @@ from compressor.encode import Work, encode_network
 from compressor.export.loading import decoded_checkpoint
 from compressor.ops.grids import code, search_scale
 from compressor.passes.affine import Affine, hqq_zero
-from compressor.plan import Plan, make_plan
+from compressor.plan import make_plan
+from compressor.planned import Plan
 from compressor.recipe import Calibration, Embeddings, Recipe, Step
 from compressor.samples import calibration_batches
 from compressor.streaming import Batch, Network

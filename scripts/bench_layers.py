@@ -26,7 +26,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.encoding import Codebook
 from compressor.graph.blocks import layers
 from compressor.passes.jlcm import Jlcm
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from compressor.samples import calibration_batches
 from compressor.streaming import Network, layer_stages, second_moments
 from compressor.training import LearnedMatrix, Rates

@@ -27,8 +27,9 @@ from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.evaluate.bench import bench
 from compressor.export.writing import export_graph
-from compressor.plan import PlannedTensor, make_plan
-from compressor.recipe import load_recipe
+from compressor.plan import make_plan
+from compressor.planned import PlannedTensor
+from compressor.recipe_file import load_recipe
 
 RECIPES = ("llm-2bit", "llm-3bit", "llm-4bit")
 REPEATS = 3

@@ -33,7 +33,7 @@ from compressor.evaluate.embedding import cosine, masked_mean
 from compressor.evaluate.reference import original_outputs
 from compressor.export.loading import decoded_checkpoint
 from compressor.plan import make_plan
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from compressor.samples import calibration_batches, load_samples, sentence_batches
 from compressor.streaming import Network, as_batch
 from compressor.survey import Survey

@@ -27,7 +27,8 @@ from compressor.data.tokens import tokenize, windows
 from compressor.encode import Choice, Work, encode_outside, token_counts
 from compressor.export.loading import decoded_checkpoint
 from compressor.plan import make_plan
-from compressor.recipe import Recipe, load_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import load_recipe
 from compressor.streaming import Batch, Network
 from compressor.survey import Survey, survey
 

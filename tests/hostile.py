@@ -26,7 +26,7 @@ from compressor.data import load as load_data
 from compressor.data.tokens import tokenize
 from compressor.manifest import read_manifest
 from compressor.plan import make_plan
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from compressor.report.difference import compare
 from compressor.report.page import write_page
 from compressor.verification import verify

@@ -16,7 +16,7 @@ from compressor.core.errors import UsageError
 from compressor.core.options import RunOptions
 from compressor.graph.cost import multiplications, positions
 from compressor.pipeline import run
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from scripts.networks import resnet20
 from tests import pico
 

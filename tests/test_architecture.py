@@ -27,7 +27,7 @@ LAYERS = (
     ("aim", "calibrate", "ladder", "losses", "survey", "shares", "gradients", "backward", "training", "streaming"),
     ("manifest", "workers", "fingerprint"),
     ("export", "passes"),
-    ("plan", "footprint", "recipe", "recipe_file"),
+    ("plan", "planned", "estimates", "footprint", "recipe", "recipe_file"),
     ("graph", "checkpoints", "data"),
     ("progress", "inference", "parallel"),
     ("core",),

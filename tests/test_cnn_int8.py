@@ -19,7 +19,7 @@ from compressor.evaluate.session import open_session
 from compressor.export.check import _optimised
 from compressor.pipeline import run
 from compressor.plan import make_plan
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from tests import pico
 
 SETS = ("calibration.samples=24",)

@@ -18,8 +18,8 @@ from compressor.core.tensors import write_tensors
 from compressor.encode import Work, encode_network
 from compressor.export.lowering import refusal
 from compressor.plan import make_plan
-from compressor.recipe import ONLY_PRUNED, load_pass, load_recipe, pass_class
-from compressor.recipe_file import known_passes
+from compressor.recipe import ONLY_PRUNED, load_pass, pass_class
+from compressor.recipe_file import known_passes, load_recipe
 from compressor.streaming import Network
 from compressor.survey import Survey
 from tests import pico, training_case

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from compressor.checkpoints import open_checkpoint
 from compressor.core.tensors import EncodedTensors
 from compressor.encode import Work, encode_network
-from compressor.plan import Plan, make_plan
-from compressor.recipe import load_recipe
+from compressor.plan import make_plan
+from compressor.planned import Plan
+from compressor.recipe_file import load_recipe
 from compressor.streaming import Network
 from compressor.survey import Survey
 from tests.pico import lively

@@ -11,7 +11,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import ResourceError
 from compressor.footprint import BASE, refuse_beyond
 from compressor.plan import make_plan
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 
 LEARNING = "distill.steps=8"
 FEW = ("calibration.tokens=4096", "calibration.token_importance=false", "evaluation.tokens=0")

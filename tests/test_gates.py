@@ -7,7 +7,8 @@ import pytest
 from compressor.allocate import Target
 from compressor.core.errors import RecipeError
 from compressor.gates import lost_quality, lost_size_or_speed, promised, speedup
-from compressor.recipe import Gates, load_recipe
+from compressor.recipe import Gates
+from compressor.recipe_file import load_recipe
 
 SPEEDS = {"speed": {"decode_tokens_per_second": 30.0}, "original_speed": {"decode_tokens_per_second": 10.0}}
 

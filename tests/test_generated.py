@@ -22,7 +22,8 @@ from compressor.generated import (
     sample_documents,
     start_token,
 )
-from compressor.recipe import Calibration, Distill, Recipe, load_recipe
+from compressor.recipe import Calibration, Distill, Recipe
+from compressor.recipe_file import load_recipe
 from compressor.samples import calibration_batches, learning_batches, n_generated
 from tests import pico
 

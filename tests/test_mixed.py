@@ -22,7 +22,7 @@ from compressor.ladder import Ladder
 from compressor.losses import Curve, judged
 from compressor.pipeline import run
 from compressor.plan import make_plan
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from tests import pico
 
 AFFINE = """

@@ -23,7 +23,7 @@ from compressor.core.tensors import EncodedTensors
 from compressor.inspection import inspect_path
 from compressor.pipeline import evaluate, run
 from compressor.plan import make_plan
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from compressor.streaming import Network, layer_stages, second_moments
 from compressor.verification import verify
 from tests import pico, pico_onnx

@@ -18,9 +18,10 @@ from compressor.core.errors import RecipeError
 from compressor.core.roles import block_of, matrix_shape, role_of
 from compressor.core.spec import AffineSpec, BinarySpec, CodebookSpec, DenseSpec, Spec, group_columns
 from compressor.core.tensors import EncodedTensor, write_tensors
+from compressor.estimates import header_bytes
 from compressor.ops.widths import n_groups, zero_steps
-from compressor.plan import header_bytes, make_plan
-from compressor.recipe import load_recipe
+from compressor.plan import make_plan
+from compressor.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [(1, 1), (3, 7), (5, 64), (17, 65), (9, 200), (33, 130)]
@@ -184,7 +185,7 @@ def test_a_network_without_anything_to_encode_is_refused(tmp_path):
 def test_a_plan_of_safetensors_does_not_import_torch(checkpoint):
     code = (
         "import sys\nfrom compressor.checkpoints import open_checkpoint\nfrom compressor.plan import make_plan\n"
-        "from compressor.recipe import load_recipe\n"
+        "from compressor.recipe_file import load_recipe\n"
         f"make_plan(open_checkpoint({str(checkpoint.path)!r}), load_recipe('llm-2bit'))\n"
         "print(sorted({'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
     )

@@ -13,7 +13,7 @@ from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
 from compressor.pipeline import run
 from compressor.plan import make_plan
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from tests import pico
 
 TAIL = """

@@ -18,6 +18,7 @@ import compressor.pipeline
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError, RecipeError
 from compressor.core.options import RunOptions
+from compressor.estimates import smaller_bytes
 from compressor.graph.compensation import compensate, mean_inputs, readers
 from compressor.graph.cost import multiplications, positions
 from compressor.graph.groups import find_groups
@@ -25,8 +26,8 @@ from compressor.graph.surgery import remove_units
 from compressor.ops.attribution import start_of
 from compressor.ops.selection import even_share
 from compressor.pipeline import run
-from compressor.plan import make_plan, smaller_bytes
-from compressor.recipe import load_recipe
+from compressor.plan import make_plan
+from compressor.recipe_file import load_recipe
 from compressor.structure import next_tokens
 from tests import pico, training_case
 

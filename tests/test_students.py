@@ -16,7 +16,7 @@ from compressor.core.search_settings import N2nSettings
 from compressor.core.students import Student
 from compressor.pipeline import run
 from compressor.progress import Progress, Task
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from compressor.report.search import search_section
 from compressor.students import pool
 from compressor.students.laboratory import JOURNAL

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoints.source import Source, TensorInfo, refuse_empty
+from compressor.checkpoints.source import Source, refuse_empty
 from compressor.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -342,9 +342,3 @@ def _checked(path: Path, tensor: Any) -> Path:
             "fetch it again"
         )
     return file
-
-
-def describe_info(name: str, value: ir.Value, role: str, transposed: bool) -> TensorInfo:
-    """The entry of a float32 weight in a list of tensors."""
-    shape = tuple(value.const_value.shape.numpy())
-    return TensorInfo(name, shape, "F32", 4 * math.prod(shape), role, transposed)

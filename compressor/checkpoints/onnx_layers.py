@@ -19,7 +19,6 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from compressor.checkpoints.onnx_file import describe_info
 from compressor.checkpoints.source import TensorInfo
 from compressor.core.passes import Role
 
@@ -88,6 +87,12 @@ class Weights:
             layer = kinds.get(name)
             role: Role = layer.kind if layer is not None else "other"
             yield describe_info(name, value, role, layer is not None and layer.transposed)
+
+
+def describe_info(name: str, value: ir.Value, role: str, transposed: bool) -> TensorInfo:
+    """The entry of a float32 weight in a list of tensors."""
+    shape = tuple(value.const_value.shape.numpy())
+    return TensorInfo(name, shape, "F32", 4 * math.prod(shape), role, transposed)
 
 
 def find_weights(graph: ir.Graph, is_finite: Callable[[ir.Value], bool]) -> Weights:

@@ -17,7 +17,7 @@ from compressor.core.structure import Subject
 from compressor.ops.attribution import Composite, Rule, attribute
 from compressor.passes.lrp import Lrp, relevance
 from compressor.pipeline import run
-from compressor.recipe import load_recipe
+from compressor.recipe_file import load_recipe
 from compressor.structure import GraphSurgeon
 from tests import pico
 
