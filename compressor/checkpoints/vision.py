@@ -69,7 +69,7 @@ def _mobilenet(shapes: Mapping[str, tuple[int, ...]]) -> KnownNetwork | None:
         expand = shapes[f"features.{index}.conv.0.0.weight"] if len(project) == 4 else ()
         if not expand:
             return None
-        blocks.append((expand[0], project[0], len(plain) != 4))
+        blocks.append((expand[0], project[0], MOBILENET_STRIDES[index - 1], len(plain) != 4))
     last = shapes.get("features.18.0.weight", ())
     if len(last) != 4:
         return None

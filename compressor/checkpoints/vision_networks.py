@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compressor.checkpoints.vision import MOBILENET_STRIDES
-
 
 def conv(n_in: int, n_out: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """A convolution without bias, padded to keep the image's size."""
@@ -85,13 +83,15 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 of any width; `blocks` lists (hidden channels, outputs, whether it expands)."""
+    """MobileNetV2 of any width; `blocks` lists (hidden channels, outputs, stride, whether it expands)."""
 
-    def __init__(self, channels: int, stem: int, blocks: list[tuple[int, int, bool]], last: int, n_classes: int = 1000):
+    def __init__(
+        self, channels: int, stem: int, blocks: list[tuple[int, int, int, bool]], last: int, n_classes: int = 1000
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = [ConvNormActivation(channels, stem, 3, 2)]
         n_in = stem
-        for (hidden, n_out, expands), stride in zip(blocks, MOBILENET_STRIDES, strict=True):
+        for hidden, n_out, stride, expands in blocks:
             layers.append(InvertedResidual(n_in, hidden, n_out, stride, expands))
             n_in = n_out
         self.features = nn.Sequential(*layers, ConvNormActivation(n_in, last, 1))

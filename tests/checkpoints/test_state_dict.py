@@ -252,7 +252,9 @@ def test_a_wrong_arch_is_refused(tmp_path, arch, message):
         (lambda: ResNet([2, 2, 2, 2], bottleneck=False, n_classes=7), "resnet18"),
         (lambda: ResNet([3, 4, 6, 3], bottleneck=True, channels=1, n_classes=5), "resnet50"),
         (
-            lambda: MobileNetV2(3, 8, [(8, 4, False), *[(24, 4, True)] * 16], last=32, n_classes=5),
+            lambda: MobileNetV2(
+                3, 8, [(8 if i == 0 else 24, 4, 2 if i in (1, 3, 6, 13) else 1, i > 0) for i in range(17)], 32, 5
+            ),
             "mobilenet_v2",
         ),
     ],
