@@ -2,7 +2,7 @@
 """HESSO, OTO and OTO's erasing at a fifth of ResNet-20's parameters, against dense training of as many steps.
 
     scripts/fetch_material fashion
-    scripts/bench_once.py [--images 60000] [--epochs 20] [--fraction 0.8] [--penalty 1.0]
+    scripts/bench_once.py [--images 60000] [--epochs 20] [--fraction 0.8] [--penalty 1.0] [--passes …]
 
 On Fashion-MNIST. All start from the same random weights and see the same batches with the same rates. Accuracy is of
 the artifacts in onnxruntime on the whole test set; speed of one image, all in turn in the same run. What is finished
@@ -42,6 +42,12 @@ ARCH = "networks:resnet20"
 TRAINING: dict[str, Any] = {
     "batch": 64, "optimizer": "SGD", "rate": 0.1, "options": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
 }  # fmt: skip
+
+PASSES: dict[str, dict[str, Any]] = {
+    "hesso": {"pass": "hesso"}, "oto": {"pass": "oto", "penalty": 1},
+    "oto-erase": {"pass": "oto", "penalty": 10, "erase": True},
+}  # fmt: skip
+"""Rows of the table; `penalty` in those of the command line."""
 
 
 def fashion(part: str, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -146,6 +152,7 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.8)
     parser.add_argument("--penalty", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=list(PASSES))
     arguments = parser.parse_args()
     images, labels = fashion("train", arguments.images)
     common = cached(f"once/{len(images)}-{arguments.epochs}")
@@ -159,11 +166,8 @@ def main() -> None:
     settings = {"fraction": arguments.fraction, "epochs": arguments.epochs, **TRAINING}
     artifacts = {"dense": train_dense(common, start, HessoSettings(**settings), images, labels)}
     folder = cached(f"once/{common.name}/{arguments.fraction:g}-{arguments.penalty:g}")
-    steps: dict[str, dict[str, Any]] = {
-        "hesso": {"pass": "hesso"}, "oto": {"pass": "oto", "penalty": arguments.penalty},
-        "oto-erase": {"pass": "oto", "penalty": 10 * arguments.penalty, "erase": True},
-    }  # fmt: skip
-    for name, step in steps.items():
+    for name in arguments.passes:
+        step = {key: value * arguments.penalty if key == "penalty" else value for key, value in PASSES[name].items()}
         artifacts[name] = compressed(folder, name, start, data, step | settings)
     test_images, test_labels = fashion("t10k")
     speed = {}
