@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=0.05)
     parser.add_argument("--curve-step", type=float, default=0.05)
     parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--images", type=int, default=10000)
     parser.add_argument("--weights", type=Path)
     arguments = parser.parse_args()
