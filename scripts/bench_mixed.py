@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from material import model_dir
-from measured import cached, read_results, write_results
+from measured import cached, markdown, number, read_results, write_results
 
 from compressor.core.options import RunOptions
 from compressor.gates import came_true
@@ -37,6 +37,9 @@ embeddings: {{bits: 4, group: 64, zero: {zero}, scale_bits: 8}}
 evaluation: {{tokens: {tokens}, window: 512, samples: 1000}}
 """
 KINDS: dict[str, Kind] = {"smollm2": "perplexity", "minilm": "cosine", "digits": "accuracy"}
+TITLES = {
+    "smollm2": "SmolLM2-135M, rise of perplexity", "minilm": "MiniLM, 1 − cosine", "digits": "digits, accuracy lost",
+}  # fmt: skip
 
 
 def turned(files: list[Path], n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +118,24 @@ def measure(name: str, results: dict[str, Any], bits: list[int], groups: list[in
         )
         print(f"{name}, {uniform['bytes']:,} bytes: uniform {best['loss']:.4f}, mixed {mixed['loss']:.4f} "
               f"(predicted {mixed['predicted_loss']:.4f}) in {mixed['bytes']:,}", flush=True)  # fmt: skip
+
+
+def mixed_table(results: dict[str, Any]) -> str:
+    """A row for every size at which mixed precision was made, beside the best uniform setting of no more bytes."""
+    rows: list[list[object]] = []
+    for name, found in results.items():
+        for entry in sorted(found["mixed"].values(), key=lambda entry: entry["target_size"]):
+            target = entry["target_size"]
+            fitting = {key: other for key, other in found["uniform"].items() if other["bytes"] <= target}
+            best = min(fitting, key=lambda key: fitting[key]["loss"])
+            rows.append([
+                TITLES[name], f"{target:,}", f"{100 * (1 - entry['bytes'] / target):.2f} %", best,
+                f"{100 * fitting[best]['loss']:.1f} %", f"{100 * entry['loss']:.1f} %",
+                f"{100 * entry['predicted_loss']:.1f} %", number(entry["cpu_seconds"], 0),
+            ])  # fmt: skip
+    titles = ["network, its loss", "--target-size", "below it", "best uniform setting", "its loss", "mixed: loss",
+              "predicted", "CPU-seconds"]  # fmt: skip
+    return markdown(titles, rows)
 
 
 def main() -> None:

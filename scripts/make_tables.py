@@ -20,6 +20,7 @@ from bench_gradients import gradients_table
 from bench_layers import layers_table
 from bench_loading import loading_table
 from bench_memory import memory_table
+from bench_mixed import mixed_table
 from bench_n2n import n2n_table
 from bench_once import once_table
 from bench_onnx import onnx_table
@@ -40,7 +41,7 @@ from compressor.recipe_file import load_recipe, shipped_recipes
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md",
-    "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md",
+    "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md", "docs/mixed-precision.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
@@ -52,7 +53,7 @@ COMMANDS = {
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
     "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
     "n2n": "scripts/bench_n2n.py",
-    "structure": "scripts/bench_structure.py",
+    "structure": "scripts/bench_structure.py", "mixed": "scripts/bench_mixed.py",
     "fuzz": "scripts/fuzz.py",
     "batch": "scripts/bench_batch.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
@@ -127,6 +128,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kills": lambda: measured_table("kills", kills_table),
     "batch": lambda: measured_table("batch", batch_table),
     "onnx": lambda: measured_table("onnx", onnx_table),
+    "mixed": lambda: measured_table("mixed", mixed_table),
 }
 
 
