@@ -27,6 +27,7 @@ def find_branches(module: nn.Module, example: Example) -> Branches:
     """The branches of a module that can be erased, in the order of their sums; each was erased on the example.
 
     Args:
+        module: In eval mode; what is tried on it is undone.
         example: Arguments of its forward, by position or by name.
 
     Raises:
@@ -136,12 +137,13 @@ def _owners(graph: Trace, branch: frozenset[fx.Node]) -> list[str]:
         if node in branch:
             for each in node.all_input_nodes:
                 if each.name in graph.tensors:
-                    found.setdefault(graph.tensors[each.name].rpartition(".")[0])
+                    path = graph.tensors[each.name].partition(".parametrizations.")[0]
+                    found.setdefault(path if path != graph.tensors[each.name] else path.rpartition(".")[0])
     return list(found)
 
 
 def _title(owners: list[str]) -> str:
-    """ "blocks.3.conv1 to bn2"."""
+    """As in: blocks.3.conv1 to bn2."""
     first, last = owners[0].split("."), owners[-1].split(".")
     alike = next((i for i, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), len(last))
     return f"{owners[0]} to {'.'.join(last[alike:])}" if last[alike:] else owners[0]
@@ -213,10 +215,12 @@ def _is_exact(module: nn.Module, example: Example, weights: list[str], cut: Mapp
         return False
     tensors = {name: module.get_parameter(name) for name in weights}
     kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    for tensor in tensors.values():
-        tensor.zero_()
-    wanted = _output(module, example)
-    for name, tensor in tensors.items():
-        tensor.copy_(kept[name])
+    try:
+        for tensor in tensors.values():
+            tensor.zero_()
+        wanted = _output(module, example)
+    finally:
+        for name, tensor in tensors.items():
+            tensor.copy_(kept[name])
     close = found.shape == wanted.shape and float((found - wanted).abs().max()) <= _CLOSE * float(wanted.abs().max())
     return close and all(n == 1 for n in calls.values())

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from compressor.graph.operators import find_branches
 from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
@@ -105,3 +106,31 @@ def test_both_branches_of_a_projected_block_do_not_go_together():
     assert found.connected([shortcut])
     assert not found.connected([block, shortcut])
     assert not found.connected(found.operators)
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+class Parametrised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 2)
+        for layer in (self.second, self.head):
+            parametrize.register_parametrization(layer, "weight", Halved())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.second(self.first(x).relu()))
+
+
+def test_a_branch_of_parametrised_layers_goes_with_what_they_are_made_of():
+    torch.manual_seed(0)
+    module, example = Parametrised().eval(), (torch.randn(3, 6),)
+    (found,) = find_branches(module, example).operators
+    assert {member.tensor for member in found.members} == {
+        "first.weight", "first.bias", "second.parametrizations.weight.original",
+    }  # fmt: skip
+    smaller = remove_units(module, {found: WHOLE})
+    assert sum(parameter.numel() for parameter in smaller.parameters()) == 14
+    torch.testing.assert_close(called(smaller, example), module.head(example[0]))
