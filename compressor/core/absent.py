@@ -33,7 +33,9 @@ class Absent(nn.Module):
         self.kind, self.n_outputs = kind, n_outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if tensor is None:
+            raise TypeError("what is absent was called without a tensor to pass on")
         zeros = torch.zeros_like(tensor) if self.kind == "zeros" else tensor.new_zeros(())
         found = tensor if self.kind == "identity" else zeros
         return (found, *[None] * (self.n_outputs - 1)) if self.n_outputs else found

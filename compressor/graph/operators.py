@@ -8,7 +8,7 @@ goes through, with whatever forks and joins inside of it, so that squeeze-excite
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -35,6 +35,7 @@ def find_branches(module: nn.Module, example: Example) -> Branches:
     """
     graph = trace(module, example)
     feeds = _feeds(graph)
+    readers = _readers(graph, feeds, {name for name, _ in module.named_parameters()})
     sums = [node for node in feeds if _is_sum(node) and len(set(feeds[node])) == 2]
     above: dict[fx.Node, frozenset[fx.Node]] = {}
     for node, nodes in feeds.items():
@@ -44,7 +45,7 @@ def find_branches(module: nn.Module, example: Example) -> Branches:
         for side, other in (feeds[node], feeds[node][::-1]):
             branch = _ending_in(node, above[side] - above[other], feeds)
             if side in branch and _shape(other) == _shape(node):
-                operator = _operator(module, example, graph, feeds.keys(), branch)
+                operator = _operator(module, example, readers, branch)
                 if operator is not None:
                     found.append(operator)
     texts = {names[node]: tuple(names[each] for each in nodes) for node, nodes in feeds.items()}
@@ -70,6 +71,22 @@ def _feeds(graph: Trace) -> dict[fx.Node, tuple[fx.Node, ...]]:
             feeds = tuple(each for each in node.all_input_nodes if each in found)
             if feeds:
                 found[node] = feeds
+    return found
+
+
+def _readers(graph: Trace, feeds: Collection[fx.Node], parameters: Collection[str]) -> dict[str, set[fx.Node]]:
+    """Parameter -> what reads it, also through what is computed from parameters alone; in the order of a forward."""
+    names: dict[fx.Node, list[str]] = {}
+    for node in graph.graph.nodes:
+        if graph.tensors.get(node.name) in parameters:
+            names[node] = [graph.tensors[node.name]]
+        elif node.op == "call_function" and node not in feeds:
+            names[node] = [name for each in node.all_input_nodes for name in names.get(each, ())]
+    found: dict[str, set[fx.Node]] = defaultdict(set)
+    for node in feeds:
+        for each in node.all_input_nodes:
+            for name in names.get(each, ()):
+                found[name].add(node)
     return found
 
 
@@ -101,45 +118,29 @@ def _ending_in(end: fx.Node, nodes: Collection[fx.Node], read: Collection[fx.Nod
 
 
 def _operator(
-    module: nn.Module, example: Example, graph: Trace, read: Collection[fx.Node], branch: frozenset[fx.Node]
+    module: nn.Module, example: Example, readers: Mapping[str, set[fx.Node]], branch: frozenset[fx.Node]
 ) -> Operator | None:
-    """The branch, if it can be erased: its parameters are its own, and without it the network is what it is with zeros.
-
-    Parameters are told by their nodes, of which a tied one has one.
-    """
-    own: list[str] = []
-    for node in graph.graph.nodes:
-        name, users = graph.tensors.get(node.name), set(node.users).intersection(read)
-        if name is None or not users & branch:
-            continue
-        if not users <= branch:
-            return None
-        own.append(name)
-    parameters = dict(module.named_parameters())
-    weights = [name for name in own if name in parameters]
-    if not weights or any(not parameters[name].dim() for name in weights):
+    """The branch, if it can be erased: the network without it is what it is where the branch's own weights are zero."""
+    weights = [name for name, nodes in readers.items() if nodes <= branch]
+    parameters = {name: module.get_parameter(name) for name in weights}
+    if not weights or any(not tensor.dim() for tensor in parameters.values()):
         return None
-    owners = _owners(graph, branch)
+    owners = list(dict.fromkeys(_owner(name) for name in weights))
     for cut in _cuts(module, example, owners):
         if _is_exact(module, example, weights, cut):
             members = tuple(
-                Member(name, 0, torch.arange(len(parameters[name])).unsqueeze(0), "producer") for name in weights
+                Member(name, 0, torch.arange(len(tensor)).unsqueeze(0), "producer")
+                for name, tensor in parameters.items()
             )
             nodes = frozenset(node.name for node in branch)
             return Operator(_title(owners), 1, members, nodes=nodes, cut=cut)
     return None
 
 
-def _owners(graph: Trace, branch: frozenset[fx.Node]) -> list[str]:
-    """The modules whose weights a branch reads, in the order in which it does."""
-    found: dict[str, None] = {}
-    for node in graph.graph.nodes:
-        if node in branch:
-            for each in node.all_input_nodes:
-                if each.name in graph.tensors:
-                    path = graph.tensors[each.name].partition(".parametrizations.")[0]
-                    found.setdefault(path if path != graph.tensors[each.name] else path.rpartition(".")[0])
-    return list(found)
+def _owner(name: str) -> str:
+    """The module that computes with a tensor."""
+    path, parametrised, _ = name.partition(".parametrizations.")
+    return path if parametrised else name.rpartition(".")[0]
 
 
 def _title(owners: list[str]) -> str:
@@ -200,7 +201,9 @@ def _output(module: nn.Module, example: Example) -> Tensor:
 
 
 @torch.no_grad()
-def _is_exact(module: nn.Module, example: Example, weights: list[str], cut: Mapping[str, tuple[str, int]]) -> bool:
+def _is_exact(
+    module: nn.Module, example: Example, weights: Collection[str], cut: Mapping[str, tuple[str, int]]
+) -> bool:
     """Whether the network with the cut computes what it does where these weights are zero."""
     if "" in cut:
         return False
