@@ -46,7 +46,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ste": {"estimator": "ste"},
     "ede": {"estimator": "ede"},
     "reste unit-mean": {"estimator": "reste", "unit": "mean"},
-    "reste to 1.5": {"estimator": "reste", "o_end": 1.5},
 }
 """Rows of the table, for both kinds of activations."""
 
