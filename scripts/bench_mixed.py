@@ -1,13 +1,16 @@
 #!/usr/bin/env python
-"""Mixed precision beside the best uniform setting of the same size, on three networks.
+"""Mixed precision beside the best uniform setting of the same size, on four networks.
 
-    scripts/fetch_material smollm2 minilm digits photos
+    scripts/fetch_material smollm2 minilm digits photos fashion
     pip install pillow
     scripts/bench_mixed.py [--models digits minilm smollm2] [--again]
+    scripts/bench_once.py --epochs 6          trains the ResNet-20 of
+    scripts/bench_mixed.py --models resnet20 --weights …/dense.pt
 
 For each network every uniform setting (bits × group) is run, then mixed precision at the size of several of them, with
 --target-size. The quality is that of held-out data in compression.json: the loss of `losses.Kind`. Digits are MNIST
-pictures, turned and moved, ten to calibrate on and ten others to evaluate. Results go to docs/measured/mixed.json.
+pictures, turned and moved, ten to calibrate on and ten others to evaluate; the ResNet-20 is calibrated on 512 images of
+Fashion-MNIST's training set and evaluated on its 10,000 test images. Results go to docs/measured/mixed.json.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_once import fashion
 from material import model_dir
 from measured import cached, markdown, number, read_results, write_results
 
@@ -34,11 +38,14 @@ RECIPE = """
 passes: [{{pass: affine, method: gptq, bits: 4, group: 64, zero: {zero}, scale_bits: 8}}]
 calibration: {{tokens: 8192, window: {window}, samples: 256}}
 embeddings: {{bits: 4, group: 64, zero: {zero}, scale_bits: 8}}
-evaluation: {{tokens: {tokens}, window: 512, samples: 1000}}
+evaluation: {{tokens: {tokens}, window: 512, samples: 10000}}
 """
-KINDS: dict[str, Kind] = {"smollm2": "perplexity", "minilm": "cosine", "digits": "accuracy"}
+KINDS: dict[str, Kind] = {
+    "smollm2": "perplexity", "minilm": "cosine", "resnet20": "accuracy", "digits": "accuracy",
+}  # fmt: skip
 TITLES = {
     "smollm2": "SmolLM2-135M, rise of perplexity", "minilm": "MiniLM, 1 − cosine", "digits": "digits, accuracy lost",
+    "resnet20": "ResNet-20, accuracy lost",
 }  # fmt: skip
 
 
@@ -72,13 +79,23 @@ def digits() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def options_of(name: str) -> dict[str, Any]:
+def fashion_images() -> dict[str, Any]:
+    folder = cached("mixed")
+    for name, (images, labels) in {"train": fashion("train", 512), "test": fashion("t10k")}.items():
+        np.savez(folder / f"fashion-{name}.npz", input=images, labels=labels)
+    return {
+        "data": str(folder / "fashion-train.npz"), "eval": str(folder / "fashion-test.npz"),
+        "arch": "networks:resnet20",
+    }  # fmt: skip
+
+
+def options_of(name: str, weights: Path | None) -> dict[str, Any]:
     """The model, its data, and its recipe."""
     text = RECIPE.format(zero="learned", window=128 if name == "minilm" else 512, tokens=16384)
     recipe = cached("mixed") / f"{name}.yaml"
     recipe.write_text(text, encoding="utf-8")
-    data = digits() if name == "digits" else {}
-    return {"model": str(model_dir(name)), "recipe": str(recipe)} | data
+    data = digits() if name == "digits" else fashion_images() if name == "resnet20" else {}
+    return {"model": str(weights or model_dir(name)), "recipe": str(recipe)} | data
 
 
 def measured(name: str, settings: dict[str, Any], sets: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
@@ -99,8 +116,10 @@ def measured(name: str, settings: dict[str, Any], sets: tuple[str, ...] = (), **
     return found
 
 
-def measure(name: str, results: dict[str, Any], bits: list[int], groups: list[int], again: bool) -> None:
-    settings, rows = options_of(name), results.setdefault(name, {"uniform": {}, "mixed": {}})
+def measure(
+    name: str, weights: Path | None, results: dict[str, Any], bits: list[int], groups: list[int], again: bool
+) -> None:
+    settings, rows = options_of(name, weights), results.setdefault(name, {"uniform": {}, "mixed": {}})
     for width, group in itertools.product(bits, groups):
         row = f"{width} bits, group {group}"
         if row not in rows["uniform"] or again:
@@ -140,14 +159,26 @@ def mixed_table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument(
+        "--models", nargs="+", default=[name for name in KINDS if name != "resnet20"], choices=list(KINDS)
+    )
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], choices=[2, 3, 4])
     parser.add_argument("--groups", nargs="+", type=int, default=[32, 64, 128], choices=[32, 64, 128])
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--weights", type=Path, help="the state dict of a trained ResNet-20")
     arguments = parser.parse_args()
+    if "resnet20" in arguments.models and not arguments.weights:
+        parser.error("resnet20: give --weights; bench_once.py leaves dense.pt")
     results = read_results("mixed")
     for name in arguments.models:
-        measure(name, results, arguments.bits, arguments.groups, arguments.again)
+        measure(
+            name,
+            arguments.weights if name == "resnet20" else None,
+            results,
+            arguments.bits,
+            arguments.groups,
+            arguments.again,
+        )
 
 
 if __name__ == "__main__":
