@@ -40,16 +40,16 @@ def find_branches(module: nn.Module, example: Example) -> Branches:
     above: dict[fx.Node, frozenset[fx.Node]] = {}
     for node, nodes in feeds.items():
         above[node] = frozenset({node}).union(*(above[each] for each in nodes))
-    found, names = [], {node: node.name for node in feeds}
+    found, outputs = [], _output_counts(module, example)
     for node in sums:
         for side, other in (feeds[node], feeds[node][::-1]):
             branch = _ending_in(node, above[side] - above[other], feeds)
             if side in branch and _shape(other) == _shape(node):
-                operator = _operator(module, example, readers, branch)
+                operator = _operator(module, example, readers, outputs, branch)
                 if operator is not None:
                     found.append(operator)
-    texts = {names[node]: tuple(names[each] for each in nodes) for node, nodes in feeds.items()}
-    return Branches(tuple(found), texts, frozenset(names[node] for node in sums))
+    names = {node.name: tuple(each.name for each in nodes) for node, nodes in feeds.items()}
+    return Branches(tuple(found), names, frozenset(node.name for node in sums))
 
 
 def erase(module: nn.Module, cut: Mapping[str, tuple[str, int]]) -> None:
@@ -118,15 +118,16 @@ def _ending_in(end: fx.Node, nodes: Collection[fx.Node], read: Collection[fx.Nod
 
 
 def _operator(
-    module: nn.Module, example: Example, readers: Mapping[str, set[fx.Node]], branch: frozenset[fx.Node]
-) -> Operator | None:
+    module: nn.Module, example: Example, readers: Mapping[str, set[fx.Node]], outputs: Mapping[str, int],
+    branch: frozenset[fx.Node],
+) -> Operator | None:  # fmt: skip
     """The branch, if it can be erased: the network without it is what it is where the branch's own weights are zero."""
     weights = [name for name, nodes in readers.items() if nodes <= branch]
     parameters = {name: module.get_parameter(name) for name in weights}
     if not weights or any(not tensor.dim() for tensor in parameters.values()):
         return None
     owners = list(dict.fromkeys(_owner(name) for name in weights))
-    for cut in _cuts(module, example, owners):
+    for cut in _cuts(module, outputs, owners):
         if _is_exact(module, example, weights, cut):
             members = tuple(
                 Member(name, 0, torch.arange(len(tensor)).unsqueeze(0), "producer")
@@ -150,7 +151,7 @@ def _title(owners: list[str]) -> str:
     return f"{owners[0]} to {'.'.join(last[alike:])}" if last[alike:] else owners[0]
 
 
-def _cuts(module: nn.Module, example: Example, owners: list[str]) -> Iterator[dict[str, tuple[str, int]]]:
+def _cuts(module: nn.Module, outputs: Mapping[str, int], owners: list[str]) -> Iterator[dict[str, tuple[str, int]]]:
     """What could stand for a branch.
 
     The last of its layers adds nothing and the others pass on; or so its modules, the last of which passes on as well
@@ -159,7 +160,6 @@ def _cuts(module: nn.Module, example: Example, owners: list[str]) -> Iterator[di
     whole = list(dict.fromkeys(_largest(module, path, owners) for path in owners))
     for paths, last in ((owners, "nothing"), (whole, "nothing"), (whole, "identity")):
         outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
-        outputs = _output_counts(module, example, outer)
         yield {path: (last if path == outer[-1] else "identity", outputs.get(path, 0)) for path in outer}
 
 
@@ -174,8 +174,8 @@ def _largest(module: nn.Module, path: str, owners: list[str]) -> str:
     return found
 
 
-def _output_counts(module: nn.Module, example: Example, paths: list[str]) -> dict[str, int]:
-    """How many outputs those modules give that give a tuple."""
+def _output_counts(module: nn.Module, example: Example) -> dict[str, int]:
+    """How many outputs those modules give that give a tuple, from one forward."""
     found: dict[str, int] = {}
 
     def hook(path: str) -> Callable[..., None]:
@@ -185,7 +185,7 @@ def _output_counts(module: nn.Module, example: Example, paths: list[str]) -> dic
 
         return note
 
-    handles = [module.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    handles = [child.register_forward_hook(hook(path)) for path, child in module.named_modules()]
     try:
         _output(module, example)
     finally:
