@@ -27,6 +27,7 @@ from compressor.gradients import load_gradients
 from compressor.graph.blocks import first_tensor, geometry, layers, layout_of, unfolds
 from compressor.planned import Plan, PlannedTensor
 from compressor.recipe import Recipe, load_pass
+from compressor.settled import Settled
 from compressor.shares import allocated_shares
 from compressor.streaming import Arguments, Batch, Network, hidden_of, layer_stages, second_moments
 from compressor.survey import Survey
@@ -254,16 +255,22 @@ def _encode_block(
     gradients = load_gradients(work.folder, prefix) if any(_wants_gradient(chain) for chain in passes.values()) else {}
     n_sequences = max(1, sum(_n_examples(arguments) for arguments in reached))
     tensors: dict[str, EncodedTensor] = {}
+    settled = Settled(network, block, () if prefix else reached)
+    to_come = {name: id(module.weight) for name, module in found.items() if passes[name] is not None}
     for stage in layer_stages(network, block, dotted, reached[0]) if reached else ():
-        for due in _alike([name for name in stage.names if passes[name] is not None], found):
+        for due in alike([name for name in stage.names if passes[name] is not None], found):
             moments, n_rows = {}, 0
             if unfolds(found[due[0]]) and any("data" in passes[name].needs for name in due):
-                moments, n_rows = second_moments(network, block, found, due, stage.calls, reached, survey.importance)
+                settled.advance(to_come.values())
+                moments, n_rows = second_moments(
+                    network, block, found, due, stage.calls, reached, survey.importance, settled.begun
+                )  # fmt: skip
             for name in due:
                 known = Statistics(moments.get(name), gradients.get(name), n_sequences, n_rows // n_sequences)
                 known = replace(known, sparsity=shares.get(name))
                 tensors[name] = _encode(passes[name], name, found[name], known, work, learners)
                 found[name].weight.data = tensors[name].decode()
+                del to_come[name]
     for name, module in found.items():
         if passes[name] is not None and name not in tensors:
             tensors[name] = _encode(passes[name], name, module, Statistics(), work)
@@ -275,7 +282,7 @@ def _encode_block(
     }
 
 
-def _alike(names: list[str], found: Mapping[str, nn.Module]) -> list[list[str]]:
+def alike(names: list[str], found: Mapping[str, nn.Module]) -> list[list[str]]:
     """The layers in groups that make the same rows of their shared input: its second moment is that of the group."""
     groups: dict[tuple, list[str]] = {}
     for name in names:

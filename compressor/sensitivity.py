@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.backward import head_of
-from compressor.encode import Work, _alike, has_blocks
+from compressor.encode import Work, alike, has_blocks
 from compressor.graph.blocks import layers, layout_of, unfolds
 from compressor.ladder import Option, Options
 from compressor.recipe import load_pass
+from compressor.settled import Settled
 from compressor.streaming import Batch, Network, layer_stages, second_moments
 from compressor.survey import Survey
 
@@ -59,13 +60,17 @@ def tensor_errors(
         prefix = f"{block}." if block else ""
         inside = layers(module, prefix)
         moments: dict[str, Tensor] = {}
+        settled = Settled(network, module, () if block else reached)
+        to_come = {name: id(inside[name].weight) for name in inside.keys() & options.keys()}
         for stage in layer_stages(network, module, prefix, reached[0]):
-            for due in _alike([name for name in stage.names if name in options], inside):
+            for due in alike([name for name in stage.names if name in options], inside):
                 if unfolds(inside[due[0]]):
+                    settled.advance(to_come.values())
                     moments, _ = second_moments(
-                        network, module, inside, due, stage.calls, reached, survey.importance
+                        network, module, inside, due, stage.calls, reached, survey.importance, settled.begun
                     )  # fmt: skip
                 for name in due:
+                    del to_come[name]
                     found[name] = _of_layer(inside[name], moments.pop(name, None), options[name], work.generator(name))
         for name in inside.keys() & options.keys() - found.keys():
             found[name] = _of_layer(inside[name], None, options[name], work.generator(name))

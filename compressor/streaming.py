@@ -267,10 +267,12 @@ def second_moments(
     calls: int,
     reached: list[Arguments],
     importance: Mapping[str, Tensor],
+    begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
 ) -> tuple[dict[str, Tensor], int]:
     """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
 
-    The layers share their input, so that without importance they share one H. The forward ends at the last call.
+    The layers share their input, so that without importance they share one H. The forward of batch number i runs
+    within `begun(i)`, and ends at the last call.
     """
     sums: dict[str, Tensor] = {}
     counts = {"tokens": 0, "calls": 0}
@@ -293,9 +295,9 @@ def second_moments(
 
     handle = lead.register_forward_pre_hook(watch)
     try:
-        for arguments in reached:
+        for i, arguments in enumerate(reached):
             counts["calls"] = 0
-            with contextlib.suppress(_Stop):
+            with begun(i), contextlib.suppress(_Stop):
                 network.step(block, arguments)
     finally:
         handle.remove()
