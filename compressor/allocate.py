@@ -25,7 +25,7 @@ from compressor.encode import Work
 from compressor.export.planned import planned_bytes
 from compressor.graph.blocks import layers, layout_of
 from compressor.ladder import Ladder, Option
-from compressor.losses import Curve, Judged, Kind, judged, outputs, probe
+from compressor.losses import MANY_EXAMPLES, Curve, Judged, Kind, judged, outputs, probe
 from compressor.ops.allocation import Frontier, frontier
 from compressor.planned import Plan
 from compressor.progress import Progress
@@ -125,11 +125,12 @@ def find_costs(
     network = Network(checkpoint)
     with progress.task("comparing widths", len(network.blocks) + 1) as task:
         errors = tensor_errors(network, batches, ladder.options, survey, work, lambda note: task.advance(note=note))
-    few = probe(batches, target.kind)
-    wanted = list(outputs(checkpoint, few, {}))
+    few, many = probe(batches, target.kind), probe(batches, target.kind, MANY_EXAMPLES)
+    wanted = list(outputs(checkpoint, many, {}))
 
-    def loss(changed: dict[str, Callable[[], Tensor]]) -> Judged:
-        return judged(target.kind, wanted, list(outputs(checkpoint, few, changed)), target.labelled)
+    def loss(changed: dict[str, Callable[[], Tensor]], on: list[Batch] = many) -> Judged:
+        found = list(outputs(checkpoint, on, changed))
+        return judged(target.kind, wanted[: len(on)], found, target.labelled)
 
     if has_fisher(network, survey):
         importance, factors = "fisher", fisher_factors(network, errors, survey)
@@ -137,12 +138,12 @@ def find_costs(
         importance, factors = "measured", {}
         with progress.task("measuring importance", len(errors)) as task:
             for name, found in errors.items():
-                rise = loss({name: _quantised(checkpoint, network, name, found.probe, work)}).rise
+                rise = loss({name: _quantised(checkpoint, network, name, found.probe, work)}, few).rise
                 factors[name] = rise / max(found.quick, 1e-30)
                 task.advance(note=name)
     of = {name: tuple(factors[name] * each for each in found.options) for name, found in errors.items()}
     with progress.task("measuring what costs come to", len(_LEVELS)) as task:
-        curve = _curve(checkpoint, of, errors, factors, work, loss, task.advance)
+        curve = _curve(checkpoint, target.kind, of, errors, factors, work, loss, task.advance)
     return Costs(importance, of, curve)
 
 
@@ -160,8 +161,9 @@ def _quantised(checkpoint: Any, network: Network, name: str, option: Option, wor
 
 
 def _curve(
-    checkpoint: Any, costs: dict[str, tuple[float, ...]], errors: dict[str, Errors], factors: dict[str, float],
-    work: Work, loss: Callable[[dict[str, Callable[[], Tensor]]], Judged], advance: Callable[[], None],
+    checkpoint: Any, kind: Kind, costs: dict[str, tuple[float, ...]], errors: dict[str, Errors],
+    factors: dict[str, float], work: Work,
+    loss: Callable[[dict[str, Callable[[], Tensor]]], Judged], advance: Callable[[], None],
 ) -> Curve:  # fmt: skip
     """The loss with white noise in all tensors, each at its share of a sum of costs."""
     shares = {name: each[len(each) // 2] for name, each in costs.items()}
@@ -180,7 +182,7 @@ def _curve(
     for level in _LEVELS if largest > 0 else ():
         points.append((level * largest, loss({name: noisy(name, level) for name in costs}).promised))
         advance()
-    return Curve(tuple(points))
+    return Curve.of(kind, points)
 
 
 def _choose(checkpoint: Any, batches: list[Batch], ladder: Ladder, target: Target, costs: Costs) -> dict[str, int]:

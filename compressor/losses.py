@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,15 +20,14 @@ Kind = Literal["perplexity", "cosine", "accuracy"]
 TOKENS = 1024
 _SENTENCE = 32
 _POSITIONS = 64
-EXAMPLES = 64
+EXAMPLES, MANY_EXAMPLES = 64, 256
 
 
-def probe(batches: Sequence[Batch], kind: Kind) -> list[Batch]:
-    """A few samples of the calibration data: about 1,024 tokens, or 64 examples."""
+def probe(batches: Sequence[Batch], kind: Kind, examples: int = EXAMPLES) -> list[Batch]:
+    """A few samples of the calibration data: about 1,024 tokens, or as many examples, in whole batches."""
     first = batches[0]
     if "input_ids" not in first:
-        n = max(1, EXAMPLES // max(1, len(next(iter(first.values())))))
-        return list(batches[:n])
+        return list(batches[: math.ceil(examples / max(1, len(next(iter(first.values())))))])
     ids = first["input_ids"]
     ids = ids[: max(1, TOKENS // ids.shape[1])]
     if kind == "cosine" and ids.shape[1] % _SENTENCE == 0:
@@ -92,26 +92,39 @@ def divergence(wanted: Tensor, found: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Curve:
-    """The promised loss of a sum of costs: straight lines between measured points, through nothing at no cost."""
+    """The promised loss of a sum of costs: lines between measured points, through nothing at no cost.
+
+    power   the lines are straight over cost^power. A share of changed classes grows as the size of an error, which is
+            the root of its cost: as many predictions lie within a distance of the boundary as it is long
+    """
 
     points: tuple[tuple[float, float], ...]
+    power: float = 1.0
+
+    @classmethod
+    def of(cls, kind: Kind, points: Iterable[tuple[float, float]]) -> Curve:
+        """For losses of this kind."""
+        return cls(tuple(points), 0.5 if kind == "accuracy" else 1.0)
 
     def loss(self, cost: float) -> float:
-        costs, losses = self._lines()
-        if cost > costs[-1] and len(costs) > 1:
-            return float(losses[-1] * cost / costs[-1])
-        return float(np.interp(cost, costs, losses))
+        at, losses = self._lines()
+        x = cost**self.power
+        if x > at[-1] and len(at) > 1:
+            return float(losses[-1] * x / at[-1])
+        return float(np.interp(x, at, losses))
 
     def cost(self, loss: float) -> float:
         """The largest cost whose loss is at most `loss`."""
-        costs, losses = self._lines()
+        at, losses = self._lines()
         if loss >= losses[-1]:
-            return float(costs[-1] * loss / max(losses[-1], 1e-30)) if losses[-1] > 0 else float("inf")
-        above = int(np.flatnonzero(losses > loss)[0])
-        low, high = losses[above - 1], losses[above]
-        return float(costs[above - 1] + (costs[above] - costs[above - 1]) * (loss - low) / (high - low))
+            x = float(at[-1] * loss / max(losses[-1], 1e-30)) if losses[-1] > 0 else math.inf
+        else:
+            above = int(np.flatnonzero(losses > loss)[0])
+            low, high = losses[above - 1], losses[above]
+            x = float(at[above - 1] + (at[above] - at[above - 1]) * (loss - low) / (high - low))
+        return x ** (1 / self.power)
 
     def _lines(self) -> tuple[np.ndarray, np.ndarray]:
         ordered = sorted({(0.0, 0.0), *self.points})
         costs, losses = (np.array(column) for column in zip(*ordered, strict=True))
-        return costs, np.maximum.accumulate(losses)
+        return costs**self.power, np.maximum.accumulate(losses)

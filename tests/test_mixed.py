@@ -204,6 +204,19 @@ def test_a_curve_goes_through_its_points_and_back():
     assert curve.cost(0.1) == pytest.approx(2.0)
 
 
+def test_a_share_of_changed_classes_grows_as_the_root_of_a_cost():
+    curve = Curve.of("accuracy", [(0.04, 0.1), (0.01, 0.05)])
+    assert [curve.loss(cost) for cost in (0.0025, 0.0225, 0.16)] == pytest.approx([0.025, 0.075, 0.2])
+    for loss in (0.02, 0.07, 0.3):
+        assert curve.loss(curve.cost(loss)) == pytest.approx(loss)
+    assert Curve.of("cosine", [(0.04, 0.1)]).loss(0.01) == pytest.approx(0.025)
+    generator = torch.Generator().manual_seed(0)
+    logits, noise = torch.randn(2, 20000, 2, dtype=torch.double, generator=generator)
+    found = [judged("accuracy", [logits], [logits + size * noise], False) for size in (0.1, 0.05)]
+    ends = Curve.of("accuracy", [(found[0].rise, found[0].promised)])
+    assert ends.loss(found[1].rise) == pytest.approx(found[1].promised, rel=0.1)
+
+
 def test_a_plan_that_is_weighed_a_little_too_heavy_gives_way_to_the_next_smaller(llama):
     options = of_llama(llama)
     checkpoint, recipe = open_checkpoint(options.model), load_recipe(options.recipe)
