@@ -113,7 +113,7 @@ class LocalEngine(_Planning):
             status = process.wait()
             with self._lock:
                 self._running.discard(process)
-        return Ended(INTERRUPTED, "interrupted") if status == -signal.SIGINT else ended(status, log)
+        return ended(status, log)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -201,6 +201,8 @@ def ended(status: int, log: Path) -> Ended:
 
 def _ended(status: int, text: str) -> Ended:
     last = (text.strip().splitlines() or [""])[-1].removeprefix("Error: ")
+    if status == -signal.SIGINT:
+        return Ended(INTERRUPTED, "interrupted")
     if status < 0:
         return Ended(None, f"the worker was ended by {signal.Signals(-status).name}")
     return Ended(status, last)
