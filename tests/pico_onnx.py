@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper, parser
 
 from tests import pico
+from tests.evaluate.pico_graphs import decoder_text
 
 WIDTH, VOCABULARY = 64, 96
 
@@ -105,31 +106,10 @@ def tokens_data(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCABULARY, (n, 12))
 
 
-DECODER = f"""
-<ir_version: 10, opset_import: ["" : 21]>
-decoder (int64[B, N] input_ids, int64[B, T] attention_mask,
-         float[B, 4, P, 16] "past_key_values.0.key", float[B, 4, P, 16] "past_key_values.0.value")
-     => (float[B, N, {pico.VOCABULARY}] logits, float[B, 4, T, 16] "present.0.key",
-         float[B, 4, T, 16] "present.0.value")
-<int64[4] split = {{0, 0, 4, 16}}, int64[3] join = {{0, -1, 64}},
- int64[1] axis = {{2}}, int64 two = {{2}}, int64[1] end = {{9223372036854775807}}>
-{{
-  embedded = Gather(table, input_ids)
-  mixed = MatMul(embedded, mix)
-  rows = Reshape(mixed, split)
-  heads = Transpose<perm = [0, 2, 1, 3]>(rows)
-  "present.0.key" = Concat<axis = 2>("past_key_values.0.key", heads)
-  "present.0.value" = Concat<axis = 2>("past_key_values.0.value", heads)
-  summed = CumSum("present.0.value", two)
-  n = Shape<start = 1, end = 2>(input_ids)
-  minus_n = Neg(n)
-  last = Slice(summed, minus_n, end, axis)
-  back = Transpose<perm = [0, 2, 1, 3]>(last)
-  state = Reshape(back, join)
-  small = Tanh(state)
-  logits = MatMul(small, head)
-}}
-"""
+DECODER = decoder_text(
+    4, 16, pico.VOCABULARY, "gathered = Gather(table, input_ids)  embedded = MatMul(gathered, mix)",
+    "small = Tanh(state)  logits = MatMul(small, head)",
+)  # fmt: skip
 
 
 def decoder(folder: Path) -> Path:

@@ -12,16 +12,23 @@ from onnx import numpy_helper, parser
 HEADS, SIZE, VOCABULARY = 2, 3, 11
 WIDTH = HEADS * SIZE
 
-DECODER = f"""
+
+def decoder_text(heads: int, size: int, vocabulary: int, embed: str, answer: str) -> str:
+    """A decoder whose state is the running sum of its values, in ONNX's text form.
+
+    embed    statements from input_ids to `embedded` (B, N, heads · size)
+    answer   statements from `state`, of the same shape, to `logits`
+    """
+    return f"""
 <ir_version: 10, opset_import: ["" : 21]>
 decoder (int64[B, N] input_ids, int64[B, T] attention_mask,
-         float[B, {HEADS}, P, {SIZE}] "past_key_values.0.key", float[B, {HEADS}, P, {SIZE}] "past_key_values.0.value")
-     => (float[B, N, {VOCABULARY}] logits, float[B, {HEADS}, T, {SIZE}] "present.0.key",
-         float[B, {HEADS}, T, {SIZE}] "present.0.value")
-<int64[4] split = {{0, 0, {HEADS}, {SIZE}}}, int64[3] join = {{0, -1, {WIDTH}}},
+         float[B, {heads}, P, {size}] "past_key_values.0.key", float[B, {heads}, P, {size}] "past_key_values.0.value")
+     => (float[B, N, {vocabulary}] logits, float[B, {heads}, T, {size}] "present.0.key",
+         float[B, {heads}, T, {size}] "present.0.value")
+<int64[4] split = {{0, 0, {heads}, {size}}}, int64[3] join = {{0, -1, {heads * size}}},
  int64[1] axis = {{2}}, int64 two = {{2}}, int64[1] end = {{9223372036854775807}}>
 {{
-  embedded = Gather(table, input_ids)
+  {embed}
   rows = Reshape(embedded, split)
   heads = Transpose<perm = [0, 2, 1, 3]>(rows)
   "present.0.key" = Concat<axis = 2>("past_key_values.0.key", heads)
@@ -32,9 +39,14 @@ decoder (int64[B, N] input_ids, int64[B, T] attention_mask,
   last = Slice(summed, minus_n, end, axis)
   back = Transpose<perm = [0, 2, 1, 3]>(last)
   state = Reshape(back, join)
-  logits = MatMul(state, head)
+  {answer}
 }}
 """
+
+
+DECODER = decoder_text(
+    HEADS, SIZE, VOCABULARY, "embedded = Gather(table, input_ids)", "logits = MatMul(state, head)"
+)  # fmt: skip
 
 
 def decoder_weights() -> tuple[np.ndarray, np.ndarray]:
