@@ -42,8 +42,6 @@ UNITS = 25_000
 """Of a budget: sizes are rounded up to one of them."""
 _SMALL, _MENUS = 0.02, 8
 """Where the graph has a larger share of the bytes, this many sets of widths are tried."""
-_MARGIN = 64
-"""Bytes that positions of tensors may take in text beyond what the plan's order gives."""
 _ROUNDS = 4
 _LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Of the largest cost, at which the loss is measured with noise."""
@@ -192,7 +190,7 @@ def _choose(checkpoint: Any, batches: list[Batch], ladder: Ladder, target: Targe
         menu = Menu.of(ladder, costs, ladder.ends()[1].bytes_after)
         found = menu.frontier.smallest(costs.curve.cost(target.loss)) or menu.frontier.within(math.inf)
         return menu.chosen(found)
-    size, graph = target.size - _MARGIN, ladder.plan.files.get("model.onnx", 0)
+    size, graph = target.size, ladder.plan.files.get("model.onnx", 0)
     weigh = _weighed(checkpoint, batches, ladder)
     widths = sorted({bits_of(option.spec) for options in ladder.options.values() for option in options})
     allowed = [set(widths)]

@@ -116,7 +116,7 @@ def _run(options: RunOptions) -> Artifact:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     _refuse_unwritable(plan, options, recipe)
     ladder = None if recipe.early else _ladder(plan, recipe, options)
-    if options.allocates and any(getattr(step.settings, "activations", "") == "binary" for step in recipe.early):
+    if options.allocates and any(step.settings.signs_inputs for step in recipe.early):
         raise UsageError(
             f"{recipe.name}: widths are allocated by gradients, and binary inputs have none; leave --target-size and "
             "--max-loss out, or write activations: float"
@@ -326,10 +326,11 @@ def _write(checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, partial:
 
 
 class _Stored(Mapping[str, EncodedTensor]):
-    """The tensors as the plan stores them: sparse ones without the codes of zeros."""
+    """The tensors as the plan stores them: sparse ones without the codes of zeros, in its order, which tells sizes."""
 
     def __init__(self, tensors: EncodedTensors, plan: Plan) -> None:
         self.tensors = tensors
+        self.names = sorted(tensors, key={tensor.name: at for at, tensor in enumerate(plan.tensors)}.__getitem__)
         self.sparse = {tensor.name for tensor in plan.tensors if isinstance(tensor.spec, SparseSpec)}
 
     def __getitem__(self, name: str) -> EncodedTensor:
@@ -340,10 +341,10 @@ class _Stored(Mapping[str, EncodedTensor]):
         return EncodedTensor(Sparse(tensor.encoding.shape, tensor.encoding), tensor.layout)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self.names)
 
 
 def _export(
