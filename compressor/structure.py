@@ -179,15 +179,8 @@ def _subject(
 ) -> Subject:  # fmt: skip
     if not data.batches:
         raise CheckpointError(f"{checkpoint.path}: {step.name} traces the network on an example; give --data")
-    if checkpoint.family == "decoder" and getattr(step.settings, "activations", "float") == "binary":
-        raise CheckpointError(
-            f"{checkpoint.path}: the graph of decoders has no layers on binary inputs; write activations: float"
-        )
-    if checkpoint.family == "decoder" and getattr(step.settings, "erase", False):
-        raise CheckpointError(
-            f"{checkpoint.path}: the graph of decoders has whole blocks only, and {step.name} erases parts of them; "
-            "write erase: false, or take n2n with units: block"
-        )
+    if checkpoint.family == "decoder" and step.settings.refuses_decoders:
+        raise CheckpointError(f"{checkpoint.path}: {step.settings.refuses_decoders}")
     module = checkpoint.build("cpu").float()
     example = {name: tensor[:2] for name, tensor in data.batches[0].items()}
 

@@ -103,6 +103,16 @@ class Pass(BaseModel, ABC):
         """Whether its encoding holds exact zeros, so that what a pass before has dropped stays dropped."""
         return True
 
+    @property
+    def signs_inputs(self) -> bool:
+        """Whether layers are given signs, so that no gradient of the result tells about their inputs."""
+        return False
+
+    @property
+    def refuses_decoders(self) -> str | None:
+        """Why the graph of decoders cannot hold its result, and what to write instead; None where it can."""
+        return None
+
 
 class StructurePass(Pass):
     """A pass that returns a smaller network; its `restructure` takes a `core.structure.Subject`."""

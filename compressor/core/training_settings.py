@@ -147,6 +147,15 @@ Pruning to Erasing Operators, 2023, https://arxiv.org/abs/2312.09411"
         return not self.erase
 
     @property
+    def refuses_decoders(self) -> str | None:
+        if not self.erase:
+            return None
+        return (
+            "the graph of decoders has whole blocks only, and oto erases parts of them; write erase: false, or take "
+            "n2n with units: block"
+        )
+
+    @property
     def removes_exactly(self) -> bool:
         return super().removes_exactly and not self.erase
 
@@ -195,3 +204,12 @@ Networks Training, ICCV 2023, https://arxiv.org/abs/2308.06689"
     @property
     def keeps_zeros(self) -> bool:
         return False
+
+    @property
+    def signs_inputs(self) -> bool:
+        return self.activations == "binary"
+
+    @property
+    def refuses_decoders(self) -> str | None:
+        signs = "the graph of decoders has no layers on binary inputs; write activations: float"
+        return signs if self.signs_inputs else None
