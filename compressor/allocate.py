@@ -95,7 +95,9 @@ def allocate(
     file = work.folder / "allocation.json"
     if not file.exists():
         costs = find_costs(checkpoint, batches, survey, ladder, target, work, progress)
-        chosen = _choose(checkpoint, batches, ladder, target, costs)
+        with progress.task("choosing widths", 1) as task:
+            chosen = _choose(checkpoint, batches, ladder, target, costs)
+            task.advance()
         report = _report(ladder, chosen, costs, target)
         report["expected_bytes"] = _weighed(checkpoint, batches, ladder)(ladder.plan_of(_options(ladder, chosen)))
         partial = file.with_suffix(".partial")

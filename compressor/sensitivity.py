@@ -2,7 +2,7 @@
 
 The error of a width is e = tr(D·H·Dᵀ), the mean squared error of the layer's output, with D = W − Ŵ of a sample of
 rows and H the second moment of its inputs. A width's Ŵ comes from a quick stand-in for the pass, times how much better
-the pass itself is at one width. What an error costs is k·e:
+the pass itself is at one width, on inputs that it was not given. What an error costs is k·e:
 
     fisher     k = ½·s, s the mean of (∂ℓ/∂y)² that the survey found, with H weighted by token: the second-order rise of
                ℓ in nats (Kronecker-factored, as in `survey`). For language models with blocks
@@ -27,8 +27,11 @@ from compressor.graph.blocks import layers, layout_of, unfolds
 from compressor.ladder import Option, Options
 from compressor.recipe import load_pass
 from compressor.settled import Settled
-from compressor.streaming import Batch, Network, layer_stages, second_moments
+from compressor.streaming import Arguments, Batch, Network, layer_stages, second_moments
 from compressor.survey import Survey
+
+Moments = tuple[Tensor, Tensor]
+"""Second moments (in, in) of a layer's inputs: those that a pass is given, and those that its error is measured by."""
 
 ROWS = 64
 """Of a matrix, on which widths are compared."""
@@ -59,16 +62,14 @@ def tensor_errors(
     for block, module, reached in network.sweep(batches):
         prefix = f"{block}." if block else ""
         inside = layers(module, prefix)
-        moments: dict[str, Tensor] = {}
+        moments: dict[str, Moments] = {}
         settled = Settled(network, module, () if block else reached)
         to_come = {name: id(inside[name].weight) for name in inside.keys() & options.keys()}
         for stage in layer_stages(network, module, prefix, reached[0]):
             for due in alike([name for name in stage.names if name in options], inside):
                 if unfolds(inside[due[0]]):
                     settled.advance(to_come.values())
-                    moments, _ = second_moments(
-                        network, module, inside, due, stage.calls, reached, survey.importance, settled.begun
-                    )  # fmt: skip
+                    moments = _moments(network, module, inside, due, stage.calls, reached, survey, settled)
                 for name in due:
                     del to_come[name]
                     found[name] = _of_layer(inside[name], moments.pop(name, None), options[name], work.generator(name))
@@ -78,6 +79,26 @@ def tensor_errors(
         if not block:
             break
     return {name: found[name] for name in options if name in found}
+
+
+def _moments(
+    network: Network, block: nn.Module, inside: Mapping[str, nn.Module], due: list[str], calls: int,
+    reached: list[Arguments], survey: Survey, settled: Settled,
+) -> dict[str, Moments]:  # fmt: skip
+    """Of each layer: to encode by, and to measure the error by.
+
+    They are of different batches where importance is measured: fitted to 256 vectors of 1280 values, as behind a
+    pooling, a pass looks better than it is.
+    """
+    n_parts = 1 if survey.importance or len(reached) < 2 else 2
+    parts = [
+        second_moments(
+            network, block, inside, due, calls, reached[part::n_parts], survey.importance,
+            lambda i, part=part: settled.begun(n_parts * i + part),
+        )[0]
+        for part in range(n_parts)
+    ]  # fmt: skip
+    return {name: (parts[0][name], parts[-1][name]) for name in due}
 
 
 def _outside(
@@ -98,27 +119,28 @@ def _outside(
     if len(weight) != head.weight.shape[0]:
         ids = torch.arange(len(weight))
     rows = ids[torch.randperm(len(ids), generator=generator)[:TABLE_ROWS]]
-    return _errors(weight[rows], moment, 1 / len(rows), options, generator)
+    return _errors(weight[rows], (moment, moment), 1 / len(rows), options, generator)
 
 
 def _of_layer(
-    module: nn.Module, moment: Tensor | None, options: tuple[Option, ...], generator: torch.Generator
+    module: nn.Module, moments: Moments | None, options: tuple[Option, ...], generator: torch.Generator
 ) -> Errors:
     layout = layout_of(module)
     assert layout is not None
     weight = layout.matrix(module.weight.data.float())
-    rows = torch.randperm(len(weight), generator=generator)[: ROWS if moment is not None else TABLE_ROWS]
-    return _errors(weight[rows], moment, len(weight) / len(rows), options, generator)
+    rows = torch.randperm(len(weight), generator=generator)[: ROWS if moments is not None else TABLE_ROWS]
+    moments = moments or (torch.eye(weight.shape[1]),) * 2
+    return _errors(weight[rows], moments, len(weight) / len(rows), options, generator)
 
 
 def _errors(
-    weight: Tensor, moment: Tensor | None, factor: float, options: tuple[Option, ...], generator: torch.Generator
+    weight: Tensor, moments: Moments, factor: float, options: tuple[Option, ...], generator: torch.Generator
 ) -> Errors:
     """Of rows (n, in) that stand for n·factor rows."""
-    moment = torch.eye(weight.shape[1]) if moment is None else moment
+    given, moment = moments
 
     def error(method) -> float:
-        difference = weight - load_pass(method).encode(weight, moment, generator).decode()
+        difference = weight - load_pass(method).encode(weight, given, generator).decode()
         return factor * float(((difference @ moment) * difference).sum().clamp_min(0))
 
     probe = len(options) // 2

@@ -15,9 +15,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from compressor.graph.blocks import first_tensor
 from compressor.streaming import Arguments, Network
 
-LIMIT = 256_000_000
+LIMIT, FLOAT = 256_000_000, 4
 """Bytes of outputs that are held; where there are more, the forward begins earlier."""
 
 
@@ -31,7 +32,8 @@ class Settled:
     def __init__(self, network: Network, block: nn.Module, reached: Sequence[Arguments]) -> None:
         self._network, self._block, self._reached = network, block, reached
         self._modules: list[nn.Module] = []
-        self._shapes: list[torch.Size] = []
+        self._shapes: list[torch.Size] = []  # of what they give for one example
+        self._n_examples = sum(len(first_tensor((*args, *kwargs.values()))) for args, kwargs in reached)
         self._n, self._held = 0, list[Tensor]()
         self._allowed: Collection[int] = ()
         if reached and len({_shapes_of(arguments) for arguments in reached}) == 1:
@@ -41,19 +43,14 @@ class Settled:
     def advance(self, changing: Iterable[int]) -> None:
         """Settles what has none of the parameters, by identity, that are still to change."""
         n, changing = 0, set(changing)
-        for number, module in enumerate(self._modules, 1):
+        for number, (module, shape) in enumerate(zip(self._modules, self._shapes, strict=True), 1):
             if any(id(parameter) in changing for parameter in module.parameters()):
                 break
-            n = number if number in self._allowed else n
-        if n <= self._n:
-            return
-        held, n_bytes = [], 0
-        for i, arguments in enumerate(self._reached):
-            held.append(self._output(self._modules[n - 1], i, arguments))
-            n_bytes += held[-1].nbytes
-            if n_bytes > LIMIT:
-                return
-        self._n, self._held = n, held
+            if number in self._allowed and FLOAT * math.prod(shape) * self._n_examples <= LIMIT:
+                n = number
+        if n > self._n:
+            held = [self._output(self._modules[n - 1], i, arguments) for i, arguments in enumerate(self._reached)]
+            self._n, self._held = n, held
 
     def begun(self, i: int) -> contextlib.AbstractContextManager[None]:
         """Within it a forward of batch number `i` begins after what is settled."""
@@ -101,7 +98,7 @@ class Settled:
         def note(module: nn.Module, args: tuple, output: object) -> None:
             called.append(module)
             chains = len(args) == 1 and isinstance(output, Tensor) and output.dtype == args[0].dtype
-            outputs.append(output.clone() if chains else torch.empty(0))
+            outputs.append(output.clone() if chains and len(output) == len(args[0]) else torch.empty(0))
 
         handles = [module.register_forward_hook(note) for module in chained]
         try:
@@ -118,7 +115,7 @@ class Settled:
         try:
             with self._skipping(n, held):
                 return torch.equal(self._network.step(self._block, example), wanted)
-        except (RuntimeError, ValueError, IndexError):
+        except Exception:  # whatever a network says to NaN
             return False
 
 

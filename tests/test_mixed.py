@@ -16,13 +16,19 @@ from compressor.core.errors import DataError, GateFailed, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.settings import AffineSettings, JlcmSettings, RoundingSettings
 from compressor.core.tensors import EncodedTensors
+from compressor.encode import Work
 from compressor.export.forms import refusal
 from compressor.export.planned import planned_bytes
+from compressor.graph.blocks import layout_of, unfold_inputs
 from compressor.ladder import Ladder
 from compressor.losses import Curve, judged
 from compressor.pipeline import run
 from compressor.plan import make_plan
+from compressor.recipe import load_pass
 from compressor.recipe_file import load_recipe
+from compressor.sensitivity import ROWS, tensor_errors
+from compressor.streaming import Network
+from compressor.survey import Survey
 from tests import pico
 
 AFFINE = """
@@ -194,6 +200,37 @@ def test_options_are_sorted_and_no_two_store_the_same(llama):
         sizes = [option.nbytes for option in options]
         assert sizes == sorted(sizes)
         assert len({option.spec.label for option in options}) == len(options) > 4
+
+
+def test_errors_are_measured_on_inputs_that_the_pass_was_not_given(folder):
+    """Behind a pooling there are fewer vectors than values, and a pass that is fitted to them looks too good."""
+    options = of_network(folder)
+    checkpoint, recipe = open_checkpoint(options.model, arch=options.arch), load_recipe(options.recipe)
+    ladder = Ladder.of(make_plan(checkpoint, recipe), recipe, "onnx", "default")
+    x = torch.randn(2, 8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    work, network = Work(folder, 0), Network(checkpoint, fast=False)
+    found = tensor_errors(network, [{"": x[0]}, {"": x[1]}], ladder.options, Survey(), work, lambda note: None)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in found}
+    module = checkpoint.build("cpu").eval()
+    for name in found:
+        layer = module.get_submodule(name.removesuffix(".weight"))
+        layer.register_forward_pre_hook(lambda m, args, name=name: seen[name].append(unfold_inputs(m, args[0])))
+    with torch.no_grad():
+        module(x[0]), module(x[1])
+    for name, errors in found.items():
+        given, other = (rows.T @ rows / len(rows) for rows in seen[name])
+        layout = layout_of(module.get_submodule(name.removesuffix(".weight")))
+        weight = layout.matrix(module.get_parameter(name).data)
+        if len(weight) > ROWS:
+            continue
+
+        def error(method, weight=weight, given=given, other=other) -> float:
+            left = weight - load_pass(method).encode(weight, given, torch.Generator()).decode()
+            return float(((left @ other) * left).sum())
+
+        probe = len(ladder.options[name]) // 2
+        assert errors.options[probe] == pytest.approx(error(ladder.options[name][probe].method), rel=1e-3)
+        assert errors.white == pytest.approx(len(weight) * float(other.diagonal().sum()), rel=1e-4)
 
 
 def test_a_curve_goes_through_its_points_and_back():

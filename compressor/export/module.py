@@ -33,25 +33,17 @@ PREFIX = "network."
 TRACED_OPSET = 21
 
 
-def export_module(
-    module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]],
-    out_dir: Path, mode: Mode = "default", exact: bool = False, calibration: Sequence[Mapping[str, Tensor]] = (),
-) -> Path:  # fmt: skip
-    """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path.
-
-    The first dimension of every input is free, and the second of integer inputs of two dimensions (tokens). Outputs:
-    `last_hidden_state` and the `…logits` of a transformers model, `output` or `output_0`, … of another.
+def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, path: Path) -> ir.Model:
+    """The graph of a module for `export_module` to write. Of `tensors` only the names are used.
 
     Args:
-        module: Its parameters may be on meta; their values are not used, only those of `tensors` are.
+        module: Its parameters may be on meta; their values are not used.
         example: Inputs by the names of forward's arguments; a single one may have any other name, or none ("").
-        calibration: Batches like it. Where there are any, convolutions compute on int8 activations whose ranges are
-            those of these batches.
+        path: Of the file that it is for, to be named in errors.
 
     Raises:
-        ExportError: torch cannot trace the module, or a tensor has an encoding that its consumer cannot use.
+        ExportError: torch cannot trace the module, or a weight is in neither.
     """
-    path = out_dir / MODEL_FILE
     if not example:
         raise ExportError(f"{path}: there is no example of the network's inputs to trace it with; give data")
     notes: list[list[str]] = []
@@ -62,8 +54,27 @@ def export_module(
     _free_weights(model.graph, shell.network, empty, tensors, path)
     model = onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
     _name_ends(model.graph, inputs, notes[-1])
+    return model
+
+
+def export_module(
+    traced: ir.Model, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], out_dir: Path,
+    mode: Mode = "default", exact: bool = False, calibration: Sequence[Mapping[str, Tensor]] = (),
+) -> Path:  # fmt: skip
+    """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path. Changes `traced`.
+
+    The first dimension of every input is free, and the second of integer inputs of two dimensions (tokens). Outputs:
+    `last_hidden_state` and the `…logits` of a transformers model, `output` or `output_0`, … of another.
+
+    Args:
+        calibration: Batches of inputs. Where there are any, convolutions compute on int8 activations whose ranges are
+            those of these batches.
+
+    Raises:
+        ExportError: A tensor has an encoding that its consumer cannot use.
+    """
     writing = Rewriting(tensors, offsets, out_dir, mode, exact, lambda found: _finish(found, mode))
-    return writing.write(model, path, calibration)
+    return writing.write(traced, out_dir / MODEL_FILE, calibration)
 
 
 def encoder_example(config: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -11,6 +12,12 @@ from compressor.core.tensors import EncodedTensors
 from compressor.export.decoder import export_decoder
 from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import Mode
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_TRACES: WeakKeyDictionary[Any, dict[tuple, ir.Model]] = WeakKeyDictionary()
+"""Of each checkpoint. Tracing takes most of the time of an export, and a network is exported several times."""
 
 
 def export_graph(
@@ -34,8 +41,12 @@ def export_graph(
         graph = export_decoder(config, tensors, offsets, directory, mode, exact)
         write_genai_config(config, None, directory)
         return graph
-    from compressor.export.module import encoder_example, export_module
+    from compressor.export.module import MODEL_FILE, encoder_example, export_module, trace_module
 
     example = encoder_example(config) if checkpoint.family == "encoder" else batches[0] if batches else {}
+    shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in example.items())
+    traces, key = _TRACES.setdefault(checkpoint, {}), (frozenset({*tensors, *tensors.tied}), shapes)
+    if key not in traces:
+        traces[key] = trace_module(checkpoint.build(), example, tensors, directory / MODEL_FILE)
     calibration = batches if static else []
-    return export_module(checkpoint.build(), example, tensors, offsets, directory, mode, exact, calibration)
+    return export_module(traces[key].clone(), tensors, offsets, directory, mode, exact, calibration)

@@ -10,6 +10,7 @@ from torch import nn
 
 from compressor.core.encoding import Affine, Codebook, Dense, Scales
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.export.module import export_module, trace_module
 from compressor.graph.blocks import layers, layout_of
 
 BERT = {
@@ -106,3 +107,9 @@ def compressed(module: nn.Module, directory: Path, encode=rounded) -> tuple[Enco
             tensors[name] = EncodedTensor.dense(tensor.data, dtype)
     offsets = write_tensors(directory / "model.safetensors", tensors, ties)
     return EncodedTensors([directory / "model.safetensors"]), offsets
+
+
+def traced_and_written(module, example, tensors, offsets, folder: Path, *args, **settings) -> Path:
+    """The file of a module's graph."""
+    traced = trace_module(module, example, tensors, folder / "model.onnx")
+    return export_module(traced, tensors, offsets, folder, *args, **settings)
