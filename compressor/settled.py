@@ -103,6 +103,8 @@ class Settled:
         handles = [module.register_forward_hook(note) for module in chained]
         try:
             wanted = self._network.step(self._block, example)
+        except Exception:  # a network that takes no single example is run as a whole
+            return
         finally:
             for handle in handles:
                 handle.remove()
@@ -132,7 +134,8 @@ def _chained(block: nn.Module) -> list[nn.Module]:
 
 def _first_example(arguments: Arguments) -> Arguments:
     args, kwargs = arguments
-    return tuple(each[:1] for each in args), {name: each[:1] for name, each in kwargs.items()}
+    first = {name: each[:1] if each.dim() else each for name, each in kwargs.items()}
+    return tuple(each[:1] for each in args), first
 
 
 def _shapes_of(arguments: Arguments) -> tuple:
