@@ -9,10 +9,10 @@
 
 For each network every uniform setting (bits × group) is run, then mixed precision at the size of several of them, with
 --target-size. The quality is that of held-out data in compression.json: the loss of `losses.Kind`. Digits are MNIST
-pictures, turned and moved, ten to calibrate on and ten others to evaluate; MobileNetV2 sees crops of ten photos, and is
-compared with the original on crops of ten others, its depthwise convolutions in 8 bits throughout; the ResNet-20 is
-calibrated on 512 images of Fashion-MNIST's training set and evaluated on its 10,000 test images. Results go to
-docs/measured/mixed.json.
+pictures, turned and moved, ten to calibrate on and ten others to evaluate; MobileNetV2 sees crops of thirty pictures,
+ten of ImageNet and twenty of CIFAR, and is compared with the original on crops of thirty others, its depthwise
+convolutions in 8 bits throughout; the ResNet-20 is calibrated on 512 images of Fashion-MNIST's training set and
+evaluated on its 10,000 test images. Results go to docs/measured/mixed.json.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def digits() -> dict[str, str]:
 
 
 def photos() -> dict[str, str]:
-    files = sorted(model_dir("photos").glob("imagenet_*.jpg"))
+    files = [file for kind in ("imagenet_*.jpg", "cifar10*_*.png") for file in sorted(model_dir("photos").glob(kind))]
     return {
-        "data": saved("photos-data", image=crops(files[::2], 256, 0)),
-        "eval": saved("photos-eval", image=crops(files[1::2], 1000, 3)),
+        "data": saved("photos-data", image=crops(files[::2], 240, 0)),
+        "eval": saved("photos-eval", image=crops(files[1::2], 600, 3)),
     }  # fmt: skip
 
 
