@@ -129,7 +129,9 @@ def _of_layer(
     assert layout is not None
     weight = layout.matrix(module.weight.data.float())
     rows = torch.randperm(len(weight), generator=generator)[: ROWS if moments is not None else TABLE_ROWS]
-    moments = moments or (torch.eye(weight.shape[1]),) * 2
+    if moments is None:
+        plain = torch.eye(weight.shape[1])
+        moments = plain, plain
     return _errors(weight[rows], moments, len(weight) / len(rows), options, generator)
 
 
