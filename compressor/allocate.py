@@ -95,11 +95,12 @@ def allocate(
     file = work.folder / "allocation.json"
     if not file.exists():
         costs = find_costs(checkpoint, batches, survey, ladder, target, work, progress)
+        weigh = _weighed(checkpoint, batches, ladder)
         with progress.task("choosing widths", 1) as task:
-            chosen = _choose(checkpoint, batches, ladder, target, costs)
+            chosen = _choose(ladder, target, costs, weigh)
             task.advance()
         report = _report(ladder, chosen, costs, target)
-        report["expected_bytes"] = _weighed(checkpoint, batches, ladder)(ladder.plan_of(_options(ladder, chosen)))
+        report["expected_bytes"] = weigh(ladder.plan_of(_options(ladder, chosen)))
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps({"chosen": chosen, "report": report}))
         partial.rename(file)
@@ -185,7 +186,7 @@ def _curve(
     return Curve.of(kind, points)
 
 
-def _choose(checkpoint: Any, batches: list[Batch], ladder: Ladder, target: Target, costs: Costs) -> dict[str, int]:
+def _choose(ladder: Ladder, target: Target, costs: Costs, weigh: Callable[[Plan], int]) -> dict[str, int]:
     """The number of each tensor's option."""
     if target.size is None:
         assert target.loss is not None
@@ -193,7 +194,6 @@ def _choose(checkpoint: Any, batches: list[Batch], ladder: Ladder, target: Targe
         found = menu.frontier.smallest(costs.curve.cost(target.loss)) or menu.frontier.within(math.inf)
         return menu.chosen(found)
     size, graph = target.size, ladder.plan.files.get("model.onnx", 0)
-    weigh = _weighed(checkpoint, batches, ladder)
     widths = sorted({bits_of(option.spec) for options in ladder.options.values() for option in options})
     allowed = [set(widths)]
     if graph > _SMALL * size:  # what a width needs in the graph, once for all tensors, decides whether it is worth it

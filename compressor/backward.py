@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressor.streaming import Network, _Stop
+from compressor.streaming import Network, Stop
 
 _POSITIONS = 512
 
@@ -29,11 +29,11 @@ def head_input(network: Network, call: Callable[[], Any]) -> Tensor:
 
     def catch(_: nn.Module, args: tuple) -> None:
         caught.append(args[0])
-        raise _Stop
+        raise Stop
 
     handle = head_of(network.module).register_forward_pre_hook(catch)
     try:
-        with contextlib.suppress(_Stop), network.autocast():
+        with contextlib.suppress(Stop), network.autocast():
             call()
     finally:
         handle.remove()

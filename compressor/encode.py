@@ -24,12 +24,12 @@ from compressor.core.passes import Need, Statistics
 from compressor.core.spec import DenseSpec, RefinedSpec, Spec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.gradients import load_gradients
-from compressor.graph.blocks import first_tensor, geometry, layers, layout_of, unfolds
+from compressor.graph.blocks import geometry, layers, layout_of, unfolds
 from compressor.planned import Plan, PlannedTensor
 from compressor.recipe import Recipe, load_pass
 from compressor.settled import Settled
 from compressor.shares import allocated_shares
-from compressor.streaming import Arguments, Batch, Network, hidden_of, layer_stages, second_moments
+from compressor.streaming import Batch, Network, hidden_of, layer_stages, n_examples, second_moments
 from compressor.survey import Survey
 from compressor.training import Rates, Student, reconstruct
 
@@ -253,15 +253,15 @@ def _encode_block(
     found = layers(block, dotted)
     passes = {name: choice.of(name, module) for name, module in found.items()}
     gradients = load_gradients(work.folder, prefix) if any(_wants_gradient(chain) for chain in passes.values()) else {}
-    n_sequences = max(1, sum(_n_examples(arguments) for arguments in reached))
+    n_sequences = max(1, sum(n_examples(arguments) for arguments in reached))
     tensors: dict[str, EncodedTensor] = {}
-    settled = Settled(network, block, () if prefix else reached)
-    to_come = {name: id(module.weight) for name, module in found.items() if passes[name] is not None}
+    encoded = [module.weight for name, module in found.items() if passes[name] is not None]
+    settled = Settled(network, block, () if prefix else reached, encoded)
     for stage in layer_stages(network, block, dotted, reached[0]) if reached else ():
         for due in alike([name for name in stage.names if passes[name] is not None], found):
             moments, n_rows = {}, 0
             if unfolds(found[due[0]]) and any("data" in passes[name].needs for name in due):
-                settled.advance(to_come.values())
+                settled.advance()
                 moments, n_rows = second_moments(
                     network, block, found, due, stage.calls, reached, survey.importance, settled.begun
                 )  # fmt: skip
@@ -270,7 +270,7 @@ def _encode_block(
                 known = replace(known, sparsity=shares.get(name))
                 tensors[name] = _encode(passes[name], name, found[name], known, work, learners)
                 found[name].weight.data = tensors[name].decode()
-                del to_come[name]
+                settled.done(found[name].weight)
     for name, module in found.items():
         if passes[name] is not None and name not in tensors:
             tensors[name] = _encode(passes[name], name, module, Statistics(), work)
@@ -289,11 +289,6 @@ def alike(names: list[str], found: Mapping[str, nn.Module]) -> list[list[str]]:
         module = found[name]
         groups.setdefault((unfolds(module), geometry(module), layout_of(module).transposed), []).append(name)
     return list(groups.values())
-
-
-def _n_examples(arguments: Arguments) -> int:
-    args, kwargs = arguments
-    return len(first_tensor((*args, *kwargs.values())))
 
 
 def _wants_gradient(chain: Chain | None) -> bool:

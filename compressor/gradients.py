@@ -26,7 +26,7 @@ from compressor.backward import HiddenFiles, back_through, head_input, head_of, 
 from compressor.core.errors import CheckpointError
 from compressor.core.memory import give_back
 from compressor.graph.blocks import layers, layout_of
-from compressor.streaming import Batch, Network, _Stop, hidden_of
+from compressor.streaming import Batch, Network, Stop, hidden_of
 
 OUTSIDE = "outside"
 """Block name of what lies in no block."""
@@ -184,14 +184,14 @@ def _through_entry(network: Network, sequences: list[Sequence], upstream: list[T
 
     def catch(_: nn.Module, args: tuple, kwargs: dict) -> None:
         caught[:] = [hidden_of((args, kwargs))]
-        raise _Stop
+        raise Stop
 
     handle = network.block(network.blocks[0]).register_forward_pre_hook(catch, with_kwargs=True)
     try:
         with network.loaded(network.outside):
             outside.open()
             for i, (batch, _) in enumerate(sequences):
-                with torch.enable_grad(), contextlib.suppress(_Stop), network.autocast():
+                with torch.enable_grad(), contextlib.suppress(Stop), network.autocast():
                     network.call(batch)
                 if caught[0].requires_grad:
                     caught[0].backward(upstream[i].to(caught[0].dtype))

@@ -63,15 +63,15 @@ def tensor_errors(
         prefix = f"{block}." if block else ""
         inside = layers(module, prefix)
         moments: dict[str, Moments] = {}
-        settled = Settled(network, module, () if block else reached)
-        to_come = {name: id(inside[name].weight) for name in inside.keys() & options.keys()}
+        compared = [inside[name].weight for name in inside.keys() & options.keys()]
+        settled = Settled(network, module, () if block else reached, compared)
         for stage in layer_stages(network, module, prefix, reached[0]):
             for due in alike([name for name in stage.names if name in options], inside):
                 if unfolds(inside[due[0]]):
-                    settled.advance(to_come.values())
+                    settled.advance()
                     moments = _moments(network, module, inside, due, stage.calls, reached, survey, settled)
                 for name in due:
-                    del to_come[name]
+                    settled.done(inside[name].weight)
                     found[name] = _of_layer(inside[name], moments.pop(name, None), options[name], work.generator(name))
         for name in inside.keys() & options.keys() - found.keys():
             found[name] = _of_layer(inside[name], None, options[name], work.generator(name))

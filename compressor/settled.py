@@ -10,43 +10,45 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from compressor.graph.blocks import first_tensor
-from compressor.streaming import Arguments, Network
+from compressor.graph.blocks import patched
+from compressor.streaming import Arguments, Network, Stop, n_examples
 
-LIMIT, FLOAT = 256_000_000, 4
+LIMIT = 256_000_000
 """Bytes of outputs that are held; where there are more, the forward begins earlier."""
 
 
-class _Stop(Exception):
-    """Ends a forward once the last settled module has answered."""
-
-
 class Settled:
-    """What of `block` is settled, nothing at first."""
+    """What of `block` is settled, nothing at first; `changing` are the weights that are to be `done` with before."""
 
-    def __init__(self, network: Network, block: nn.Module, reached: Sequence[Arguments]) -> None:
+    def __init__(
+        self, network: Network, block: nn.Module, reached: Sequence[Arguments], changing: Iterable[Tensor]
+    ) -> None:
         self._network, self._block, self._reached = network, block, reached
+        self._changing = set(map(id, changing))
         self._modules: list[nn.Module] = []
-        self._shapes: list[torch.Size] = []  # of what they give for one example
-        self._n_examples = sum(len(first_tensor((*args, *kwargs.values()))) for args, kwargs in reached)
+        self._outputs: list[Tensor] = []  # what they give for one example, on meta
+        self._allowed: list[int] = []
         self._n, self._held = 0, list[Tensor]()
-        self._allowed: Collection[int] = ()
         if reached and len({_shapes_of(arguments) for arguments in reached}) == 1:
             self._find()
 
+    def done(self, weight: Tensor) -> None:
+        """From now on this weight stays as it is."""
+        self._changing.discard(id(weight))
+
     @torch.no_grad()
-    def advance(self, changing: Iterable[int]) -> None:
-        """Settles what has none of the parameters, by identity, that are still to change."""
-        n, changing = 0, set(changing)
-        for number, (module, shape) in enumerate(zip(self._modules, self._shapes, strict=True), 1):
-            if any(id(parameter) in changing for parameter in module.parameters()):
+    def advance(self) -> None:
+        """Holds the output of the last module up to which nothing changes any more."""
+        n, examples = 0, sum(map(n_examples, self._reached))
+        for number, (module, output) in enumerate(zip(self._modules, self._outputs, strict=True), 1):
+            if any(id(parameter) in self._changing for parameter in module.parameters()):
                 break
-            if number in self._allowed and FLOAT * math.prod(shape) * self._n_examples <= LIMIT:
+            if number in self._allowed and output.nbytes * examples <= LIMIT:
                 n = number
         if n > self._n:
             held = [self._output(self._modules[n - 1], i, arguments) for i, arguments in enumerate(self._reached)]
@@ -54,38 +56,30 @@ class Settled:
 
     def begun(self, i: int) -> contextlib.AbstractContextManager[None]:
         """Within it a forward of batch number `i` begins after what is settled."""
-        return self._skipping(self._n, self._held[i] if self._n else None)
+        return self._after(self._n, self._held[i]) if self._n else contextlib.nullcontext()
 
     def _output(self, module: nn.Module, i: int, arguments: Arguments) -> Tensor:
         found: list[Tensor] = []
 
         def catch(_: nn.Module, args: tuple, output: Tensor) -> None:
             found.append(output.clone())
-            raise _Stop
+            raise Stop
 
         handle = module.register_forward_hook(catch)
         try:
-            with self.begun(i), contextlib.suppress(_Stop):
+            with self.begun(i), contextlib.suppress(Stop):
                 self._network.step(self._block, arguments)
         finally:
             handle.remove()
         return found[0]
 
-    @contextlib.contextmanager
-    def _skipping(self, n: int, held: Tensor | None) -> Iterator[None]:
-        """The first `n` modules do nothing, and the last of them gives what is held."""
-        passed: list[Callable[[Tensor], Tensor]] = [
-            lambda x, shape=shape: x.new_full((len(x), *shape[1:]), math.nan) for shape in self._shapes[:n]
+    def _after(self, n: int, held: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile the first `n` modules do nothing, and the last of them gives what is held."""
+        forwards: list[Callable[[Tensor], Tensor]] = [
+            lambda x, output=output: x.new_full((len(x), *output.shape[1:]), math.nan) for output in self._outputs[:n]
         ]
-        if held is not None:
-            passed[-1:] = [lambda x: held.clone()]  # what comes next may work in place
-        try:
-            for module, forward in zip(self._modules, passed, strict=False):
-                module.forward = forward
-            yield
-        finally:
-            for module in self._modules[:n]:
-                module.__dict__.pop("forward", None)
+        forwards[-1] = lambda x: held.clone()  # what comes next may work in place
+        return patched(dict(zip(self._modules[:n], forwards, strict=True)))
 
     @torch.no_grad()
     def _find(self) -> None:
@@ -93,32 +87,41 @@ class Settled:
         example = _first_example(self._reached[0])
         called: list[nn.Module] = []
         outputs: list[Tensor] = []
-        chained = _chained(self._block)
-
-        def note(module: nn.Module, args: tuple, output: object) -> None:
-            called.append(module)
-            chains = len(args) == 1 and isinstance(output, Tensor) and output.dtype == args[0].dtype
-            outputs.append(output.clone() if chains and len(output) == len(args[0]) else torch.empty(0))
-
-        handles = [module.register_forward_hook(note) for module in chained]
+        handles = [module.register_forward_hook(_noting(called, outputs)) for module in _chained(self._block)]
         try:
-            wanted = self._network.step(self._block, example)
-        except Exception:  # a network that takes no single example is run as a whole
-            return
+            wanted = self._answer(example)
         finally:
             for handle in handles:
                 handle.remove()
-        if len(set(map(id, called))) < len(called) or any(not len(output) for output in outputs):
+        if wanted is None or len(set(called)) < len(called) or len(outputs) < len(called):
             return
-        self._modules, self._shapes = called, [output.shape for output in outputs]
-        self._allowed = [n for n, held in enumerate(outputs, 1) if self._same(n, held, example, wanted)]
+        self._modules, self._outputs = called, [torch.empty_like(output, device="meta") for output in outputs]
+        for n, held in enumerate(outputs, 1):
+            with self._after(n, held):
+                found = self._answer(example)
+            if found is not None and torch.equal(found, wanted):
+                self._allowed.append(n)
 
-    def _same(self, n: int, held: Tensor, example: Arguments, wanted: Tensor) -> bool:
+    def _answer(self, example: Arguments) -> Tensor | None:
+        """What the network gives for an example; None where it refuses it: what is wrong with a network, and not with
+        a single example or with NaN, shows when it is run as a whole."""
         try:
-            with self._skipping(n, held):
-                return torch.equal(self._network.step(self._block, example), wanted)
-        except Exception:  # whatever a network says to NaN
-            return False
+            return self._network.step(self._block, example)
+        except Exception:
+            return None
+
+
+def _noting(called: list[nn.Module], outputs: list[Tensor]) -> Callable[[nn.Module, tuple, object], None]:
+    """A hook that notes a module, and its output if it is of a chain: of one tensor, another of as many examples."""
+
+    def note(module: nn.Module, args: tuple, output: object) -> None:
+        called.append(module)
+        match args, output:
+            case (Tensor() as given,), Tensor() as gives if given.dim() and gives.dim():
+                if gives.dtype == given.dtype and len(gives) == len(given):
+                    outputs.append(gives.clone())
+
+    return note
 
 
 def _chained(block: nn.Module) -> list[nn.Module]:

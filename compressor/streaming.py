@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.memory import give_back
-from compressor.graph.blocks import block_names, detached, fast_bfloat16, first_tensor, layers, stages, unfold_inputs
+from compressor.graph.blocks import (
+    block_names,
+    detached,
+    fast_bfloat16,
+    first_tensor,
+    layers,
+    patched,
+    stages,
+    unfold_inputs,
+)  # fmt: skip
 from compressor.ops.gram import add_gram, mirror
 
 Batch = dict[str, Tensor]
@@ -32,7 +41,7 @@ def as_batch(arrays: Mapping[str, np.ndarray]) -> Batch:
     return tensors
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward once it has shown what was asked."""
 
 
@@ -145,9 +154,9 @@ class Network:
                 hidden = args[0] if args else kwargs.get("hidden_states")
                 if len(calls) != index or not isinstance(hidden, Tensor):
                     calls.clear()
-                    raise _Stop
+                    raise Stop
                 if shapes and hidden.shape != shapes[0]:
-                    raise _Stop  # the wrong wrapping
+                    raise Stop  # the wrong wrapping
                 shapes.append(hidden.shape)
                 if index == 0:
                     self._entered.append(hidden.detach())
@@ -155,24 +164,17 @@ class Network:
                 calls.append((detached(tuple(args[1:])) if args else (), detached(rest)))
                 self._by_keyword = not args
                 if index == len(self.blocks) - 1:
-                    raise _Stop
+                    raise Stop
                 return wrap(hidden)
 
             return forward
 
-        with self._replaced_blocks([noting(index) for index in range(len(self.blocks))]), contextlib.suppress(_Stop):
+        with self._replaced_blocks([noting(index) for index in range(len(self.blocks))]), contextlib.suppress(Stop):
             self.call(batch)
         return calls
 
-    @contextlib.contextmanager
-    def _replaced_blocks(self, forwards: list[Callable]) -> Iterator[None]:
-        for name, forward in zip(self.blocks, forwards, strict=True):
-            self.block(name).forward = forward
-        try:
-            yield
-        finally:
-            for name in self.blocks:
-                del self.block(name).forward  # the class's own shows again
+    def _replaced_blocks(self, forwards: list[Callable]) -> contextlib.AbstractContextManager[None]:
+        return patched(dict(zip(map(self.block, self.blocks), forwards, strict=True)))
 
     def arguments(self, batch: int, index: int, hidden: Tensor) -> Arguments:
         """What block number `index` is called with for a batch whose hidden state is `hidden`."""
@@ -229,6 +231,12 @@ def hidden_of(arguments: Arguments) -> Tensor:
     """The hidden state among a block's arguments."""
     args, kwargs = arguments
     return args[0] if args else kwargs["hidden_states"]
+
+
+def n_examples(arguments: Arguments) -> int:
+    """How many examples a batch has, by a block's arguments."""
+    args, kwargs = arguments
+    return len(first_tensor((*args, *kwargs.values())))
 
 
 @torch.no_grad()
@@ -291,13 +299,13 @@ def second_moments(
         counts["tokens"] += len(rows)
         counts["calls"] += 1
         if counts["calls"] == calls:
-            raise _Stop
+            raise Stop
 
     handle = lead.register_forward_pre_hook(watch)
     try:
         for i, arguments in enumerate(reached):
             counts["calls"] = 0
-            with begun(i), contextlib.suppress(_Stop):
+            with begun(i), contextlib.suppress(Stop):
                 network.step(block, arguments)
     finally:
         handle.remove()

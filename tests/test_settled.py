@@ -76,15 +76,15 @@ def moments(network: Network, batches: list[Batch], limit: int) -> tuple[dict[st
         inside = layers(block)
         for name, module in inside.items():
             module.register_forward_pre_hook(lambda _, args, name=name: examples.update({name: len(args[0])}))
-        settled, left = Settled(network, block, reached), {name: id(module.weight) for name, module in inside.items()}
+        settled = Settled(network, block, reached, [module.weight for module in inside.values()])
         for stage in layer_stages(network, block, "", reached[0]):
             for name in stage.names:
-                settled.advance(left.values())
+                settled.advance()
                 found |= second_moments(
                     network, block, inside, [name], stage.calls, reached, {}, settled.begun
                 )[0]  # fmt: skip
                 inside[name].weight.data *= 0.9
-                del left[name]
+                settled.done(inside[name].weight)
         assert not any("forward" in vars(module) for module in block.modules())
     return found, examples
 
@@ -107,7 +107,7 @@ def test_what_is_read_again_is_not_passed_by(tmp_path):
     pico.write_state_dict(Around, tmp_path / "weights.pt")
     network = Network(open_checkpoint(tmp_path / "weights.pt", arch="tests.test_settled:Around"), fast=False)
     for _, block, reached in network.sweep(batches_of(8)):
-        settled = Settled(network, block, reached)
+        settled = Settled(network, block, reached, ())
         assert len(settled._modules) == 8
         assert list(settled._allowed) == [1, 2, 3, 6, 7, 8]
 

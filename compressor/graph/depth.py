@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from compressor.core.absent import Absent, cut_list, replace
 from compressor.core.errors import CheckpointError
-from compressor.graph.blocks import block_names, first_tensor, layers
+from compressor.graph.blocks import block_names, first_tensor, layers, patched
 
 _SAME = 1e-6
 
@@ -32,18 +31,6 @@ class Unit:
     block: int
     absent: str
     n_outputs: int
-
-
-@contextlib.contextmanager
-def patched(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Modules compute something else meanwhile."""
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.forward
 
 
 def depth_units(module: nn.Module, call: Callable[[], Any], parts: bool) -> list[Unit]:

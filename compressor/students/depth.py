@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from compressor.core.absent import Absent
 from compressor.core.students import Layer, Student
-from compressor.graph.blocks import fast_bfloat16, first_tensor
-from compressor.graph.depth import Unit, hidden_of, patched, with_hidden
+from compressor.graph.blocks import fast_bfloat16, first_tensor, patched
+from compressor.graph.depth import Unit, hidden_of, with_hidden
 
 _POSITIONS = 256
 _SAME = 1e-2
