@@ -319,7 +319,7 @@ def evaluate(
 
     Of the artifact in onnxruntime.
     """
-    from compressor.pipeline import evaluate as measure
+    from compressor.judge import evaluate as measure
 
     _print(measure(artifact, data), json, str(artifact))
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from compressor.core.errors import VerificationError
+from compressor.checkpoints import Checkpoint, open_checkpoint
+from compressor.core.artifact import REPORT, Artifact
+from compressor.core.errors import CheckpointError, VerificationError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
+from compressor.data import load as load_data
 from compressor.data.arrays import Arrays
 from compressor.data.text import Text
 from compressor.evaluate.embedding import evaluate_embedding
@@ -22,7 +25,8 @@ from compressor.evaluate.reference import original_logits, original_outputs
 from compressor.evaluate.session import DecoderSession, ModuleSession, first_output, open_session
 from compressor.progress import Progress
 from compressor.recipe import Recipe
-from compressor.samples import Samples, evaluation_windows, sentence_batches
+from compressor.recipe_file import restore_recipe
+from compressor.samples import Samples, evaluation_windows, load_samples, sentence_batches
 from compressor.streaming import Batch
 
 LARGEST_ERROR = 1e-3
@@ -110,6 +114,34 @@ def judge(
     assert isinstance(source, Arrays)
     chosen = source.take(slice(0, recipe.evaluation.samples))
     return evaluate_module(session, original_outputs(checkpoint, chosen.batches(32)), chosen).as_dict()
+
+
+def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
+    """Measures an artifact's quality again, beside the original's where that is still where it was.
+
+    Raises:
+        CheckpointError: It is no artifact, or its original is gone.
+        DataError: The data of the run are gone; give others.
+    """
+    artifact = Artifact.open(directory)
+    report = artifact.report
+    source = Path(report["source"]["path"])
+    if not source.exists():
+        raise CheckpointError(f"{source}: the original is gone; it is needed to compare with")
+    checkpoint = open_checkpoint(source, arch=report["source"]["arch"])
+    recipe = restore_recipe(report["recipe"], str(artifact.directory / REPORT))
+    samples = _samples_again(checkpoint, recipe, (report.get("data") or {}).get("arguments") or {}, data)
+    format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"
+    return judge(checkpoint, samples, recipe, artifact.directory, format, Progress()) or {}
+
+
+def _samples_again(checkpoint: Checkpoint, recipe: Recipe, arguments: dict[str, Any], data: str | None) -> Samples:
+    """The data of the run, evaluated on `data` if that is given; held against its calibration data if it is there."""
+    calibration = arguments.get("data")
+    if data is not None and calibration is not None and ":" not in calibration and not Path(calibration).exists():
+        return Samples(None, load_data(data, "evaluation"))
+    options = RunOptions(model=str(checkpoint.path), data=calibration, eval=data or arguments.get("eval"))
+    return load_samples(checkpoint, recipe, options)
 
 
 def _accepted(session: ModuleSession, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -26,14 +26,13 @@ from compressor.blame import blame, blamed, weight_errors
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.checkpoints.reshaped import RECORD
 from compressor.clock import Clock
-from compressor.core.artifact import REPORT, WEIGHTS, Artifact, beside, refuse_target
+from compressor.core.artifact import WEIGHTS, Artifact, beside, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
-from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, UsageError
+from compressor.core.errors import DataError, ExportError, GateFailed, UsageError
 from compressor.core.memory import keep_freed
 from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
-from compressor.data import load as load_data
 from compressor.delivery import artifact_size, deliver, largest_tensors
 from compressor.encode import Work, encode_network
 from compressor.fitting import Examples
@@ -49,7 +48,7 @@ from compressor.plan import make_plan
 from compressor.planned import Plan
 from compressor.progress import Progress
 from compressor.recipe import Recipe, learning_window
-from compressor.recipe_file import load_recipe, restore_recipe
+from compressor.recipe_file import load_recipe
 from compressor.samples import (
     Samples,
     calibration_batches,
@@ -425,31 +424,3 @@ def _held_against_gates(
 def _found_again(argument: str | None) -> str | None:
     """A path that holds in any folder; module:callable as it is."""
     return str(Path(argument).resolve()) if argument is not None and Path(argument).exists() else argument
-
-
-def _samples_again(checkpoint: Checkpoint, recipe: Recipe, arguments: dict[str, Any], data: str | None) -> Samples:
-    """The data of the run, evaluated on `data` if that is given; held against its calibration data if it is there."""
-    calibration = arguments.get("data")
-    if data is not None and calibration is not None and ":" not in calibration and not Path(calibration).exists():
-        return Samples(None, load_data(data, "evaluation"))
-    options = RunOptions(model=str(checkpoint.path), data=calibration, eval=data or arguments.get("eval"))
-    return load_samples(checkpoint, recipe, options)
-
-
-def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
-    """Measures an artifact's quality again, beside the original's where that is still where it was.
-
-    Raises:
-        CheckpointError: It is no artifact, or its original is gone.
-        DataError: The data of the run are gone; give others.
-    """
-    artifact = Artifact.open(directory)
-    report = artifact.report
-    source = Path(report["source"]["path"])
-    if not source.exists():
-        raise CheckpointError(f"{source}: the original is gone; it is needed to compare with")
-    checkpoint = open_checkpoint(source, arch=report["source"]["arch"])
-    recipe = restore_recipe(report["recipe"], str(artifact.directory / REPORT))
-    samples = _samples_again(checkpoint, recipe, (report.get("data") or {}).get("arguments") or {}, data)
-    format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"
-    return judge(checkpoint, samples, recipe, artifact.directory, format, Progress()) or {}

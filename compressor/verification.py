@@ -105,7 +105,7 @@ def _quality(artifact: Artifact) -> Check:
     recorded = artifact.report.get("quality")
     if not recorded:
         return Check("quality", None, "none was measured when it was made")
-    from compressor.pipeline import evaluate
+    from compressor.judge import evaluate
 
     try:
         found = evaluate(artifact.directory)

@@ -21,7 +21,8 @@ from compressor.core.errors import CheckpointError, DataError, RecipeError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
 from compressor.inspection import inspect_path
-from compressor.pipeline import evaluate, run
+from compressor.judge import evaluate
+from compressor.pipeline import run
 from compressor.plan import make_plan
 from compressor.recipe_file import load_recipe
 from compressor.streaming import Network, layer_stages, second_moments
