@@ -29,7 +29,7 @@ from compressor.clock import Clock
 from compressor.core.artifact import WEIGHTS, Artifact, beside, refuse_target
 from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import DataError, ExportError, GateFailed, UsageError
-from compressor.core.memory import keep_freed
+from compressor.core.memory import keep_freed, quick_collections
 from compressor.core.options import RunOptions
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
@@ -126,7 +126,7 @@ def _run(options: RunOptions) -> Artifact:
     target = target_of(options, checkpoint.family, samples)
     progress.say(_announcement(plan, checkpoint))
     partial = _partial(options)
-    with workplace(partial):
+    with workplace(partial), quick_collections():
         work = open_work(partial, recipe, checkpoint, samples, options)
         checkpoint.write_tokenizer(partial)
         wait()

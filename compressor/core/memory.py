@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Parameters of mallopt."""
@@ -28,6 +30,18 @@ def keep_freed() -> None:
     """
     _glibc("mallopt")(_MMAP_MAX, 0)
     _glibc("mallopt")(_TRIM_THRESHOLD, _KEPT)
+
+
+@contextlib.contextmanager
+def quick_collections() -> Iterator[None]:
+    """Within it the garbage collector looks only at what has come since: what the libraries hold, a million objects,
+    takes it a third of a second each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def give_back() -> None:
