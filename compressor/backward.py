@@ -31,12 +31,8 @@ def head_input(network: Network, call: Callable[[], Any]) -> Tensor:
         caught.append(args[0])
         raise Stop
 
-    handle = head_of(network.module).register_forward_pre_hook(catch)
-    try:
-        with contextlib.suppress(Stop), network.autocast():
-            call()
-    finally:
-        handle.remove()
+    with head_of(network.module).register_forward_pre_hook(catch), contextlib.suppress(Stop), network.autocast():
+        call()
     return caught[0]
 
 

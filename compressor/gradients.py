@@ -186,18 +186,15 @@ def _through_entry(network: Network, sequences: list[Sequence], upstream: list[T
         caught[:] = [hidden_of((args, kwargs))]
         raise Stop
 
-    handle = network.block(network.blocks[0]).register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        with network.loaded(network.outside):
-            outside.open()
-            for i, (batch, _) in enumerate(sequences):
-                with torch.enable_grad(), contextlib.suppress(Stop), network.autocast():
-                    network.call(batch)
-                if caught[0].requires_grad:
-                    caught[0].backward(upstream[i].to(caught[0].dtype))
-                outside.add(i)
-    finally:
-        handle.remove()
+    entry = network.block(network.blocks[0])
+    with entry.register_forward_pre_hook(catch, with_kwargs=True), network.loaded(network.outside):
+        outside.open()
+        for i, (batch, _) in enumerate(sequences):
+            with torch.enable_grad(), contextlib.suppress(Stop), network.autocast():
+                network.call(batch)
+            if caught[0].requires_grad:
+                caught[0].backward(upstream[i].to(caught[0].dtype))
+            outside.add(i)
 
 
 def _whole(

@@ -65,12 +65,8 @@ class Settled:
             found.append(output.clone())
             raise Stop
 
-        handle = module.register_forward_hook(catch)
-        try:
-            with self.begun(i), contextlib.suppress(Stop):
-                self._network.step(self._block, arguments)
-        finally:
-            handle.remove()
+        with module.register_forward_hook(catch), self.begun(i), contextlib.suppress(Stop):
+            self._network.step(self._block, arguments)
         return found[0]
 
     def _after(self, n: int, held: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -87,12 +83,10 @@ class Settled:
         example = _first_example(self._reached[0])
         called: list[nn.Module] = []
         outputs: list[Tensor] = []
-        handles = [module.register_forward_hook(_noting(called, outputs)) for module in _chained(self._block)]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for module in _chained(self._block):
+                hooks.enter_context(module.register_forward_hook(_noting(called, outputs)))
             wanted = self._answer(example)
-        finally:
-            for handle in handles:
-                handle.remove()
         if wanted is None or len(set(called)) < len(called) or len(outputs) < len(called):
             return
         self._modules, self._outputs = called, [torch.empty_like(output, device="meta") for output in outputs]

@@ -301,14 +301,11 @@ def second_moments(
         if counts["calls"] == calls:
             raise Stop
 
-    handle = lead.register_forward_pre_hook(watch)
-    try:
+    with lead.register_forward_pre_hook(watch):
         for i, arguments in enumerate(reached):
             counts["calls"] = 0
             with begun(i), contextlib.suppress(Stop):
                 network.step(block, arguments)
-    finally:
-        handle.remove()
     for total in sums.values():
         mirror(total.div_(max(1, counts["tokens"])))
     shared = next(iter(sums.values()))

@@ -290,8 +290,8 @@ def taught(directory: Path, text: str) -> Path:
 
 
 def test_a_loss_is_a_gate_in_the_measure_of_the_networks_kind(folder):
+    model = taught(pico.llama(folder / "taught"), pico.text(2))
     with pytest.raises(GateFailed, match="perplexity ratio is .*, the gate is 1.001"):
-        model = taught(pico.llama(folder / "taught"), pico.text(2))
         run(options(model, sets=("gates.max_loss=0.1%", "gates.max_size=10MB")))
     with pytest.raises(GateFailed, match=r"cosine is \S+, the gate is 0.99999"):
         Path("evaluation.txt").write_text(pico.text(2, n_words=250))

@@ -29,15 +29,14 @@ MEANS = frozenset((
     "_softmax", "log_softmax", "_log_softmax", "cumsum", "argmax", "argmin", "logsumexp", "var_mean", "all",
     "any", "sort", "topk",
 ))  # fmt: skip
-"""One value of many along an axis, or along it (softmax)."""
-
-NO_CHANNELS = frozenset((
-    "arange", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "empty", "scalar_tensor",
-    "rand_like", "randn_like", "new_ones", "new_zeros", "new_full", "sym_size", "_assert_tensor_metadata",
-))  # fmt: skip
-"""What they give has no channels of a weight."""
+"""Over an axis: what is left of it, or each entry by all of it (softmax, cumsum)."""
 
 FILLS = frozenset((
     "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_ones", "new_zeros", "new_full",
 ))  # fmt: skip
 """All of one value."""
+
+NO_CHANNELS = FILLS | frozenset((
+    "arange", "empty", "scalar_tensor", "rand_like", "randn_like", "sym_size", "_assert_tensor_metadata",
+))  # fmt: skip
+"""What they give has no channels of a weight."""
