@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressor.export.loading import load
-    from compressor.pipeline import compress
+    from compressor.run.pipeline import compress
 
 __all__ = ["compress", "load"]
 
-_HOMES = {"compress": "compressor.pipeline", "load": "compressor.export.loading"}
+_HOMES = {"compress": "compressor.run.pipeline", "load": "compressor.export.loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """`python -m compressor`: the command."""
 
-from compressor.cli import main
+from compressor.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -22,20 +22,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from compressor import data
+from compressor.core.batch import Batch
 from compressor.core.encoding import Dense
-from compressor.core.settings import AffineSettings
 from compressor.core.spec import group_columns
 from compressor.core.tensors import EncodedTensors
-from compressor.encode import Work, encode_network
+from compressor.core.work import Work
+from compressor.data.samples import calibration_batches
 from compressor.export.loading import decoded_checkpoint
 from compressor.ops.grids import code, search_scale
 from compressor.passes.affine import Affine, hqq_zero
-from compressor.plan import make_plan
-from compressor.planned import Plan
-from compressor.recipe import Calibration, Embeddings, Recipe, Step
-from compressor.samples import calibration_batches
-from compressor.streaming import Batch, Network
-from compressor.survey import Survey, head_inputs, head_of, survey
+from compressor.passes.settings.affine import AffineSettings
+from compressor.plan.plan import Plan
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe import Calibration, Embeddings, Recipe, Step
+from compressor.sweeps.encode import encode_network
+from compressor.sweeps.network import Network
+from compressor.sweeps.survey import Survey, head_inputs, head_of, survey
 
 CALIBRATION = Calibration(tokens=8192, window=512, token_importance=False)
 EMBEDDINGS = Embeddings(bits=4, group=64, scale_bits=8)

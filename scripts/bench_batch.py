@@ -186,10 +186,10 @@ def run_ray(folder: Path, manifest: str, output: str) -> tuple[int, int]:
     """Exit status of the same on a local Ray of two workers, one of which is killed; and how often one was."""
     import ray
 
-    from compressor.batch import Batch, worst
-    from compressor.manifest import read_manifest
-    from compressor.summary import Board
-    from compressor.workers import Budget, RayEngine, available_memory
+    from compressor.batch.jobs import Batch, worst
+    from compressor.batch.manifest import read_manifest
+    from compressor.batch.summary import Board
+    from compressor.runtime.workers import Budget, RayEngine, available_memory
 
     os.environ.update(environment(folder))
     os.chdir(folder)

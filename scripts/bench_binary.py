@@ -32,14 +32,15 @@ from networks import resnet20, resnet20_signed
 
 import compressor
 from compressor.checkpoints import open_checkpoint
+from compressor.core.batch import Examples
 from compressor.core.options import RunOptions
-from compressor.core.training_settings import HessoSettings
+from compressor.core.progress import make_progress
 from compressor.evaluate.bench import size
-from compressor.fitting import Examples, Fitting
-from compressor.original import export_original
+from compressor.evaluate.original import export_original
+from compressor.learning.trainer import Fitting
 from compressor.passes.reste import FLAT
-from compressor.pipeline import run
-from compressor.progress import make_progress
+from compressor.passes.settings.hesso import HessoSettings
+from compressor.run.pipeline import run
 
 TRAINING: dict[str, Any] = {
     "batch": 32, "loss": "labels", "optimizer": "SGD", "rate": 0.1, "options": {"momentum": 0.9},

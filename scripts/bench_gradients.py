@@ -51,8 +51,8 @@ def gather(directory: Path) -> None:
     import torch
 
     from compressor.checkpoints import open_checkpoint
-    from compressor.gradients import GradientFiles, gather_gradients
-    from compressor.streaming import Network
+    from compressor.sweeps.gradients import GradientFiles, gather_gradients
+    from compressor.sweeps.network import Network
 
     network = Network(open_checkpoint(directory))
     generator = torch.Generator().manual_seed(0)

@@ -24,12 +24,12 @@ from torch import Tensor
 from compressor import data
 from compressor.checkpoints import open_checkpoint
 from compressor.core.encoding import Codebook
+from compressor.data.samples import calibration_batches
 from compressor.graph.blocks import layers
+from compressor.learning.distillation import LearnedMatrix, Rates
 from compressor.passes.jlcm import Jlcm
-from compressor.recipe_file import load_recipe
-from compressor.samples import calibration_batches
-from compressor.streaming import Network, layer_stages, second_moments
-from compressor.training import LearnedMatrix, Rates
+from compressor.plan.recipe_file import load_recipe
+from compressor.sweeps.network import Network, layer_stages, second_moments
 
 BLOCKS = (5, 15, 25)
 STEPS = 100

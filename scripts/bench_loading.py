@@ -27,9 +27,9 @@ from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.evaluate.bench import bench
 from compressor.export.writing import export_graph
-from compressor.plan import make_plan
-from compressor.planned import PlannedTensor
-from compressor.recipe_file import load_recipe
+from compressor.plan.plan import PlannedTensor
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe_file import load_recipe
 
 RECIPES = ("llm-2bit", "llm-3bit", "llm-4bit")
 REPEATS = 3

@@ -33,8 +33,8 @@ from measured import cached, markdown, read_results, write_results
 
 from compressor.checkpoints import open_checkpoint
 from compressor.evaluate import bench
-from compressor.plan import make_plan
-from compressor.recipe_file import load_recipe
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe_file import load_recipe
 
 WIDTH, LAYERS, HEADS, KV_HEADS, INNER, VOCABULARY = 2048, 22, 32, 4, 5632, 32_000
 CONFIG = {

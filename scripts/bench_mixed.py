@@ -34,10 +34,10 @@ from material import model_dir
 from measured import cached, markdown, number, read_results, write_results
 
 from compressor.core.options import RunOptions
-from compressor.gates import came_true
-from compressor.losses import Kind
-from compressor.pipeline import run
-from compressor.progress import make_progress
+from compressor.core.progress import make_progress
+from compressor.run.gates import came_true
+from compressor.run.pipeline import run
+from compressor.widths.losses import Kind
 
 RECIPE = """
 passes:

@@ -35,17 +35,18 @@ from torch.nn import functional
 
 from compressor import data
 from compressor.checkpoints import open_checkpoint
+from compressor.core.batch import Examples
 from compressor.core.options import RunOptions
+from compressor.core.progress import make_progress
 from compressor.core.students import Student
-from compressor.core.training_settings import HessoSettings
 from compressor.data.tokens import tokenize, windows
-from compressor.fitting import Examples, Fitting
 from compressor.graph.blocks import block_names, fast_bfloat16
 from compressor.graph.depth import depth_units, without_units
+from compressor.learning.trainer import Fitting
 from compressor.passes.n2n import N2n, Search
-from compressor.pipeline import run
-from compressor.progress import make_progress
-from compressor.students.making import students_of
+from compressor.passes.settings.hesso import HessoSettings
+from compressor.run.pipeline import run
+from compressor.structure.students.making import students_of
 
 WINDOW, COUNTS, HELD_OUT = 512, (3, 6, 9), 4
 

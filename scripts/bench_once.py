@@ -28,14 +28,16 @@ from measured import cached, interleaved, markdown, number, read_results, write_
 from networks import resnet20
 
 from compressor.checkpoints import open_checkpoint
+from compressor.core.batch import Examples
 from compressor.core.options import RunOptions
-from compressor.core.training_settings import HessoSettings, TrainingPass
+from compressor.core.progress import make_progress
 from compressor.evaluate.bench import size
+from compressor.evaluate.original import export_original
 from compressor.evaluate.session import open_session
-from compressor.fitting import Examples, Fitting
-from compressor.original import export_original
-from compressor.pipeline import run
-from compressor.progress import make_progress
+from compressor.learning.trainer import Fitting
+from compressor.passes.settings.hesso import HessoSettings
+from compressor.passes.settings.training import TrainingPass
+from compressor.run.pipeline import run
 
 MEAN, STD, SEED = 0.2860, 0.3530, 0
 ARCH = "networks:resnet20"

@@ -28,7 +28,7 @@ from measured import markdown, number, read_results, write_results
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.options import RunOptions
-from compressor.pipeline import run
+from compressor.run.pipeline import run
 
 FREE = torch.export.Dim.DYNAMIC
 RECIPES = {"digits": ("cnn-4bit", "cnn-int8"), "minilm": ("encoder-4bit",), "magika": ("encoder-4bit",)}

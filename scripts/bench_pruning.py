@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from compressor import data
 from compressor.checkpoints import open_checkpoint
+from compressor.core.batch import Batch
 from compressor.core.passes import Statistics
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.data.text import Text
@@ -36,10 +37,10 @@ from compressor.data.tokens import tokenize, windows
 from compressor.evaluate.language import evaluate_language
 from compressor.evaluate.reference import original_logits
 from compressor.export.loading import decoded_checkpoint
-from compressor.gradients import GradientFiles, gather_gradients, load_gradients
 from compressor.graph.blocks import layers
 from compressor.passes.gblm import Gblm, outlier_fraction
-from compressor.streaming import Batch, Network, layer_stages, second_moments
+from compressor.sweeps.gradients import GradientFiles, gather_gradients, load_gradients
+from compressor.sweeps.network import Network, layer_stages, second_moments
 
 MODEL, WINDOW, SEQUENCES, BATCH = "smollm2", 512, 16, 4
 AMOUNTS: dict[str, dict[str, Any]] = {

@@ -142,7 +142,7 @@ def _title(name: str) -> str:
 def measure_baselines(arguments: argparse.Namespace) -> None:
     from baselines import Bench, Setting, file_bytes, settings
 
-    from compressor.plan import make_plan
+    from compressor.plan.planning import make_plan
 
     bench = Bench(open_checkpoint(model_dir(MODEL)))
     results = read_results("baselines")
@@ -208,8 +208,8 @@ def step_settings(row: str) -> dict[str, str]:
 
 def measure_steps(arguments: argparse.Namespace) -> None:
     from compressor.core.options import RunOptions
-    from compressor.pipeline import run
-    from compressor.progress import make_progress
+    from compressor.core.progress import make_progress
+    from compressor.run.pipeline import run
 
     results = read_results("steps")
     for row in STEPS:

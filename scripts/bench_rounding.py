@@ -27,16 +27,18 @@ from material import model_dir
 from measured import markdown, number, read_results, write_results
 
 from compressor.checkpoints import open_checkpoint
+from compressor.core.batch import as_batch
 from compressor.core.options import RunOptions
-from compressor.encode import Work, encode_network
+from compressor.core.work import Work
+from compressor.data.samples import calibration_batches, load_samples, sentence_batches
 from compressor.evaluate.embedding import cosine, masked_mean
 from compressor.evaluate.reference import original_outputs
 from compressor.export.loading import decoded_checkpoint
-from compressor.plan import make_plan
-from compressor.recipe_file import load_recipe
-from compressor.samples import calibration_batches, load_samples, sentence_batches
-from compressor.streaming import Network, as_batch
-from compressor.survey import Survey
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe_file import load_recipe
+from compressor.sweeps.encode import encode_network
+from compressor.sweeps.network import Network
+from compressor.sweeps.survey import Survey
 
 TAIL = "embeddings: {bits: 32}\ncalibration: {tokens: 8192, samples: 128, token_importance: false}\n"
 METHODS = {

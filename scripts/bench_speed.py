@@ -31,8 +31,8 @@ from measured import cached, markdown, number, read_results, write_results
 from compressor.checkpoints import open_checkpoint
 from compressor.core.artifact import Artifact
 from compressor.evaluate.bench_process import decode_seconds
+from compressor.evaluate.original import export_original
 from compressor.evaluate.session import DecoderSession
-from compressor.original import export_original
 
 PROMPT = 16
 ORIGINAL, INT4 = "original, float32", "onnxruntime-genai's builder, int4"

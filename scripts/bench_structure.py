@@ -29,13 +29,13 @@ from networks import resnet20
 from compressor.checkpoints import open_checkpoint
 from compressor.core.options import RunOptions
 from compressor.core.structure import Subject
-from compressor.core.structure_settings import LrpSettings
+from compressor.evaluate.original import export_original
 from compressor.evaluate.session import open_session
-from compressor.fitting import called
-from compressor.original import export_original
-from compressor.pipeline import run
-from compressor.recipe import load_pass
-from compressor.structure import GraphSurgeon, measure_norms
+from compressor.learning.trainer import called
+from compressor.passes.registry import load_pass
+from compressor.passes.settings.lrp import LrpSettings
+from compressor.run.pipeline import run
+from compressor.structure.stage import GraphSurgeon, measure_norms
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 VARIANTS: dict[str, dict[str, Any]] = {

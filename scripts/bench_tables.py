@@ -22,15 +22,17 @@ from measured import markdown, number, read_results, write_results
 
 from compressor import data
 from compressor.checkpoints import Checkpoint, open_checkpoint
+from compressor.core.batch import Batch
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.core.work import Work
 from compressor.data.tokens import tokenize, windows
-from compressor.encode import Choice, Work, encode_outside, token_counts
 from compressor.export.loading import decoded_checkpoint
-from compressor.plan import make_plan
-from compressor.recipe import Recipe
-from compressor.recipe_file import load_recipe
-from compressor.streaming import Batch, Network
-from compressor.survey import Survey, survey
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe import Recipe
+from compressor.plan.recipe_file import load_recipe
+from compressor.sweeps.encode import Choice, encode_outside, token_counts
+from compressor.sweeps.network import Network
+from compressor.sweeps.survey import Survey, survey
 
 TABLE = "model.embed_tokens.weight"
 ROWS: dict[str, dict[str, object]] = {

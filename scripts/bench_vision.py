@@ -33,9 +33,9 @@ from compressor.core.options import RunOptions
 from compressor.data.images import MEAN, STD, _pixels
 from compressor.evaluate.bench import size
 from compressor.evaluate.language import log_softmax
+from compressor.evaluate.original import export_original
 from compressor.evaluate.session import ModuleSession, open_session
-from compressor.original import export_original
-from compressor.pipeline import run
+from compressor.run.pipeline import run
 
 RECIPE, N_CALIBRATION, SIDE = "cnn-int8", 256, 224
 

@@ -30,7 +30,7 @@ from compressor.evaluate.reference import original_logits
 from compressor.export.loading import decoded_checkpoint
 from compressor.graph.blocks import layers, layout_of
 from compressor.passes.affine import Affine
-from compressor.streaming import Network
+from compressor.sweeps.network import Network
 
 NETWORKS = {"smollm2": "SmolLM2-135M", "minilm": "MiniLM"}
 ZEROS = ("middle", "learned", "fine")

@@ -13,7 +13,7 @@ TARGET = Path(__file__).parents[1] / "docs" / "cli.md"
 
 def help_text(*command: str) -> str:
     """What `compress COMMAND --help` prints, 100 columns wide."""
-    from compressor.cli import app
+    from compressor.cli.commands import app
 
     printed = io.StringIO()
     columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
@@ -29,7 +29,7 @@ def help_text(*command: str) -> str:
 
 def page() -> str:
     """The whole page."""
-    from compressor.examples import COMMANDS
+    from compressor.cli.help_examples import COMMANDS
 
     parts = ["# The command", "Made by scripts/make_cli_docs.py from the help texts; do not edit."]
     for command in ("", *COMMANDS):

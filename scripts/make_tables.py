@@ -36,7 +36,7 @@ from check_kills import kills_table
 from fuzz import fuzz_table
 from measured import ROOT, markdown, number, read_results
 
-from compressor.recipe_file import load_recipe, shipped_recipes
+from compressor.plan.recipe_file import load_recipe, shipped_recipes
 
 PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",

@@ -19,17 +19,17 @@ from gguf import GGUFWriter
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from compressor.batch.manifest import read_manifest
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CompressorError
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.data import load as load_data
 from compressor.data.tokens import tokenize
-from compressor.manifest import read_manifest
-from compressor.plan import make_plan
-from compressor.recipe_file import load_recipe
+from compressor.evaluate.verification import verify
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe_file import load_recipe
 from compressor.report.difference import compare
 from compressor.report.page import write_page
-from compressor.verification import verify
 from tests import pico, pico_onnx
 
 INTEGERS = (0, 1, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)

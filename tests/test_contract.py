@@ -13,15 +13,16 @@ import torch
 from compressor.checkpoints import open_checkpoint
 from compressor.core.encoding import Encoding, describe, restore
 from compressor.core.passes import STAGES, Pass, Statistics
-from compressor.core.settings import SETTINGS
 from compressor.core.tensors import write_tensors
-from compressor.encode import Work, encode_network
+from compressor.core.work import Work
 from compressor.export.lowering import refusal
-from compressor.plan import make_plan
-from compressor.recipe import ONLY_PRUNED, load_pass, pass_class
-from compressor.recipe_file import known_passes, load_recipe
-from compressor.streaming import Network
-from compressor.survey import Survey
+from compressor.passes.registry import SETTINGS, load_pass, pass_class
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe import ONLY_PRUNED
+from compressor.plan.recipe_file import known_passes, load_recipe
+from compressor.sweeps.encode import encode_network
+from compressor.sweeps.network import Network
+from compressor.sweeps.survey import Survey
 from tests import pico, training_case
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from compressor.core.errors import RecipeError
-from compressor.core.settings import SETTINGS
-from compressor.recipe import SECTIONS
-from compressor.recipe_file import known_passes, load_recipe, restore_recipe, shipped_recipes
+from compressor.passes.registry import SETTINGS
+from compressor.plan.recipe import SECTIONS
+from compressor.plan.recipe_file import known_passes, load_recipe, restore_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 FIELD = next(iter(SECTIONS["calibration"].model_fields))
@@ -49,7 +49,7 @@ def test_the_fast_recipe_takes_no_gradient_steps():
 
 
 def test_reading_a_recipe_does_not_import_torch():
-    lines = ("import sys", "import compressor.recipe_file as file", "file.load_recipe('llm-2bit')",
+    lines = ("import sys", "import compressor.plan.recipe_file as file", "file.load_recipe('llm-2bit')",
              "print('torch' in sys.modules)")  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=ROOT

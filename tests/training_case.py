@@ -8,17 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compressor.core.batch import Examples
 from compressor.core.encoding import Layout
-from compressor.core.search_settings import N2nSettings
+from compressor.core.progress import Progress, Task
 from compressor.core.structure import Layer, Outcome, Subject
-from compressor.core.training_settings import Training, TrainingPass
-from compressor.fitting import Examples, Fitting
+from compressor.core.training import Training
 from compressor.graph.blocks import layers
 from compressor.graph.places import layer_places
-from compressor.progress import Progress, Task
-from compressor.structure import GraphSurgeon
-from compressor.students.laboratory import Laboratory
-from compressor.students.making import students_of
+from compressor.learning.trainer import Fitting
+from compressor.passes.settings.n2n import N2nSettings
+from compressor.passes.settings.training import TrainingPass
+from compressor.structure.stage import GraphSurgeon
+from compressor.structure.students.laboratory import Laboratory
+from compressor.structure.students.making import students_of
 
 N_CLASSES = 5
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from compressor.fitting import Fitting
-from compressor.parallel import process_group, rank
+from compressor.learning.trainer import Fitting
 from compressor.passes.hesso import Hesso, Shrinking
+from compressor.runtime.torchrun import process_group, rank
 from tests.training_case import examples, residual, subject_of, with_pooler
 
 

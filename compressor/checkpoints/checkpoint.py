@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from compressor.checkpoints.reshaped import Reshaping
+    from compressor.checkpoints.reshaping import Reshaping
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
@@ -55,8 +55,8 @@ class Checkpoint:
         self.skipped: list[str] = []
         self.source = source
         self.reshaping: Reshaping | None = None  # of a network that became smaller in a way no config can say
-        self._architecture = architecture
-        self._aligned = False
+        self.blueprint = architecture
+        self.aligned = False
         self.name_tensors(prefixed(source.tensors, config), declared_ties)
         _refuse_packed(self)
 
@@ -125,7 +125,7 @@ class Checkpoint:
         """
         from compressor.checkpoints import skeleton
 
-        module = skeleton.construct(self._architecture, self.config)
+        module = skeleton.construct(self.blueprint, self.config)
         skeleton.align(self, module)
         if device != "meta":
             self.check()
@@ -156,7 +156,7 @@ class Checkpoint:
         """
         from compressor.checkpoints import skeleton
 
-        skeleton.check(self, skeleton.construct(self._architecture, self.config))
+        skeleton.check(self, skeleton.construct(self.blueprint, self.config))
 
     def write_tokenizer(self, directory: Path) -> list[Path]:
         """Write the tokenizer's files into a directory, tokenizer.json without spaces; returns the paths."""

@@ -120,8 +120,8 @@ def open_located(found: Location, *, arch: str | None, trust_pickle: bool) -> Ch
 
 def _open_onnx(found: Location, beside: Path, reference: str | None) -> Checkpoint:
     """A graph is its own architecture; a folder gives the tokenizer of a language model."""
-    from compressor.checkpoints.onnx_file import OnnxSource
-    from compressor.checkpoints.onnx_kind import onnx_architecture
+    from compressor.onnx.file import OnnxSource
+    from compressor.onnx.kind import onnx_architecture
 
     if reference is not None:
         raise CheckpointError(
@@ -151,7 +151,7 @@ def open_source(files: list[Path], config: dict[str, Any] | None, trust_pickle: 
 
         return GgufSource.open(files[0], config)
     if suffix == ".onnx":
-        from compressor.checkpoints.onnx_file import OnnxSource
+        from compressor.onnx.file import OnnxSource
 
         return OnnxSource.open(files[0])
     if suffix == ".pt2":

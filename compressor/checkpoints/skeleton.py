@@ -5,15 +5,35 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.checkpoints.architecture import Architecture
+from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from compressor.checkpoints.checkpoint import Checkpoint
+
+class Checkpoint(Protocol):
+    """What of a `checkpoints.Checkpoint` a module is compared with and filled from."""
+
+    path: Path
+    architecture: str
+    blueprint: Architecture
+    config: dict[str, Any] | None
+    source: Source
+    tensors: dict[str, TensorInfo]
+    tied: dict[str, str]
+    skipped: list[str]
+    aligned: bool
+
+    def name_tensors(self, rename: dict[str, str], ties: Any) -> None: ...
+
+    def file_of(self, name: str) -> Path: ...
+
+    def read(self, name: str) -> Tensor: ...
+
 
 RANDOM_INIT = (
     "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
@@ -90,7 +110,7 @@ def align(checkpoint: Checkpoint, module: nn.Module) -> None:
     What the module ties but the files hold with different values is untied in a transformers model, as
     transformers does; in another module it is refused.
     """
-    if not checkpoint._aligned:
+    if not checkpoint.aligned:
         _rename(checkpoint, module)
     for group in parameter_names(module).values():
         apart = [name for name in group[1:] if name in checkpoint.tensors]
@@ -118,7 +138,7 @@ def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
     dropped = [name for name in stored if rename[name] not in expected]
     checkpoint.skipped = [name for name in dropped if not COMPUTED.search(name)]
     _refuse_fused_experts(checkpoint, expected)
-    checkpoint._aligned = True
+    checkpoint.aligned = True
 
 
 def _refuse_fused_experts(checkpoint: Checkpoint, expected: set[str]) -> None:
@@ -196,7 +216,7 @@ def load_buffers(checkpoint: Checkpoint, module: nn.Module) -> None:
     empty = [name for name, buffer in module.named_buffers() if buffer.device.type == "meta"]
     if not empty:
         return
-    fresh = dict(construct(checkpoint._architecture, checkpoint.config).named_buffers())
+    fresh = dict(construct(checkpoint.blueprint, checkpoint.config).named_buffers())
     for name in empty:
         parent, _, attribute = name.rpartition(".")
         module.get_submodule(parent)._buffers[attribute] = fresh[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from compressor.progress import Progress
+    from compressor.core.progress import Progress
 
 Format = Literal["onnx", "safetensors"]
 Mode = Literal["default", "standard", "compat"]

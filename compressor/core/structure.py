@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compressor.core.batch import Batch, call
 from compressor.core.encoding import Layout
 from compressor.core.groups import Branches, Group
 
 if TYPE_CHECKING:
     from compressor.core.follower import Trainer
-    from compressor.core.search_settings import N2nSettings
+    from compressor.core.passes import StructurePass
     from compressor.core.students import Students
-    from compressor.core.training_settings import Training
+    from compressor.core.training import Training
 
 Removal = Mapping[Group, Tensor]
 """Which units of each group go: LongTensors of their numbers."""
-Batch = dict[str, Tensor]
 
 
 class Surgeon(Protocol):
-    """Finds and removes units of a network; `compressor.structure` has it from the graph."""
+    """Finds and removes units of a network; `compressor.structure.stage` has it from the graph."""
 
     def groups(self, module: nn.Module) -> list[Group]:
         """The dependency groups."""
@@ -102,11 +102,11 @@ class Subject:
     advance: Callable[[float, str], None]
     trainer: MakesTrainer
     layers: Callable[[], list[Layer]] = list
-    students: Callable[[N2nSettings], Students] | None = None
+    students: Callable[[StructurePass], Students] | None = None
 
     def call(self, batch: Batch) -> Any:
         """The forward of a batch; {"": tensor} is one argument by position."""
-        return self.module(batch[""]) if "" in batch else self.module(**batch)
+        return call(self.module, batch)
 
     def amount(self, removal: Removal, of: str) -> int:
         """How much goes with these units: "parameters", "flops" or "units"."""

@@ -7,7 +7,6 @@ the file's metadata under the key `compressor`, so that one file is complete in 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from compressor.core.encoding import Dense, Encoding, Layout, describe, parts_under, restore
 from compressor.core.errors import CheckpointError
+from compressor.core.files import whole
 
 METADATA_KEY = "compressor"
 _DTYPES = {
@@ -140,16 +140,12 @@ def write_tensors(
     metadata = json.dumps({"tensors": descriptions, "tied": dict(tied or {})}, separators=(",", ":"))
     text = json.dumps({"__metadata__": {METADATA_KEY: metadata}, **header}, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with whole(path) as partial, open(partial, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in tensors:
             parts = tensors[name].encoding.parts()
             for part in sorted(parts):
                 file.write(parts[part].contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
     start = 8 + len(text)
     return {
         name: (start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.core.errors import DataError
+from compressor.core.files import whole
 
 if TYPE_CHECKING:
     from compressor.data.text import Text
@@ -164,7 +165,5 @@ def _auto_tokenizer(directory: Path) -> Any:
 
 def _keep(tokens: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
         np.save(file, tokens)
-    os.replace(partial, path)

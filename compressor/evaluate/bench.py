@@ -17,7 +17,7 @@ from typing import Any
 from compressor.core.artifact import NOT_NEEDED, Artifact, is_artifact
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.session import graph_path
-from compressor.inference import process_of
+from compressor.runtime.sessions import process_of
 
 POLL_SECONDS = 0.01
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.core.batch import as_batch
 from compressor.evaluate.session import first_output, open_session
-from compressor.streaming import Network, as_batch
+from compressor.sweeps.network import Network
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint

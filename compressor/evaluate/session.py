@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 
 from compressor.core.errors import CheckpointError
-from compressor.inference import Settings, filled, in_pieces, open_inference
+from compressor.runtime.sessions import Settings, filled, in_pieces, open_inference
 
 GRAPH = "model.onnx"
 DTYPES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from compressor.inference import Settings, open_inference
+from compressor.runtime.sessions import Settings, open_inference
 
 _KERNELS = ("MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "Conv")
 _WEIGHT = 1  # position of the weights among a kernel's inputs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compressor.checkpoints.architecture import resolve
 from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.opening import read_config
-from compressor.checkpoints.reshaped import RECORD, Reshaping
+from compressor.checkpoints.reshaping import RECORD, Reshaping
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError
@@ -72,7 +72,7 @@ def decoded_checkpoint(checkpoint: Checkpoint, tensors: EncodedTensors) -> Check
     """The checkpoint's network with what `tensors` decode to, each when it is read."""
     source = DecodedSource(checkpoint.path, tensors)
     return Checkpoint(
-        checkpoint.path, source, checkpoint._architecture, config=checkpoint.config,
+        checkpoint.path, source, checkpoint.blueprint, config=checkpoint.config,
         tokenizer_files=checkpoint.tokenizer_files,
     )  # fmt: skip
 

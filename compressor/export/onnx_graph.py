@@ -10,12 +10,12 @@ import onnxscript.version_converter
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from torch import Tensor
 
-from compressor.checkpoints.onnx_file import OnnxSource, read_values
 from compressor.core.errors import ExportError
 from compressor.core.tensors import EncodedTensors
 from compressor.export.builder import CONTRIBUTED
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Mode
 from compressor.export.rewriting import Rewriting
+from compressor.onnx.file import OnnxSource, read_values
 
 MODEL_FILE = "model.onnx"
 STEM = "compressor/"

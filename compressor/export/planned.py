@@ -13,10 +13,10 @@ from torch import Tensor
 from compressor.core.encoding import Layout
 from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, part_name
-from compressor.estimates import header_bytes
 from compressor.export.forms import Mode
 from compressor.export.writing import export_graph
-from compressor.planned import Plan
+from compressor.plan.plan import Plan
+from compressor.plan.sizes import header_bytes
 
 
 class PlannedTensors(EncodedTensors):

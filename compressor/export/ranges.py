@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from torch import Tensor
 
-from compressor.inference import in_pieces
+from compressor.runtime.sessions import in_pieces
 
 CLIPPED = 1e-4
 """Share of an example's values that is cut off at either end."""

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.core.structure import Batch, Removal
+from compressor.core.batch import Batch
+from compressor.core.structure import Removal
 from compressor.graph.surgery import dropped
 
 

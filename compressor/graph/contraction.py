@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from compressor.graph.labels import HIDDEN, Axis, Value, compact, flat
-
-if TYPE_CHECKING:
-    from compressor.graph.propagation import Propagation
+from compressor.graph.labels import HIDDEN, Axis, Following, Value, compact, flat
 
 ZERO_OF_ZEROS = frozenset(
     ["sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "std", "var", "cumsum"]
@@ -19,7 +15,7 @@ ZERO_OF_ZEROS = frozenset(
 NOT_ZERO = "is not zero where its channel is masked"
 
 
-def contract(run: Propagation, left: Value, right: Value, where: str) -> Value:
+def contract(run: Following, left: Value, right: Value, where: str) -> Value:
     """left (…, n, k) @ right (…, k, m): channels along k meet and end; those of n, m and the batch go on.
 
     The columns of the operand that is a parameter are consumers. Where channels along k are parts of others (positions
@@ -53,7 +49,7 @@ def contract(run: Propagation, left: Value, right: Value, where: str) -> Value:
     return Value(shape, axes)
 
 
-def _consumed(run: Propagation, inner: list[Value]) -> list[Value]:
+def _consumed(run: Following, inner: list[Value]) -> list[Value]:
     """Notes which parameter reads the other operand: its columns are removed but not zero where a unit is masked."""
     reader = 1 if any(axis.origin for axis in inner[1].axes) else 0
     axes = inner[reader].axes
@@ -70,7 +66,7 @@ def _matrix(value: Value, at: int) -> Value:
     return Value(torch.Size([1, *value.shape] if at == 0 else [*value.shape, 1]), axes)
 
 
-def _inner(run: Propagation, value: Value, k: int, other: int) -> Value:
+def _inner(run: Following, value: Value, k: int, other: int) -> Value:
     """What a product sums over: (…, k), with the axes that vary on k."""
     n = len(value.shape)
     axes = []
@@ -99,7 +95,7 @@ def _reduced(value: Value, axes: list[Axis], k: int) -> Value:
 
 
 def convolve(
-    run: Propagation, x: Value, weight: Value, shape: torch.Size, groups: int, transposed: bool, where: str,
+    run: Following, x: Value, weight: Value, shape: torch.Size, groups: int, transposed: bool, where: str,
 ) -> Value:  # fmt: skip
     """Channels of the input end, those of the weight's outputs begin; the groups of a grouped one go through."""
     inputs, outputs = (0, 1) if transposed else (1, 0)
@@ -124,7 +120,7 @@ def convolve(
     return Value(shape, tuple(Axis(each.reshape(place).expand(shape), True) for each in labels))
 
 
-def _of_weight(run: Propagation, weight: Value, dim: int) -> Axis | None:
+def _of_weight(run: Following, weight: Value, dim: int) -> Axis | None:
     """The labels (n,) of one of a kernel's first two dimensions. Positions of the kernel are no units."""
     found = None
     for axis in weight.axes:
@@ -146,7 +142,7 @@ def _pair(columns: Axis | None, rows: Axis | None, n_in: int, n_out: int) -> Val
 
 
 def _grouped(
-    run: Propagation, x: Value, channels: list[Axis], rows: Axis | None, columns: Axis | None, groups: int,
+    run: Following, x: Value, channels: list[Axis], rows: Axis | None, columns: Axis | None, groups: int,
     n_out: int, transposed: bool, where: str,
 ) -> list[Tensor]:  # fmt: skip
     """A group's inputs and outputs are one unit.
@@ -169,7 +165,7 @@ def _grouped(
     return [per_group[:, :1].expand(groups, n_out // groups).reshape(-1) if n_out != groups else per_group[:, 0]]
 
 
-def attention(run: Propagation, q: Value, k: Value, v: Value, mask: Value | None, where: str) -> Value:
+def attention(run: Following, q: Value, k: Value, v: Value, mask: Value | None, where: str) -> Value:
     """softmax(qkᵀ/√d)·v over (…, heads, tokens, d): heads are units, a key head with the query heads of it."""
     heads = q.shape[:-2]
     k, v = (_for_heads(value, heads) for value in (k, v))
@@ -184,7 +180,7 @@ def attention(run: Propagation, q: Value, k: Value, v: Value, mask: Value | None
     return Value(shape, tuple(replace(axis, labels=axis.labels.expand(shape), zero=True) for axis in axes))
 
 
-def replace_axes(run: Propagation, value: Value, where: str) -> tuple[Axis, ...]:
+def replace_axes(run: Following, value: Value, where: str) -> tuple[Axis, ...]:
     """Axes of (…, tokens, d) fused to heads, of shape (…, 1, 1)."""
     reason = f"is a head dimension that all units of the attention {where} share"
     kept = [run.labels.tie(axis, _last_two(value), reason) for axis in value.axes]
@@ -204,7 +200,7 @@ def _for_heads(value: Value, heads: torch.Size) -> Value:
     return Value(torch.Size([*value.shape[:-3], heads[-1], *value.shape[-2:]]), axes)
 
 
-def reduce(run: Propagation, value: Value, dims: list[int], shape: torch.Size, reason: str, how: str) -> Value:
+def reduce(run: Following, value: Value, dims: list[int], shape: torch.Size, reason: str, how: str) -> Value:
     """Over `dims`: a sum of what is zero where masked lets its channels end; anything else keeps them together."""
     axes = []
     for axis in value.axes:

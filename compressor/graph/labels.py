@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -219,3 +220,10 @@ def _aligned(labels: Tensor, shape: torch.Size) -> Tensor:
         if labels.dim() == len(shape)
         else labels[(None,) * (len(shape) - labels.dim())].expand(shape)
     )
+
+
+class Following(Protocol):
+    """What follows labels through a trace; `consumed` are dimensions of parameters that a sum runs over."""
+
+    labels: Labels
+    consumed: set[tuple[str, int]]

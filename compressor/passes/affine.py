@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from compressor.core.encoding import Affine as AffineEncoding
 from compressor.core.encoding import Scales
-from compressor.core.settings import AffineSettings
 from compressor.core.spec import ZEROS, group_columns
 from compressor.ops.descent import descend
 from compressor.ops.error_feedback import inverse_factor
 from compressor.ops.grids import code, nearest_zero
 from compressor.ops.uniform import Grid
 from compressor.ops.widths import zero_steps
+from compressor.passes.settings.affine import AffineSettings
 
 _VALUES = 8192 * 576
 """Encoded at a time: tables have many rows, and every step holds several copies of them."""

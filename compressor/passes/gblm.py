@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from compressor.core.passes import Statistics
-from compressor.core.settings import SPARSEGPT_COLUMNS, GblmSettings, whole_share
 from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.passes.settings.fields import whole_share
+from compressor.passes.settings.gblm import SPARSEGPT_COLUMNS, GblmSettings
 
 SEQUENCES = 128
 """That α belongs to."""

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from compressor.core.errors import RecipeError
-from compressor.core.sparsifier import Sparsifier
 from compressor.core.structure import Outcome, Subject
-from compressor.core.training_settings import HessoSettings
 from compressor.ops.selection import lowest
+from compressor.passes.parts.sparsifier import Sparsifier
+from compressor.passes.settings.hesso import HessoSettings
 
 WEIGHT = 0.2
 """Of each of the five criteria."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from compressor.core.encoding import Codebook, Scales
-from compressor.core.settings import JlcmSettings
 from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
 from compressor.ops.vector_descent import best_codes, best_scales, decoded, row_losses
@@ -28,6 +27,7 @@ from compressor.ops.vector_quantization import (
     nearest_within,
     sparse_kmeans,
 )
+from compressor.passes.settings.jlcm import JlcmSettings
 
 GRID_LOW, GRID_HIGH = -8, 7
 _QUANTILES = 16

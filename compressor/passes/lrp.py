@@ -33,11 +33,11 @@ from compressor.core.errors import RecipeError
 from compressor.core.groups import Group
 from compressor.core.roles import folded
 from compressor.core.structure import Outcome, Subject
-from compressor.core.structure_settings import LrpSettings
-from compressor.core.structure_settings import Rule as RuleName
 from compressor.ops.attribution import Composite, Rule, attribute, first_output
 from compressor.ops.relevance import RULES
 from compressor.ops.selection import even_share, lowest, lowest_reaching
+from compressor.passes.settings.lrp import LrpSettings
+from compressor.passes.settings.lrp import Rule as RuleName
 
 Gone = dict[Group, Tensor]
 """Group -> BoolTensor (units,) of those that are removed."""

@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import RecipeError
-from compressor.core.policies import (
+from compressor.core.structure import Outcome, Subject
+from compressor.core.students import ATTRIBUTES, MULTIPLIERS, Student, Students
+from compressor.ops.subsets import sample_subset, subset_log_probability, subset_shares
+from compressor.passes.parts.policies import (
     Learner,
     RemovalPolicy,
     ShrinkagePolicy,
@@ -31,10 +34,7 @@ from compressor.core.policies import (
     standardised,
     state_of,
 )
-from compressor.core.search_settings import N2nSettings
-from compressor.core.structure import Outcome, Subject
-from compressor.core.students import ATTRIBUTES, MULTIPLIERS, Student, Students
-from compressor.ops.subsets import sample_subset, subset_log_probability, subset_shares
+from compressor.passes.settings.n2n import N2nSettings
 
 INVALID = -1.0
 HOPE = 1.02

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from compressor.core.errors import CheckpointError
 from compressor.core.groups import Operator
-from compressor.core.sparsifier import Sparsifier
 from compressor.core.structure import Outcome, Subject
-from compressor.core.training_settings import OtoSettings
 from compressor.ops.selection import lowest
+from compressor.passes.parts.sparsifier import Sparsifier
+from compressor.passes.settings.oto import OtoSettings
 
 _TINY = 1e-30
 

@@ -35,7 +35,7 @@ from compressor.core.errors import CheckpointError
 from compressor.core.follower import Follower
 from compressor.core.signing import SignedInputs, hard_sign, input_channels, sign_inputs
 from compressor.core.structure import Layer, Outcome, Subject
-from compressor.core.training_settings import ResteSettings
+from compressor.passes.settings.reste import ResteSettings
 
 CUT, FLAT = 1.5, 0.1
 """t and m."""

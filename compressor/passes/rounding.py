@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.core.encoding import Affine, Codebook, Scales
-from compressor.core.settings import RoundingSettings
 from compressor.core.spec import group_columns
 from compressor.ops.descent import descend
 from compressor.ops.error_feedback import inverse_factor
 from compressor.ops.uniform import Fitted, Grid, LevelGrid, stored_scale
+from compressor.passes.settings.rounding import RoundingSettings
 
 ZETA, GAMMA = 1.1, -0.1
 _WARM_UP = 0.2

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from compressor.core.encoding import Dense, Refined, Sparse, describe, restore
-from compressor.core.settings import AffineSettings, JlcmSettings
 from compressor.core.spec import AffineSpec, CodebookSpec, DenseSpec, sparse_spec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, Layout, write_tensors
-from compressor.recipe import Embeddings, load_pass
+from compressor.passes.registry import load_pass
+from compressor.passes.settings.affine import AffineSettings
+from compressor.passes.settings.jlcm import JlcmSettings
+from compressor.plan.recipe import Embeddings
 from tests import pico
 
 ROWS, COLUMNS = 29, 90

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from pico_graphs import save_decoder
 
-from compressor import inference
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.session import DecoderSession, open_session
-from compressor.inference import SessionApart, Settings, open_inference
+from compressor.runtime import sessions as inference
+from compressor.runtime.sessions import SessionApart, Settings, open_inference
 
 
 @pytest.fixture

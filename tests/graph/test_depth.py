@@ -11,7 +11,7 @@ from compressor.core.errors import CheckpointError
 from compressor.core.students import Student
 from compressor.graph.blocks import block_names, first_tensor
 from compressor.graph.depth import depth_units, without_units
-from compressor.students.depth import DepthEvaluator
+from compressor.structure.students.depth import DepthEvaluator
 from tests import pico
 
 IDS = pico.token_batches(1)[0]["input_ids"]

@@ -24,7 +24,7 @@ from compressor.passes.gblm import (
     sparsegpt_prune,
     wanda_score,
 )
-from compressor.recipe_file import load_recipe
+from compressor.plan.recipe_file import load_recipe
 from tests.pico import correlated, output_error
 
 ROWS, COLUMNS = 21, 300  # crosses SparseGPT's blocks of 128 columns twice

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from compressor.core.encoding import describe, restore
+from compressor.learning.distillation import LearnedMatrix
 from compressor.passes.affine import Affine
 from compressor.passes.jlcm import Jlcm, codebook_gradient, proximal_gradient
-from compressor.training import LearnedMatrix
 from tests.pico import correlated, output_error
 
 CODEBOOK = torch.tensor([-1.0, 0.0, 0.5, 2.0])

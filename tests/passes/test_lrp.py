@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import compressor.evaluate.bench
-import compressor.pipeline
+import compressor.run.pipeline
 from compressor.core.errors import RecipeError
 from compressor.core.options import RunOptions
 from compressor.core.structure import Subject
 from compressor.ops.attribution import Composite, Rule, attribute
 from compressor.passes.lrp import Lrp, relevance
-from compressor.pipeline import run
-from compressor.recipe_file import load_recipe
-from compressor.structure import GraphSurgeon
+from compressor.plan.recipe_file import load_recipe
+from compressor.run.pipeline import run
+from compressor.structure.stage import GraphSurgeon
 from tests import pico
 
 OPTIONS = {"epsilon": {"epsilon": 1e-6}, "zplus": {}}
@@ -101,7 +101,7 @@ def test_a_layers_own_rule_goes_before_that_of_its_kind():
 
 def test_a_search_without_optuna_is_refused_when_the_recipe_is_read(monkeypatch, tmp_path):
     (tmp_path / "recipe.yaml").write_text("passes: [{pass: lrp, trials: 3}]\n")
-    monkeypatch.setattr("compressor.core.structure_settings.find_spec", lambda name: None)
+    monkeypatch.setattr("compressor.passes.settings.lrp.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="trials needs optuna; pip install"):
         load_recipe(str(tmp_path / "recipe.yaml"))
 
@@ -135,7 +135,7 @@ def test_a_network_loses_its_share_and_is_exported(tmp_path, monkeypatch, criter
         f"passes: [{{pass: lrp, criterion: {criterion}, fraction: 0.3}}]\ncalibration: {{samples: 24}}\n"
     )
     monkeypatch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-    monkeypatch.setattr(compressor.pipeline, "bench_original", lambda *_: None)
+    monkeypatch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
     artifact = run(
         RunOptions(
             str(tmp_path / "model.pt"), str(tmp_path / "recipe.yaml"), Path(tmp_path / "out"),

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from compressor.core.errors import RecipeError
-from compressor.core.policies import (
+from compressor.core.students import MULTIPLIERS, Layer, Student
+from compressor.ops.subsets import sample_subset, subset_log_probability, subset_shares
+from compressor.ops.trainability import gradsign
+from compressor.passes.n2n import N2n, Search, constrained, constraint_decay, reward
+from compressor.passes.parts.policies import (
     Learner,
     RemovalPolicy,
     ShrinkagePolicy,
@@ -18,10 +22,6 @@ from compressor.core.policies import (
     save_policies,
     state_of,
 )
-from compressor.core.students import MULTIPLIERS, Layer, Student
-from compressor.ops.subsets import sample_subset, subset_log_probability, subset_shares
-from compressor.ops.trainability import gradsign
-from compressor.passes.n2n import N2n, Search, constrained, constraint_decay, reward
 
 # -- by the paper
 

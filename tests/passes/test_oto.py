@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from compressor.core.errors import CheckpointError, RecipeError
-from compressor.core.training_settings import OtoSettings
 from compressor.passes.oto import (
     Erasing,
     Oto,
@@ -19,6 +18,7 @@ from compressor.passes.oto import (
     penalty,
     redundancy,
 )
+from compressor.passes.settings.oto import OtoSettings
 from tests.training_case import EXAMPLE, one_channel_matters, residual, subject_of, trained
 
 

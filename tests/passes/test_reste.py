@@ -14,8 +14,8 @@ from compressor.core.encoding import Layout
 from compressor.core.errors import CheckpointError
 from compressor.core.signing import hard_sign, sign_inputs, signed_layers
 from compressor.core.structure import Layer, Subject
-from compressor.fitting import Fitting
 from compressor.graph.blocks import layers
+from compressor.learning.trainer import Fitting
 from compressor.passes.reste import (
     Binarised,
     Estimator,

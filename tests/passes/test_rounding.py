@@ -25,7 +25,7 @@ from compressor.passes.rounding import (
     rounding_penalty,
     soft_rounding,
 )
-from compressor.pipeline import run
+from compressor.run.pipeline import run
 from tests import pico
 
 ROWS, COLUMNS = 29, 90

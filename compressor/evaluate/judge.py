@@ -1,0 +1,154 @@
+"""Whether an artifact computes what it should, and how good it is: in onnxruntime, beside the original."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressor.checkpoints import Checkpoint, open_checkpoint
+from compressor.core.artifact import REPORT, Artifact
+from compressor.core.batch import Batch
+from compressor.core.errors import CheckpointError, VerificationError
+from compressor.core.options import RunOptions
+from compressor.core.progress import Progress
+from compressor.core.tensors import EncodedTensors
+from compressor.data import load as load_data
+from compressor.data.arrays import Arrays
+from compressor.data.samples import Samples, evaluation_windows, load_samples, sentence_batches
+from compressor.data.text import Text
+from compressor.evaluate.embedding import evaluate_embedding
+from compressor.evaluate.language import evaluate_language
+from compressor.evaluate.modules import evaluate_module
+from compressor.evaluate.proof import compare_logits
+from compressor.evaluate.reference import original_logits, original_outputs
+from compressor.evaluate.session import DecoderSession, ModuleSession, first_output, open_session
+from compressor.plan.recipe import Recipe
+from compressor.plan.recipe_file import restore_recipe
+
+LARGEST_ERROR = 1e-3
+_PROOF_TOKENS = 96
+_LARGEST_GRAPH = 2**31 - 2**24
+"""Bytes of weights that a single .onnx file can hold."""
+
+
+def prove(
+    checkpoint: Any, tensors: EncodedTensors, offsets: dict[str, tuple[int, int]], directory: Path, options: RunOptions,
+    batches: list[Batch],
+) -> dict[str, Any] | None:  # fmt: skip
+    """Compares the graph, with exact activations and as shipped, with torch on the decoded weights.
+
+    What came as an ONNX graph is compared with that graph on the decoded weights, in onnxruntime.
+
+    Raises:
+        VerificationError: They differ by more than 1e-3 of the largest output: the lowering is wrong.
+    """
+    if options.format != "onnx" or not batches:
+        return None
+    from compressor.export.writing import export_graph
+
+    inputs = {name or "input": tensor[:1].numpy() for name, tensor in batches[0].items()}
+    if "input_ids" in inputs:
+        inputs = {name: array[:, :_PROOF_TOKENS] for name, array in inputs.items()}
+    expected = _expected(checkpoint, tensors, inputs, directory)
+    shipped = compare_logits(first_output(open_session(directory, apart=True), inputs), expected)
+    graph = directory / "model.onnx"
+    kept = graph.with_suffix(".shipped")
+    extra = list(directory.glob("model.repacked*"))
+    copies = [(path, path.with_name(path.name + ".shipped")) for path in extra]
+    shutil.move(graph, kept)
+    for path, copy in copies:
+        shutil.copy2(path, copy)
+    try:
+        export_graph(checkpoint, tensors, offsets, directory, options.mode, True, batches)
+        exact = compare_logits(first_output(open_session(directory, exact=True, apart=True), inputs), expected)
+    finally:
+        shutil.move(kept, graph)
+        for path, copy in copies:
+            shutil.move(copy, path)
+    if exact.max_relative_error > LARGEST_ERROR:
+        raise VerificationError(
+            f"{graph}: differs from its own encodings by {exact.max_relative_error:.2g} of the largest output; "
+            f"expected less than {LARGEST_ERROR}; please report this with the recipe and the model's config"
+        )
+    return {"exact": exact.as_dict(), "as_shipped": shipped.as_dict()}
+
+
+def _expected(
+    checkpoint: Any, tensors: EncodedTensors, inputs: dict[str, np.ndarray], directory: Path
+) -> np.ndarray:  # fmt: skip
+    """What the network gives that computes with the decoded weights."""
+    if checkpoint.kind == "onnx" and checkpoint.describe()["tensor_bytes"] < _LARGEST_GRAPH:
+        from compressor.export.onnx_graph import decoded_graph
+
+        path = directory / "decoded.onnx"
+        try:
+            return first_output(open_session(decoded_graph(checkpoint.source, tensors, path), apart=True), inputs)
+        finally:
+            path.unlink(missing_ok=True)
+    from compressor.export.loading import decoded_checkpoint
+
+    return next(iter(original_outputs(decoded_checkpoint(checkpoint, tensors), [inputs])))
+
+
+def judge(
+    checkpoint: Any, samples: Samples, recipe: Recipe, directory: Path, format: str, progress: Progress
+) -> dict[str, Any] | None:
+    """Quality on the evaluation data; None where there is none to measure on."""
+    source = samples.evaluation
+    if source is None or format != "onnx" or recipe.evaluation.skipped:
+        return None
+    session = open_session(directory, apart=True)
+    if isinstance(source, Text) and isinstance(session, DecoderSession):
+        windows = evaluation_windows(source, recipe, directory)
+        with progress.task("evaluating", len(windows)) as task:
+            original = _counted(original_logits(checkpoint, windows), task)
+            return evaluate_language(session, original, windows).as_dict()
+    if isinstance(source, Text):
+        sentences = sentence_batches(source, directory)
+        wanted = [_accepted(session, batch) for batch in sentences]
+        return evaluate_embedding(session, original_outputs(checkpoint, wanted), wanted).as_dict()  # type: ignore[arg-type]
+    assert isinstance(source, Arrays)
+    chosen = source.take(slice(0, recipe.evaluation.samples))
+    return evaluate_module(session, original_outputs(checkpoint, chosen.batches(32)), chosen).as_dict()
+
+
+def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
+    """Measures an artifact's quality again, beside the original's where that is still where it was.
+
+    Raises:
+        CheckpointError: It is no artifact, or its original is gone.
+        DataError: The data of the run are gone; give others.
+    """
+    artifact = Artifact.open(directory)
+    report = artifact.report
+    source = Path(report["source"]["path"])
+    if not source.exists():
+        raise CheckpointError(f"{source}: the original is gone; it is needed to compare with")
+    checkpoint = open_checkpoint(source, arch=report["source"]["arch"])
+    recipe = restore_recipe(report["recipe"], str(artifact.directory / REPORT))
+    samples = _samples_again(checkpoint, recipe, (report.get("data") or {}).get("arguments") or {}, data)
+    format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"
+    return judge(checkpoint, samples, recipe, artifact.directory, format, Progress()) or {}
+
+
+def _samples_again(checkpoint: Checkpoint, recipe: Recipe, arguments: dict[str, Any], data: str | None) -> Samples:
+    """The data of the run, evaluated on `data` if that is given; held against its calibration data if it is there."""
+    calibration = arguments.get("data")
+    if data is not None and calibration is not None and ":" not in calibration and not Path(calibration).exists():
+        return Samples(None, load_data(data, "evaluation"))
+    options = RunOptions(model=str(checkpoint.path), data=calibration, eval=data or arguments.get("eval"))
+    return load_samples(checkpoint, recipe, options)
+
+
+def _accepted(session: ModuleSession, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array for name, array in batch.items() if name in session.inputs or name == "attention_mask"}
+
+
+def _counted(arrays: Iterable[np.ndarray], task: Any) -> Iterator[np.ndarray]:
+    for array in arrays:
+        yield array
+        task.advance()

@@ -1,0 +1,66 @@
+"""The original network as an uncompressed artifact, to measure speed and memory beside: written, measured, removed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.core.batch import Batch
+from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.evaluate.bench import bench
+
+LARGEST = 4_000_000_000
+"""Bytes in float32 up to which the original is run whole: beyond, that would cost more memory than compressing it."""
+
+
+class OriginalTensors(Mapping[str, EncodedTensor]):
+    """A checkpoint's tensors as they are, float32, read one at a time."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        tensor = self.checkpoint.read(name)
+        return EncodedTensor.dense(tensor, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.tensors)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.tensors)
+
+
+def export_original(checkpoint: Any, directory: Path, batches: list[Batch]) -> Path:
+    """Writes the uncompressed artifact into a directory, by the same exporter; returns the graph's path."""
+    from compressor.export.writing import export_graph
+
+    if checkpoint.config is not None:
+        (directory / "config.json").write_text(json.dumps(checkpoint.config))
+    offsets = write_tensors(directory / "model.safetensors", OriginalTensors(checkpoint), checkpoint.tied)
+    tensors = EncodedTensors([directory / "model.safetensors"])
+    return export_graph(checkpoint, tensors, offsets, directory, "default", False, batches)
+
+
+def bench_original(
+    checkpoint: Any, beside: Path, batches: list[Batch], shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Any] | None:
+    """What `bench` says of the uncompressed artifact, None where it is too large; `beside` names the disk for it.
+
+    An ONNX graph is measured as it is.
+    """
+    if 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST:
+        return None
+    if checkpoint.kind == "onnx":
+        return bench(checkpoint.path, shapes=shapes)
+    scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=beside))
+    try:
+        export_original(checkpoint, scratch, batches)
+        return bench(scratch, shapes=shapes)
+    finally:
+        shutil.rmtree(scratch)

@@ -1,0 +1,30 @@
+"""Fields that the settings of several passes have: groups, steps, the widths that are allocated."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+GroupSetting = Annotated[int, Field(ge=16, multiple_of=16)] | Literal["row"]
+Steps = Annotated[int, Field(ge=0)]
+
+WIDTHS = (2, 3, 4, 8)
+"""Bits that uniform grids are allocated in."""
+GROUPS = (32, 64, 128)
+
+
+def uniform_ladder(step: Any) -> tuple[Any, ...]:
+    """A pass with fields `bits` and `group` at every width, and in the usual groups beside its own."""
+    groups = (step.group,) if step.group == "row" else sorted({step.group, *GROUPS})
+    return tuple(step.model_copy(update={"bits": bits, "group": group}) for bits in WIDTHS for group in groups)
+
+
+def listed(value: Any) -> Any:
+    """A list as YAML has it; plans are compared, and settings hashed, so that it is a tuple here."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def whole_share(n: int, share: float) -> int:
+    """⌊n·share⌋, where 100 · 0.29 is 29."""
+    return int(n * share + 1e-9)

@@ -1,0 +1,117 @@
+"""What a recipe may write under `pass: n2n`; no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from compressor.core.passes import Need, StructurePass
+from compressor.core.training import Count, Optimizer, Positive, Rate, Training
+
+Part = Annotated[float, Field(gt=0, le=1)]
+
+
+class N2nSettings(Training, StructurePass):
+    """Removes layers, and shrinks those that are left, as a policy learns to from how good the students are.
+
+    units          layer: convolutions, linears and pools; block: of a transformer; part: its attentions and MLPs;
+                   auto: block where there are repeated blocks without convolutions, layer elsewhere
+    policy         reinforce; random: students drawn evenly; of blocks also greedy: the least harmful one after the
+                   other (SLEB), and influence: those that change the hidden state least (ShortGPT)
+    remove         how many units go; none: as many as the reward says. greedy and influence need it
+    measure        of students: accuracy (of next tokens, classes or the teacher's answers), or perplexity, its inverse
+    start          of blocks: the policy's first odds; none: even ones; influence: as a block matters; greedy: what
+                   greedy finds first
+    strength       of that start, in logits per standard deviation
+    search_epochs  of rollouts that decide what is removed
+    shrink_epochs  of rollouts that decide how much the others shrink; layers only
+    attributes     what of a layer shrinks: outputs, kernel, padding
+    rollouts       students per epoch
+    max_students   the search ends when so many were judged
+    policy_rate, shrink_rate, own_rate    learning rates of the policies, and of the weight that each block has
+    memory         of the baseline: how much of it stays from epoch to epoch
+    max_parameters, max_latency   the largest share of the teacher's
+    min_accuracy   the least share of the teacher's
+    filters        students that cannot win, or that GradSign ranks lower among equals, are not trained
+    init           of a student: inherit the teacher's weights where shapes allow, or fresh
+    student_epochs, student_examples    a student's training before it is judged: on the teacher's outputs
+    validation     examples, or tokens of text, that students are judged on; no student sees them before
+    student_rate   of that training, at most; none: as `rate`
+    jobs           students at once, one core each; 0: as many as there are cores
+    engine         where: local processes, or ray, on a cluster at `address`
+    policy_in      a file with policies to start from, trained on another teacher
+    policy_out     where the policies are saved
+    epochs         of the final student's training, on labels and the teacher; 0: none
+    """
+
+    name = "n2n"
+    paper = (
+        "Ashok et al., N2N Learning: Network to Network Compression via Policy Gradient Reinforcement Learning, ICLR \
+2018, https://arxiv.org/abs/1709.06030"
+    )
+
+    units: Literal["auto", "layer", "block", "part"] = "auto"
+    policy: Literal["reinforce", "random", "greedy", "influence"] = "reinforce"
+    remove: Positive | None = None
+    measure: Literal["accuracy", "perplexity"] = "accuracy"
+    start: Literal["none", "influence", "greedy"] = "influence"
+    strength: Annotated[float, Field(ge=0)] = 1.5
+    search_epochs: Positive = 20
+    shrink_epochs: Count = 0
+    attributes: Annotated[list[Literal["outputs", "kernel", "padding"]], Field(min_length=1)] = Field(
+        ["outputs", "kernel", "padding"]
+    )
+    rollouts: Positive = 5
+    max_students: Positive | None = None
+    policy_rate: Rate = 3e-3
+    shrink_rate: Rate = 0.1
+    own_rate: Rate = 0.2
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    max_parameters: Part | None = None
+    max_latency: Part | None = None
+    min_accuracy: Part | None = None
+    filters: bool = True
+    init: Literal["inherit", "fresh"] = "inherit"
+    student_epochs: Positive = 1
+    student_examples: Positive = 4096
+    student_rate: Rate | None = None
+    validation: Positive = 2048
+    jobs: Count = 0
+    engine: Literal["local", "ray"] = "local"
+    address: str = "auto"
+    policy_in: str | None = None
+    policy_out: str | None = None
+    epochs: Count = 0
+    batch: Positive = 64
+    distance: Literal["kl", "mse"] = "mse"
+    optimizer: Optimizer = "Adam"
+    rate: Rate = 1e-3
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> N2nSettings:
+        ordered = self.policy in ("greedy", "influence")
+        if ordered and self.remove is None:
+            raise ValueError(f"policy {self.policy} has to know how many blocks go; write remove: 3 or such")
+        if (ordered or self.measure == "perplexity") and self.units == "layer":
+            what = f"policy {self.policy}" if ordered else "measure perplexity"
+            raise ValueError(f"{what} is of blocks, but units is layer; write units: block")
+        if self.policy == "influence" and self.units == "part":
+            raise ValueError("policy influence is of whole blocks, but units is part; write units: block")
+        return self
+
+    @property
+    def chooses_units(self) -> bool:
+        return False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        trains: frozenset[Need] = frozenset({"training", "gradients"} if self.epochs or self.units != "block" else ())
+        labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
+        return frozenset({"data"}) | trains | labels
+
+    def cost(self, tokens: int) -> float:
+        """Of whole forwards over the validation tokens."""
+        students = self.max_students or self.rollouts * (self.search_epochs + self.shrink_epochs)
+        judged = {"influence": 1, "greedy": 30 * (self.remove or 1) / 2}.get(self.policy, students)
+        return judged * min(1.0, self.validation / max(tokens, 1))

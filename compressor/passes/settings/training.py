@@ -1,0 +1,46 @@
+"""What passes that train while units go to zero have in common; no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from compressor.core.training import FittedPass, Positive, Share
+
+
+class TrainingPass(FittedPass):
+    """Passes that train while units go to zero.
+
+    fraction      the share that is removed, `of` the parameters, of the units, or of the flops: a forward's
+                  multiplications by matrices
+    divisible     what stays of a group is a multiple of it, and at least that
+    most          the largest share of a group's units that may go
+    warmup        the share of the steps before units begin to go
+    pruning       the share of the steps over which they go; what is left trains on
+    """
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    of: Literal["parameters", "units", "flops"] = "parameters"
+    divisible: Positive = 1
+    most: Annotated[float, Field(gt=0, le=1)] = 0.9
+    epochs: Positive = 10
+    warmup: Share = 0.1
+    pruning: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _has_time(self) -> TrainingPass:
+        if self.warmup + self.pruning > 1 + 1e-9:
+            raise ValueError(
+                f"warmup {self.warmup:g} and pruning {self.pruning:g} are shares of one training and come to more than "
+                "1; write such as 0.1 and 0.5"
+            )
+        return self
+
+    @property
+    def removes(self) -> float:
+        return self.fraction
+
+    @property
+    def removes_exactly(self) -> bool:
+        return self.of == "parameters"

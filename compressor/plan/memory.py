@@ -1,0 +1,171 @@
+"""Peak memory of a run, estimated from headers: per stage, the large arrays that are there at once.
+
+Anonymous memory, in bytes. The processes that open the artifact in onnxruntime, and mapped files, are not in it.
+Held against what was measured: scripts/bench_memory.py. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compressor.core.errors import ResourceError
+from compressor.core.roles import block_of
+from compressor.core.spec import CodebookSpec
+from compressor.plan.plan import Plan, PlannedTensor
+from compressor.plan.recipe import TOKENS_PER_BATCH, WINDOWS_AT_ONCE, Recipe, learning_window
+
+BASE = 450_000_000
+"""Python, torch and transformers, imported; the texts."""
+FLOAT = 4
+_CHUNK, _COPIES = 8192 * 576, 9
+"""Values of a table that are encoded at a time, and arrays of that many floats meanwhile."""
+_POSITIONS = 512
+"""Whose logits are held at a time, in four arrays."""
+_SAVED = 3.5
+"""Values that a backward pass keeps per output of a linear: it, its neighbours, what norms computed in floats."""
+_MATRICES = 5
+"""Of a layer's size, while it is encoded: weight, what is left of it, chosen values, points, decoded."""
+
+
+def peak_memory(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> int:
+    """The largest of the stages' peaks, about."""
+    stages = [_tables(tensors), _outside(tensors, recipe), _largest_block(tensors, recipe)]
+    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    states = FLOAT * width * recipe.calibration.tokens
+    kept = 4 if _learns_blocks(recipe) else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
+    peak = max(stages) + kept * states
+    if any(block_of(tensor.name) for tensor in tensors):
+        if recipe.distill.steps:
+            peak = max(peak, _distillation(tensors, width, recipe))
+        if recipe.calibration.generated or (recipe.distill.steps and recipe.distill.generated):
+            peak = max(peak, _generation(tensors, config, width, recipe))
+    return BASE + int(peak)
+
+
+def refuse_beyond(limit: int, plan: Plan, config: dict[str, Any], recipe: Recipe) -> None:
+    """Raises ResourceError where the plan's peak memory exceeds `limit` bytes, and says what would stay within it."""
+    if plan.peak_memory <= limit:
+        return
+    tried: list[str] = []
+    least = plan.peak_memory
+    for section, key, value in (
+        ("distill", "steps", 0), ("calibration", "tokens", max(TOKENS_PER_BATCH, recipe.calibration.tokens // 4)),
+        ("calibration", "generated", 0.0), ("calibration", "token_importance", False),
+    ):  # fmt: skip
+        changed = getattr(recipe, section).model_copy(update={key: value})
+        candidate = recipe.model_copy(update={section: changed})
+        found = peak_memory(plan.tensors, config, candidate)
+        if found < least:
+            tried.append(f"--set {section}.{key}={str(value).lower()}")
+            recipe, least = candidate, found
+        if least <= limit:
+            break
+    advice = f"about {least / 1e9:.2g} GB with {' '.join(tried)}" if tried else "no setting lowers that"
+    more = "" if least <= limit else "; for less give another recipe, a smaller model or a higher --max-ram"
+    raise ResourceError(
+        f"--max-ram: {plan.recipe} needs about {plan.peak_memory / 1e9:.2g} GB for {plan.model}; found "
+        f"{limit / 1e9:.2g} GB; {advice}{more}"
+    )
+
+
+def _count(tensors: Sequence[PlannedTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _learns_blocks(recipe: Recipe) -> bool:
+    return any(getattr(step.settings, "block_steps", 0) for step in recipe.passes)
+
+
+def _wants_gradients(recipe: Recipe) -> bool:
+    return recipe.calibration.token_importance and "data" in recipe.required
+
+
+def _tables(tensors: Sequence[PlannedTensor]) -> float:
+    """The largest table while it is encoded: as it is, its codes, decoded to be checked."""
+    largest = max((_count([tensor]) for tensor in tensors if tensor.role == "embedding"), default=0)
+    return (2 * FLOAT + 1) * largest + _COPIES * FLOAT * min(largest, _CHUNK)
+
+
+def _outside(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
+    """What lies in no block, loaded: the last in its stored precision as well, or the head's logits and matrix.
+
+    Logits are there for gradients, and when the original is evaluated.
+    """
+    outside = [tensor for tensor in tensors if not block_of(tensor.name)]
+    if len(outside) == len(tensors):
+        return 0
+    logits = 4 * FLOAT * _POSITIONS * max((t.shape[0] for t in outside if t.role == "embedding"), default=0)
+    stored = max((tensor.bytes_before for tensor in outside), default=0)
+    if recipe.evaluation.skipped and not _wants_gradients(recipe):
+        logits = 0
+    return FLOAT * _count(outside) + max(stored, logits + (stored / 2 if _wants_gradients(recipe) else 0))
+
+
+def _largest_block(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
+    """A block's weights, its codes, and of its largest layer the second moment, its factor and the copies."""
+    blocks: dict[str, list[PlannedTensor]] = {}
+    for tensor in tensors:
+        blocks.setdefault(block_of(tensor.name), []).append(tensor)
+    if len(blocks) > 1:
+        blocks.pop("", None)
+    peaks = []
+    for block in blocks.values():
+        layers = [tensor for tensor in block if tensor.by and tensor.role != "embedding"]
+        moments = [2 * FLOAT * tensor.matrix[1] ** 2 for tensor in layers if tensor.method and tensor.method.needs]
+        encoding = max((_MATRICES * FLOAT * _count([tensor]) for tensor in layers), default=0)
+        encoding += max(moments, default=0)
+        learning = 0
+        if _wants_gradients(recipe) or _learns_blocks(recipe):
+            learning = 2 * FLOAT * _count(layers) * _learns_blocks(recipe) + _activations(layers, FLOAT)
+        peaks.append((FLOAT + 1) * _count(block) + max(encoding, learning))
+    return max(peaks, default=0)
+
+
+def _activations(layers: Sequence[PlannedTensor], size: int) -> float:
+    """What a backward pass through these layers keeps of one batch, in values of `size` bytes."""
+    outputs = sum(tensor.matrix[0] for tensor in layers if tensor.role == "linear")
+    return _SAVED * size * TOKENS_PER_BATCH * outputs
+
+
+def _distillation(tensors: Sequence[PlannedTensor], width: int, recipe: Recipe) -> float:
+    """The whole student with its backward pass, the original's head and what the head is given."""
+    size = 2 if multiplies_bfloat16() else FLOAT
+    layers = [tensor for tensor in tensors if tensor.by and tensor.role == "linear"]
+    resident = sum(_count([tensor]) * (_open_bytes(tensor, recipe) + size + 1) for tensor in layers)
+    tables = [tensor for tensor in tensors if tensor.role == "embedding"]
+    entries = max((_count([tensor]) for tensor in tables), default=0)
+    resident += (2 + size) * _count(tables) + (3 * FLOAT + size) * entries
+    logits = 4 * FLOAT * _POSITIONS * max((tensor.shape[0] for tensor in tables), default=0)
+    given = 2 * width * recipe.distill.tokens
+    return resident + _activations(layers, size) + logits + given
+
+
+def _generation(tensors: Sequence[PlannedTensor], config: dict[str, Any], width: int, recipe: Recipe) -> float:
+    """The whole original, with the keys and values of what it writes at once, and the logits of a token."""
+    size = 2 if multiplies_bfloat16() else FLOAT
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    cached = int(config.get("num_key_value_heads") or heads) * int(config.get("head_dim") or width // heads)
+    layers = len({block_of(tensor.name) for tensor in tensors} - {""})
+    cache = 2 * size * layers * cached * WINDOWS_AT_ONCE * learning_window(recipe)
+    vocabulary = max((tensor.shape[0] for tensor in tensors if tensor.role == "embedding"), default=0)
+    return sum(tensor.bytes_before for tensor in tensors) + cache + 3 * FLOAT * WINDOWS_AT_ONCE * vocabulary
+
+
+def _open_bytes(tensor: PlannedTensor, recipe: Recipe) -> float:
+    """Per weight: of a codebook its codes, and what moves them; else the values."""
+    if not isinstance(tensor.spec, CodebookSpec):
+        return 2
+    moves = recipe.distill.mapping_rate and tensor.prune is None
+    return FLOAT / tensor.spec.dim + (2 if moves else 0)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware, as far as Linux tells; torch is not asked."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "amx_tile" in text or "avx512_bf16" in text

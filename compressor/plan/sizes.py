@@ -1,0 +1,122 @@
+"""What an artifact and its making will take, in bytes and CPU-seconds, from shapes alone; memory is `footprint`'s."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from compressor.core.passes import StructurePass
+from compressor.core.roles import block_of
+from compressor.core.spec import DenseSpec
+from compressor.plan.memory import multiplies_bfloat16
+from compressor.plan.plan import PlannedTensor
+from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, Step
+
+FLOPS = 90e9
+"""Multiplications and additions per CPU-second of a forward pass, measured on SmolLM2-135M."""
+SECONDS_PER_WEIGHT = 1.0e-6
+"""CPU-seconds to assign codes to a weight, about."""
+SECONDS_PER_STEP = 2e-8
+"""CPU-seconds to decode a weight and learn what it is made of, about, in a step of the distillation."""
+GRAPH_BYTES_PER_PART = 420
+GRAPH_BYTES_PER_CONVOLUTION = 1500
+_ALIGNMENT = 64
+
+
+def model_files(
+    tensors: tuple[PlannedTensor, ...], tied: dict[str, str], format: str, static: bool
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of the weights' file, exact, and of the graph, about."""
+    header = header_bytes(tensors, tied)
+    files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
+    if format == "onnx":
+        norms = batch_norms(tensors)
+        there = [tensor for tensor in tensors if tensor.name.rpartition(".")[0] not in norms]
+        files["model.onnx"] = (2_000 if static else 20_000) + sum(graph_bytes(tensor, static) for tensor in there)
+    return files
+
+
+def batch_norms(tensors: tuple[PlannedTensor, ...]) -> frozenset[str]:
+    """The modules whose tensors the graph folds into the convolutions before them, as a rule."""
+    means = (tensor.name for tensor in tensors if tensor.name.endswith(".running_mean"))
+    return frozenset(name.removesuffix(".running_mean") for name in means)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether the tensor is a batch norm's statistics and no parameter."""
+    return name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
+
+
+def graph_bytes(tensor: PlannedTensor, static: bool) -> int:
+    """Of its share in the graph. Convolutions on int8 hold a scale and a bias for each channel in it; norms fold."""
+    if not static or tensor.role == "linear":
+        return GRAPH_BYTES_PER_PART * len(tensor.spec.parts(*tensor.matrix))
+    return GRAPH_BYTES_PER_CONVOLUTION + 8 * tensor.matrix[0] if tensor.by else 0
+
+
+def header_bytes(tensors: tuple[PlannedTensor, ...], tied: dict[str, str]) -> int:
+    """Bytes before the first tensor in the safetensors file that `core.tensors.write_tensors` makes."""
+    header: dict[str, Any] = {}
+    descriptions: dict[str, Any] = {}
+    position = 0
+    for tensor in tensors:
+        parts = tensor.spec.parts(*tensor.matrix)
+        descriptions[tensor.name] = {
+            **tensor.describe(), "tensor_shape": list(tensor.shape),
+            "transposed": tensor.transposed and bool(tensor.by), "parts": sorted(parts),
+        }  # fmt: skip
+        for part in sorted(parts):
+            dtype, shape = parts[part]
+            size = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
+            name = tensor.name if part == "weight" else f"{tensor.name}.{part}"
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+            position += size
+    metadata = json.dumps({"tensors": descriptions, "tied": tied}, separators=(",", ":"))
+    text = json.dumps({"__metadata__": {"compressor": metadata}, **header}, separators=(",", ":")).encode()
+    return -(-(len(text) + 8) // _ALIGNMENT) * _ALIGNMENT
+
+
+def _weights(tensors: tuple[PlannedTensor, ...]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors if tensor.role in ("linear", "conv"))
+
+
+def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> float:
+    """Of the whole run, without export and evaluation, about."""
+    n_weights, tokens, distill = _weights(tensors), recipe.calibration.tokens, recipe.distill
+    tables = sum(math.prod(tensor.shape) for tensor in tensors if tensor.role == "embedding")
+    passes = sum(step.settings.cost(tokens) for step in recipe.passes) + 3 * ("gradients" in recipe.required)
+    found = 2 * n_weights * tokens * passes / FLOPS + n_weights * SECONDS_PER_WEIGHT + 5
+    if distill.steps:
+        rate = FLOPS * (2 if multiplies_bfloat16() else 1)
+        learned = 2 * (n_weights + tables) * (distill.tokens + 3 * distill.steps * TOKENS_PER_BATCH) / rate
+        found += learned + distill.steps * (n_weights + tables) * SECONDS_PER_STEP
+    return round(found, 1)
+
+
+def structure_settings(step: Step) -> StructurePass:
+    """Of a structure pass."""
+    assert isinstance(step.settings, StructurePass)
+    return step.settings
+
+
+def smaller_bytes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> int | None:
+    """Bytes of the weights once structure passes are done, about; None where their budget does not say.
+
+    Parameters go from the matrices outside of tables that a step is for, alike from all; a share of the units is that
+    share of them, where each kind of unit loses it.
+    """
+    kept = {tensor.name: 1.0 for tensor in tensors}
+    for step in recipe.structure:
+        settings = structure_settings(step)
+        mine = [t for t in tensors if t.role in ("linear", "conv") and step.selects(t.name)]
+        if settings.removes_exactly:
+            whole = sum(kept[t.name] * math.prod(t.shape) for t in tensors)
+            share = settings.removes * whole / max(1.0, sum(kept[t.name] * math.prod(t.shape) for t in mine))
+        elif settings.removes_evenly:
+            share, mine = settings.removes, [t for t in mine if block_of(t.name)]
+        else:
+            return None
+        for tensor in mine:
+            kept[tensor.name] *= max(0.0, 1 - share)
+    return round(sum(kept[tensor.name] * tensor.bytes_after for tensor in tensors))

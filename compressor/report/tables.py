@@ -1,0 +1,196 @@
+"""Tables for people: a plan, the recipes, what is inside of a file, the outcome of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from compressor.core.quantities import duration, size
+from compressor.core.roles import folded
+from compressor.plan.plan import Plan
+from compressor.plan.recipe import SECTIONS, Recipe
+
+
+def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
+    """An empty table; the columns of `numbers` are aligned at the right."""
+    numbers = set(numbers)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column in numbers
+        made.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return made
+
+
+def show(*parts: Any) -> None:
+    """Prints to stdout: at the width of the terminal, or whole where the output is a file."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    for part in parts:
+        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+
+
+def plan_tables(plan: Plan) -> list[Any]:
+    """The plan, alike tensors of all blocks in one row."""
+    rows: dict[tuple, list[int]] = {}
+    for tensor in plan.tensors:
+        how = tensor.spec.label + (f" ({tensor.reason})" if tensor.reason else "")
+        row = rows.setdefault((folded(tensor.name), tensor.shape, tensor.by, how), [0, 0, 0])
+        row[0] += 1
+        row[1] += tensor.bytes_before
+        row[2] += tensor.bytes_after
+    tensors = table("tensor", "n", "shape", "before", "after", "by", "stored as", numbers=["n", "before", "after"])
+    for (name, shape, by, how), (count, before, after) in rows.items():
+        tensors.add_row(name, str(count), "×".join(map(str, shape)), size(before), size(after), by, how)
+    files = table("file", "bytes", numbers=["bytes"])
+    for name, n_bytes in plan.files.items():
+        files.add_row(name, size(n_bytes))
+    ties = [f"{alias} is {name}, stored once" for alias, name in plan.tied.items()]
+    ratio = plan.bytes_before / max(plan.bytes_after, 1)
+    total = (
+        f"{plan.model} ({plan.architecture}) with {plan.recipe}: {size(plan.bytes_before)} → "
+        f"{size(plan.bytes_after)}, {ratio:.1f} times smaller, every file counted\n"
+        f"peak memory about {size(plan.peak_memory)} · about {duration(plan.cpu_seconds)} of CPU time before export "
+        f"and evaluation · needs {', '.join(plan.needs) or 'nothing but the model'}"
+    )
+    return [tensors, files, *ties, *plan.notes, total]
+
+
+def reach_line(smallest: int, largest: int, target: int | None) -> str:
+    """What widths per tensor allow, and whether a target lies there."""
+    verdict = "" if target is None else f"; {size(target)} can be reached"
+    return f"with a width for each tensor: {size(smallest)} to {size(largest)}, about{verdict}"
+
+
+def recipes_table(recipes: Sequence[Recipe]) -> Table:
+    """All recipes, one row each."""
+    made = table("recipe", "what it does", "needs")
+    for recipe in recipes:
+        made.add_row(recipe.name, recipe.description, recipe.needs)
+    return made
+
+
+def recipe_tables(recipe: Recipe, path: str) -> list[Any]:
+    """One recipe, explained: its passes with every setting, its sections."""
+    made = table("section", "setting", "value")
+    for number, step in enumerate(recipe.passes, start=1):
+        settings = step.settings.model_dump() | {"select": " ".join(step.select), "skip": " ".join(step.skip)}
+        for i, (key, value) in enumerate(settings.items()):
+            made.add_row(f"step {number}: {step.name}" if i == 0 else "", key, str(value))
+    for section in SECTIONS:
+        values = getattr(recipe, section).model_dump()
+        for i, (key, value) in enumerate(values.items()):
+            made.add_row(section if i == 0 else "", key, "" if value is None else str(value))
+    papers = [f"{step.name}: {step.settings.paper}" for step in recipe.passes]
+    return [f"{recipe.name}: {recipe.description}", f"Needs {recipe.needs}", made, *papers, f"File: {path}"]
+
+
+_MEASURES = (
+    ("perplexity", "quality", "original_perplexity", "perplexity"),
+    ("accuracy", "quality", "original_accuracy", "accuracy"),
+    ("top-1 agreement", "quality", None, "top1_agreement"),
+    ("KL divergence", "quality", None, "kl_divergence"),
+    ("cosine", "quality", None, "cosine"),
+    ("load, seconds", "speed", "load_seconds", "load_seconds"),
+    ("latency, seconds", "speed", "latency_seconds", "latency_seconds"),
+    ("decoding, tokens/s", "speed", "decode_tokens_per_second", "decode_tokens_per_second"),
+    ("prefill, tokens/s", "speed", "prefill_tokens_per_second", "prefill_tokens_per_second"),
+)
+
+
+def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
+    """The outcome of a run, before and after; all of it is in compression.json."""
+    made = table("", "before", "after", numbers=["before", "after"])
+    sizes = report.get("size") or {}
+    if sizes:
+        made.add_row("size, every file", size(sizes.get("original_bytes", 0)), size(sizes["bytes"]))
+    for label, section, before, after in _MEASURES:
+        found = report.get(section) or {}
+        if found.get(after) is not None:
+            beside = (report.get("original_speed") or {}) if section == "speed" else found
+            original = beside.get(before) if before else None
+            made.add_row(label, "" if original is None else f"{original:.4g}", f"{found[after]:.4g}")
+    binary = report.get("binary") or {}
+    if binary:
+        made.add_row(f"{binary['layers']} binary layers", size(binary["float_bytes"]), size(binary["bytes"]))
+    allocation = report.get("allocation") or {}
+    if allocation.get("target_size"):
+        made.add_row("size, target", "", size(allocation["target_size"]))
+    if allocation:
+        made.add_row(f"loss of {allocation['kind']}, predicted", "", f"{allocation['predicted_loss']:.2%}")
+    if allocation.get("loss") is not None:
+        made.add_row(f"loss of {allocation['kind']}, measured", "", f"{allocation['loss']:.2%}")
+    peaks = [((report.get(key) or {}).get("memory") or {}).get("peak_private") for key in ("original_speed", "speed")]
+    if peaks[1]:
+        made.add_row("memory in use, peak", size(peaks[0]) if peaks[0] else "", size(peaks[1]))
+    stages = report.get("cost") or {}
+    spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
+    notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
+        binary.get("runs_as")) else []  # fmt: skip
+    return [made, *notes, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
+
+
+def checks_table(checks: Sequence[Any]) -> Table:
+    """What was verified, and what was found."""
+    made = table("check", "", "found")
+    for check in checks:
+        made.add_row(check.name, {True: "holds", False: "FAILED", None: "unknown"}[check.passed], check.found)
+    return made
+
+
+def difference_tables(differences: Sequence[Any]) -> list[Any]:
+    """Tensors that differ, and a line on all of them."""
+    made = table("tensor", "A", "B", "bytes of A", "bytes of B", "error", numbers=["bytes of A", "bytes of B", "error"])
+    for each in differences:
+        if not each.same:
+            sizes = [size(n) if n is not None else "" for n in each.bytes]
+            labels = [label or "is not there" for label in each.encodings]
+            made.add_row(each.name, *labels, *sizes, "" if each.error is None else f"{each.error:.4f}")
+    n_same = sum(each.same for each in differences)
+    totals = [size(sum(each.bytes[i] or 0 for each in differences)) for i in (0, 1)]
+    line = f"{n_same} of {len(differences)} tensors are the same; {totals[0]} against {totals[1]} of weights"
+    return [line] if n_same == len(differences) else [made, line]
+
+
+def inspection_tables(found: dict[str, Any]) -> list[Any]:
+    """A checkpoint or an artifact: its tensors, alike ones of all blocks in one row, then everything else."""
+    rows: dict[tuple, list[int]] = {}
+    for tensor in found.get("tensors", []):
+        shape = "×".join(map(str, tensor["shape"]))
+        row = rows.setdefault((folded(tensor["name"]), shape, tensor["encoding"]), [0, 0])
+        row[0] += 1
+        row[1] += tensor["bytes"]
+    tensors = table("tensor", "n", "shape", "bytes", "stored as", numbers=["n", "bytes"])
+    for (name, shape, encoding), (count, n_bytes) in rows.items():
+        tensors.add_row(name, str(count), shape, size(n_bytes), encoding)
+    return [tensors, fields_table({key: value for key, value in found.items() if key != "tensors"})]
+
+
+def fields_table(content: dict[str, Any], prefix: str = "") -> Table:
+    """A nested dictionary as two columns; lists are counted, not shown."""
+    made = table("", "")
+    made.show_header = False
+    for key, value in _flat(content, prefix):
+        made.add_row(key, value)
+    return made
+
+
+def _flat(content: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for key, value in content.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name} ")
+        elif value is not None and not (isinstance(value, list) and value and isinstance(value[0], dict)):
+            yield name, _value(name, value)
+
+
+def _value(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, int) and not isinstance(value, bool) and ("bytes" in key or "memory" in key):
+        return size(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,57 @@
+"""An artifact's last steps: it is measured, held against its gates, described, and put in its place.
+
+What misses a gate is kept as `<output>.failed`, so that nothing takes it for a good one; what is there under the
+output's own name stays.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from compressor.core.artifact import NOT_NEEDED, PAGE, REPORT, failed_directory, file_digest
+from compressor.core.locking import LOCK
+from compressor.core.tensors import EncodedTensors
+from compressor.report.page import write_page
+from compressor.run.workplace import FINISHED, WORK, remove
+
+
+def artifact_size(directory: Path, original_bytes: int) -> dict[str, Any]:
+    """Bytes of every file that running the artifact needs, largest first, beside the original's."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in (*NOT_NEEDED, LOCK)]
+    files = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
+    files = {name: n for name, n in files.items() if not name.startswith(f"{WORK}/")}
+    ordered = dict(sorted(files.items(), key=lambda item: (-item[1], item[0])))
+    return {"bytes": sum(ordered.values()), "files": ordered, "original_bytes": original_bytes}
+
+
+def largest_tensors(tensors: EncodedTensors, n: int = 3) -> str:
+    """The tensors that take the most bytes, as a sentence; for an artifact that is too large."""
+    found = sorted(((tensors[name].encoding.nbytes, name) for name in tensors), reverse=True)[:n]
+    return "largest are " + ", ".join(f"{name} with {size / 1e6:.2f} MB" for size, name in found)
+
+
+def deliver(partial: Path, output: Path, report: dict[str, Any]) -> Path:
+    """Hashes into the report, report and page written, the artifact renamed, its working folder away; its directory.
+
+    Whenever the process ends, there is either the artifact with nothing else in it, or what `--resume` goes on from.
+    """
+    report["sha256"] = {name: file_digest(partial / name) for name in sorted(report["size"]["files"])}
+    (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
+    write_page([partial], partial / PAGE, title=output.name)
+    failed = failed_directory(output)
+    finished = partial / WORK / FINISHED
+    finished.mkdir()
+    for path in sorted(partial.iterdir()):
+        if path.name not in (WORK, LOCK):
+            path.rename(finished / path.name)
+    if failed.exists():
+        shutil.rmtree(failed)  # of an earlier attempt
+    target = output if report["gates"]["passed"] else failed
+    if target.exists():
+        shutil.rmtree(target)
+    finished.rename(target)  # at once, and complete
+    remove(partial)  # last: until the artifact stands, --resume needs what is in it
+    return target

@@ -1,0 +1,178 @@
+"""onnxruntime's sessions: in this process, or for large weights in one of their own.
+
+While it folds and packs weights onnxruntime needs several times their bytes; what it frees stays with its allocator.
+In a process of its own that adds nothing to the run's memory, and all of it goes back at the end. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnxruntime
+
+import compressor
+
+LARGE = 16_000_000
+"""Bytes of graph and weights from which a process of its own, which takes a third of a second to start, pays."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """threads      of onnxruntime; all cores when None
+    entries      its session's configuration entries
+    optimised    a file for the graph that it really runs
+    """
+
+    threads: int | None = None
+    entries: Mapping[str, str] = field(default_factory=dict)
+    optimised: str | None = None
+
+    def open(self, path: str | bytes) -> onnxruntime.InferenceSession:
+        """The session of a file, or of a serialised graph, in this process."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if self.threads:
+            options.intra_op_num_threads = self.threads
+        if self.optimised:
+            options.optimized_model_filepath = self.optimised
+        for key, value in self.entries.items():
+            options.add_session_config_entry(key, value)
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An input or output of a graph, as onnxruntime describes it."""
+
+    name: str
+    type: str
+    shape: list
+
+
+class SessionApart:
+    """A session in a process of its own, which ends with this object; of onnxruntime's methods those that are here.
+
+    Raises:
+        RuntimeError: What onnxruntime said, or that the process was ended, as by a system short of memory.
+    """
+
+    def __init__(self, path: str, settings: Settings) -> None:
+        command, environment = process_of("compressor.runtime.session_process")
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=-1
+        )
+        weakref.finalize(self, _end, self._process)
+        self._inputs, self._outputs = self._ask((path, settings))
+
+    def get_inputs(self) -> list[Entry]:
+        return self._inputs
+
+    def get_outputs(self) -> list[Entry]:
+        return self._outputs
+
+    def run(self, names: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of these names."""
+        return self._ask((list(names), dict(feed)))
+
+    def _ask(self, question: tuple) -> Any:
+        try:
+            _send(self._process.stdin, question)
+            failure, answer = pickle.load(self._process.stdout)
+        except (EOFError, BrokenPipeError) as error:
+            status = self._process.wait()
+            raise RuntimeError(
+                f"its process ended with status {status}, perhaps for want of memory; found no answer; free some memory"
+            ) from error
+        if failure:
+            raise RuntimeError(failure)
+        return answer
+
+
+def filled(inputs: Mapping[str, Any], shapes: Mapping[str, Sequence[int | None]]) -> dict[str, Any]:
+    """The inputs of a language model's graph, what it asks for beside input_ids made up: no padding, nothing before.
+
+    Args:
+        shapes: Of the graph's inputs, by name; sizes that are free are None.
+    """
+    found = dict(inputs)
+    shape = np.shape(found.get("input_ids", ()))
+    if len(shape) != 2:
+        return found
+    found.setdefault("attention_mask", np.ones(shape, np.int64))
+    found.setdefault("token_type_ids", np.zeros(shape, np.int64))
+    found.setdefault("position_ids", np.broadcast_to(np.arange(shape[1]), shape))
+    for name, size in shapes.items():
+        if name.startswith("past_key_values.") and len(size) == 4 and size[1] and size[3]:
+            found.setdefault(name, np.zeros((shape[0], size[1], 0, size[3]), np.float32))
+    return found
+
+
+def in_pieces(
+    feed: Mapping[str, np.ndarray], size: int | None, run: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+) -> list[np.ndarray]:
+    """What `run` gives for each `size` rows of the inputs, joined; all at once where `size` is None or all there is.
+
+    For graphs that were exported for a fixed batch. The last piece is filled up with its own rows.
+    """
+    n = next((len(array) for array in feed.values() if array.ndim), 0)
+    if size is None or size < 1 or not n or n == size:
+        return run(dict(feed))
+    found = []
+    for start in range(0, n, size):
+        rows = (start + np.arange(size) % min(size, n - start)).astype(np.int64)
+        found.append(run({name: array[rows] if np.shape(array)[:1] == (n,) else array for name, array in feed.items()}))
+    return [np.concatenate(parts)[:n] if np.ndim(parts[0]) else parts[0] for parts in zip(*found, strict=True)]
+
+
+def open_inference(path: Path, settings: Settings, apart: bool) -> onnxruntime.InferenceSession | SessionApart:
+    """A session on a graph; with `apart` in a process of its own where graph and weights are large."""
+    n_bytes = sum(file.stat().st_size for file in path.parent.glob("model.*"))
+    return SessionApart(str(path), settings) if apart and n_bytes >= LARGE else settings.open(str(path))
+
+
+def process_of(module: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment that run a module of this package in a process of its own."""
+    package = str(Path(compressor.__file__).resolve().parents[1])
+    paths = [package, os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return [sys.executable, "-m", module], environment
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+
+
+def _send(stream: BinaryIO | Any, message: Any) -> None:
+    pickle.dump(message, stream, protocol=5)
+    stream.flush()
+
+
+def serve(questions: BinaryIO, answers: BinaryIO) -> None:
+    """Opens a session as the first question says; runs it for every further one."""
+    session = None
+    while True:
+        try:
+            first, second = pickle.load(questions)
+        except EOFError:
+            return
+        try:
+            if session is None:
+                session = second.open(first)
+                entries = (session.get_inputs(), session.get_outputs())
+                found: Any = tuple([Entry(e.name, e.type, list(e.shape)) for e in each] for each in entries)
+            else:
+                found = session.run(first, second)
+        except Exception as error:  # onnxruntime's own errors share no narrower class
+            _send(answers, (str(error).strip().splitlines()[0], None))
+        else:
+            _send(answers, (None, found))

@@ -1,0 +1,272 @@
+"""The structure stage: passes that return a smaller network, or train what will be encoded, before anything is.
+
+The network is written to the run's working folder and goes on as a checkpoint like any other, so that all later
+stages, and --resume, know nothing of how it came about. Quality is still measured beside the original.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from compressor.checkpoints import Checkpoint
+from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
+from compressor.core.batch import Batch, Examples, call
+from compressor.core.errors import CheckpointError
+from compressor.core.groups import Branches, Group
+from compressor.core.passes import Pass, StructurePass
+from compressor.core.progress import Progress
+from compressor.core.structure import Layer, Outcome, Removal, Subject
+from compressor.core.training import Training
+from compressor.core.work import Work
+from compressor.graph.blocks import first_tensor, layers, layout_of
+from compressor.graph.compensation import compensate, mean_inputs, readers
+from compressor.graph.cost import multiplications, positions
+from compressor.graph.groups import find_groups
+from compressor.graph.operators import find_branches
+from compressor.graph.places import layer_places
+from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
+from compressor.learning.trainer import Fitting
+from compressor.passes.registry import load_pass
+from compressor.passes.settings.n2n import N2nSettings
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe import Recipe, Step
+from compressor.runtime.torchrun import rank, wait
+from compressor.structure.students.laboratory import Laboratory
+from compressor.structure.students.making import students_of
+
+LARGEST_ERROR = 1e-4
+"""Of the largest output, between a network with units masked and without them."""
+REPORT = "report.json"
+
+
+class GraphSurgeon:
+    """Finds and removes units by the traced graph, and checks every removal on an example."""
+
+    def __init__(self, example: Batch, call: Callable[[nn.Module, Batch], Any]) -> None:
+        self.example, self.call = example, call
+        self._positions: dict[str, int] = {}
+
+    def groups(self, module: nn.Module) -> list[Group]:
+        return find_groups(module, self.example)
+
+    def branches(self, module: nn.Module) -> Branches:
+        return find_branches(module, self.example)
+
+    def mask(self, module: nn.Module, group: Group, units: Tensor) -> None:
+        zero_units(module, group, units)
+
+    def parameters(self, module: nn.Module, removal: Removal) -> int:
+        return predicted_parameters(module, removal)
+
+    def multiplications(self, module: nn.Module, removal: Removal) -> int:
+        self._positions = self._positions or positions(module, self.call, self.example)
+        return multiplications(module, removal, self._positions)
+
+    def compensate(
+        self, smaller: nn.Module, original: nn.Module, removal: Removal, batches: list[Batch]
+    ) -> list[str]:  # fmt: skip
+        paths = list(readers(original, removal))
+        return compensate(smaller, original, removal, mean_inputs(original, paths, self.call, batches))
+
+    @torch.no_grad()
+    def remove(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """The smaller network.
+
+        Raises:
+            CheckpointError: It does not run, or computes something else: a size is written into its code.
+        """
+        smaller = remove_units(module, removal)
+        for group, units in removal.items():
+            zero_units(module, group, units)
+        wanted = first_tensor(self.call(module, self.example))
+        where = f"{type(module).__name__}: without {sum(len(units) for units in removal.values())} units"
+        advice = "a size is written into its forward; take it from an attribute that counts heads, or from a shape"
+        try:
+            found = first_tensor(self.call(smaller, self.example))
+        except (RuntimeError, ValueError, IndexError) as error:  # what shapes that do not fit raise in a forward
+            raise CheckpointError(f"{where} it does not run; {str(error).splitlines()[0]}; {advice}") from error
+        same = found.shape == wanted.shape
+        error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)) if same else float("inf")
+        if error > LARGEST_ERROR:
+            raise CheckpointError(f"{where} it differs from the masked one by {error:.2g} of the output; {advice}")
+        return smaller
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The data that structure passes choose by, and train on.
+
+    batches    arguments of the forward, some hundred examples
+    labels     (n,) per batch; None where there are none
+    examples   all of the data, made when a pass trains
+    """
+
+    batches: list[Batch]
+    labels: list[Tensor] | None
+    examples: Callable[[], Examples]
+
+
+def restructure(
+    checkpoint: Checkpoint, recipe: Recipe, data: Reference, work: Work, progress: Progress
+) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    """The network after all structure passes of the recipe and those whose encoding is trained, and each one's report.
+
+    Under torchrun every process calls this: all of them train, the first alone does the rest.
+
+    Raises:
+        CheckpointError: The network cannot be traced, or not made smaller.
+    """
+    found, reports = checkpoint, []
+    for number, step in enumerate(recipe.early):
+        folder = work.folder / f"structure-{number}"
+        due = not folder.exists() and (rank() == 0 or _trains(step.settings))
+        wait()  # until all have looked
+        if due:
+            what = "a smaller network" if step.settings.stage == "structure" else "training"
+            with progress.task(f"{step.name}: {what}", 1) as task:
+                subject = _subject(
+                    checkpoint,
+                    found,
+                    step,
+                    recipe,
+                    data,
+                    work,
+                    folder,
+                    lambda share, note: task.advance(share, note=note),
+                )
+                outcome = _applied(load_pass(step.settings), subject)
+            if rank() == 0:
+                _write(checkpoint, found, outcome, step.name, folder)
+        wait()
+        found = open_reshaped(checkpoint, folder)
+        reports.append(json.loads((folder / REPORT).read_text()))
+        progress.say(f"{step.name}: {_summary(reports[-1])}")
+    return found, reports
+
+
+def decided(recipe: Recipe, reports: list[dict[str, Any]]) -> Recipe:
+    """The recipe whose trained steps leave alone what they did leave alone, and that asks for no gradient of a sign."""
+    for report in reports:
+        recipe = recipe.leaving(report["pass"], report.get("dense", ()))
+        if report.get("activations") == "binary":
+            calibration = recipe.calibration.model_copy(update={"token_importance": False})
+            recipe = recipe.model_copy(update={"calibration": calibration})
+    return recipe
+
+
+def _summary(report: dict[str, Any]) -> str:
+    if "binary" in report:
+        return f"{len(report['binary'])} layers are binary, {len(report['dense'])} stay as they are"
+    return f"{report['parameters_before']:,} → {report['parameters']:,} parameters"
+
+
+def _trains(settings: Pass) -> bool:
+    return isinstance(settings, Training) and settings.epochs > 0
+
+
+def _subject(
+    original: Checkpoint, checkpoint: Checkpoint, step: Step, recipe: Recipe, data: Reference, work: Work, folder: Path,
+    advance: Callable[[float, str], None],
+) -> Subject:  # fmt: skip
+    if not data.batches:
+        raise CheckpointError(f"{checkpoint.path}: {step.name} traces the network on an example; give --data")
+    if checkpoint.family == "decoder" and step.settings.refuses_decoders:
+        raise CheckpointError(f"{checkpoint.path}: {step.settings.refuses_decoders}")
+    module = checkpoint.build("cpu").float()
+    example = {name: tensor[:2] for name, tensor in data.batches[0].items()}
+
+    def trainer(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> Fitting:
+        kept = folder.with_name(f"{folder.name}-training")
+        if other is not None and teacher is None:
+            teacher = original.build("cpu").float()
+        return Fitting(other or module, data.examples(), settings, work.seed, kept, advance, teacher)
+
+    def students(settings: StructurePass) -> Laboratory:
+        assert isinstance(settings, N2nSettings)
+        searched = folder.with_name(f"{folder.name}-search")
+        return students_of(module, data.batches, data.labels, settings, data.examples, work.seed, searched, advance)
+
+    labels = data.labels
+    if labels is None and checkpoint.family == "decoder":
+        labels = [next_tokens(batch["input_ids"]) for batch in data.batches]
+    surgeon, generator = GraphSurgeon(example, call), work.generator(folder.name)
+    return Subject(
+        module, data.batches, labels, surgeon, generator, step.selects, advance, trainer,
+        lambda: _trainable(checkpoint, module, step, recipe, example), students,
+    )  # fmt: skip
+
+
+def _trainable(checkpoint: Checkpoint, module: nn.Module, step: Step, recipe: Recipe, example: Batch) -> list[Layer]:
+    """The layers that the plan has the step encode, and why some of them should stay as they are."""
+    plan = make_plan(checkpoint, recipe, smaller=True)
+    chosen = {tensor.name for tensor in plan.tensors if tensor.method == step.settings}
+    places, modules = layer_places(module, example), layers(module)
+    uses = Counter(id(weight) for child in module.modules() if (weight := child._parameters.get("weight")) is not None)
+    found = []
+    for name, place in places.items():
+        layout = layout_of(modules[name])
+        if name in chosen and layout is not None:
+            shared = "is shared by several layers" if uses[id(modules[name].weight)] > 1 else ""
+            found.append(Layer(name, modules[name], layout, place or shared))
+    return found
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """The labels (n, tokens) of a language model: the token that follows, −100 at the last."""
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+
+
+def _applied(method: Any, subject: Subject) -> Outcome:
+    if method.stage != "structure":
+        return method.fit(subject)
+    if method.chooses_units and not subject.choosable():
+        groups = subject.surgeon.groups(subject.module)
+        reasons = "; ".join(dict.fromkeys(f"'{group.name}' {group.reason}" for group in groups if group.reason))
+        raise CheckpointError(
+            f"{type(subject.module).__name__}: {method.name} can remove nothing from it; {reasons or 'no groups'}; "
+            "leave the pass out, or select other tensors"
+        )
+    outcome = method.restructure(subject)
+    if getattr(method, "norms", "keep") == "measure":
+        measure_norms(outcome.module, subject.batches)
+    return outcome
+
+
+@torch.no_grad()
+def measure_norms(module: nn.Module, batches: list[Batch]) -> None:
+    """Batch norms take mean and variance anew, the average over batches; nothing else changes."""
+    norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+        norm.train()
+    for batch in batches if norms else ():
+        call(module, batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _write(original: Checkpoint, before: Checkpoint, outcome: Outcome, name: str, folder: Path) -> None:
+    """Whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_reshaped(original, outcome.module, partial)
+    parameters = {
+        "parameters_before": sum(p.numel() for p in before.build().parameters()),
+        "parameters": sum(p.numel() for p in outcome.module.parameters()),
+    }
+    (partial / REPORT).write_text(json.dumps({"pass": name} | parameters | outcome.report))
+    partial.rename(folder)

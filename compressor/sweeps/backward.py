@@ -1,0 +1,111 @@
+"""What streamed backward passes share: block inputs in scratch files, the head, one block's forward and backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressor.sweeps.network import Network, Stop
+
+_POSITIONS = 512
+
+
+def head_of(module: nn.Module) -> nn.Linear | None:
+    """The output head of a language model, or None."""
+    find = getattr(module, "get_output_embeddings", None)
+    head = find() if find else None
+    return head if isinstance(head, nn.Linear) else None
+
+
+def head_input(network: Network, call: Callable[[], Any]) -> Tensor:
+    """What the head is given while `call` runs the network, which ends there."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple) -> None:
+        caught.append(args[0])
+        raise Stop
+
+    with head_of(network.module).register_forward_pre_hook(catch), contextlib.suppress(Stop), network.autocast():
+        call()
+    return caught[0]
+
+
+@torch.no_grad()
+def label_gradient(
+    network: Network, rows: Tensor, labels: Tensor | None, generator: torch.Generator | None = None
+) -> Tensor:
+    """∂ Σ −log p(y) / ∂rows: (softmax(xWᵀ + b) − onehot(y))·W for head inputs (tokens, width), a few rows at a time.
+
+    Labels (tokens,) that are negative count nothing; without labels they are drawn from p.
+    """
+    head = head_of(network.module)
+    assert head is not None
+    dtype = torch.bfloat16 if network.fast else torch.float32
+    matrix, parts = head.weight.to(dtype), []
+    for start in range(0, len(rows), _POSITIONS):
+        probability = functional.linear(rows[start : start + _POSITIONS].to(dtype), matrix).float()
+        probability = (probability if head.bias is None else probability + head.bias).softmax(-1)
+        if labels is None:
+            label = torch.multinomial(probability, 1, generator=generator)
+        else:
+            label = labels[start : start + _POSITIONS].unsqueeze(1)
+            probability.masked_fill_(label < 0, 0.0)
+        counted = -(label >= 0).float()
+        probability.scatter_add_(1, label.clamp_min(0), counted)
+        parts.append((probability.to(dtype) @ matrix).float())
+    return torch.cat(parts)
+
+
+class HiddenFiles:
+    """Hidden states of each block's inputs in mapped files, in the precision that blocks compute in."""
+
+    def __init__(self, folder: Path, fast: bool) -> None:
+        self.folder, self.dtype = folder, torch.bfloat16 if fast else torch.float32
+        self.files: list[Path] = []
+        self.shapes: list[torch.Size] = []
+
+    def add(self, hidden: list[Tensor]) -> None:
+        """The inputs of the next block, a tensor per batch."""
+        path = self.folder / f"hidden-{len(self.files)}.bin"
+        self.shapes = [part.shape for part in hidden]
+        with path.open("wb") as file:  # not through the mapping: on a full disk that ends the process without a word
+            for part in hidden:
+                file.write(part.to(self.dtype).contiguous().flatten().view(torch.uint8).numpy())
+        self.files.append(path)
+
+    def read(self, block: int) -> Iterator[Tensor]:
+        """The inputs of a block, float32, one batch in memory at a time."""
+        for part in self._map(self.files[block]):
+            yield part.to(torch.float32, copy=True)
+
+    def close(self) -> None:
+        for path in self.files:
+            path.unlink(missing_ok=True)
+
+    def _map(self, path: Path) -> list[Tensor]:
+        sizes = [shape.numel() for shape in self.shapes]
+        flat = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=self.dtype)
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
+
+
+def back_through(
+    network: Network, index: int, stored: HiddenFiles, upstream: list[Tensor], each: Callable[[int], None]
+) -> None:
+    """Block number `index`, loaded, forward and backward for each batch; `each` is told after it.
+
+    `upstream` holds ∂ℓ/∂(output) per batch, and at the end ∂ℓ/∂(input).
+    """
+    block = network.block(network.blocks[index])
+    for i, hidden in enumerate(stored.read(index)):
+        hidden.requires_grad_(True)
+        with torch.enable_grad():
+            output = network.step(block, network.arguments(i, index, hidden))
+        output.backward(upstream[i])
+        upstream[i] = hidden.grad
+        each(i)

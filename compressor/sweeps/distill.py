@@ -1,0 +1,84 @@
+"""The learning stage: the whole network, as encoded, is distilled on the original's predictions.
+
+The original runs block by block first and leaves only its head inputs. The student is held whole, in bfloat16 where the
+processor multiplies that in hardware; the plan's peak memory does not count it yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.core.batch import Batch
+from compressor.core.encoding import Affine, Codebook, Refined
+from compressor.core.progress import Progress
+from compressor.core.tensors import EncodedTensors, write_tensors
+from compressor.core.work import Work
+from compressor.learning.distillation import Rates, Student, distill
+from compressor.plan.plan import Plan
+from compressor.plan.recipe import Distill, Recipe
+from compressor.sweeps.network import Network
+from compressor.sweeps.survey import head_inputs, head_of
+
+LEARNED = "learned.safetensors"
+
+
+def learn(
+    checkpoint: Any, tensors: EncodedTensors, files: list[Path], batches: list[Batch], recipe: Recipe, plan: Plan,
+    work: Work, progress: Progress,
+) -> EncodedTensors:  # fmt: skip
+    """The tensors with what was learned in place of what was encoded; unchanged where nothing learns."""
+    settings = recipe.distill
+    network = Network(checkpoint)
+    if not settings.steps or head_of(network.module) is None or network.blocks == [""] or not batches:
+        return tensors
+    file = work.folder / LEARNED
+    if not file.exists():
+        with progress.task("running the original", len(network.blocks)) as task:
+            rows = head_inputs(network, batches, lambda: task.advance())
+        teacher_head = checkpoint.read(_head_name(network)).float()
+        student = _student(checkpoint, tensors, settings, plan.pruned, network.fast)
+        dtype = torch.bfloat16 if network.fast else torch.float32
+        head = head_of(student.module)
+        rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
+        with progress.task("distilling", settings.steps) as task:
+            for entry in distill(
+                student, _cycle(batches, rows), teacher_head, head, settings.steps, rates, dtype,
+                lambda note: task.advance(note=note),
+            ):  # fmt: skip
+                work.log.append(entry)
+        write_tensors(file, student.results())
+    return EncodedTensors([*files, file], tensors.tied)
+
+
+def _head_name(network: Network) -> str:
+    head = head_of(network.module)
+    return next(name for name, parameter in network.module.named_parameters() if parameter is head.weight)
+
+
+def _cycle(batches: list[Batch], rows: list[Tensor]) -> Callable[[int], tuple[Batch, Tensor]]:
+    return lambda step: (batches[step % len(batches)], rows[step % len(batches)])
+
+
+def _student(
+    checkpoint: Any, tensors: EncodedTensors, settings: Distill, pruned: Collection[str], fast: bool
+) -> Student:
+    module: nn.Module = checkpoint.build()
+    if hasattr(module, "config"):
+        module.config.use_cache = False
+    dtype = torch.bfloat16 if fast else torch.float32
+    shared: dict[int, nn.Parameter] = {}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in shared:
+            learned = isinstance(
+                tensors[name].encoding, (Affine, Codebook, Refined)
+            )  # each step brings values of its own
+            values = parameter if learned else tensors[name].decode().to(dtype)
+            shared[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, shared[id(parameter)])
+    return Student(module, tensors, settings.mapping_rate, pruned=pruned)

@@ -1,0 +1,303 @@
+"""Sweeps over the blocks of a network, one block's weights in memory at a time.
+
+`Network` knows how to bring a network to its first block, through one block, and from the last block to its end. A
+*survey* runs over the untouched network; the *encoding* sweep visits each block once with inputs from the compressed
+prefix. Hidden states between blocks are the only activations that are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoints.skeleton import parameter_names
+from compressor.core.batch import Batch, arguments, call
+from compressor.core.memory import give_back
+from compressor.graph.blocks import (
+    block_names,
+    detached,
+    fast_bfloat16,
+    first_tensor,
+    layers,
+    patched,
+    stages,
+    unfold_inputs,
+)  # fmt: skip
+from compressor.ops.gram import add_gram, mirror
+
+Arguments = tuple[tuple, dict]
+
+
+class Stop(Exception):
+    """Ends a forward once it has shown what was asked."""
+
+
+class Network:
+    """A checkpoint's module whose weights are read when their block is due.
+
+    `batches` are the forward's keyword arguments (or {"": tensor} for one positional input).
+    """
+
+    def __init__(self, checkpoint: Any, fast: bool | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.module: nn.Module = checkpoint.build()
+        if hasattr(self.module, "config"):
+            self.module.config.use_cache = False
+        self.module.requires_grad_(False)
+        self.blocks = block_names(self.module)
+        self.fast = fast_bfloat16() if fast is None else fast
+        in_blocks = tuple(f"{name}." for name in self.blocks)
+        names = list(dict(self.module.named_parameters())) + [
+            name for name in self.module.state_dict() if name not in dict(self.module.named_parameters())
+        ]
+        self.outside = [name for name in names if not name.startswith(in_blocks)] if self.blocks != [""] else []
+        self._replaced: dict[str, Callable[[], Tensor]] = {}
+        self._calls: list[list[Arguments]] = []
+        self._entered: list[Tensor] = []
+        self._wrap: Callable[[Tensor], Any] = _as_it_is
+        self._by_keyword = False
+        self.last: list[Tensor] = []
+
+    def replace(self, name: str, decode: Callable[[], Tensor]) -> None:
+        """From now on the network computes with what `decode` gives, each time it is due, not with the checkpoint's."""
+        self._replaced[name] = decode
+
+    def block(self, name: str) -> nn.Module:
+        return self.module.get_submodule(name) if name else self.module
+
+    @contextlib.contextmanager
+    def loaded(self, names: list[str]) -> Iterator[None]:
+        """Holds the named parameters in memory, float32, with what was replaced in place."""
+        aliases = {name: group for group in parameter_names(self.module).values() for name in group}
+        groups = list({group[0]: group for group in (aliases.get(name, [name]) for name in names)}.values())
+        for group in groups:  # one at a time, so that one alone is there in its stored precision as well
+            replaced = next((name for name in group if name in self._replaced), None)
+            if replaced is None or group[0] not in aliases:
+                self.checkpoint.materialise(self.module, group[:1])
+            if group[0] in aliases:
+                self._set(group, lambda p, name=replaced: (self._replaced[name]() if name else p.data).float())
+        try:
+            yield
+        finally:
+            for group in groups:
+                if group[0] in aliases:
+                    self._set(group, lambda p: torch.empty_like(p.data, device="meta"))
+            give_back()
+
+    def _set(self, names: list[str], change: Callable[[nn.Parameter], Tensor]) -> None:
+        """Puts something else in the place of a parameter of floats, under all of its names."""
+        parameter = self.module.get_parameter(names[0])
+        if not parameter.is_floating_point():
+            return
+        fresh = nn.Parameter(change(parameter), requires_grad=False)
+        for name in names:
+            parent, _, attribute = name.rpartition(".")
+            setattr(self.module.get_submodule(parent), attribute, fresh)
+
+    def names_in(self, block: str) -> list[str]:
+        """The names of the parameters and persistent buffers of a block, as the module has them."""
+        prefix = f"{block}." if block else ""
+        return [f"{prefix}{name}" for name in self.block(block).state_dict(keep_vars=True)]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.fast)
+
+    def call(self, batch: Batch) -> Any:
+        """The whole forward of a batch."""
+        return call(self.module, batch)
+
+    @torch.no_grad()
+    def enter(self, batches: list[Batch]) -> list[Arguments]:
+        """The arguments with which each batch reaches the first block; `arguments` then knows those of the others.
+
+        Blocks may differ in what else they are called with (masks, position embeddings), so the network is run once
+        with blocks that only note it. A network whose blocks are not called once each, in order, is one block.
+        """
+        if self.blocks != [""]:
+            with self.loaded(self._before_head()):
+                for wrap in (_as_it_is, _in_a_tuple):
+                    self._calls, self._wrap = [self._note_calls(batch, wrap) for batch in batches], wrap
+                    if all(len(calls) == len(self.blocks) for calls in self._calls):
+                        entered, self._entered = self._entered, []
+                        return [self.arguments(i, 0, state) for i, state in enumerate(entered)]
+                    self._entered.clear()
+            self.blocks, self.outside = [""], []
+        return [arguments(batch) for batch in batches]
+
+    def _before_head(self) -> list[str]:
+        """What lies outside of the blocks but for an output head of its own, which only comes after them."""
+        head = getattr(self.module, "get_output_embeddings", lambda: None)()
+        if not isinstance(head, nn.Linear):
+            return self.outside
+        uses = [name for name, p in self.module.named_parameters(remove_duplicate=False) if p is head.weight]
+        return [name for name in self.outside if uses != [name]]
+
+    def _note_calls(self, batch: Batch, wrap: Callable[[Tensor], Any]) -> list[Arguments]:
+        calls: list[Arguments] = []
+        shapes: list[torch.Size] = []
+
+        def noting(index: int) -> Callable:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs.get("hidden_states")
+                if len(calls) != index or not isinstance(hidden, Tensor):
+                    calls.clear()
+                    raise Stop
+                if shapes and hidden.shape != shapes[0]:
+                    raise Stop  # the wrong wrapping
+                shapes.append(hidden.shape)
+                if index == 0:
+                    self._entered.append(hidden.detach())
+                rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
+                calls.append((detached(tuple(args[1:])) if args else (), detached(rest)))
+                self._by_keyword = not args
+                if index == len(self.blocks) - 1:
+                    raise Stop
+                return wrap(hidden)
+
+            return forward
+
+        with self._replaced_blocks([noting(index) for index in range(len(self.blocks))]), contextlib.suppress(Stop):
+            self.call(batch)
+        return calls
+
+    def _replaced_blocks(self, forwards: list[Callable]) -> contextlib.AbstractContextManager[None]:
+        return patched(dict(zip(map(self.block, self.blocks), forwards, strict=True)))
+
+    def arguments(self, batch: int, index: int, hidden: Tensor) -> Arguments:
+        """What block number `index` is called with for a batch whose hidden state is `hidden`."""
+        args, kwargs = self._calls[batch][index]
+        return ((), {**kwargs, "hidden_states": hidden}) if self._by_keyword else ((hidden, *args), kwargs)
+
+    def step(self, block: nn.Module, arguments: Arguments) -> Tensor:
+        """The next hidden state, in the dtype of the last."""
+        args, kwargs = arguments
+        with self.autocast():
+            output = first_tensor(block(*args, **kwargs))
+        return output.float()
+
+    @contextlib.contextmanager
+    def tail(self) -> Iterator[Callable[[Batch, Tensor], Any]]:
+        """A function from (batch, last hidden state) to the network's output; the blocks are passed by."""
+        held: list[Tensor] = []
+        forwards = [lambda *args, **kwargs: self._wrap(held[0])] * len(self.blocks)
+
+        def run(batch: Batch, hidden: Tensor) -> Any:
+            held[:] = [hidden]
+            return self.call(batch)
+
+        with self._replaced_blocks(forwards), self.loaded(self.outside):
+            yield run
+
+    def sweep(self, batches: list[Batch]) -> Iterator[tuple[str, nn.Module, list[Arguments]]]:
+        """Each block, loaded, with the arguments of all batches; goes on with what the block then computes.
+
+        At the end `last` holds the last block's hidden state of each batch. A network that is one block is not run.
+        """
+        reached = self.enter(batches)
+        for index, name in enumerate(self.blocks):
+            block = self.block(name)
+            with self.loaded(self.names_in(name)):
+                yield name, block, reached
+                if not name:
+                    return
+                with torch.no_grad():
+                    self.last = [self.step(block, arguments) for arguments in reached]
+            if index + 1 < len(self.blocks):
+                reached = [self.arguments(i, index + 1, hidden) for i, hidden in enumerate(self.last)]
+
+
+def _as_it_is(hidden: Tensor) -> Any:
+    return hidden
+
+
+def _in_a_tuple(hidden: Tensor) -> Any:
+    return (hidden,)
+
+
+def hidden_of(arguments: Arguments) -> Tensor:
+    """The hidden state among a block's arguments."""
+    args, kwargs = arguments
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def n_examples(arguments: Arguments) -> int:
+    """How many examples a batch has, by a block's arguments."""
+    args, kwargs = arguments
+    return len(first_tensor((*args, *kwargs.values())))
+
+
+@torch.no_grad()
+def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arguments) -> list:
+    """The block's encodable layers in stages, by running one batch."""
+    order: list[tuple[str, int]] = []
+    keep: list[Tensor] = []
+    found = layers(block, prefix)
+
+    def note(name: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(_: nn.Module, args: tuple) -> None:
+            order.append((name, id(args[0])))
+            keep.append(args[0])  # so that no other tensor gets its identity
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in found.items()
+        if not isinstance(module, nn.Embedding)
+    ]
+    try:
+        network.step(block, arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stages(order)
+
+
+@torch.no_grad()
+def second_moments(
+    network: Network,
+    block: nn.Module,
+    found: Mapping[str, nn.Module],
+    names: list[str],
+    calls: int,
+    reached: list[Arguments],
+    importance: Mapping[str, Tensor],
+    begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
+) -> tuple[dict[str, Tensor], int]:
+    """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
+
+    The layers share their input, so that without importance they share one H. The forward of batch number i runs
+    within `begun(i)`, and ends at the last call.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = {"tokens": 0, "calls": 0}
+    lead = found[names[0]]
+    weighted = [name for name in names if name in importance]
+
+    def watch(_: nn.Module, args: tuple) -> None:
+        with torch.autocast("cpu", enabled=False):
+            rows = unfold_inputs(lead, args[0])
+            for name in weighted or names[:1]:
+                seen = rows
+                if name in importance:
+                    token = importance[name][counts["tokens"] : counts["tokens"] + len(rows)]
+                    seen = rows * token.sqrt().unsqueeze(1)
+                add_gram(sums.setdefault(name, torch.zeros(seen.shape[1], seen.shape[1])), seen)
+        counts["tokens"] += len(rows)
+        counts["calls"] += 1
+        if counts["calls"] == calls:
+            raise Stop
+
+    with lead.register_forward_pre_hook(watch):
+        for i, arguments in enumerate(reached):
+            counts["calls"] = 0
+            with begun(i), contextlib.suppress(Stop):
+                network.step(block, arguments)
+    for total in sums.values():
+        mirror(total.div_(max(1, counts["tokens"])))
+    shared = next(iter(sums.values()))
+    return {name: sums.get(name, shared) for name in names}, counts["tokens"]

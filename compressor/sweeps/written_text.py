@@ -1,0 +1,130 @@
+"""Text that the original itself writes, to calibrate and to distil on beside real text.
+
+LLM-QAT (Liu et al., arXiv 2305.17888): what a language model was trained on is rarely at hand, but it can be sampled
+from the model. Here every window is a document of its own, drawn token by token at temperature 1 from the token that
+separates documents. The original is held whole meanwhile, as the distillation's student is later, in bfloat16 where the
+processor multiplies that in hardware. A token at a time torch's fused attention takes most of the time, so that of a
+single query is two products of matrices here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from compressor.core.errors import DataError
+from compressor.core.files import whole
+from compressor.plan.recipe import WINDOWS_AT_ONCE
+
+SEPARATOR = "<|endoftext|>"
+
+
+def generated_tokens(
+    checkpoint: Any, tokenizer: Path, n: int, length: int, folder: Path, generator: Callable[[str], torch.Generator],
+    fast: bool, advance: Callable[[], None] = lambda: None,
+) -> Tensor:  # fmt: skip
+    """`n` documents of `length` tokens each, int64 (n, length); `advance` is called once per batch of documents.
+
+    Each batch lies in `folder` once it is drawn, and draws from a generator of its own, so that an interrupted run goes
+    on where it was and gives the same tokens.
+
+    Raises:
+        DataError: The network is no decoder, or its tokenizer and config name no token to begin with.
+    """
+    first, module, parts = start_token(checkpoint, tokenizer), None, []
+    for number, begin in enumerate(range(0, n, WINDOWS_AT_ONCE)):
+        file = folder / f"generated-{number}.safetensors"
+        if not file.exists():
+            module = _whole(checkpoint, fast) if module is None else module
+            rows = min(WINDOWS_AT_ONCE, n - begin)
+            drawn = sample_documents(module, first, rows, length, generator(f"generated {number}"))
+            with whole(file) as partial:
+                save_file({"tokens": drawn}, partial)
+        parts.append(load_file(file)["tokens"])
+        advance()
+    return torch.cat(parts)
+
+
+def n_batches(n: int) -> int:
+    """In how many batches `n` documents are drawn."""
+    return -(-n // WINDOWS_AT_ONCE)
+
+
+@torch.no_grad()
+def sample_documents(module: nn.Module, first: int, rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Tokens (rows, length) drawn one after another from the network's own distribution; `first` comes before them."""
+    token = torch.full((rows, 1), first)
+    past, drawn = None, []
+    for _ in range(length):
+        with SingleQueries():
+            output = module(token, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        mass = output.logits[:, -1].float().softmax(-1).cumsum(-1)
+        at = torch.rand(rows, 1, generator=generator) * mass[:, -1:]
+        token = torch.searchsorted(mass, at, right=True).clamp_max(mass.shape[1] - 1)
+        drawn.append(token)
+    return torch.cat(drawn, 1)
+
+
+class SingleQueries(TorchFunctionMode):
+    """Within it, scaled_dot_product_attention of one query without a mask is `attend`: several times faster on CPUs."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention and len(args) == 3 and args[0].shape[-2] == 1:
+            plain = kwargs.get("attn_mask") is None and not kwargs.get("dropout_p") and not kwargs.get("is_causal")
+            if plain and args[0].dim() == 4:
+                return attend(*args, scale=kwargs.get("scale"))
+        return func(*args, **kwargs)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale·qKᵀ)·V of query (batch, heads, 1, width), keys and values (batch, fewer or as many heads, n, width)
+
+    Heads in a row share keys and values. The scale is 1/√width if it is None.
+    """
+    batch, heads, _, width = query.shape
+    shared = query.reshape(batch * keys.shape[1], -1, width)
+    scores = torch.bmm(shared, keys.flatten(0, 1).transpose(1, 2)).float()
+    shares = (scores * (scale or 1 / math.sqrt(width))).softmax(-1).to(values.dtype)
+    return torch.bmm(shares, values.flatten(0, 1)).view(batch, heads, 1, -1)
+
+
+def start_token(checkpoint: Any, tokenizer: Path) -> int:
+    """What a document begins after: the separator of the pre-training if the tokenizer has it, else the config's bos.
+
+    A chat model's bos opens a turn; after the separator it writes as it was pre-trained.
+
+    Raises:
+        DataError: There is neither, or the network is no decoder.
+    """
+    if checkpoint.family != "decoder":
+        raise DataError(f"{checkpoint.path}: {checkpoint.architecture} writes no text; set generated to 0")
+    file = tokenizer / "tokenizer.json"
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", []) if file.is_file() else []
+    config = checkpoint.config or {}
+    named = [token["id"] for token in added if token["content"] == SEPARATOR]
+    ids = [*named, config.get("bos_token_id"), config.get("eos_token_id")]
+    for found in ids:
+        found = found[0] if isinstance(found, list) and found else found
+        if isinstance(found, int) and not isinstance(found, bool):
+            return found
+    raise DataError(
+        f"{checkpoint.path}: names no token that text begins with; write bos_token_id in config.json, or set generated "
+        "to 0"
+    )
+
+
+def _whole(checkpoint: Any, fast: bool) -> nn.Module:
+    module: nn.Module = checkpoint.build()
+    checkpoint.materialise(module)
+    return module.to(torch.bfloat16 if fast else torch.float32).requires_grad_(False).eval()

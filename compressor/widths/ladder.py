@@ -1,0 +1,133 @@
+"""The widths that each planned tensor may have instead, and plans that differ in them. From headers alone: no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from compressor.core.errors import UsageError
+from compressor.core.passes import Pass
+from compressor.core.spec import AffineSpec, SparseSpec, Spec, sparse_spec
+from compressor.export.forms import Mode, refusal
+from compressor.plan.plan import Plan, PlannedTensor
+from compressor.plan.planning import is_depthwise
+from compressor.plan.recipe import Recipe
+from compressor.plan.sizes import graph_bytes, header_bytes, model_files
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store a tensor: the pass, the encoding, and its bytes in the weights' file and the graph."""
+
+    method: Pass
+    spec: Spec
+    nbytes: int
+
+
+Options = dict[str, tuple[Option, ...]]
+"""Name of a tensor -> its options, smallest first; of tensors that a pass encodes."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A plan and what else its tensors may be."""
+
+    plan: Plan
+    recipe: Recipe
+    format: str
+    mode: Mode
+    options: Options
+
+    @classmethod
+    def of(cls, plan: Plan, recipe: Recipe, format: str, mode: Mode) -> Ladder:
+        """Every option that the format holds."""
+        static = recipe.export.activations == "static_int8"
+        options = {
+            tensor.name: _options(tensor, format, mode, static) for tensor in plan.tensors if tensor.method is not None
+        }
+        return cls(plan, recipe, format, mode, options)
+
+    def plan_of(self, chosen: Mapping[str, Option]) -> Plan:
+        """The plan with these options instead, its files' bytes counted again."""
+        tensors = tuple(
+            _with(tensor, chosen[tensor.name]) if tensor.name in chosen else tensor for tensor in self.plan.tensors
+        )
+        static = self.recipe.export.activations == "static_int8"
+        files = self.plan.files | model_files(tensors, self.plan.tied, self.format, static)
+        return replace(self.plan, tensors=tensors, files=files)
+
+    def reach(self) -> tuple[int, int]:
+        """Bytes of the smallest and of the largest artifact."""
+        smallest, largest = self.ends()
+        return smallest.bytes_after, largest.bytes_after
+
+    def ends(self) -> tuple[Plan, Plan]:
+        """The plans of the smallest and of the largest options."""
+        smallest, largest = (
+            self.plan_of({name: options[at] for name, options in self.options.items()}) for at in (0, -1)
+        )
+        return smallest, largest
+
+    def refuse_unreachable(self, target: int, weigh: Callable[[Plan], int] | None = None) -> None:
+        """Raises UsageError where no choice of widths comes within 1 % below `target` bytes.
+
+        Without `weigh`, which tells a plan's bytes exactly, only where it is certain: the graph's bytes are estimated.
+        """
+        ends = self.ends()
+        smallest, largest = (plan.bytes_after if weigh is None else weigh(plan) for plan in ends)
+        graph = 0 if weigh else ends[0].files.get("model.onnx", 0)
+        if smallest - graph <= target and largest + graph >= 0.99 * target:
+            return
+        raise UsageError(
+            f"--target-size: {self.plan.recipe} brings {self.plan.model} to {smallest / 1e6:,.3g} … "
+            f"{largest / 1e6:,.3g} MB{'' if weigh else ', about'}, every file counted; found {target / 1e6:,.3g} MB; "
+            "give a size in this range, or another recipe"
+        )
+
+    def is_certain(self, target: int) -> bool:
+        """Whether `target` lies well within the range, however many bytes the graph takes."""
+        (smallest, largest), graph = self.reach(), self.plan.files.get("model.onnx", 0)
+        return smallest + graph <= target <= largest - 2 * graph
+
+
+def _options(tensor: PlannedTensor, format: str, mode: Mode, static: bool) -> tuple[Option, ...]:
+    assert tensor.method is not None
+    keeps = static and tensor.role == "conv"
+    found: dict[str, Option] = {}
+    for method in (tensor.method,) if keeps else tensor.method.ladder():
+        spec = _spec(tensor, method, format)
+        if spec is None or not _fits(tensor, spec, format, mode):
+            continue
+        option = Option(method, spec, _nbytes(replace(tensor, spec=spec), static, format))
+        found.setdefault(str(spec.parts(*tensor.matrix)) + str(spec.describe(*tensor.matrix)), option)
+    if not found:
+        return (Option(tensor.method, tensor.spec, _nbytes(tensor, static, format)),)
+    return tuple(sorted(found.values(), key=lambda option: option.nbytes))
+
+
+def _spec(tensor: PlannedTensor, method: Pass, format: str) -> Spec | None:
+    spec = method.spec_for(tensor.name, tensor.matrix, "linear" if tensor.role == "embedding" else tensor.role)
+    if spec is not None and tensor.prune is not None and format == "safetensors":
+        return sparse_spec(spec, *tensor.matrix, tensor.prune.kept(*tensor.matrix))
+    return spec
+
+
+def _fits(tensor: PlannedTensor, spec: Spec, format: str, mode: Mode) -> bool:
+    """Whether the encoding is smaller than floats, and onnxruntime takes it."""
+    if spec.nbytes(*tensor.matrix) >= 4 * math.prod(tensor.matrix):
+        return False
+    inner = spec.inner if isinstance(spec, SparseSpec) else spec
+    if is_depthwise(tensor, tensor.role) and not (isinstance(inner, AffineSpec) and inner.bits == 8):
+        return False
+    operator = {"linear": "matmul", "embedding": "embedding"}.get(tensor.role, "constant")
+    return format != "onnx" or refusal(spec.describe(*tensor.matrix), operator, mode) is None
+
+
+def _nbytes(tensor: PlannedTensor, static: bool, format: str) -> int:
+    graph = graph_bytes(tensor, static) if format == "onnx" else 0
+    return tensor.bytes_after + header_bytes((tensor,), {}) + graph
+
+
+def _with(tensor: PlannedTensor, option: Option) -> PlannedTensor:
+    return replace(tensor, method=option.method, spec=option.spec)

@@ -1,0 +1,67 @@
+"""Gates: which limits are broken, in whose measure a loss is limited, and how a speed is compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from compressor.core.errors import RecipeError
+from compressor.plan.recipe import Gates
+from compressor.plan.recipe_file import load_recipe
+from compressor.run.gates import lost_quality, lost_size_or_speed, promised, speedup
+from compressor.widths.allocate import Target
+
+SPEEDS = {"speed": {"decode_tokens_per_second": 30.0}, "original_speed": {"decode_tokens_per_second": 10.0}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "labelled", "limit"),
+    [
+        ("perplexity", False, {"max_perplexity_ratio": 1.05}),
+        ("cosine", False, {"min_cosine": 0.95}),
+        ("accuracy", False, {"min_agreement": 0.95}),
+        ("accuracy", True, {"max_accuracy_drop": 0.05}),
+    ],
+)
+def test_the_stricter_of_the_lines_and_the_recipes_loss_counts(kind, labelled, limit):
+    for on_line, in_recipe in ((0.05, 0.2), (0.2, 0.05), (None, 0.05), (0.05, None)):
+        found = promised(Gates(max_loss=in_recipe), Target(None, on_line, kind, labelled))
+        ((name, value),) = limit.items()
+        assert getattr(found, name) == pytest.approx(value)
+
+
+def test_a_limit_that_is_stricter_by_itself_stays():
+    assert promised(Gates(max_loss=0.1, min_cosine=0.99), Target(None, None, "cosine")).min_cosine == 0.99
+
+
+def test_speed_is_tokens_per_second_or_inputs_per_second():
+    assert speedup(SPEEDS) == pytest.approx(3)
+    assert speedup({"speed": {"latency_seconds": 0.1}, "original_speed": {"latency_seconds": 0.4}}) == pytest.approx(4)
+    assert speedup({"speed": {"latency_seconds": 0.1}, "original_speed": None}) is None
+
+
+def test_size_and_speed_are_held_against_their_limits():
+    report = SPEEDS | {"size": {"bytes": 5_000_000}}
+    assert lost_size_or_speed(Gates(max_size=5_000_000, min_speedup=3.0), report) == []
+    assert lost_size_or_speed(Gates(max_size=4_000_000, min_speedup=3.5), report) == [
+        "size in MB, every file, is 5, the gate is 4", "speed over the original's is 3, the gate is 3.5",
+    ]  # fmt: skip
+    unknown = {"size": {"bytes": 1}, "speed": None}
+    assert lost_size_or_speed(Gates(min_speedup=1.0), unknown) == [
+        "speed over the original's was not measured, the gate is 1"
+    ]
+
+
+def test_the_accuracy_drop_is_limited_where_there_are_labels():
+    quality = {"accuracy": 0.7, "original_accuracy": 0.8, "top1_agreement": 0.9}
+    assert lost_quality(Gates(max_accuracy_drop=0.05), quality) == ["accuracy drop is 0.1, the gate is 0.05"]
+    assert lost_quality(Gates(max_accuracy_drop=0.2, min_agreement=0.9), quality) == []
+
+
+def test_gates_in_a_recipe_are_written_as_people_write_them(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("imports: llm-2bit\ngates: {max_loss: 5%, max_size: 60MB, min_speedup: 2}\n")
+    gates = load_recipe(file).gates
+    assert (gates.max_loss, gates.max_size, gates.min_speedup) == (0.05, 60_000_000, 2.0)
+    file.write_text("imports: llm-2bit\ngates: {max_size: 60XB}\n")
+    with pytest.raises(RecipeError, match=r"mine.yaml, gates: max_size is '60XB'; it should be a size, as 60MB"):
+        load_recipe(file)
