@@ -52,11 +52,9 @@ def write_artifact(checkpoint: Checkpoint, recipe: str, directory: Path) -> None
     plan = make_plan(checkpoint, load_recipe(recipe, []))
     generator = torch.Generator().manual_seed(0)
     tensors = {tensor.name: random_tensor(tensor, generator) for tensor in plan.tensors}
-    offsets = write_tensors(directory / "model.safetensors", tensors, checkpoint.tied)
+    write_tensors(directory / "model.safetensors", tensors, checkpoint.tied)
     (directory / "config.json").write_text(json.dumps(checkpoint.config))
-    export_graph(
-        checkpoint, EncodedTensors([directory / "model.safetensors"]), offsets, directory, "default", False, []
-    )
+    export_graph(checkpoint, EncodedTensors([directory / "model.safetensors"]), directory, "default", False, [])
 
 
 def measure(directory: Path, threads: int) -> dict[str, Any]:

@@ -46,6 +46,15 @@ class EncodedTensor:
         return cls(Dense(tuple(matrix.shape), matrix), layout)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of a part lie: the name of a file, and of its bytes the first and how many."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
 def part_name(tensor: str, part: str) -> str:
     return tensor if part == "weight" else f"{tensor}.{part}"
 
@@ -60,6 +69,7 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
 
     def __init__(self, paths: Iterable[Path | str], tied: Mapping[str, str] | None = None) -> None:
         self._files, self._descriptions = {}, {}
+        self._places: dict[str, Place] = {}
         self.tied: dict[str, str] = dict(tied or {})
         for path in paths:
             handle = _open(Path(path))
@@ -71,6 +81,7 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
                 self._descriptions |= metadata["tensors"]
                 self._files |= dict.fromkeys(metadata["tensors"], handle)
                 self.tied |= metadata["tied"]
+                self._places |= _places(Path(path))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CheckpointError(f"{path}: its metadata are damaged; {error!r}; compress again") from error
 
@@ -99,6 +110,10 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         name = self.tied.get(name, name)
         return self._descriptions.get(name) or self._half(name) or self._descriptions[name]
 
+    def place(self, tensor: str, part: str) -> Place:
+        """Where a part of a tensor lies in its file; for external data of ONNX."""
+        return self._places[part_name(self.tied.get(tensor, tensor), part)]
+
     def _half(self, name: str) -> dict | None:
         whole, _, half = name.rpartition(".")
         description = self._descriptions.get(whole)
@@ -106,6 +121,15 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
             return None
         found, parts = description[half], parts_under(half, dict.fromkeys(description["parts"]))
         return {**found, "tensor_shape": found["shape"], "transposed": False, "parts": sorted(parts)}
+
+
+def _places(path: Path) -> dict[str, Place]:
+    """Part name -> its place, by the header of a safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: Place(path.name, 8 + length + begin, end - begin) for name, (begin, end) in spans.items()}
 
 
 def _open(path: Path):
@@ -117,13 +141,10 @@ def _open(path: Path):
         raise CheckpointError(f"{path}: not a whole safetensors file; {error}") from error
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, EncodedTensor], tied: Mapping[str, str] | None = None
-) -> dict[str, tuple[int, int]]:
-    """Writes the parts of `tensors`, one tensor in memory at a time; returns {part name: (offset, bytes)}.
+def write_tensors(path: Path, tensors: Mapping[str, EncodedTensor], tied: Mapping[str, str] | None = None) -> None:
+    """Writes the parts of `tensors`, one tensor in memory at a time.
 
-    The file appears whole or not at all. Offsets count from the start of the file, for ONNX external data. The
-    same tensors give the same bytes.
+    The file appears whole or not at all. The same tensors give the same bytes.
     """
     header, descriptions, position = {}, {}, 0
     for name in tensors:
@@ -146,8 +167,3 @@ def write_tensors(
             parts = tensors[name].encoding.parts()
             for part in sorted(parts):
                 file.write(parts[part].contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    start = 8 + len(text)
-    return {
-        name: (start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-    }

@@ -36,7 +36,7 @@ _LARGEST_GRAPH = 2**31 - 2**24
 
 
 def prove(
-    checkpoint: Any, tensors: EncodedTensors, offsets: dict[str, tuple[int, int]], directory: Path, options: RunOptions,
+    checkpoint: Any, tensors: EncodedTensors, directory: Path, options: RunOptions,
     batches: list[Batch],
 ) -> dict[str, Any] | None:  # fmt: skip
     """Compares the graph, with exact activations and as shipped, with torch on the decoded weights.
@@ -63,7 +63,7 @@ def prove(
     for path, copy in copies:
         shutil.copy2(path, copy)
     try:
-        export_graph(checkpoint, tensors, offsets, directory, options.mode, True, batches)
+        export_graph(checkpoint, tensors, directory, options.mode, True, batches)
         exact = compare_logits(first_output(open_session(directory, exact=True, apart=True), inputs), expected)
     finally:
         shutil.move(kept, graph)

@@ -42,9 +42,9 @@ def export_original(checkpoint: Any, directory: Path, batches: list[Batch]) -> P
 
     if checkpoint.config is not None:
         (directory / "config.json").write_text(json.dumps(checkpoint.config))
-    offsets = write_tensors(directory / "model.safetensors", OriginalTensors(checkpoint), checkpoint.tied)
+    write_tensors(directory / "model.safetensors", OriginalTensors(checkpoint), checkpoint.tied)
     tensors = EncodedTensors([directory / "model.safetensors"])
-    return export_graph(checkpoint, tensors, offsets, directory, "default", False, batches)
+    return export_graph(checkpoint, tensors, directory, "default", False, batches)
 
 
 def bench_original(

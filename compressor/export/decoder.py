@@ -10,7 +10,6 @@ the sequences of a batch are padded on the right (a property of GroupQueryAttent
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 
 
 def export_decoder(
-    config: dict[str, Any], tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], out_dir: Path,
+    config: dict[str, Any], tensors: EncodedTensors, out_dir: Path,
     mode: Mode = "default", exact: bool = False, context: int | None = None,
 ) -> Path:  # fmt: skip
     """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path.
@@ -40,7 +39,7 @@ def export_decoder(
     if reason:
         raise ExportError(f"{out_dir / MODEL_FILE}: {reason}")
     graph = ir.Graph([], [], nodes=[], name="decoder", opset_imports={"": OPSETS[mode], "com.microsoft": 1})
-    lowering = Lowering(tensors, offsets, GraphBuilder(graph), mode, exact, out_dir)
+    lowering = Lowering(tensors, GraphBuilder(graph), mode, exact, out_dir)
     _Decoder(DecoderConfig.of(config, context), lowering).build()
     lowering.close()
     for value in graph.initializers.values():  # their tensors say it, and each byte counts

@@ -1,9 +1,9 @@
 """Encoded tensors as ONNX nodes: one method per consuming operator.
 
-    lowering = Lowering(tensors, offsets, GraphBuilder(graph))
+    lowering = Lowering(tensors, GraphBuilder(graph))
     y = lowering.matmul(x, "model.layers.0.mlp.up_proj.weight", bias)
 
-Initialisers point into the file that `write_tensors` wrote (`location`, relative to the model). What `refusal` refuses
+Initialisers point into the file that `write_tensors` wrote beside the model. What `refusal` refuses
 must not reach these methods. Modes: *default* aims at onnxruntime's own MatMulNBits; *compat* at versions from 1.20 on
 (opset ≤ 21, int4 kernel only); *standard* uses ai.onnx alone (see standard.py).
 """
@@ -11,7 +11,7 @@ must not reach these methods. Modes: *default* aims at onnxruntime's own MatMulN
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ from compressor.ops.widths import n_groups
 
 __all__ = ["Lowering", "Mode", "form", "least_version", "refusal"]
 
-LOCATION = "model.safetensors"
 OPSETS: dict[str, int] = {"default": 21, "compat": 21, "standard": 25}
 IR_VERSIONS: dict[str, int] = {"default": 10, "compat": 10, "standard": 13}
 
@@ -41,12 +40,12 @@ class Lowering:
     """
 
     def __init__(
-        self, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], builder: GraphBuilder,
-        mode: Mode = "default", exact: bool = False, directory: Path | None = None, location: str = LOCATION,
+        self, tensors: EncodedTensors, builder: GraphBuilder,
+        mode: Mode = "default", exact: bool = False, directory: Path | None = None,
     ) -> None:  # fmt: skip
         self.tensors, self.builder = tensors, builder
         self.mode: Mode = mode
-        self._offsets, self._location, self._exact = offsets, location, exact
+        self._exact = exact
         self._operands: dict[str, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
         self._sums: dict[tuple[int, int, int], tuple[ir.Value, ir.Value]] = {}
         self._indicators: dict[tuple[int, int], ir.Value] = {}
@@ -143,7 +142,7 @@ class Lowering:
         return self._repacked.close() if self._repacked else 0
 
     def _parts(self, name: str) -> Parts:
-        return Parts(self.builder, self.tensors, self._offsets, self._location, name)
+        return Parts(self.builder, self.tensors, name)
 
     def _float_matmul(self, x: ir.Value, name: str, outputs_first: bool, output: str | None) -> ir.Value:
         b, parts = self.builder, self._parts(name)

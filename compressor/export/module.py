@@ -58,7 +58,7 @@ def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: Enco
 
 
 def export_module(
-    traced: ir.Model, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], out_dir: Path,
+    traced: ir.Model, tensors: EncodedTensors, out_dir: Path,
     mode: Mode = "default", exact: bool = False, calibration: Sequence[Mapping[str, Tensor]] = (),
 ) -> Path:  # fmt: skip
     """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path. Changes `traced`.
@@ -73,7 +73,7 @@ def export_module(
     Raises:
         ExportError: A tensor has an encoding that its consumer cannot use.
     """
-    writing = Rewriting(tensors, offsets, out_dir, mode, exact, lambda found: _finish(found, mode))
+    writing = Rewriting(tensors, out_dir, mode, exact, lambda found: _finish(found, mode))
     return writing.write(traced, out_dir / MODEL_FILE, calibration)
 
 

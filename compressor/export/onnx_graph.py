@@ -24,7 +24,7 @@ CONVERTIBLE_OPSET = 18
 
 
 def export_onnx(
-    source: OnnxSource, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], out_dir: Path,
+    source: OnnxSource, tensors: EncodedTensors, out_dir: Path,
     mode: Mode = "default", exact: bool = False, calibration: Sequence[Mapping[str, Tensor]] = (),
 ) -> Path:  # fmt: skip
     """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path.
@@ -51,7 +51,7 @@ def export_onnx(
         elif isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = ir.Tensor(read_values(source.path, value.const_value), name=label)
     _free_names(model.graph, taken)
-    writing = Rewriting(tensors, offsets, out_dir, mode, exact, lambda found: _finish(found, mode), STEM)
+    writing = Rewriting(tensors, out_dir, mode, exact, lambda found: _finish(found, mode), STEM)
     return writing.write(model, path, calibration)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from compressor.core.tensors import EncodedTensors, part_name
+from compressor.core.tensors import EncodedTensors, Place, part_name
 from compressor.export.builder import GraphBuilder
 from compressor.export.forms import FOLD_LIMIT, stored_codes
 from compressor.ops.widths import n_groups, packed_columns, plane_widths, zero_bits
@@ -33,13 +32,11 @@ class Parts:
     """Views of the parts of one tensor; `rows` = (start, stop) restricts row-wise parts to some stored rows."""
 
     def __init__(
-        self, builder: GraphBuilder, tensors: EncodedTensors, offsets: Mapping[str, tuple[int, int]], location: str,
-        name: str, rows: tuple[int, int] | None = None,
+        self, builder: GraphBuilder, tensors: EncodedTensors, name: str, rows: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
-        self.builder, self.location = builder, location
+        self.builder, self._tensors = builder, tensors
         self.name = tensors.tied.get(name, name)
         self.description: dict[str, Any] = tensors.describe(name)
-        self._offsets = offsets
         self.n_rows, self.columns = self.description["shape"]
         self.rows = rows or (0, self.n_rows)
 
@@ -47,28 +44,27 @@ class Parts:
         return part in self.description["parts"]
 
     def nbytes(self, part: str) -> int:
-        return self._offsets[part_name(self.name, part)][1]
+        return self._tensors.place(self.name, part).nbytes
 
     def whole(self, part: str, dtype: ir.DataType, *shape: int) -> ir.Value:
         """The part as an initialiser of this shape."""
-        full = part_name(self.name, part)
-        offset, length = self._offsets[full]
-        return self._view(full, offset, length, dtype, shape)
+        return self._view(part, self._tensors.place(self.name, part), dtype, shape)
 
     def by_row(self, part: str, dtype: ir.DataType, *shape: int) -> ir.Value:
         """Rows `self.rows` of a row-wise part as an initialiser (rows, *shape)."""
-        full = part_name(self.name, part)
-        offset, length = self._offsets[full]
+        place = self._tensors.place(self.name, part)
         start, stop = self.rows
-        row_bytes = length // self.n_rows
-        return self._view(full, offset + start * row_bytes, (stop - start) * row_bytes, dtype, (stop - start, *shape))
+        row_bytes = place.nbytes // self.n_rows
+        some = Place(place.file, place.offset + start * row_bytes, (stop - start) * row_bytes)
+        return self._view(part, some, dtype, (stop - start, *shape))
 
-    def _view(self, full: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-        if math.prod(shape) * _SIZES[dtype] != length:
-            raise AssertionError(f"{full}: {length} bytes do not hold {dtype.name}{list(shape)}")
+    def _view(self, part: str, place: Place, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+        full = part_name(self.name, part)
+        if math.prod(shape) * _SIZES[dtype] != place.nbytes:
+            raise AssertionError(f"{full}: {place.nbytes} bytes do not hold {dtype.name}{list(shape)}")
         label = full if (dtype, shape) == (ir.DataType.FLOAT, tuple(self.description["tensor_shape"])) else (
-            f"{full}@{offset}:{dtype.name.lower()}{'x'.join(map(str, shape))}")  # fmt: skip
-        return self.builder.external(label, self.location, offset, length, dtype, shape)
+            f"{full}@{place.offset}:{dtype.name.lower()}{'x'.join(map(str, shape))}")  # fmt: skip
+        return self.builder.external(label, place.file, place.offset, place.nbytes, dtype, shape)
 
     @property
     def groups(self) -> int:

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from compressor.core.artifact import WEIGHTS
 from compressor.core.encoding import Layout
 from compressor.core.spec import DenseSpec
-from compressor.core.tensors import EncodedTensor, EncodedTensors, part_name
+from compressor.core.tensors import EncodedTensor, EncodedTensors, Place, part_name
 from compressor.export.forms import Mode
 from compressor.export.writing import export_graph
 from compressor.plan.plan import Plan
@@ -25,11 +26,18 @@ class PlannedTensors(EncodedTensors):
     def __init__(self, plan: Plan, checkpoint: Any) -> None:
         super().__init__([], plan.tied)
         self._checkpoint = checkpoint
+        position = header_bytes(plan.tensors, plan.tied)
         for tensor in plan.tensors:
+            parts = tensor.spec.parts(*tensor.matrix)
             self._descriptions[tensor.name] = {
                 **tensor.describe(), "tensor_shape": list(tensor.shape),
-                "transposed": tensor.transposed and bool(tensor.by), "parts": sorted(tensor.spec.parts(*tensor.matrix)),
+                "transposed": tensor.transposed and bool(tensor.by), "parts": sorted(parts),
             }  # fmt: skip
+            for part in sorted(parts):
+                dtype, shape = parts[part]
+                size = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
+                self._places[part_name(tensor.name, part)] = Place(WEIGHTS, position, size)
+                position += size
 
     def __contains__(self, name: object) -> bool:
         return name in self._descriptions
@@ -37,19 +45,6 @@ class PlannedTensors(EncodedTensors):
     def __getitem__(self, name: str) -> EncodedTensor:
         tensor = self._checkpoint.read(self.tied.get(name, name))
         return EncodedTensor(EncodedTensor.dense(tensor, tensor.dtype).encoding, Layout(tuple(tensor.shape)))
-
-
-def planned_offsets(plan: Plan) -> dict[str, tuple[int, int]]:
-    """What `write_tensors` will return: {part name: (offset, bytes)}."""
-    position, offsets = header_bytes(plan.tensors, plan.tied), {}
-    for tensor in plan.tensors:
-        parts = tensor.spec.parts(*tensor.matrix)
-        for part in sorted(parts):
-            dtype, shape = parts[part]
-            size = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
-            offsets[part_name(tensor.name, part)] = (position, size)
-            position += size
-    return offsets
 
 
 def planned_bytes(plan: Plan, checkpoint: Any, mode: Mode, exact: bool, batches: list[dict[str, Tensor]]) -> int:
@@ -60,7 +55,7 @@ def planned_bytes(plan: Plan, checkpoint: Any, mode: Mode, exact: bool, batches:
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         directory = Path(scratch)
         export_graph(
-            checkpoint, PlannedTensors(plan, checkpoint), planned_offsets(plan), directory, mode, exact, batches
+            checkpoint, PlannedTensors(plan, checkpoint), directory, mode, exact, batches
         )  # fmt: skip
         written = sum(file.stat().st_size for file in directory.iterdir())
     if checkpoint.config is not None:

@@ -34,7 +34,6 @@ class Rewriting:
     """
 
     tensors: EncodedTensors
-    offsets: Mapping[str, tuple[int, int]]
     directory: Path
     mode: Mode
     exact: bool
@@ -74,7 +73,7 @@ class Rewriting:
             path.unlink(missing_ok=True)
 
     def _lowering(self, builder: GraphBuilder, mode: Mode, exact: bool) -> Lowering:
-        return Lowering(self.tensors, self.offsets, builder, mode, exact, self.directory)
+        return Lowering(self.tensors, builder, mode, exact, self.directory)
 
     def _describe(self, value: ir.Value | None) -> dict[str, Any] | None:
         name = None if value is None else value.metadata_props.get("tensor")

@@ -21,7 +21,7 @@ _TRACES: WeakKeyDictionary[Any, dict[tuple, ir.Model]] = WeakKeyDictionary()
 
 
 def export_graph(
-    checkpoint: Any, tensors: EncodedTensors, offsets: dict[str, tuple[int, int]], directory: Path, mode: Mode,
+    checkpoint: Any, tensors: EncodedTensors, directory: Path, mode: Mode,
     exact: bool, batches: list[dict[str, Tensor]], static: bool = False,
 ) -> Path:  # fmt: skip
     """`directory`/model.onnx, over the packed weights beside it: a decoder with its cache, the module as it
@@ -33,12 +33,12 @@ def export_graph(
         from compressor.export.onnx_graph import export_onnx
 
         calibration = batches if static else []
-        return export_onnx(checkpoint.source, tensors, offsets, directory, mode, exact, calibration)
+        return export_onnx(checkpoint.source, tensors, directory, mode, exact, calibration)
     config = checkpoint.config
     if checkpoint.family == "decoder" and config is not None and decoder_refusal(config) is None:
         from compressor.export.genai import write_genai_config
 
-        graph = export_decoder(config, tensors, offsets, directory, mode, exact)
+        graph = export_decoder(config, tensors, directory, mode, exact)
         write_genai_config(config, None, directory)
         return graph
     from compressor.export.module import MODEL_FILE, encoder_example, export_module, trace_module
@@ -49,4 +49,4 @@ def export_graph(
     if key not in traces:
         traces[key] = trace_module(checkpoint.build(), example, tensors, directory / MODEL_FILE)
     calibration = batches if static else []
-    return export_module(traces[key].clone(), tensors, offsets, directory, mode, exact, calibration)
+    return export_module(traces[key].clone(), tensors, directory, mode, exact, calibration)

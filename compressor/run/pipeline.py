@@ -144,11 +144,11 @@ def _run(options: RunOptions) -> Artifact:
         )
         plan = allocation.plan if allocation else plan
         with clock.stage("export"):
-            offsets = _write(checkpoint, tensors, plan, partial)
+            _write(checkpoint, tensors, plan, partial)
             tensors = EncodedTensors([partial / WEIGHTS])
-            least = _export(checkpoint, tensors, offsets, partial, options, recipe, batches)
+            least = _export(checkpoint, tensors, partial, options, recipe, batches)
         with clock.stage("evaluation"):
-            proof = prove(checkpoint, tensors, offsets, partial, options, batches)
+            proof = prove(checkpoint, tensors, partial, options, batches)
             quality = judge(original, samples, recipe, partial, options.format, progress)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
         recipe = asked.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
@@ -317,12 +317,12 @@ def _survey(
     return found
 
 
-def _write(checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, partial: Path) -> dict[str, tuple[int, int]]:
+def _write(checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, partial: Path) -> None:
     if checkpoint.config is not None:
         (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=1, ensure_ascii=False) + "\n")
     if checkpoint.reshaping is not None:
         (partial / RECORD).write_text(checkpoint.reshaping.text())
-    return write_tensors(partial / WEIGHTS, _Stored(tensors, plan), tensors.tied)
+    write_tensors(partial / WEIGHTS, _Stored(tensors, plan), tensors.tied)
 
 
 class _Stored(Mapping[str, EncodedTensor]):
@@ -348,7 +348,7 @@ class _Stored(Mapping[str, EncodedTensor]):
 
 
 def _export(
-    checkpoint: Checkpoint, tensors: EncodedTensors, offsets: dict[str, tuple[int, int]], partial: Path,
+    checkpoint: Checkpoint, tensors: EncodedTensors, partial: Path,
     options: RunOptions, recipe: Recipe, batches: list[Batch],
 ) -> str | None:  # fmt: skip
     """Writes the graph; returns the least onnxruntime that runs it, or None for --format safetensors."""
@@ -359,7 +359,7 @@ def _export(
     from compressor.export.writing import export_graph
 
     exact, static = (recipe.export.activations == kind for kind in ("exact", "static_int8"))
-    graph = export_graph(checkpoint, tensors, offsets, partial, options.mode, exact, batches, static)
+    graph = export_graph(checkpoint, tensors, partial, options.mode, exact, batches, static)
     slow = slow_paths(graph, exact)
     if slow:
         raise ExportError(f"{graph}: onnxruntime would run it slowly: {'; '.join(slow[:3])}; please report the recipe")

@@ -91,7 +91,7 @@ ENCODERS = {
 }
 
 
-def compressed(module: nn.Module, directory: Path, encode=rounded) -> tuple[EncodedTensors, dict]:
+def compressed(module: nn.Module, directory: Path, encode=rounded) -> EncodedTensors:
     """The module's tensors, its layers encoded, in a file; the module itself then holds the decoded ones."""
     found, tensors, ties, first = layers(module), {}, {}, {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -105,11 +105,11 @@ def compressed(module: nn.Module, directory: Path, encode=rounded) -> tuple[Enco
         elif name not in ties:
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
             tensors[name] = EncodedTensor.dense(tensor.data, dtype)
-    offsets = write_tensors(directory / "model.safetensors", tensors, ties)
-    return EncodedTensors([directory / "model.safetensors"]), offsets
+    write_tensors(directory / "model.safetensors", tensors, ties)
+    return EncodedTensors([directory / "model.safetensors"])
 
 
-def traced_and_written(module, example, tensors, offsets, folder: Path, *args, **settings) -> Path:
+def traced_and_written(module, example, tensors, folder: Path, *args, **settings) -> Path:
     """The file of a module's graph."""
     traced = trace_module(module, example, tensors, folder / "model.onnx")
-    return export_module(traced, tensors, offsets, folder, *args, **settings)
+    return export_module(traced, tensors, folder, *args, **settings)

@@ -99,9 +99,9 @@ def exported(model: transformers.PreTrainedModel, encoder: str, directory: Path,
         else:
             tensors[name] = EncodedTensor.dense(weight)
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
-    offsets = write_tensors(directory / "model.safetensors", tensors, tied)
+    write_tensors(directory / "model.safetensors", tensors, tied)
     lazy = EncodedTensors([directory / "model.safetensors"])
-    path = export_decoder(model.config.to_dict(), lazy, offsets, directory, mode, exact)
+    path = export_decoder(model.config.to_dict(), lazy, directory, mode, exact)
     return session(path)
 
 
@@ -195,7 +195,7 @@ def test_unknown_decoders_are_refused_by_name(tmp_path):
     yarn = PICO | {"model_type": "llama", "rope_scaling": {"type": "yarn", "factor": 4.0}}
     assert decoder_refusal(yarn) == "rotary embedding 'yarn' is not supported; known: default, linear, llama3"
     with pytest.raises(ExportError, match="no decoder graph for model_type 'gemma3'; known: llama, mistral"):
-        export_decoder(PICO | {"model_type": "gemma3"}, None, {}, tmp_path)
+        export_decoder(PICO | {"model_type": "gemma3"}, None, tmp_path)
 
 
 @pytest.mark.slow

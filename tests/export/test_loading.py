@@ -66,7 +66,7 @@ def test_a_decoded_checkpoint_runs_block_by_block(tmp_path):
     module = pico("gpt2", GPT2)
     module.save_pretrained(source)
     target.mkdir()
-    tensors, _ = compressed(module, target)
+    tensors = compressed(module, target)
     decoded = decoded_checkpoint(open_checkpoint(source), tensors)
     decoded.check()
     assert decoded.family == "decoder"

@@ -115,14 +115,14 @@ ENCODINGS: dict[str, Encoding] = {
 def graph_of(directory: Path, encoding: Encoding, operator: str, mode: str, layout: Layout | None = None):
     """(session, encoded tensor) of a graph with a single operator over tensor `w`."""
     tensor = EncodedTensor(encoding, layout or Layout(encoding.shape))
-    offsets = write_tensors(directory / "model.safetensors", {"w": tensor})
+    write_tensors(directory / "model.safetensors", {"w": tensor})
     kind = ir.DataType.FLOAT if operator in ("matmul", "constant") else ir.DataType.INT64
     x = ir.Value(
         name="x", type=ir.TensorType(kind), shape=ir.Shape(["batch", "length", *([encoding.shape[1]] * (kind == 1))])
     )
     graph = ir.Graph([x], [], nodes=[], name="g", opset_imports={"": OPSETS[mode], "com.microsoft": 1})
     builder = GraphBuilder(graph)
-    lowering = Lowering(EncodedTensors([directory / "model.safetensors"]), offsets, builder, mode, True, directory)
+    lowering = Lowering(EncodedTensors([directory / "model.safetensors"]), builder, mode, True, directory)
     if operator == "matmul":
         y = lowering.matmul(x, "w")
     elif operator == "constant":

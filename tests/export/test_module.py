@@ -51,7 +51,7 @@ def test_an_encoder_runs_at_any_batch_and_length(tmp_path, encoder, mode):
     module = pico("bert", BERT)
     encoded = compressed(module, tmp_path, ENCODERS[encoder])
     example = encoder_example(BERT | {"model_type": "bert"})
-    session = opened(traced_and_written(module, example, *encoded, tmp_path, mode, exact=True))
+    session = opened(traced_and_written(module, example, encoded, tmp_path, mode, exact=True))
     assert [entry.name for entry in session.get_outputs()] == ["last_hidden_state"]
     assert [entry.shape for entry in session.get_inputs()] == 3 * [["batch", "sequence"]]
     for batch, length in SIZES:
@@ -63,7 +63,7 @@ def test_layers_that_are_called_again_share_their_operands(tmp_path):
     module = pico("albert", ALBERT)
     encoded = compressed(module, tmp_path)
     example = encoder_example(ALBERT | {"model_type": "albert"})
-    path = traced_and_written(module, example, *encoded, tmp_path, exact=True)
+    path = traced_and_written(module, example, encoded, tmp_path, exact=True)
     graph = onnx.load(path, load_external_data=False).graph
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
     assert (len(products), len({node.input[1] for node in products})) == (3 * 6 + 3, 6 + 3)
@@ -81,7 +81,7 @@ def test_layers_that_are_called_again_share_their_operands(tmp_path):
 def test_linears_stored_as_inputs_by_outputs(tmp_path, mode):
     module = pico("gpt2", GPT2)
     encoded = compressed(module, tmp_path)
-    path = traced_and_written(module, tokens(1, 1), *encoded, tmp_path, mode, exact=True)
+    path = traced_and_written(module, tokens(1, 1), encoded, tmp_path, mode, exact=True)
     if mode == "default":
         assert operators(path)["MatMulNBits"] == 2 * 4 + 1
     session = opened(path)
@@ -106,7 +106,7 @@ def cnn() -> nn.Module:
 def test_convolutions_get_constants_that_fold(tmp_path, encoder, mode):
     module = cnn()
     encoded = compressed(module, tmp_path, ENCODERS[encoder])
-    path = traced_and_written(module, {"image": torch.zeros(1, 3, 15, 15)}, *encoded, tmp_path, mode, exact=True)
+    path = traced_and_written(module, {"image": torch.zeros(1, 3, 15, 15)}, encoded, tmp_path, mode, exact=True)
     session = opened(path)
     assert [entry.name for entry in session.get_inputs()] == ["image"]
     assert session.get_inputs()[0].shape == ["batch", 3, 15, 15]
@@ -119,10 +119,10 @@ def test_convolutions_get_constants_that_fold(tmp_path, encoder, mode):
 def test_a_tied_table_is_stored_once_and_serves_every_use(tmp_path):
     torch.manual_seed(0)
     module = Tied().eval()
-    tensors, offsets = compressed(module, tmp_path)
+    tensors = compressed(module, tmp_path)
     assert tensors.tied == {"head.weight": "table.weight"}
     example = {"ids": torch.zeros(2, 4, dtype=torch.int64), "gain": torch.ones(2)}
-    path = traced_and_written(module, example, tensors, offsets, tmp_path, exact=True)
+    path = traced_and_written(module, example, tensors, tmp_path, exact=True)
     assert operators(path)["MatMulNBits"] == operators(path)["GatherBlockQuantized"] == 1
     session = opened(path)
     assert [entry.name for entry in session.get_outputs()] == ["scores", "norm"]
@@ -136,20 +136,20 @@ def test_the_graph_holds_no_weights_and_the_module_needs_none(tmp_path):
     module.save_pretrained(tmp_path / "source")
     encoded = compressed(module, tmp_path)
     example = encoder_example(BERT | {"model_type": "bert"})
-    path = traced_and_written(module, example, *encoded, tmp_path)
+    path = traced_and_written(module, example, encoded, tmp_path)
     assert path.stat().st_size < 60_000 < 768 * 192 * 4
     written = path.read_bytes()
-    traced_and_written(open_checkpoint(tmp_path / "source").build(), example, *encoded, tmp_path)
+    traced_and_written(open_checkpoint(tmp_path / "source").build(), example, encoded, tmp_path)
     assert path.read_bytes() == written
     with pytest.raises(ExportError, match=r"'embeddings\.position_ids' has no values and no stored tensor"):
-        traced_and_written(module.to("meta"), example, *encoded, tmp_path)
+        traced_and_written(module.to("meta"), example, encoded, tmp_path)
 
 
 def test_a_module_is_left_as_it_was(tmp_path):
     module = cnn().train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     encoded = compressed(cnn(), tmp_path)
-    traced_and_written(module, {"": torch.zeros(1, 3, 15, 15)}, *encoded, tmp_path)
+    traced_and_written(module, {"": torch.zeros(1, 3, 15, 15)}, encoded, tmp_path)
     assert module.training
     for name, tensor in module.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
@@ -163,16 +163,16 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     module = cnn()
     image = {"": torch.zeros(1, 3, 15, 15)}
     with pytest.raises(ExportError, match=r"0\.weight: sparse tensors do not run faster"):
-        traced_and_written(module, image, *compressed(module, tmp_path, sparse), tmp_path)
+        traced_and_written(module, image, compressed(module, tmp_path, sparse), tmp_path)
     with pytest.raises(ExportError, match=r"'0\.weight' has no values and no stored tensor"):
-        traced_and_written(module, image, *compressed(nn.Linear(4, 4), tmp_path), tmp_path)
+        traced_and_written(module, image, compressed(nn.Linear(4, 4), tmp_path), tmp_path)
 
     with pytest.raises(ExportError, match="there is no example of the network's inputs"):
-        traced_and_written(module, {}, *compressed(module, tmp_path), tmp_path)
+        traced_and_written(module, {}, compressed(module, tmp_path), tmp_path)
 
     class Branching(nn.Linear):
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else x
 
     with pytest.raises(ExportError, match="torch.onnx cannot trace Branching"):
-        traced_and_written(Branching(4, 4), {"": torch.zeros(2, 4)}, *compressed(nn.Linear(4, 4), tmp_path), tmp_path)
+        traced_and_written(Branching(4, 4), {"": torch.zeros(2, 4)}, compressed(nn.Linear(4, 4), tmp_path), tmp_path)

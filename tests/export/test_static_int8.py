@@ -66,7 +66,7 @@ def images(n: int, seed: int, size: int = 20) -> Tensor:
 def exported(module: nn.Module, directory: Path, mode="default", encode=by_row) -> Path:
     encoded = compressed(module, directory, encode)
     calibration = [{"": images(8, 1)}, {"": images(8, 2)}]
-    return traced_and_written(module, {"": images(1, 0)}, *encoded, directory, mode, calibration=calibration)
+    return traced_and_written(module, {"": images(1, 0)}, encoded, directory, mode, calibration=calibration)
 
 
 def run(path: Path, image: Tensor) -> np.ndarray:
@@ -130,7 +130,7 @@ def test_the_graph_is_the_same_each_time_and_holds_no_weights(tmp_path):
 def test_without_calibration_activations_stay_floats(tmp_path):
     module = pico()
     encoded = compressed(module, tmp_path, by_row)
-    path = traced_and_written(module, {"": images(1, 0)}, *encoded, tmp_path, exact=True)
+    path = traced_and_written(module, {"": images(1, 0)}, encoded, tmp_path, exact=True)
     with torch.no_grad():
         expected = module(images(2, 3)).numpy()
     assert np.abs(run(path, images(2, 3)) - expected).max() < 1e-4 * np.abs(expected).max()
