@@ -17,6 +17,7 @@ from compressor.checkpoints.source import Source, TensorInfo
 from compressor.checkpoints.ties import declared_ties, prefixed
 from compressor.checkpoints.tokenizer import copy_tokenizer
 from compressor.core.errors import CheckpointError
+from compressor.core.snapshot import Snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class Checkpoint:
         *,
         config: dict[str, Any] | None = None,
         tokenizer_files: Iterable[Path] = (),
+        seen: Snapshot | None = None,
     ):
         self.path = path
         self.kind = "huggingface" if config is not None and source.kind != "gguf" else source.kind
@@ -52,6 +54,7 @@ class Checkpoint:
         self.family = architecture.family
         self.config = copy.deepcopy(config)
         self.tokenizer_files = list(tokenizer_files)
+        self.seen = seen or Snapshot({})  # its files as they were before any was read
         self.skipped: list[str] = []
         self.source = source
         self.reshaping: Reshaping | None = None  # of a network that became smaller in a way no config can say

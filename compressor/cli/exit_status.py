@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from compressor.core.errors import CompressorError
+from compressor.core.errors import CompressorError, is_out_of_memory
 
 USAGE, RESOURCES, BUG, INTERRUPTED = 2, 4, 5, 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "Failed to allocate memory")
 
 
 def explain(error: Exception) -> tuple[int, str]:
@@ -18,7 +17,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return error.exit_status, " ".join(str(error).split())
     if hasattr(error, "format_message"):  # typer's own: wrong usage
         return getattr(error, "exit_code", USAGE), _wrong_usage(error)
-    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
+    if is_out_of_memory(error):
         return RESOURCES, "out of memory; lower calibration.tokens with --set, or take a machine with more"
     if isinstance(error, OSError) and error.errno in _FULL:
         where = f"{error.filename}: " if error.filename else ""

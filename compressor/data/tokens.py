@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.checkpoints.reach import offline
 from compressor.core.errors import DataError
 from compressor.core.files import whole
 
@@ -157,7 +158,8 @@ def _auto_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with offline():
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"{directory}: its tokenizer cannot be read; {first}; add the tokenizer.json") from error

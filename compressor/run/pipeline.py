@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -22,14 +21,15 @@ from torch import nn
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.checkpoints.reshaping import RECORD
-from compressor.core.artifact import WEIGHTS, Artifact, beside, refuse_target
+from compressor.core.artifact import WEIGHTS, Artifact, beside
 from compressor.core.batch import Batch, Examples
 from compressor.core.encoding import Affine, Codebook, Sparse
-from compressor.core.errors import DataError, ExportError, GateFailed, UsageError
+from compressor.core.errors import ChangedError, DataError, ExportError, GateFailed, UsageError
 from compressor.core.files import whole
 from compressor.core.memory import keep_freed, quick_collections
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
+from compressor.core.snapshot import Snapshot
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.core.work import Work
@@ -54,7 +54,8 @@ from compressor.run.blame import blame, blamed, weight_errors
 from compressor.run.clock import Clock
 from compressor.run.delivery import artifact_size, deliver, largest_tensors
 from compressor.run.gates import came_true, lost_quality, lost_size_or_speed, measured_kind, promised
-from compressor.run.workplace import open_work, workplace
+from compressor.run.place import Place, held
+from compressor.run.workplace import delivered, identity_of, open_work, short
 from compressor.runtime.torchrun import process_group, rank, wait
 from compressor.structure.stage import Reference, decided, restructure
 from compressor.sweeps.distill import learn
@@ -79,9 +80,13 @@ def run(options: RunOptions) -> Artifact:
     with process_group():
         if rank():
             return _assist(options)
-        artifact = _run(options)
+        progress = options.progress or Progress()
+        with held(options.directory, options.force, options.resume, progress.say) as place:
+            directory, failures = _run(options, place)
         wait()
-        return artifact
+    if failures:
+        raise GateFailed(f"{options.directory}: {'; '.join(failures)}; the artifact is kept as {directory}")
+    return Artifact.open(directory)
 
 
 def _assist(options: RunOptions) -> Artifact:
@@ -103,13 +108,14 @@ def _partial(options: RunOptions) -> Path:
     return beside(options.directory, ".partial")
 
 
-def _run(options: RunOptions) -> Artifact:
-    """`run`, in the first process."""
-    refuse_target(options.directory, options.force)
+def _run(options: RunOptions, place: Place) -> tuple[Path, list[str]]:
+    """`run`, in the first process: where the artifact is, and which gates it missed."""
     progress = options.progress or Progress()
     clock = Clock()
     recipe = load_recipe(options.recipe, options.sets)
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
+    place.watch(checkpoint.seen | Snapshot.of(_paths_of_data(options)))
+    _refuse_replacing_sources(place, options)
     checkpoint.check()
     options, recipe = aimed(options, recipe, checkpoint)
     plan = make_plan(checkpoint, recipe, options.format)
@@ -127,9 +133,13 @@ def _run(options: RunOptions) -> Artifact:
         raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")
     target = target_of(options, checkpoint.family, samples)
     progress.say(_announcement(plan, checkpoint))
-    partial = _partial(options)
-    with workplace(partial), quick_collections():
-        work = open_work(partial, recipe, checkpoint, samples, options)
+    identity, partial = identity_of(recipe, checkpoint, samples, options), place.partial
+    if (there := delivered(place, identity)) is not None:
+        progress.say(f"{there}: was delivered by the run that is to be resumed")
+        place.close()
+        return there, Artifact.open(there).report["gates"]["failures"]
+    with quick_collections():
+        work = open_work(place, identity, options.seed)
         checkpoint.write_tokenizer(partial)
         wait()
         original, shrunk, asked = checkpoint, [], recipe
@@ -152,7 +162,7 @@ def _run(options: RunOptions) -> Artifact:
             quality = judge(original, samples, recipe, partial, options.format, progress)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
         recipe = asked.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
-        report = _report(original, recipe, plan, samples, options, clock, work)
+        report = _report(original, recipe, plan, samples, options, clock, work) | {"identity": short(identity)}
         report |= {"structure": shrunk} if shrunk else {}
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
         if allocation is not None:
@@ -166,10 +176,9 @@ def _run(options: RunOptions) -> Artifact:
             checkpoint, tensors, plan, batches, aimed_at, recipe, report, progress
         )
         report["gates"] = {"passed": not failures, "failures": failures, "blame": blames}
-        directory = deliver(partial, options.directory, report)
-    if failures:
-        raise GateFailed(f"{options.directory}: {'; '.join([*failures, *why])}; the artifact is kept as {directory}")
-    return Artifact.open(directory)
+        _refuse_other_contents(identity, report, place)
+        directory = deliver(place, report)
+    return directory, [*failures, *why]
 
 
 def compress(model: nn.Module | str | Path, recipe: str = "llm-2bit", **options: Any) -> Artifact:
@@ -214,6 +223,31 @@ def _refuse_unwritable(plan: Plan, options: RunOptions, recipe: Recipe) -> None:
             raise UsageError(f"{plan.recipe}: '{tensor.name}' cannot be written to ONNX: {reason}")
 
 
+def _paths_of_data(options: RunOptions) -> list[Path]:
+    return [Path(each) for each in (options.data, options.eval) if each is not None and Path(each).exists()]
+
+
+def _refuse_replacing_sources(place: Place, options: RunOptions) -> None:
+    """Refuses to put the artifact where what it is made of lies: that would be gone."""
+    output = options.directory.resolve()
+    inside = [name for name in place.sources.files if Path(name).resolve().is_relative_to(output)]
+    if inside:
+        raise UsageError(
+            f"{options.directory}: would replace {inside[0]}, which is read; give another directory with -o"
+        )
+
+
+def _refuse_other_contents(identity: str, report: dict[str, Any], place: Place) -> None:
+    """Refuses an artifact whose original or data were others at the end than at the start, whatever the clock says."""
+    known = json.loads(identity)
+    if (known["source"], known["data"]) != (report["source"]["sha256"], report["data"]["sha256"]):
+        place.forget()
+        raise ChangedError(
+            f"{report['source']['path']}: it or the data were written again while this run read them; what was made of "
+            "them is not kept; leave them alone, and give the same command again"
+        )
+
+
 def _ladder(plan: Plan, recipe: Recipe, options: RunOptions) -> Ladder | None:
     """The widths to allocate from, where they are; refused where the smallest are too large."""
     ladder = Ladder.of(plan, recipe, options.format, options.mode) if options.allocates else None
@@ -255,11 +289,7 @@ def _encode(
     if samples.calibration is not None:
         batches = calibration_batches(samples.calibration, recipe, work.folder.parent, options.seed, written)
     if ladder is not None:
-        try:
-            refuse_unreachable(checkpoint, batches, ladder, target)
-        except UsageError:
-            shutil.rmtree(work.folder.parent)  # nothing is in it yet
-            raise
+        refuse_unreachable(checkpoint, batches, ladder, target)
     with clock.stage("survey"):
         found = _survey(network, batches, recipe, plan, work, progress, ladder is not None)
     allocation = None

@@ -11,6 +11,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import compressor
 from compressor.core.errors import UsageError
+from compressor.core.files import open_to_append
+from compressor.runtime.processes import environment, python
 
 INTERRUPTED = 130
 _TAIL = 4096
@@ -75,8 +77,8 @@ class _Planning:
     def predict(self, command: Sequence[str]) -> tuple[int, Ended | None]:
         """By a dry run, which reads headers only, in a process of its own: no file can take the batch down."""
         found = subprocess.run(
-            [sys.executable, "-m", "compressor", *command, "--dry-run", "--json"], stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, env=environment(), check=False, start_new_session=True,
+            python("-m", "compressor", *command, "--dry-run", "--json"), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, env=of_a_worker(), check=False, start_new_session=True,
         )  # fmt: skip
         if found.returncode:
             return 0, _ended(found.returncode, found.stderr)
@@ -101,13 +103,13 @@ class LocalEngine(_Planning):
         self._lock = threading.Lock()
 
     def run(self, command: Sequence[str], log: Path, memory: int) -> Ended:
-        with log.open("ab") as file:
+        with os.fdopen(open_to_append(log), "ab") as file:
             with self._lock:
                 if self._stopped.is_set():
                     return Ended(INTERRUPTED, "not started")
                 process = subprocess.Popen(
-                    [sys.executable, "-c", _WORKER, *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                    env=environment(), start_new_session=True,
+                    python("-c", _WORKER, *command), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                    env=of_a_worker(), start_new_session=True,
                 )  # fmt: skip
                 self._running.add(process)
             status = process.wait()
@@ -138,12 +140,31 @@ def connected_ray(address: str, prefix: str, local: str) -> Any:
         raise UsageError(f"{prefix}engine ray: ray is not installed; pip install 'compressor[ray]'") from error
     try:
         if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            with _among_pythons_own():
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
     except ConnectionError as error:
         raise UsageError(
             f"{prefix}address {address}: no Ray cluster answers; start one with `ray start --head`, or write {local}"
         ) from error
     return ray
+
+
+@contextmanager
+def _among_pythons_own() -> Iterator[None]:
+    """Works in the folder of Python's own modules: Ray puts the folder that it is started in before its tasks' path."""
+    here = os.getcwd()
+    os.chdir(sysconfig.get_path("stdlib"))
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
+def of_a_task() -> dict[str, Any]:
+    """The environment of a Ray task, where it differs from the cluster's."""
+    found = of_a_worker()
+    names = ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS")
+    return {"env_vars": {name: found[name] for name in names if name in found}}
 
 
 class RayEngine(_Planning):
@@ -162,8 +183,8 @@ class RayEngine(_Planning):
     def run(self, command: Sequence[str], log: Path, memory: int) -> Ended:
         if self._stopped.is_set():
             return Ended(INTERRUPTED, "not started")
-        settings = {"env_vars": {name: environment()[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}}
-        reference = self._task.options(memory=memory, runtime_env=settings).remote(list(command), str(log), os.getcwd())
+        task = self._task.options(memory=memory, runtime_env=of_a_task())
+        reference = task.remote(list(command), str(log), os.getcwd())
         self._references.add(reference)
         try:
             return ended(self._ray.get(reference), log)
@@ -183,7 +204,7 @@ class RayEngine(_Planning):
 def run_here(command: list[str], log: str, folder: str) -> int:
     """A command in this process, which is a Ray worker's and ends with it; returns its exit status."""
     os.chdir(folder)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = open_to_append(Path(log))
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.argv = ["compress", *command]
@@ -219,11 +240,9 @@ def last_line(log: Path) -> str:
     return lines[-1] if lines else ""
 
 
-def environment() -> dict[str, str]:
-    """Of a worker: this package, and one thread unless OMP_NUM_THREADS says otherwise."""
-    package = str(Path(compressor.__file__).resolve().parents[1])
-    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+def of_a_worker() -> dict[str, str]:
+    """A worker's environment: one thread unless OMP_NUM_THREADS says otherwise."""
+    return {"OMP_NUM_THREADS": "1", **environment()}
 
 
 def available_memory() -> int:
