@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from compressor.core.machine import memory_of
 from compressor.core.memory import give_back
-from compressor.evaluate.bench import memory
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Clock:
         finally:
             spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.monotonic() - wall}
             self.stages[name] = {key: round(value, 2) for key, value in spent.items()}
-            peak = memory()["peak_resident"]
+            peak = memory_of()["peak_resident"]
             if peak is not None:
                 self.stages[name]["peak_memory"] = peak
             gc.collect()  # networks hold themselves in cycles
