@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from compressor.core.log import LOGGER
 from compressor.core.machine import memory_of
 from compressor.core.memory import give_back
+from compressor.core.quantities import size
 
 
 @dataclass
@@ -29,5 +31,11 @@ class Clock:
             peak = memory_of()["peak_resident"]
             if peak is not None:
                 self.stages[name]["peak_memory"] = peak
+            LOGGER.info("%s: %s", name, _told(self.stages[name]))
             gc.collect()  # networks hold themselves in cycles
             give_back()
+
+
+def _told(stage: dict[str, float]) -> str:
+    told = f"{stage['seconds']:.1f} s, {stage['cpu_seconds']:.1f} s of CPU time"
+    return f"{told}, {size(stage['peak_memory'])} at most so far" if "peak_memory" in stage else told
