@@ -48,7 +48,7 @@ from compressor.evaluate.original import bench_original
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
 from compressor.plan.planning import make_plan
-from compressor.plan.recipe import Recipe, learning_window
+from compressor.plan.recipe import Evaluation, Recipe, learning_window
 from compressor.plan.recipe_file import load_recipe
 from compressor.plan.targets import aimed
 from compressor.run.blame import blame, blamed, weight_errors
@@ -162,7 +162,7 @@ def _run(options: RunOptions) -> Artifact:
             report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
         report |= _binary(partial, tensors)
         with clock.stage("benchmark"):
-            report |= _speeds(partial, options, original, [] if recipe.evaluation.skipped else batches)
+            report |= _speeds(partial, options, original, recipe.evaluation, batches)
         report["size"] = artifact_size(partial, report["source"]["file_bytes"])
         report["errors"] = weight_errors(checkpoint, tensors)
         failures, blames, why = _held_against_gates(
@@ -399,8 +399,10 @@ def _report(
     }  # fmt: skip
 
 
-def _speeds(partial: Path, options: RunOptions, checkpoint: Checkpoint, batches: list[Batch]) -> dict[str, Any]:
-    """Of the artifact and of its original, each in a process of its own."""
+def _speeds(
+    partial: Path, options: RunOptions, checkpoint: Checkpoint, evaluation: Evaluation, batches: list[Batch]
+) -> dict[str, Any]:
+    """Of the artifact and of its original, each in a process of its own, or that they were not measured."""
     if options.format != "onnx":
         return {}
     from compressor.evaluate.bench import bench
@@ -408,8 +410,11 @@ def _speeds(partial: Path, options: RunOptions, checkpoint: Checkpoint, batches:
     shapes: dict[str, list[int]] = {}
     if checkpoint.kind == "onnx" and batches and "input_ids" not in batches[0]:  # axes may be open that are not free
         shapes = {name: [1, *tensor.shape[1:]] for name, tensor in batches[0].items() if tensor.dim()}
-    found = bench(partial, shapes=shapes) if shapes else bench(partial)
-    return {"speed": found, "original_speed": bench_original(checkpoint, partial, batches, shapes) if batches else None}
+    if not evaluation.speed:  # `compress bench` can still measure it, with inputs of these shapes
+        return {"speed": {"measured": False} | ({"input_shapes": shapes} if shapes else {}), "original_speed": None}
+    batches = [] if evaluation.skipped else batches
+    original = bench_original(checkpoint, partial, batches, shapes) if batches else None
+    return {"speed": bench(partial, shapes=shapes), "original_speed": original}
 
 
 def _held_against_gates(
