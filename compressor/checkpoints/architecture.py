@@ -119,8 +119,8 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{path}: config.json asks for something that is not in the folder, and nothing is ever fetched for a config; "
-            f"{str(error).splitlines()[0]}; write out what it names{_named_backbone(config)}, or give --arch "
+            f"{path}: config.json asks for something that is not in the folder, and nothing is ever fetched for a "
+            f"config; {str(error).splitlines()[0]}; write out what it names{_named_backbone(config)}, or give --arch "
             "module:callable"
         ) from error
     except (*_MISCONFIGURED, StrictDataclassError) as error:

@@ -41,8 +41,8 @@ def to_build(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     for key, value in _entries(config):
         if key in FETCHED and (name := _repository(value)):
             raise CheckpointError(
-                f"{path}: config.json names {key} '{name[:60]}', which would be fetched; nothing is ever fetched or run "
-                "for a config; take the key out, or give --arch module:callable"
+                f"{path}: config.json names {key} '{name[:60]}', which would be fetched; nothing is ever fetched or "
+                "run for a config; take the key out, or give --arch module:callable"
             )
     return _without(config, (*CODE, *NAMES))
 
@@ -75,12 +75,11 @@ def refuse_outside(file: Path, folder: Path) -> Path:
         raise CheckpointError(f"{file}: is a link that leads nowhere; fetch the file") from error
     if not is_file:
         raise CheckpointError(f"{file}: is no regular file; put the file itself there")
-    if file.is_symlink() or not found.is_relative_to(folder.resolve()):
-        if not any(found.is_relative_to(place) for place in _places(folder.resolve())):
-            raise CheckpointError(
-                f"{file}: is a link to {found}, which is outside of the model's folder; nothing was read there; put the "
-                "file itself into the folder if it belongs to the model"
-            )
+    if not any(found.is_relative_to(place) for place in _places(folder.resolve())):
+        raise CheckpointError(
+            f"{file}: is a link to {found}, which is outside of the model's folder; nothing was read there; put the "
+            "file itself into the folder if it belongs to the model"
+        )
     return file
 
 

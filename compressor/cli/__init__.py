@@ -1,7 +1,7 @@
-"""The command. Before anything else is imported for it, the folder that it happens to run in leaves the path."""
+"""The command: parsing, printing, exit statuses."""
 
 import sys
 
 from compressor.runtime.processes import own_path
 
-sys.path[:] = own_path(sys.path)
+sys.path[:] = own_path(sys.path)  # before anything else is imported for it

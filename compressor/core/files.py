@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whenever the process or the machine ends; nothing is written through a link."""
+"""Files that appear whole or not at all, whenever a process or the machine ends; none is written through a link."""
 
 from __future__ import annotations
 

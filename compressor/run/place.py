@@ -77,10 +77,10 @@ class Place:
             )
 
     def put(self, target: Path) -> None:
-        """Gives the finished artifact its name, in one step where the disk can; what had the name goes with the rest.
+        """Gives the finished artifact its name, in one step where the disk can; what had it is put away.
 
         Raises:
-            ChangedError: Something else has come to stand there since the run began; it stays, and so does the artifact.
+            ChangedError: Something else has come to stand there since the run began; both are kept.
         """
         finished = self.work / FINISHED
         self._refuse_changed_target(target)
@@ -231,7 +231,7 @@ def _is_ours(partial: Path) -> bool:
     if (partial / WORK / NOTE).is_file():
         return True
     others = [path for path in partial.iterdir() if path.name not in (LOCK, WORK)]
-    begun = [path for path in (partial / WORK).iterdir()] if (partial / WORK).is_dir() else []
+    begun = list((partial / WORK).iterdir()) if (partial / WORK).is_dir() else []
     return not others and all(path.name == f".{NOTE}.partial" for path in begun)
 
 

@@ -43,11 +43,10 @@ def short(identity: str) -> str:
 
 def delivered(place: Place, identity: str) -> Path | None:
     """Where this very run has already delivered its artifact, where it was ended after that."""
-    for directory in (place.output, failed_directory(place.output)):
-        if place.resume and not place.force and is_artifact(directory):
-            if Artifact.open(directory).report.get("identity") == short(identity):
-                return directory
-    return None
+    if not place.resume or place.force:
+        return None
+    found = [each for each in (place.output, failed_directory(place.output)) if is_artifact(each)]
+    return next((each for each in found if Artifact.open(each).report.get("identity") == short(identity)), None)
 
 
 def open_work(place: Place, identity: str, seed: int) -> Work:
@@ -58,7 +57,7 @@ def open_work(place: Place, identity: str, seed: int) -> Work:
     """
     if place.resume and not place.force and is_artifact(place.output):
         raise UsageError(
-            f"{place.output}: holds an artifact already, of another run; replace it with --force, or give another with -o"
+            f"{place.output}: holds an artifact of another run; replace it with --force, or give another with -o"
         )
     note = place.work / NOTE
     left = note.read_text(encoding="utf-8", errors="replace") if note.exists() else CLEARED

@@ -22,7 +22,7 @@ def python(*words: str) -> list[str]:
     return [str(Path(sys.executable).absolute()), "-P", *words]
 
 
-def environment(**more: str) -> dict[str, str]:
+def clean_environment(**more: str) -> dict[str, str]:
     """Of such a process: this package can be found, and no variable leads into the folder that it happens to run in."""
     found = {**os.environ, "PYTHONSAFEPATH": "1", **more}
     found |= {name: os.pathsep.join(_absolute(found[name])) for name in PATHS if name in found}

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnxruntime
 
-from compressor.runtime.processes import environment, python
+from compressor.runtime.processes import clean_environment, python
 
 LARGE = 16_000_000
 """Bytes of graph and weights from which a process of its own, which takes a third of a second to start, pays."""
@@ -65,7 +65,7 @@ class SessionApart:
 
     def __init__(self, path: str, settings: Settings) -> None:
         self._process = subprocess.Popen(
-            python("-m", "compressor.runtime.session_process"), env=environment(), stdin=subprocess.PIPE,
+            python("-m", "compressor.runtime.session_process"), env=clean_environment(), stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, bufsize=-1,
         )  # fmt: skip
         weakref.finalize(self, _end, self._process)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from compressor.core.errors import UsageError
 from compressor.core.files import open_to_append
-from compressor.runtime.processes import environment, python
+from compressor.runtime.processes import clean_environment, python
 
 INTERRUPTED = 130
 _TAIL = 4096
@@ -78,7 +78,7 @@ class _Planning:
         """By a dry run, which reads headers only, in a process of its own: no file can take the batch down."""
         found = subprocess.run(
             python("-m", "compressor", *command, "--dry-run", "--json"), stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, env=of_a_worker(), check=False, start_new_session=True,
+            capture_output=True, text=True, env=environment(), check=False, start_new_session=True,
         )  # fmt: skip
         if found.returncode:
             return 0, _ended(found.returncode, found.stderr)
@@ -109,7 +109,7 @@ class LocalEngine(_Planning):
                     return Ended(INTERRUPTED, "not started")
                 process = subprocess.Popen(
                     python("-c", _WORKER, *command), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                    env=of_a_worker(), start_new_session=True,
+                    env=environment(), start_new_session=True,
                 )  # fmt: skip
                 self._running.add(process)
             status = process.wait()
@@ -162,7 +162,7 @@ def _among_pythons_own() -> Iterator[None]:
 
 def of_a_task() -> dict[str, Any]:
     """The environment of a Ray task, where it differs from the cluster's."""
-    found = of_a_worker()
+    found = environment()
     names = ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS")
     return {"env_vars": {name: found[name] for name in names if name in found}}
 
@@ -240,21 +240,6 @@ def last_line(log: Path) -> str:
     return lines[-1] if lines else ""
 
 
-def of_a_worker() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """A worker's environment: one thread unless OMP_NUM_THREADS says otherwise."""
-    return {"OMP_NUM_THREADS": "1", **environment()}
-
-
-def available_memory() -> int:
-    """Bytes that new processes may take without swapping; half of the machine's where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return kilobytes["MemAvailable"] * 1024
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": "1", **clean_environment()}

@@ -21,7 +21,7 @@ from compressor.core.errors import PassError
 from compressor.core.references import code_folders, code_from
 from compressor.core.students import Student
 from compressor.runtime.processes import python
-from compressor.runtime.workers import connected_ray, last_line, of_a_task, of_a_worker
+from compressor.runtime.workers import connected_ray, environment, last_line, of_a_task
 
 EVALUATOR = "evaluator.pt"
 _WORKER = "import sys; from compressor.structure.students.pool import work; work(sys.argv[1], sys.argv[2:])"
@@ -78,7 +78,7 @@ class Processes:
         with log.open("w") as file:
             return subprocess.Popen(
                 python("-c", _WORKER, str(folder / EVALUATOR), *code_folders()), stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=file, text=True, env=of_a_worker(),
+                stdout=subprocess.PIPE, stderr=file, text=True, env=environment(),
             )  # fmt: skip
 
     def evaluate(self, students: Sequence[Student]) -> Iterator[tuple[Student, float]]:
