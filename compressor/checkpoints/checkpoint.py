@@ -6,14 +6,13 @@ Nothing here imports torch; methods that need it do so when they are called.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoints.architecture import Architecture
-from compressor.checkpoints.source import Source, TensorInfo
+from compressor.checkpoints.source import Source, TensorInfo, digest_of
 from compressor.checkpoints.ties import declared_ties, prefixed
 from compressor.checkpoints.tokenizer import copy_tokenizer
 from compressor.core.errors import CheckpointError
@@ -171,12 +170,7 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 of the weight files' bytes, in the order of their names."""
-        digest = hashlib.sha256()
-        for path in sorted(self.source.files):
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        return digest_of(self.source.files)
 
     def describe(self) -> dict[str, Any]:
         """A summary for people and JSON."""

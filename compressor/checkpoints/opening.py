@@ -12,7 +12,7 @@ from compressor.checkpoints.architecture import resolve
 from compressor.checkpoints.archive import is_archive
 from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.reach import refuse_outside, without_code
-from compressor.checkpoints.source import Source, read_json
+from compressor.checkpoints.source import Source, digest_of, read_json
 from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.errors import CheckpointError
 from compressor.core.references import code_of
@@ -102,6 +102,14 @@ def indexed_files(index: Path) -> list[Path]:
             f"{index.parent}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}; fetch them"
         )
     return [index.parent / name for name in names]
+
+
+def weights_digest(path: str | PathLike[str]) -> str:
+    """SHA-256 of a model's weight files, as a `Checkpoint` has it; no network is made of them."""
+    files = locate(path).files
+    if files[0].suffix == ".onnx":  # which alone knows what other files its weights lie in
+        files = open_source(files, None, False).files
+    return digest_of(files)
 
 
 def open_located(found: Location, *, arch: str | None, trust_pickle: bool) -> Checkpoint:

@@ -95,17 +95,21 @@ def sealed(report: dict[str, Any], page: str) -> dict[str, Any]:
     return found | {SEAL: {PAGE: page, REPORT: _content_digest(found)}}
 
 
-def reseal(artifact: Artifact) -> None:
-    """Notes a page that was made again; an artifact of before there were seals stays without one.
+def refuse_unsealed(artifact: Artifact) -> None:
+    """Refuses to seal again what is not what was written: that must not be covered up.
 
     Raises:
-        CheckpointError: compression.json is not what was written: that must not be covered up.
+        CheckpointError: compression.json has changed.
     """
     seal = artifact.report.get(SEAL)
-    if not isinstance(seal, dict):
-        return
-    if _content_digest(artifact.report) != seal.get(REPORT):
+    if isinstance(seal, dict) and _content_digest(artifact.report) != seal.get(REPORT):
         raise CheckpointError(f"{artifact.directory / REPORT}: has changed since it was written; see `compress verify`")
+
+
+def reseal(artifact: Artifact) -> None:
+    """Notes a page that was made again; an artifact of before there were seals stays without one."""
+    if not isinstance(artifact.report.get(SEAL), dict):
+        return
     report = sealed(artifact.report, file_digest(artifact.directory / PAGE))
     write_text(artifact.directory / REPORT, text_of(report))
 

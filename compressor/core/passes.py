@@ -49,6 +49,8 @@ class Pass(BaseModel, ABC):
     stage   structure: a smaller network · rewrite: the same function, other weights · weight: an encoding per tensor
     paper   authors, title, link
     prunes  a weight pass that says which weights are kept, before another says how these are stored
+    reaches  settings that lead out of the process, as to a cluster: not for a recipe of somebody else to say
+    writes   settings that name files to be written: for the command line alone to say
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -56,6 +58,9 @@ class Pass(BaseModel, ABC):
     stage: ClassVar[Stage]
     paper: ClassVar[str]
     prunes: ClassVar[bool] = False
+    reaches: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[dict[str, str]] = {}
+    """Setting -> the option of the command."""
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -66,6 +66,7 @@ class _Draft:
     texts: dict[str, str] = field(default_factory=dict)
     steps: list[tuple[str, str, Values]] = field(default_factory=list)  # pass, where, settings
     sections: dict[str, Values] = field(default_factory=dict)
+    reaches: list[str] = field(default_factory=list)  # what files that are not shipped say of the world outside
 
 
 def recipe_directory() -> Path:
@@ -124,6 +125,30 @@ def load_recipe(name: str | Path, sets: Iterable[str] = ()) -> Recipe:
     return _finish(draft, where, path.stem)
 
 
+def reaches_of(name: str | Path) -> list[str]:
+    """What a recipe that is not shipped leads out of the process to, each as it is written; empty where nothing.
+
+    Raises:
+        RecipeError: Nothing of that name, or a mistake in it.
+    """
+    path = find_recipe(str(name))
+    return _read(path, str(name), ()).reaches
+
+
+def refuse_reaching(name: str | Path, trusted: bool) -> None:
+    """Refuses a recipe that leads out of the process, unless whoever gives it says that it may.
+
+    Raises:
+        RecipeError: It does.
+    """
+    found = [] if trusted else reaches_of(name)
+    if found:
+        raise RecipeError(
+            f"{name}: says {', '.join(found)}, which leads out of this process; nothing was run; give --trust-recipe "
+            "if you trust whoever wrote it, or --set it yourself"
+        )
+
+
 def restore_recipe(content: dict[str, Any], where: str) -> Recipe:
     """The recipe that `Recipe.to_dict` spelt out, as compression.json holds it."""
     return _finish(_draft(content, where), where, str(content.get("name", where)))
@@ -145,8 +170,32 @@ def _read(path: Path, where: str, importers: tuple[Path, ...]) -> _Draft:
             cycle = " → ".join(step.stem for step in (*chain[chain.index(imported.resolve()) :], imported))
             raise RecipeError(f"{where}: imports go in a circle, {cycle}; remove one of them")
         _extend(draft, _read(imported, imported.name, chain))
-    _extend(draft, _draft(content, where))
+    own = _draft(content, where)
+    if path.resolve().parent != recipe_directory().resolve():
+        own.reaches = _reaching(own)
+    _extend(draft, own)
     return draft
+
+
+def _reaching(draft: _Draft) -> list[str]:
+    """Settings of a file that lead out of the process; those that name files to be written are refused.
+
+    Raises:
+        RecipeError: A file is named to be written, which is for the command line alone.
+    """
+    found = []
+    for name, where, values in draft.steps:
+        kind = settings_class(name)
+        written = next((key for key in values if key in kind.writes and values[key][0] is not None), None)
+        if written is not None:
+            raise RecipeError(
+                f"{where}: {written} names a file to be written, which no recipe says; give {kind.writes[written]} "
+                "FILE on the command line"
+            )
+        defaults = kind.model_fields
+        reaching = [key for key in kind.reaches if key in values and values[key][0] != defaults[key].default]
+        found += [f"{name}.{key} {values[key][0]}" for key in reaching]
+    return found
 
 
 def _draft(content: dict[str, Any], where: str) -> _Draft:
@@ -236,6 +285,7 @@ def _known(values: dict[str, Any], fields: list[str], where: str) -> Values:
 
 def _extend(draft: _Draft, own: _Draft) -> None:
     draft.texts |= own.texts
+    draft.reaches += own.reaches
     for section, values in own.sections.items():
         draft.sections[section] = draft.sections.get(section, {}) | values
     imported = list(range(len(draft.steps)))

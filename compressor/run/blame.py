@@ -1,6 +1,6 @@
-"""Where a loss came in: how far each tensor is from the original's, and which of them the outputs suffer from.
+"""Where a loss came in: which tensors the outputs suffer from.
 
-The second is asked when a gate has failed. Groups of alike tensors (those of one pass, with one name but for the
+Asked when a gate has failed. Groups of alike tensors (those of one pass, with one name but for the
 numbers in it) are put back to the original's, one group at a time, and the outputs on a few calibration samples are
 compared with the original's again. The shares need not add up to one: errors meet in the outputs, and may cancel there.
 """
@@ -21,28 +21,7 @@ from compressor.core.tensors import EncodedTensors
 from compressor.plan.plan import Plan
 from compressor.widths.losses import Kind, judged, outputs, probe
 
-LARGEST = 2**25
-"""Values of a tensor up to which its error is told: beyond, holding it twice would be the run's peak of memory."""
 NAMED = 3
-
-
-def weight_errors(checkpoint: Any, tensors: EncodedTensors) -> dict[str, float]:
-    """‖W − Ŵ‖ / ‖W‖ by name, of the tensors that are not stored as they were; one in memory at a time.
-
-    Left out are those of more than 2²⁵ values, those whose shape has changed, and those that are all zero.
-    """
-    found = {}
-    for name in tensors:
-        info = checkpoint.tensors.get(name)
-        shape = tuple(tensors.describe(name)["tensor_shape"])
-        if info is None or info.shape != shape or info.numel > LARGEST or not info.dtype.startswith(("F", "BF", "Q")):
-            continue
-        original = checkpoint.read(name).float()
-        norm = float(original.norm())
-        error = float((tensors[name].decode() - original).norm())
-        if norm and error:
-            found[name] = round(error / norm, 6)
-    return found
 
 
 def blame(

@@ -43,15 +43,16 @@ from compressor.data.samples import (
     n_generated,
     training_examples,
 )
+from compressor.evaluate.distances import weight_errors
 from compressor.evaluate.judge import judge, prove
 from compressor.evaluate.original import bench_original
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe import Evaluation, Recipe, learning_window
-from compressor.plan.recipe_file import load_recipe
+from compressor.plan.recipe_file import load_recipe, refuse_reaching
 from compressor.plan.targets import aimed
-from compressor.run.blame import blame, blamed, weight_errors
+from compressor.run.blame import blame, blamed
 from compressor.run.clock import Clock
 from compressor.run.delivery import artifact_size, deliver, largest_tensors
 from compressor.run.gates import came_true, lost_quality, lost_size_or_speed, measured_kind, promised
@@ -78,6 +79,7 @@ def run(options: RunOptions) -> Artifact:
             something stands in the output's place; GateFailed after the artifact is written.
     """
     keep_freed()
+    refuse_reaching(options.recipe, options.trust_recipe)
     with process_group():
         if rank():
             return _assist(options)

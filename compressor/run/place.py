@@ -77,7 +77,7 @@ class Place:
             )
 
     def put(self, target: Path) -> None:
-        """Gives the finished artifact its name, in one step where the disk can; what had it is put away.
+        """Gives the finished artifact its name, in one step where the disk can.
 
         Raises:
             ChangedError: Something else has come to stand there since the run began; both are kept.

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from compressor.core.errors import RecipeError
 from compressor.core.passes import Need, StructurePass
 from compressor.core.training import Count, Optimizer, Positive, Rate, Training
 
 Part = Annotated[float, Field(gt=0, le=1)]
+POLICIES = ("removal", "shrinkage")
+_LARGEST_HEADER = 1_000_000
+
+
+def refuse_overwriting(file: Path) -> None:
+    """Refuses to save policies over anything that is there and holds none.
+
+    Raises:
+        RecipeError: It does.
+    """
+    if not (file.exists() or file.is_symlink()):
+        return
+    names = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if file.is_file():
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                names = json.loads(opened.read(length)) if 0 < length <= _LARGEST_HEADER else {}
+    kinds = {name.partition(".")[0] for name in names if name != "__metadata__"} if isinstance(names, dict) else set()
+    if not kinds or not kinds <= set(POLICIES):
+        raise RecipeError(f"{file}: is there and holds no policies, which would be written over it; give another file")
 
 
 class N2nSettings(Training, StructurePass):
@@ -50,6 +75,9 @@ class N2nSettings(Training, StructurePass):
         "Ashok et al., N2N Learning: Network to Network Compression via Policy Gradient Reinforcement Learning, ICLR \
 2018, https://arxiv.org/abs/1709.06030"
     )
+
+    reaches = ("engine", "address")
+    writes = {"policy_out": "--policy"}  # noqa: RUF012
 
     units: Literal["auto", "layer", "block", "part"] = "auto"
     policy: Literal["reinforce", "random", "greedy", "influence"] = "reinforce"
