@@ -72,8 +72,8 @@ class Place:
             self.forget()
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ChangedError(
-                f"{changed[0]}{more}: changed while this run read it; what was made of it would be of two contents, and "
-                "is not kept; leave it alone, and give the same command again"
+                f"{changed[0]}{more}: changed while this run read it; what was made of it would be of two contents, "
+                "and is not kept; leave it alone, and give the same command again"
             )
 
     def put(self, target: Path) -> None:

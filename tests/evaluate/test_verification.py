@@ -85,7 +85,10 @@ def flip(four: Path) -> None:
             "passwd is no file of the artifact",
         ),
         (lambda four: changed(four, "sha256", {}), "compression.json holds no hashes"),
-        (lambda four: (four / "model.onnx").write_bytes(b"\x08\x08garbage"), "hashes: model.onnx has changed; figures: .*; opens: "),
+        (
+            lambda four: (four / "model.onnx").write_bytes(b"\x08\x08garbage"),
+            "hashes: model.onnx has changed; figures: .*; opens: ",
+        ),
     ],
 )
 def test_what_does_not_hold_is_named(four, damage, message):

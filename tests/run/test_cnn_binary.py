@@ -74,8 +74,8 @@ def whole(folder):
     return run(options(output=Path("whole")))
 
 
-def torch_accuracy(directory: str) -> float:
-    module, data = compressor.load(directory), np.load("evaluation.npz")
+def torch_accuracy(directory: str, arch: str = "tests.pico:ResNet") -> float:
+    module, data = compressor.load(directory, arch=arch), np.load("evaluation.npz")
     with torch.no_grad():
         return float((module(torch.from_numpy(data["image"])).argmax(1).numpy() == data["labels"]).mean())
 
@@ -116,7 +116,7 @@ def test_without_int8_the_artifact_is_as_accurate_as_torch(folder, name, kind):
     assert report["structure"][0]["training"][-1]["loss"] < report["structure"][0]["training"][0]["loss"]
     assert abs(artifact_accuracy(name) - torch_accuracy(name)) <= 0.001
     assert (folder / name / "structure.json").is_file() == (name == "signs")
-    module = compressor.load(name)
+    module = compressor.load(name, arch="tests.pico:ResNet")
     for weight in CONVOLUTIONS:
         rows = module.get_parameter(weight).flatten(1).abs()
         assert bool((rows == rows[:, :1]).all())
@@ -137,7 +137,9 @@ def test_what_cannot_have_binary_inputs_is_refused_by_name_and_the_rest_can(fold
     found = run(options(recipe="some.yaml", output=Path("some"), **mixed))
     assert found.report["structure"][0]["binary"] == ["wide.weight", "inner.weight"]
     assert found.report["proof"]["exact"]["max_relative_error"] < 1e-5
-    assert abs(artifact_accuracy("some") - torch_accuracy("some")) <= 0.02  # of 8-bit activations in the products
+    assert (
+        abs(artifact_accuracy("some") - torch_accuracy("some", mixed["arch"])) <= 0.02
+    )  # of 8-bit activations in the products
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, whole):

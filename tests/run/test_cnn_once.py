@@ -66,7 +66,7 @@ def test_an_artifact_has_half_of_the_parameters_and_computes_what_its_weights_sa
     assert step["training"][-1]["loss"] < step["training"][0]["loss"]
     assert report["proof"]["exact"]["max_relative_error"] < 1e-5
     assert report["quality"]["accuracy"] > report["quality"]["original_accuracy"]
-    smaller = compressor.load("whole")
+    smaller = compressor.load("whole", arch="tests.pico:ResNet")
     assert n_parameters(smaller) == step["parameters"]
     assert artifact.report["size"]["bytes"] < 0.75 * report["size"]["original_bytes"]
 
@@ -135,7 +135,7 @@ export: {activations: exact}
     )
     assert left < whole
     assert erased.report["proof"]["exact"]["max_relative_error"] < 1e-4
-    assert n_parameters(compressor.load("erased")) == step["parameters"]
+    assert n_parameters(compressor.load("erased", arch="tests.pico:ResNet")) == step["parameters"]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, artifact):

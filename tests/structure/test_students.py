@@ -96,7 +96,7 @@ def test_a_student_of_a_convolutional_network_is_shipped_and_loads(folder, small
     best = known[search["best"]]
     assert best["parameters"] == step["parameters"]
     assert best["reward"] == max(trial["reward"] for trial in known.values())
-    loaded = compressor.load(smaller_cnn.directory)
+    loaded = compressor.load(smaller_cnn.directory, arch="tests.pico:ResNet")
     assert sum(parameter.numel() for parameter in loaded.parameters()) == step["parameters"]
     page = (smaller_cnn.directory / "report.html").read_text()
     assert "The search for a student" in page
