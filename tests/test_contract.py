@@ -23,7 +23,8 @@ from compressor.plan.recipe_file import known_passes, load_recipe
 from compressor.sweeps.encode import encode_network
 from compressor.sweeps.network import Network
 from compressor.sweeps.survey import Survey
-from tests import pico, training_case
+from tests import pico
+from tests.learning import training_case
 
 ROOT = Path(__file__).parents[1]
 PASSES = sorted(path.stem for path in (ROOT / "compressor" / "passes").glob("*.py") if not path.stem.startswith("_"))

@@ -21,7 +21,7 @@ from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.pipeline import run
 from tests import pico
-from tests.training_case import Interrupting
+from tests.learning.training_case import Interrupting
 
 SETS = ("reste.epochs=6", "reste.batch=16", "reste.rate=0.05", "calibration.samples=24",
         "evaluation.speed=false")  # fmt: skip

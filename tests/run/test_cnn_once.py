@@ -19,7 +19,7 @@ from compressor.core.options import RunOptions
 from compressor.learning import trainer as fitting
 from compressor.run.pipeline import run
 from tests import pico
-from tests.training_case import Interrupting
+from tests.learning.training_case import Interrupting
 
 ROOT = Path(__file__).parents[2]
 SETS = ("hesso.epochs=4", "hesso.batch=16", "hesso.periods=3", "hesso.fraction=0.5", "hesso.rate=0.01",

@@ -27,7 +27,8 @@ from compressor.plan.recipe_file import load_recipe
 from compressor.plan.sizes import smaller_bytes
 from compressor.run.pipeline import run
 from compressor.structure.stage import next_tokens
-from tests import pico, training_case
+from tests import pico
+from tests.learning import training_case
 
 EXAMPLE = {"input_ids": torch.arange(40).view(2, 20)}
 

@@ -21,7 +21,8 @@ from compressor.run.pipeline import run
 from compressor.structure.students import pool
 from compressor.structure.students.laboratory import JOURNAL
 from compressor.structure.students.pool import Processes
-from tests import pico, training_case
+from tests import pico
+from tests.learning import training_case
 
 CNN = (
     "n2n.search_epochs=2", "n2n.shrink_epochs=2", "n2n.rollouts=3", "n2n.student_examples=48", "n2n.validation=32",

@@ -20,7 +20,8 @@ from compressor.sweeps.encode import encode_network
 from compressor.sweeps.network import Network, layer_stages, second_moments
 from compressor.sweeps.prefix import Settled
 from compressor.sweeps.survey import Survey
-from tests import pico, zoo
+from tests import pico
+from tests.graph import zoo
 
 RECIPE = "passes: [{pass: affine, method: gptq, bits: 8, group: row}]\ncalibration: {correct_means: true}"
 
@@ -52,8 +53,9 @@ class Around(nn.Module):
 
 
 NETWORKS = {
-    "tests.zoo:VGG": (zoo.VGG, 16), "tests.zoo:ResNet": (zoo.ResNet, 16), "tests.zoo:MobileNet": (zoo.MobileNet, 16),
-    "tests.zoo:UNet": (zoo.UNet, 16), "tests.sweeps.test_prefix:Twice": (Twice, 8),
+    "tests.graph.zoo:VGG": (zoo.VGG, 16), "tests.graph.zoo:ResNet": (zoo.ResNet, 16),
+    "tests.graph.zoo:MobileNet": (zoo.MobileNet, 16), "tests.graph.zoo:UNet": (zoo.UNet, 16),
+    "tests.sweeps.test_prefix:Twice": (Twice, 8),
     "tests.sweeps.test_prefix:Around": (Around, 8),
 }  # fmt: skip
 
