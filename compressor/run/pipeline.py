@@ -27,6 +27,7 @@ from compressor.core.batch import Batch, Examples
 from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import DataError, ExportError, GateFailed, UsageError
 from compressor.core.files import whole
+from compressor.core.log import LOGGER, LoggedProgress
 from compressor.core.memory import keep_freed, quick_collections
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
@@ -106,7 +107,7 @@ def _partial(options: RunOptions) -> Path:
 def _run(options: RunOptions) -> Artifact:
     """`run`, in the first process."""
     refuse_target(options.directory, options.force)
-    progress = options.progress or Progress()
+    progress = options.progress or LoggedProgress()
     clock = Clock()
     recipe = load_recipe(options.recipe, options.sets)
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
@@ -150,6 +151,8 @@ def _run(options: RunOptions) -> Artifact:
         with clock.stage("evaluation"):
             proof = prove(checkpoint, tensors, partial, options, batches)
             quality = judge(original, samples, recipe, partial, options.format, progress)
+            if samples.evaluation is None and options.format == "onnx" and not recipe.evaluation.skipped:
+                LOGGER.warning("%s: no quality was measured: no evaluation data; give eval", options.directory)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
         recipe = asked.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
         report = _report(original, recipe, plan, samples, options, clock, work)

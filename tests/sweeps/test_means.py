@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from pico import ResNet, lively
+from tests.pico import ResNet, lively
 from torch import nn
 
 from compressor.sweeps.means import channel_mean, correct_means, layer_means
