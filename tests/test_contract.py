@@ -182,11 +182,6 @@ def test_what_a_pass_writes_onnx_takes(name, settings):
     assert "sparkle" in reason
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return pico.llama(tmp_path_factory.mktemp("llama"))
-
-
 def encode(llama, folder: Path, recipe_text: str, seed: int = 0, files: bool = False):
     """(encoded tensors, network, plan) of a whole sweep."""
     folder.mkdir(exist_ok=True)

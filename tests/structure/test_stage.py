@@ -34,7 +34,7 @@ EXAMPLE = {"input_ids": torch.arange(40).view(2, 20)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, bert):
     """A decoder of 8 heads on 4, an encoder, texts."""
     folder = tmp_path_factory.mktemp("structure")
     config = transformers.LlamaConfig(
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
         eos_token_id=1,
     )  # fmt: skip
     pico.saved(config, transformers.LlamaForCausalLM, folder / "llama")
-    pico.bert(folder / "bert")
+    (folder / "bert").symlink_to(bert)
     for seed in (1, 2):
         (folder / f"{seed}.txt").write_text(pico.text(seed))
     with pytest.MonkeyPatch.context() as patch:

@@ -113,8 +113,8 @@ def test_what_is_read_again_is_not_passed_by(tmp_path):
     network = Network(open_checkpoint(tmp_path / "weights.pt", arch="tests.sweeps.test_prefix:Around"), fast=False)
     for _, block, reached in network.sweep(batches_of(8)):
         settled = Settled(network, block, reached, ())
-        assert len(settled._modules) == 8
-        assert list(settled._allowed) == [1, 2, 3, 6, 7, 8]
+        assert len(settled.chain) == 8
+        assert list(settled.starts) == [1, 2, 3, 6, 7, 8]
 
 
 def test_the_tensors_are_the_same(network, tmp_path, monkeypatch):
