@@ -29,16 +29,15 @@ evaluation: {tokens: 96, window: 32, speed: false}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, llama):
     """Two artifacts of one pico Llama, which differ in the bits of one layer."""
     folder = tmp_path_factory.mktemp("made")
-    pico.llama(folder / "llama")
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "calibration.txt").write_text(pico.text(1))
     (folder / "evaluation.txt").write_text(pico.text(2))
     known = {"data": str(folder / "calibration.txt"), "eval": str(folder / "evaluation.txt")}
     for name, sets in (("four", ()), ("eight", ("affine.bits=8",))):
-        options = RunOptions(str(folder / "llama"), str(folder / "r.yaml"), folder / name, sets=sets, **known)
+        options = RunOptions(str(llama), str(folder / "r.yaml"), folder / name, sets=sets, **known)
         run(options)
     return folder
 
