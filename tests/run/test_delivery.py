@@ -19,7 +19,7 @@ from compressor.run.delivery import deliver
 from compressor.run.pipeline import run
 from compressor.run.place import FINISHED, NOTE, WORK, Place, held
 from tests import pico
-from tests.hostile import REPORT
+from tests.hostile_files.readers import REPORT
 
 FILES = {"model.safetensors", "model.onnx", "compression.json", "report.html"}
 
