@@ -37,13 +37,17 @@ SCRATCH = ("hidden-", ".")
 
 @dataclass
 class Place:
-    """Where one artifact is made. `existed` says that a run before has left a folder."""
+    """Where one artifact is made.
+
+    `existed` says that a run before has left a folder, and `had_delivered` that it had come to its end by then.
+    """
 
     output: Path
     force: bool
     resume: bool
     existed: bool
     say: Callable[[str], None]
+    had_delivered: bool = False
     sources: Snapshot = field(default_factory=lambda: Snapshot({}))
     _targets: dict[Path, tuple[int, ...] | None] = field(default_factory=dict)
 
@@ -223,7 +227,7 @@ def _settle(place: Place) -> None:
     if note.exists() and note.read_text(encoding="utf-8", errors="replace") == DELIVERED:
         place.say(f"{partial}: was left by a run that had delivered its artifact; removed")
         place.close()
-        place.existed = False
+        place.had_delivered = True
 
 
 def _is_ours(partial: Path) -> bool:

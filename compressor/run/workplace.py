@@ -43,7 +43,7 @@ def short(identity: str) -> str:
 
 def delivered(place: Place, identity: str) -> Path | None:
     """Where this very run has already delivered its artifact, where it was ended after that."""
-    if not place.resume or place.force:
+    if not place.resume or (place.force and not place.had_delivered):
         return None
     found = [each for each in (place.output, failed_directory(place.output)) if is_artifact(each)]
     return next((each for each in found if Artifact.open(each).report.get("identity") == short(identity)), None)
