@@ -75,12 +75,17 @@ def refuse_outside(file: Path, folder: Path) -> Path:
         raise CheckpointError(f"{file}: is a link that leads nowhere; fetch the file") from error
     if not is_file:
         raise CheckpointError(f"{file}: is no regular file; put the file itself there")
-    if not any(found.is_relative_to(place) for place in _places(folder.resolve())):
+    if not is_inside(file, folder):
         raise CheckpointError(
             f"{file}: is a link to {found}, which is outside of the model's folder; nothing was read there; put the "
             "file itself into the folder if it belongs to the model"
         )
     return file
+
+
+def is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file, wherever links lead, is in a folder or in the blobs of the hub's cache that the folder is of."""
+    return any(file.resolve().is_relative_to(place) for place in _places(folder.resolve()))
 
 
 def _places(folder: Path) -> Iterator[Path]:

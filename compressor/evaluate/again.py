@@ -12,7 +12,7 @@ from typing import Any
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import REPORT, Artifact
-from compressor.core.errors import CheckpointError, DataError
+from compressor.core.errors import CheckpointError, DataError, RecipeError
 from compressor.core.options import RunOptions
 from compressor.data import is_reference, load
 from compressor.data.samples import Samples, load_samples
@@ -106,8 +106,15 @@ def samples_again(artifact: Artifact, checkpoint: Checkpoint, recipe: Recipe, gi
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
-    """The recipe that the artifact was made by."""
-    return restore_recipe(artifact.report["recipe"], str(artifact.directory / REPORT))
+    """The recipe that the artifact was made by.
+
+    Raises:
+        CheckpointError: It is none that can be.
+    """
+    try:
+        return restore_recipe(artifact.report.get("recipe") or {}, str(artifact.directory / REPORT))
+    except RecipeError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def named_paths(artifact: Artifact, given: Given) -> list[str]:

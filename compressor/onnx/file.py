@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoints.reach import is_inside
 from compressor.checkpoints.source import Source, refuse_empty
 from compressor.core.errors import CheckpointError
 
@@ -149,7 +150,7 @@ def external_file(path: Path, tensor: Any) -> Path:
     try:
         file = path.parent / place
         found = inside and file.is_file()
-        inside = inside and (not found or file.resolve().is_relative_to(path.parent.resolve()))
+        inside = inside and (not found or is_inside(file, path.parent))
     except (OSError, ValueError):  # names that no system knows, or links in a circle
         inside = False
     if not inside or not location:

@@ -103,7 +103,11 @@ class LocalEngine(_Planning):
         self._lock = threading.Lock()
 
     def run(self, command: Sequence[str], log: Path, memory: int) -> Ended:
-        with os.fdopen(open_to_append(log), "ab") as file:
+        try:
+            descriptor = open_to_append(log)
+        except OSError as error:
+            return Ended(2, f"{log}: cannot be written; {error.strerror}; remove it")
+        with os.fdopen(descriptor, "ab") as file:
             with self._lock:
                 if self._stopped.is_set():
                     return Ended(INTERRUPTED, "not started")
