@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Ends runs at every step that changes the disk, and checks what each leaves and what the next command makes of it.
 
-scripts/check_crashes.py [--only fresh resume force batch] [--every 1] [--audit]. Of a fresh run, a resumed one, one
-that replaces an artifact by --force, and a batch of two models, all on a network of a few thousand weights. After each
-end, whatever has the artifact's name is whole, old or new; then the next command is given: the same again, with
---resume and with --force, each from the very state that was left. Writes docs/measured/crashes.json. --audit runs a
-run under strace and names what of the disk it changes that is not counted here.
+scripts/check_crashes.py [--only fresh resume force batch batch-force] [--every 1] [--short] [--audit]. Of a fresh run,
+a resumed one, one that replaces an artifact by --force, and a batch of two models, all on a network of a few thousand
+weights. After each end, whatever has the artifact's name is whole, old or new; then the next command is given: the same
+again, with --resume and with --force, each from the very state that was left. Writes docs/measured/crashes.json.
+--audit runs a run under strace and tells what of the disk it changes beside what is counted here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from crashing import Crash, Step, crashes, run_child, steps_of  # noqa: E402
+from measured import markdown, read_results, write_results  # noqa: E402
 
 MADE_AGAIN = ("compression.json", "report.html")
 RECIPE = """
@@ -42,6 +43,8 @@ MANIFEST = "recipe: r.yaml\nmodels: [first.pt, second.pt]\narch: tests.pico:Tied
 RUN = ("run", "llama", "--recipe", "r.yaml", "-o", "out", "--data", "data.txt", "--eval", "evaluation.txt")
 TIED = ("run", "first.pt", "-r", "r.yaml", "--arch", "tests.pico:Tied", "-o", "x", "--format", "safetensors")
 BATCH = ("batch", "m.yaml", "-o", "out", "--trust-recipe", "-j", "1")
+SHORT = 41
+"""One crash in so many."""
 HOLDS = "holds an artifact already"
 BATCH_HOLDS = "of these 2 artifacts already, as"
 NOTHING = "no interrupted run to resume"
@@ -292,8 +295,6 @@ def audit(lab: Path, folder: Path) -> dict[str, int]:
 
 def crashes_table(results: dict[str, Any]) -> str:
     """What came of the crashes, a row per kind of command."""
-    from measured import markdown
-
     rows = [[name, entry["steps"], entry["crashes"], entry["commands"], entry["failures"]]
             for name, entry in results["scenarios"].items()]  # fmt: skip
     return markdown(["command", "steps", "crashes", "next commands", "failures"], rows)
@@ -303,10 +304,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(scenarios()), default=list(scenarios()))
     parser.add_argument("--every", type=int, default=1, help="one crash in so many")
+    parser.add_argument("--short", action="store_true", help="a few of each, for a test; one next command after each")
     parser.add_argument("--audit", action="store_true", help="compare with strace, and stop")
     arguments = parser.parse_args()
-    from measured import read_results, write_results
-
     with tempfile.TemporaryDirectory() as scratch:
         folder, lab = Path(scratch), Path(scratch) / "lab"
         os.environ["COMPRESSOR_HOME"] = str(folder / "home")
@@ -316,16 +316,17 @@ def main() -> None:
         if arguments.audit:
             print("\n".join(f"{kind}: {n}" for kind, n in audit(lab, folder).items()))
             return
-        results = read_results("crashes") or {"scenarios": {}}
+        results = {} if arguments.short else read_results("crashes")
+        results.setdefault("scenarios", {})
         for name in arguments.only:
             scenario, began = scenarios()[name], time.monotonic()
-            check(scenario, lab, folder, arguments.every)
+            check(scenario, lab, folder, SHORT if arguments.short else arguments.every, rotate=arguments.short)
             found = {"crashes": scenario.n_crashes, "commands": scenario.n_commands, "failures": len(scenario.failures)}
             results["scenarios"][name] = (
                 {"steps": scenario.n_steps} | found | {"seconds": round(time.monotonic() - began)}
             )
             print(name, results["scenarios"][name], flush=True)
-            if arguments.every == 1:
+            if arguments.every == 1 and not arguments.short:
                 write_results("crashes", results)
     sys.exit(any(entry["failures"] for entry in results["scenarios"].values()))
 

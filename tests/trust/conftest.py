@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +48,13 @@ class Trace:
 
     def read(self) -> list[str]:
         return self.file.read_text().splitlines() if self.file.exists() else []
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither garbage nor disks are waited for: half of the time of runs as small as these."""
+    monkeypatch.setattr(gc, "collect", lambda *generation: 0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
