@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 # Read when huggingface_hub is imported, which test modules do: no test asks the network.
@@ -87,6 +88,19 @@ def texts(here: Path) -> Path:
     (here / "calibration.txt").write_text(pico.text(1))
     (here / "evaluation.txt").write_text(pico.text(2))
     return here
+
+
+@pytest.fixture
+def started() -> Callable[[], list[psutil.Process]]:
+    """Tells which processes this one has started since the test began, as far as they still run."""
+    this = psutil.Process()
+    before = set(this.children())
+
+    def running() -> list[psutil.Process]:
+        new = [process for process in this.children() if process not in before]
+        return [process for process in new if process.status() != psutil.STATUS_ZOMBIE]
+
+    return running
 
 
 @pytest.fixture

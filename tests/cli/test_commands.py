@@ -27,10 +27,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_file({f"layers.{i}.up.weight": torch.ones(96, 64) for i in (0, 1)}, tmp_path / "net.safetensors")
-    return tmp_path
+def folder(here):
+    save_file({f"layers.{i}.up.weight": torch.ones(96, 64) for i in (0, 1)}, here / "net.safetensors")
+    return here
 
 
 @pytest.fixture

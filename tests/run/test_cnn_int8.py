@@ -27,15 +27,14 @@ SETS = ("calibration.samples=24", "evaluation.speed=false")
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(here):
     """Images for calibration and evaluation."""
-    monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     for name, n in (("calibration", 24), ("evaluation", 40)):
         np.savez(f"{name}.npz", image=generator.standard_normal((n, 3, 12, 12)).astype(np.float32))
-    pico.write_state_dict(pico.ResNet, tmp_path / "model.pt")
-    pico.write_state_dict(pico.Tied, tmp_path / "tied.pt")
-    return tmp_path
+    pico.write_state_dict(pico.ResNet, here / "model.pt")
+    pico.write_state_dict(pico.Tied, here / "tied.pt")
+    return here
 
 
 def options(**changes) -> RunOptions:
