@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import psutil
 
 
 def available_memory() -> int:
@@ -47,8 +43,8 @@ def private_memory(pid: int | None = None) -> int | None:
 
     None where it is not known: on another system than Linux, or once the process has ended.
     """
-    found = _memory_info(pid)
-    return None if found is None else _split(found)[0]
+    resident, mapped = _resident_and_mapped(pid)
+    return None if resident is None or mapped is None else max(0, resident - mapped)
 
 
 def memory_of(pid: int | None = None) -> dict[str, int | None]:
@@ -59,27 +55,20 @@ def memory_of(pid: int | None = None) -> dict[str, int | None]:
         pages of files and shared memory; on Linux only. `peak_resident`: the most that was ever resident, since the
         process began; of another process on Linux only.
     """
-    found = _memory_info(pid)
-    if found is None:
-        return dict.fromkeys(("resident", "private", "mapped", "peak_resident"))
-    private, mapped = _split(found)
-    return {"resident": found.rss, "private": private, "mapped": mapped, "peak_resident": _peak(pid)}
+    resident, mapped = _resident_and_mapped(pid)
+    private = None if resident is None or mapped is None else max(0, resident - mapped)
+    peak = None if resident is None else _peak(pid)
+    return {"resident": resident, "private": private, "mapped": mapped, "peak_resident": peak}
 
 
-def _memory_info(pid: int | None) -> psutil._pslinux.pmem | None:
+def _resident_and_mapped(pid: int | None) -> tuple[int | None, int | None]:
     import psutil
 
     try:
-        return psutil.Process(pid).memory_info()
+        found = psutil.Process(pid).memory_info()
     except psutil.Error:  # it has ended, or is somebody else's
-        return None
-
-
-def _split(found: psutil._pslinux.pmem) -> tuple[int | None, int | None]:
-    """(private, mapped)."""
-    if sys.platform != "linux":
         return None, None
-    return max(0, found.rss - found.shared), found.shared
+    return found.rss, found.shared if sys.platform == "linux" else None
 
 
 def _peak(pid: int | None) -> int | None:
