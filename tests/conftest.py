@@ -80,6 +80,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def module_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of all tests of a module, which is the working directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("module")
+        patch.chdir(folder)
+        yield folder
+
+
 @pytest.fixture
 def texts(here: Path) -> Path:
     """The working directory, with calibration.txt and evaluation.txt in it."""
