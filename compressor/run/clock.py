@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from compressor.core.memory import give_back
+from compressor.core.report import Stage
 from compressor.evaluate.bench import memory
 
 
@@ -16,7 +17,7 @@ from compressor.evaluate.bench import memory
 class Clock:
     """`stages` has for each its CPU and wall seconds, and the process's largest resident memory until its end."""
 
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -25,9 +26,10 @@ class Clock:
             yield
         finally:
             spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.monotonic() - wall}
-            self.stages[name] = {key: round(value, 2) for key, value in spent.items()}
+            stage = Stage.model_validate({key: round(value, 2) for key, value in spent.items()})
             peak = memory()["peak_resident"]
             if peak is not None:
-                self.stages[name]["peak_memory"] = peak
+                stage.peak_memory = peak
+            self.stages[name] = stage
             gc.collect()  # networks hold themselves in cycles
             give_back()
