@@ -22,6 +22,7 @@ from compressor.cli import commands as cli
 from compressor.core.artifact import Artifact, failed_directory
 from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, RecipeError, ResourceError
 from compressor.core.options import RunOptions
+from tests import pico
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,9 +70,14 @@ def test_help_of_every_command_is_the_page_in_docs():
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == made.page(), "run scripts/make_cli_docs.py"
 
 
-@pytest.mark.parametrize("command", ["--help", "recipes", "net.safetensors -r llm-2bit --dry-run"])
-def test_nothing_heavy_is_imported_for(command, folder):
-    command = command.replace("net.", f"{folder}/net.")
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return pico.llama(tmp_path_factory.mktemp("model") / "llama", n_layers=2)
+
+
+@pytest.mark.parametrize("command", ["--help", "recipes", "MODEL -r llm-2bit --dry-run"])
+def test_nothing_heavy_is_imported_for(command, llama):
+    command = command.replace("MODEL", str(llama))
     code = (
         f"import sys\nfrom compressor.cli.commands import main\n"
         f"try:\n    main({command.split()!r})\nexcept SystemExit:\n    pass\n"
@@ -209,14 +215,14 @@ def test_an_empty_target_is_used(pipeline, folder):
     assert status("net.safetensors", "-r", "llm-2bit", "-o", "out") == 0
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(pipeline, folder, capsys):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(pipeline, folder, llama, capsys):
     before = sorted(folder.iterdir())
-    assert status("net.safetensors", "-r", "llm-2bit", "--dry-run", "--json") == 0
+    assert status(str(llama), "-r", "llm-2bit", "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
-    assert [tensor["by"] for tensor in plan["tensors"]] == ["jlcm", "jlcm"]
+    assert {tensor["by"] for tensor in plan["tensors"]} == {"jlcm", "embeddings", None}
     assert plan["bytes_after"] == sum(plan["files"].values())
-    assert status("net.safetensors", "-r", "llm-2bit", "--dry-run") == 0
-    assert "layers.*.up.weight" in capsys.readouterr().out
+    assert status(str(llama), "-r", "llm-2bit", "--dry-run") == 0
+    assert "layers.*.mlp.up_proj.weight" in capsys.readouterr().out
     assert sorted(folder.iterdir()) == before
     assert pipeline.asked == []
 
