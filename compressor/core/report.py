@@ -79,8 +79,9 @@ class Memory(_Section):
 
 
 class Speed(_Section):
-    """What `bench` says of a graph."""
+    """What `bench` says of a graph; `measured` is false where the recipe leaves it out."""
 
+    measured: bool = True
     kind: str | None = None
     threads: Count | None = None
     load_seconds: Number | None = None

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from compressor.core.log import LOGGER
+from compressor.core.machine import memory_of
 from compressor.core.memory import give_back
+from compressor.core.quantities import size
 from compressor.core.report import Stage
-from compressor.evaluate.bench import memory
 
 
 @dataclass
@@ -27,9 +29,15 @@ class Clock:
         finally:
             spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.monotonic() - wall}
             stage = Stage.model_validate({key: round(value, 2) for key, value in spent.items()})
-            peak = memory()["peak_resident"]
+            peak = memory_of()["peak_resident"]
             if peak is not None:
                 stage.peak_memory = peak
             self.stages[name] = stage
+            LOGGER.info("%s: %s", name, _told(stage))
             gc.collect()  # networks hold themselves in cycles
             give_back()
+
+
+def _told(stage: Stage) -> str:
+    told = f"{stage.seconds:.1f} s, {stage.cpu_seconds:.1f} s of CPU time"
+    return told if stage.peak_memory is None else f"{told}, {size(stage.peak_memory)} at most so far"

@@ -16,18 +16,16 @@ from torch import nn
 
 from compressor.checkpoints import Checkpoint
 from compressor.core.artifact import Artifact, beside
-from compressor.core.batch import Batch
 from compressor.core.errors import GateFailed
+from compressor.core.log import LOGGER, LoggedProgress
 from compressor.core.memory import keep_freed, quick_collections
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
-from compressor.core.report import Gates, Proof, Report, Speed
-from compressor.core.tensors import EncodedTensors
+from compressor.core.report import Gates, Proof
 from compressor.core.work import Work
 from compressor.evaluate.judge import judge, prove
-from compressor.evaluate.original import bench_original
+from compressor.evaluate.original import speeds
 from compressor.plan.plan import Plan
-from compressor.plan.recipe import Recipe
 from compressor.run.blame import blame, blamed, weight_errors
 from compressor.run.clock import Clock
 from compressor.run.delivery import artifact_size, deliver, largest_tensors
@@ -39,7 +37,7 @@ from compressor.run.report import report_of
 from compressor.run.workplace import WORK, open_work, workplace
 from compressor.run.write import binary_layers, write_graph, write_weights
 from compressor.runtime.torchrun import process_group, rank, wait
-from compressor.widths.allocate import Target, target_of
+from compressor.widths.allocate import target_of
 
 
 def run(options: RunOptions) -> Artifact:
@@ -74,7 +72,7 @@ def _partial(options: RunOptions) -> Path:
 
 def _run(options: RunOptions) -> Artifact:
     """`run`, in the first process."""
-    progress, clock = options.progress or Progress(), Clock()
+    progress, clock = options.progress or LoggedProgress(), Clock()
     start = prepare(options)
     samples, original = start.samples, start.checkpoint
     identity = identity_of(options, start.loaded, samples.digest(), torch.get_num_threads())
@@ -94,6 +92,8 @@ def _run(options: RunOptions) -> Artifact:
         with clock.stage("evaluation"):
             proof = prove(checkpoint, tensors, partial, options, encoded.batches)
             quality = judge(original, samples, recipe, partial, options.format, progress)
+            if samples.evaluation is None and options.format == "onnx" and not recipe.evaluation.skipped:
+                LOGGER.warning("%s: no quality was measured: no evaluation data; give eval", options.directory)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
         asked = start.recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
         report = report_of(start, identity, asked, encoded.plan, course.reports, work)
@@ -103,15 +103,21 @@ def _run(options: RunOptions) -> Artifact:
         if (binary := binary_layers(partial, tensors)) is not None:
             report.binary = binary
         with clock.stage("benchmark"):
-            speeds = _speeds(partial, options, original, [] if recipe.evaluation.skipped else encoded.batches)
-            for name, found in speeds.items():
-                setattr(report, name, found and Speed.model_validate(found))
+            if options.format == "onnx":
+                report.speed, report.original_speed = speeds(partial, original, recipe.evaluation, encoded.batches)
         report.size = artifact_size(partial, original)
         report.errors = weight_errors(checkpoint, tensors)
-        why = _hold_against_gates(report, asked, checkpoint, tensors, encoded.plan, encoded.batches, aimed_at, progress)
+        worse, other = lost_quality(asked.gates, quality), lost_size_or_speed(asked.gates, report)
+        blames = []
+        if worse:
+            kind, labelled = aimed_at.kind, aimed_at.labelled
+            blames = blame(checkpoint, tensors, encoded.plan, encoded.batches, kind, labelled, progress)
+        report.gates = Gates(passed=not (worse or other), failures=worse + other, blame=blames)
         report.cost = clock.stages
         directory = deliver(partial, options.directory, report)
-    if why:
+    if not report.gates.passed:
+        largest = largest_tensors(tensors) if any(failure.startswith("size") for failure in other) else ""
+        why = [each for each in (*report.gates.failures, blamed(blames), largest) if each]
         raise GateFailed(f"{options.directory}: {'; '.join(why)}; the artifact is kept as {directory}")
     return Artifact.open(directory)
 
@@ -143,30 +149,3 @@ def _announcement(plan: Plan, checkpoint: Checkpoint) -> str:
         f"{encoded} of them encoded by {plan.recipe} → about {plan.bytes_after / 1e6:,.1f} MB in all; "
         f"peak memory about {plan.peak_memory / 1e9:.1f} GB"
     )
-
-
-def _speeds(partial: Path, options: RunOptions, checkpoint: Checkpoint, batches: list[Batch]) -> dict[str, Any]:
-    """Of the artifact and of its original, each in a process of its own."""
-    if options.format != "onnx":
-        return {}
-    from compressor.evaluate.bench import bench
-
-    shapes: dict[str, list[int]] = {}
-    if checkpoint.kind == "onnx" and batches and "input_ids" not in batches[0]:  # axes may be open that are not free
-        shapes = {name: [1, *tensor.shape[1:]] for name, tensor in batches[0].items() if tensor.dim()}
-    found = bench(partial, shapes=shapes) if shapes else bench(partial)
-    return {"speed": found, "original_speed": bench_original(checkpoint, partial, batches, shapes) if batches else None}
-
-
-def _hold_against_gates(
-    report: Report, recipe: Recipe, checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, batches: list[Batch],
-    target: Target, progress: Progress,
-) -> list[str]:  # fmt: skip
-    """Notes the gates that failed and where the loss came in; returns sentences on that, none where all are kept."""
-    worse = lost_quality(recipe.gates, report.quality)
-    other = lost_size_or_speed(recipe.gates, report)
-    blames = blame(checkpoint, tensors, plan, batches, target.kind, target.labelled, progress) if worse else []
-    report.gates = Gates(passed=not (worse or other), failures=worse + other, blame=blames)
-    too_large = any(failure.startswith("size") for failure in other)
-    why = [blamed(blames), largest_tensors(tensors) if too_large else ""]
-    return worse + other + [sentence for sentence in why if sentence]
