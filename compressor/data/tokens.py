@@ -110,6 +110,21 @@ def windows(tokens: np.ndarray, length: int, n: int | None = None, seed: int | N
     return np.stack([np.asarray(tokens[start : start + length], dtype=np.int64) for start in starts])
 
 
+def refuse_tokens(text: Text, tokenizer: str | Path, window: int, vocabulary: int | None) -> None:
+    """Refuses a text of fewer tokens than a window, and one with tokens that the network has no entry for.
+
+    Raises:
+        DataError: It is such a text.
+    """
+    ids = tokenize(text, tokenizer)
+    windows(ids, window, 1)
+    if vocabulary is not None and ids.max() >= vocabulary:
+        raise DataError(
+            f"{text.source}: the tokenizer makes token {ids.max()} of it, and the network's table has {vocabulary} "
+            "entries; put the tokenizer beside the model that belongs to it"
+        )
+
+
 def start_token(checkpoint: Checkpoint, tokenizer: Path) -> int:
     """What a document begins after: the separator of the pre-training if the tokenizer has it, else the config's bos.
 
@@ -127,7 +142,7 @@ def start_token(checkpoint: Checkpoint, tokenizer: Path) -> int:
     ids = [*named, config.get("bos_token_id"), config.get("eos_token_id")]
     for found in ids:
         found = found[0] if isinstance(found, list) and found else found
-        if isinstance(found, int) and not isinstance(found, bool):
+        if isinstance(found, int) and not isinstance(found, bool) and found < config.get("vocab_size", found + 1):
             return found
     raise DataError(
         f"{checkpoint.path}: names no token that text begins with; write bos_token_id in config.json, or set generated "

@@ -32,7 +32,7 @@ from compressor.run.delivery import artifact_size, deliver, largest_tensors
 from compressor.run.encoding import encode, restructured
 from compressor.run.gates import came_true, lost_quality, lost_size_or_speed, measured_kind, promised
 from compressor.run.identity import identity_of
-from compressor.run.prepare import prepare
+from compressor.run.prepare import prepare, refuse_tokens_of
 from compressor.run.report import report_of
 from compressor.run.workplace import WORK, open_work, workplace
 from compressor.run.write import binary_layers, write_graph, write_weights
@@ -82,6 +82,7 @@ def _run(options: RunOptions) -> Artifact:
     with workplace(partial), quick_collections():
         work = open_work(partial, identity, options.resume)
         original.write_tokenizer(partial)
+        refuse_tokens_of(start, partial)
         wait()
         course = restructured(start, work, progress, clock)
         encoded = encode(course, samples, target, work, progress, clock)
@@ -113,10 +114,10 @@ def _run(options: RunOptions) -> Artifact:
             kind, labelled = aimed_at.kind, aimed_at.labelled
             blames = blame(checkpoint, tensors, encoded.plan, encoded.batches, kind, labelled, progress)
         report.gates = Gates(passed=not (worse or other), failures=worse + other, blame=blames)
+        largest = largest_tensors(tensors) if any(failure.startswith("size") for failure in other) else ""
         report.cost = clock.stages
         directory = deliver(partial, options.directory, report)
     if not report.gates.passed:
-        largest = largest_tensors(tensors) if any(failure.startswith("size") for failure in other) else ""
         why = [each for each in (*report.gates.failures, blamed(blames), largest) if each]
         raise GateFailed(f"{options.directory}: {'; '.join(why)}; the artifact is kept as {directory}")
     return Artifact.open(directory)

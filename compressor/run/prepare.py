@@ -28,6 +28,7 @@ from compressor.plan.targets import aimed
 from compressor.widths.ladder import Ladder
 
 if TYPE_CHECKING:
+    from compressor.data.arrays import Arrays
     from compressor.data.samples import Samples
     from compressor.data.text import Text
 
@@ -66,6 +67,11 @@ class Prepared:
     @property
     def reads_text(self) -> bool:
         return self.checkpoint.family in ("decoder", "encoder")
+
+    @property
+    def judges(self) -> bool:
+        """Whether quality is measured, where there are data for it."""
+        return self.options.format == "onnx" and not self.recipe.evaluation.skipped
 
 
 def first_recipe(asked: RunOptions) -> Recipe:
@@ -211,16 +217,11 @@ def _refuse_unsuitable(found: Prepared) -> None:
     from compressor.data.arrays import Arrays
     from compressor.data.text import Text
 
-    samples, longest = found.samples, found.checkpoint.positions
-    judged = found.options.format == "onnx" and not found.recipe.evaluation.skipped
+    samples = found.samples
     for source in (samples.calibration, samples.evaluation):
-        tokens = source.inputs.get("input_ids") if isinstance(source, Arrays) else None
-        if tokens is not None and longest is not None and tokens.ndim > 1 and tokens.shape[1] > longest:
-            raise DataError(
-                f"{source.source}: has sequences of {tokens.shape[1]} tokens, and {found.checkpoint.path} has "
-                f"positions for {longest}; cut them"
-            )
-    if judged and found.checkpoint.family == "decoder" and isinstance(samples.evaluation, Arrays):
+        if isinstance(source, Arrays) and "input_ids" in source.inputs:
+            _refuse_foreign(source, found.checkpoint)
+    if found.judges and found.checkpoint.family == "decoder" and isinstance(samples.evaluation, Arrays):
         raise DataError(
             f"{samples.evaluation.source}: holds arrays, and a language model is judged on text; give --eval with "
             "text, or leave that out with --set evaluation.tokens=0"
@@ -228,23 +229,60 @@ def _refuse_unsuitable(found: Prepared) -> None:
     if not found.reads_text:
         return
     if isinstance(samples.calibration, Text):
-        _refuse_short(samples.calibration, found.recipe.calibration.window, found.checkpoint)
-    if judged and isinstance(samples.evaluation, Text):
+        _refuse_small(samples.calibration, found.recipe.calibration.window, found.checkpoint)
+    if found.judges and isinstance(samples.evaluation, Text):
         if found.checkpoint.family == "encoder":
             samples.evaluation.sentences()
         else:
-            _refuse_short(samples.evaluation, found.recipe.evaluation.window, found.checkpoint)
+            _refuse_small(samples.evaluation, found.recipe.evaluation.window, found.checkpoint)
 
 
-def _refuse_short(text: Text, window: int, checkpoint: Checkpoint) -> None:
-    """Refuses a text of fewer tokens than a window; they are counted where that is in doubt."""
-    from compressor.data.tokens import tokenize, windows
+def _refuse_foreign(source: Arrays, checkpoint: Checkpoint) -> None:
+    """Refuses arrays of tokens that are longer than the network's positions, or beyond its vocabulary."""
+    tokens, longest, words = source.inputs["input_ids"], checkpoint.positions, vocabulary_of(checkpoint)
+    if longest is not None and tokens.ndim > 1 and tokens.shape[1] > longest:
+        raise DataError(
+            f"{source.source}: has sequences of {tokens.shape[1]} tokens, and {checkpoint.path} has positions for "
+            f"{longest}; cut them"
+        )
+    if words is not None and tokens.max() >= words:
+        raise DataError(
+            f"{source.source}: has token {tokens.max()}, and the table of {checkpoint.path} has {words} entries; make "
+            "tokens with its own tokenizer"
+        )
+
+
+def _refuse_small(text: Text, window: int, checkpoint: Checkpoint) -> None:
+    """Looks at the tokens of a text that may have fewer than a window; those of longer ones are left to the run."""
+    from compressor.data.tokens import refuse_tokens
 
     if len(text.content) > CERTAIN * window:
         return
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         checkpoint.write_tokenizer(Path(scratch))
-        windows(tokenize(text, scratch), window, 1)
+        refuse_tokens(text, scratch, window, vocabulary_of(checkpoint))
+
+
+def refuse_tokens_of(found: Prepared, tokenizer: Path) -> None:
+    """Looks at the tokens of all texts, once the tokenizer is written; before anything is computed.
+
+    Raises:
+        DataError: A text is too short for one window, or has tokens that the network has no entry for.
+    """
+    from compressor.data.text import Text
+    from compressor.data.tokens import refuse_tokens
+
+    recipe, checkpoint = found.recipe, found.checkpoint
+    texts = {"calibration": found.samples.calibration, "evaluation": found.samples.evaluation if found.judges else None}
+    for name, source in texts.items():
+        if isinstance(source, Text) and (name == "calibration" or checkpoint.family == "decoder"):
+            refuse_tokens(source, tokenizer, getattr(recipe, name).window, vocabulary_of(checkpoint))
+
+
+def vocabulary_of(checkpoint: Checkpoint) -> int | None:
+    """Rows of the table of tokens, as the config says."""
+    found = (checkpoint.config or {}).get("vocab_size")
+    return found if isinstance(found, int) else None
 
 
 def _refuse_unlabelled(found: Prepared) -> None:
