@@ -58,9 +58,11 @@ def expected_tensors(config: dict[str, Any] | None) -> Shapes | None:
     if known is None or not set(config) <= set(known[0]):
         return None
     try:
-        return known[1](config) if _is_plain(config) else None
+        found = known[1](config) if _is_plain(config) else {}
     except (KeyError, TypeError, ZeroDivisionError):
         return None
+    sizes = [size for shape in found.values() for size in shape]
+    return found if sizes and all(isinstance(size, int) and size > 0 for size in sizes) else None
 
 
 def _is_plain(config: dict[str, Any]) -> bool:

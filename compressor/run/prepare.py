@@ -280,8 +280,10 @@ def refuse_tokens_of(found: Prepared, tokenizer: Path) -> None:
 
 
 def vocabulary_of(checkpoint: Checkpoint) -> int | None:
-    """Rows of the table of tokens, as the config says."""
-    found = (checkpoint.config or {}).get("vocab_size")
+    """Rows of the table of tokens, as the config says; where there is none, of the largest table."""
+    if checkpoint.config is None:
+        return max((info.shape[0] for info in checkpoint.tensors.values() if info.role == "embedding"), default=None)
+    found = checkpoint.config.get("vocab_size")
     return found if isinstance(found, int) else None
 
 

@@ -22,7 +22,6 @@ from compressor.cli import commands as cli
 from compressor.core.artifact import Artifact, failed_directory
 from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, RecipeError, ResourceError
 from compressor.core.options import RunOptions
-from tests import pico
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,11 +67,6 @@ def test_help_of_every_command_is_the_page_in_docs():
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == made.page(), "run scripts/make_cli_docs.py"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return pico.llama(tmp_path_factory.mktemp("model") / "llama", n_layers=2)
 
 
 @pytest.mark.parametrize("command", ["--help", "recipes", "MODEL -r llm-2bit --dry-run"])
