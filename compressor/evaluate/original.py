@@ -75,7 +75,7 @@ def bench_original(
     if 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST:
         return None
     if checkpoint.kind == "onnx":
-        return bench(checkpoint.path, shapes=shapes)
+        return bench(checkpoint.source.files[0], shapes=shapes)
     scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=beside))
     try:
         export_original(checkpoint, scratch, batches)

@@ -182,10 +182,8 @@ def _refuse_data(found: Prepared) -> None:
     if options.allocates and not found.reads_text and found.samples.calibration is None:
         raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")
     _refuse_unlabelled(found)
-    if recipe.writes_text and (checkpoint.family != "decoder" or checkpoint.tokenizer_files):
-        from compressor.data.tokens import start_token
-
-        start_token(checkpoint, next(iter(checkpoint.tokenizer_files), checkpoint.path).parent)
+    if recipe.writes_text:
+        _refuse_speechless(checkpoint)
 
 
 def _refuse_without_example(found: Prepared) -> None:
@@ -285,6 +283,19 @@ def vocabulary_of(checkpoint: Checkpoint) -> int | None:
         return max((info.shape[0] for info in checkpoint.tensors.values() if info.role == "embedding"), default=None)
     found = checkpoint.config.get("vocab_size")
     return found if isinstance(found, int) else None
+
+
+def _refuse_speechless(checkpoint: Checkpoint) -> None:
+    """Refuses a network that writes no text, or of which nothing says what its text begins with."""
+    from compressor.data.tokens import start_token
+
+    files = checkpoint.tokenizer_files
+    if files or checkpoint.family != "decoder":
+        start_token(checkpoint, files[0].parent if files else checkpoint.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
+        checkpoint.write_tokenizer(Path(scratch))
+        start_token(checkpoint, Path(scratch))
 
 
 def _refuse_unlabelled(found: Prepared) -> None:

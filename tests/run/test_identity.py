@@ -20,8 +20,10 @@ from compressor.run.workplace import NOTE, WORK
 from tests import pico
 from tests.core.interrupting import Interrupting
 
-SETS = ("calibration.tokens=64", "calibration.window=32", "evaluation.tokens=0", "evaluation.window=32", "evaluation.speed=false", "jlcm.width=4", "jlcm.dim=2",
-        "jlcm.group=16", "distill.steps=0", "embeddings.group=16")  # fmt: skip
+SETS = (
+    "calibration.tokens=64", "calibration.window=32", "evaluation.tokens=0", "evaluation.window=32",
+    "evaluation.speed=false", "jlcm.width=4", "jlcm.dim=2", "jlcm.group=16", "distill.steps=0", "embeddings.group=16",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
