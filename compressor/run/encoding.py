@@ -28,6 +28,8 @@ from compressor.data.batches import (
     training_examples,
 )
 from compressor.data.samples import Samples
+from compressor.export.planned import PlannedTensors
+from compressor.export.writing import is_traced, traced
 from compressor.plan.plan import Plan
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe import Recipe, learning_window
@@ -49,6 +51,7 @@ class Course:
 
     reports   what each pass of that stage says of itself
     ladder    the widths to allocate from; None where none are
+    traced    whether torch has to trace the network for its graph
     """
 
     checkpoint: Checkpoint
@@ -56,6 +59,7 @@ class Course:
     plan: Plan
     ladder: Ladder | None
     reports: list[dict[str, Any]]
+    traced: bool
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,18 @@ class Encoded:
 def restructured(start: Prepared, work: Work, progress: Progress, clock: Clock) -> Course:
     """The structure stage, where the recipe has one. Under torchrun every process calls it."""
     if not start.recipe.early:
-        return Course(start.checkpoint, start.recipe, start.plan, start.ladder, [])
+        return Course(start.checkpoint, start.recipe, start.plan, start.ladder, [], _is_traced(start.checkpoint, start))
     with clock.stage("structure"):
         reference = _reference(start.samples, start.recipe, work)
         checkpoint, reports = restructure(start.checkpoint, start.recipe, reference, work, progress)
     recipe = decided(start.recipe, reports)
     plan = make_plan(checkpoint, recipe, start.options.format, smaller=True)
-    return Course(checkpoint, recipe, plan, ladder_of(plan, recipe, start.options), reports)
+    ladder = ladder_of(plan, recipe, start.options)
+    return Course(checkpoint, recipe, plan, ladder, reports, _is_traced(checkpoint, start))
+
+
+def _is_traced(checkpoint: Checkpoint, start: Prepared) -> bool:
+    return start.options.format == "onnx" and is_traced(checkpoint)
 
 
 def encode(
@@ -94,6 +103,9 @@ def encode(
         written = _generated(checkpoint, recipe, work, network.fast, progress)
     if samples.calibration is not None:
         batches = calibration_batches(samples.calibration, recipe, work.folder.parent, work.seed, written)
+    if course.traced:  # first of all, since torch may not be able to
+        with clock.stage("tracing"):
+            traced(checkpoint, PlannedTensors(plan, checkpoint), batches)
     if ladder is not None:
         try:
             refuse_unreachable(checkpoint, batches, ladder, target)
