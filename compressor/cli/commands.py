@@ -107,7 +107,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, from headers.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, or why it cannot be.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
