@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoints.opening import weights_digest
+from compressor.checkpoints.opening import model_digests
 from compressor.core.artifact import REPORT, SEAL, WEIGHTS, Artifact, damaged_files, foreign_files
 from compressor.core.errors import CompressorError
 from compressor.core.packed import packed_tensors
@@ -123,7 +123,7 @@ def _original(artifact: Artifact, given: Given) -> Check:
     except CompressorError as error:
         return Check("original", None, f"not compared: {error}")
     try:
-        same = weights_digest(path) == (artifact.report.get("source") or {}).get("sha256")
+        same = model_digests(path)["weights"] == (artifact.report.get("source") or {}).get("sha256")
     except CompressorError as error:
         return Check("original", None, f"cannot be opened: {error}")
     return Check("original", same, str(path) if same else f"{path} is not what it was compressed from")

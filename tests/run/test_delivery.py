@@ -14,6 +14,7 @@ import compressor.run.place
 from compressor.core.artifact import Artifact, damaged_files
 from compressor.core.errors import UsageError
 from compressor.core.options import RunOptions
+from compressor.core.report import Report
 from compressor.core.tensors import EncodedTensor, write_tensors
 from compressor.run.delivery import deliver
 from compressor.run.pipeline import run
@@ -47,10 +48,10 @@ def place_of(folder: Path) -> Place:
     return place
 
 
-def report_of(passed: bool = True) -> dict:
+def report_of(passed: bool = True) -> Report:
     report = json.loads(json.dumps(REPORT)) | {"gates": {"passed": passed, "failures": [] if passed else ["worse"]}}
     report["size"]["files"] = {"model.safetensors": 1, "model.onnx": 5}
-    return report
+    return Report.model_validate(report)
 
 
 def delivered(folder: Path, steps: int, monkeypatch) -> bool:
