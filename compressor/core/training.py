@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from compressor.core.passes import Need, Pass, StructurePass
+from compressor.core.passes import Need, Pass, StructureSettings
 from compressor.ops.schedules import Schedule
 
 Positive = Annotated[int, Field(ge=1)]
@@ -47,7 +47,7 @@ class Training(Pass):
         return frozenset({"data", "gradients", "training"}) | labels if self.epochs else frozenset()
 
 
-class FittedPass(Training, StructurePass):
-    """Structure passes that train the network, on the way or at the end; 0 epochs are none."""
+class FittedSettings(Training, StructureSettings):
+    """Of structure passes that train the network, on the way or at the end; 0 epochs are none."""
 
     epochs: Count = 10

@@ -35,7 +35,7 @@ def peak_memory(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe
     stages = [_tables(tensors), _outside(tensors, recipe), _largest_block(tensors, recipe)]
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     states = FLOAT * width * recipe.calibration.tokens
-    kept = 4 if _learns_blocks(recipe) else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
+    kept = 4 if recipe.learns_blocks else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
     peak = max(stages) + kept * states
     if any(block_of(tensor.name) for tensor in tensors):
         if recipe.distill.steps:
@@ -73,10 +73,6 @@ def refuse_beyond(limit: int, plan: Plan, config: dict[str, Any], recipe: Recipe
 
 def _count(tensors: Sequence[PlannedTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors)
-
-
-def _learns_blocks(recipe: Recipe) -> bool:
-    return any(getattr(step.settings, "block_steps", 0) for step in recipe.passes)
 
 
 def _wants_gradients(recipe: Recipe) -> bool:
@@ -118,8 +114,8 @@ def _largest_block(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
         encoding = max((_MATRICES * FLOAT * _count([tensor]) for tensor in layers), default=0)
         encoding += max(moments, default=0)
         learning = 0
-        if _wants_gradients(recipe) or _learns_blocks(recipe):
-            learning = 2 * FLOAT * _count(layers) * _learns_blocks(recipe) + _activations(layers, FLOAT)
+        if _wants_gradients(recipe) or recipe.learns_blocks:
+            learning = 2 * FLOAT * _count(layers) * bool(recipe.learns_blocks) + _activations(layers, FLOAT)
         peaks.append((FLOAT + 1) * _count(block) + max(encoding, learning))
     return max(peaks, default=0)
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch
+from compressor.core.contract import Statistics
+from compressor.core.passes import WeightSettings
 from compressor.core.work import Work
 from compressor.graph.blocks import layers, layout_of, unfolds
 from compressor.passes.registry import load_pass
@@ -143,8 +145,8 @@ def _errors(
     """Of rows (n, in) that stand for n·factor rows."""
     given, moment = moments
 
-    def error(method) -> float:
-        difference = weight - load_pass(method).encode(weight, given, generator).decode()
+    def error(method: WeightSettings) -> float:
+        difference = weight - load_pass(method).encode(weight, Statistics(given), generator).decode()
         return factor * float(((difference @ moment) * difference).sum().clamp_min(0))
 
     probe = len(options) // 2

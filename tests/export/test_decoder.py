@@ -48,7 +48,7 @@ def rounded(weight: torch.Tensor, bits: int, group: int, half: bool = False) -> 
     zero = 2 ** (bits - 1) - (0.5 if half else 0.0)
     scales = Scales.of(grouped.abs().amax(-1) / zero)
     codes = (grouped / scales.decode().unsqueeze(-1) + zero).round().clamp(0, 2**bits - 1).int().flatten(1)
-    return Affine(tuple(weight.shape), bits, group, codes, scales, zero)
+    return Affine(tuple(weight.shape), group, codes, scales, bits, zero)
 
 
 def vectors(weight: torch.Tensor, width: int, dim: int, group: int, ordered: bool) -> Codebook:
@@ -74,7 +74,7 @@ ENCODERS = {
     "affine8": lambda weight: rounded(weight, 8, 64),
     "vectors": lambda weight: vectors(weight, 8, 4, 32, True),
     "vectors9": lambda weight: vectors(weight, 9, 4, 32, False),
-    "binary": lambda weight: Binary(tuple(weight.shape), weight > 0, weight.abs().mean(1, keepdim=True).half()),
+    "binary": lambda weight: Binary.of(weight > 0, weight.abs().mean(1, keepdim=True)),
 }
 
 

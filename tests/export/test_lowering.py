@@ -29,7 +29,7 @@ def affine(bits: int, group: int, zero: float | str = "middle", columns: int = C
         scales *= torch.randn(ROWS, groups, generator=generator).sign()
     point = {"middle": 2.0 ** (bits - 1), "half": 2.0 ** (bits - 1) - 0.5}.get(zero, zero) if zero != "tensor" else (
         torch.randint(0, 2**bits, (ROWS, groups), generator=generator, dtype=torch.int32))  # fmt: skip
-    return Affine((ROWS, columns), bits, group, codes, Scales.of(scales, scale_bits), point)
+    return Affine((ROWS, columns), group, codes, Scales.of(scales, scale_bits), bits, point)
 
 
 def codebook(
@@ -50,7 +50,7 @@ def codebook(
 def binary(per_row: bool) -> Binary:
     generator = torch.Generator().manual_seed(5)
     signs = torch.rand(ROWS, COLUMNS, generator=generator) > 0.5
-    return Binary((ROWS, COLUMNS), signs, torch.rand(ROWS if per_row else 1, 1, generator=generator).half())
+    return Binary.of(signs, torch.rand(ROWS if per_row else 1, 1, generator=generator))
 
 
 def dense(dtype: torch.dtype) -> Dense:

@@ -53,9 +53,7 @@ def encoding_of(spec: Spec, rows: int, columns: int):
     if isinstance(spec, DenseSpec):
         return Dense(shape, torch.ones(shape, dtype=torch.float16 if spec.dtype == "F16" else torch.float32))
     if isinstance(spec, BinarySpec):
-        return Binary(
-            shape, torch.ones(shape, dtype=torch.bool), torch.ones(rows if spec.scale == "row" else 1, 1).half()
-        )
+        return Binary.of(torch.ones(shape, dtype=torch.bool), torch.ones(rows if spec.scale == "row" else 1, 1))
     group = group_columns(spec.group, columns, getattr(spec, "dim", 1))
     groups = n_groups(columns, group)
     scales = Scales.of(torch.ones(rows, groups), spec.scale_bits)
@@ -64,7 +62,7 @@ def encoding_of(spec: Spec, rows: int, columns: int):
             spec.zero, torch.zeros(rows, groups, dtype=torch.int32)
         )
         codes, steps = torch.zeros(rows, groups * group, dtype=torch.int32), zero_steps(spec.zero, spec.bits)
-        return Affine(shape, spec.bits, group, codes, scales, zero, steps)
+        return Affine(shape, group, codes, scales, spec.bits, zero, steps)
     books = spec.n_codebooks(rows)
     counts = tuple(rows // books + (i < rows % books) for i in range(books))
     table = torch.zeros(books, 2**spec.width, spec.dim, dtype=torch.int8 if spec.grid == "int4" else torch.float16)

@@ -11,6 +11,7 @@ import torch
 import compressor.evaluate.bench
 import compressor.run.pipeline
 from compressor.checkpoints import open_checkpoint
+from compressor.core.contract import Statistics
 from compressor.core.errors import DataError, GateFailed, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
@@ -227,7 +228,7 @@ def test_errors_are_measured_on_inputs_that_the_pass_was_not_given(folder):
             continue
 
         def error(method, weight=weight, given=given, other=other) -> float:
-            left = weight - load_pass(method).encode(weight, given, torch.Generator()).decode()
+            left = weight - load_pass(method).encode(weight, Statistics(given), torch.Generator()).decode()
             return float(((left @ other) * left).sum())
 
         probe = len(ladder.options[name]) // 2

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compressor.core.passes import Need, StructurePass
+from compressor.core.passes import Need, StructureSettings
 from compressor.core.training import Count, Optimizer, Positive, Rate, Training
 
 Part = Annotated[float, Field(gt=0, le=1)]
 
 
-class N2nSettings(Training, StructurePass):
+class N2nSettings(Training, StructureSettings):
     """Removes layers, and shrinks those that are left, as a policy learns to from how good the students are.
 
     units          layer: convolutions, linears and pools; block: of a transformer; part: its attentions and MLPs;
