@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from compressor.export.forms import KINDS
+
 IMAGE_CHANNELS = 4
 
 
@@ -75,14 +77,13 @@ def is_int8(description: dict[str, Any] | None) -> bool:
 def int8_refusal(description: dict[str, Any]) -> str | None:
     """Why a convolution with this encoding cannot compute on int8 activations, or None."""
     wanted = "activations: static_int8 needs convolutions from affine with bits: 8, group: row, zero: middle"
-    if description["kind"] == "binary":
+    kind = KINDS.get(description["kind"])
+    if kind is not None and kind.is_int8(description):
         return None
     if description["kind"] != "affine":
         return f"{wanted}; found {description['kind']}"
-    if description["bits"] != 8 or description["zero"] != 128 or description["group"] < description["shape"][1]:
-        zero = "learned" if description["zero"] is None else f"{description['zero']:g}"
-        return f"{wanted}; found bits {description['bits']}, groups of {description['group']}, zero {zero}"
-    return None
+    zero = "learned" if description["zero"] is None else f"{description['zero']:g}"
+    return f"{wanted}; found bits {description['bits']}, groups of {description['group']}, zero {zero}"
 
 
 def _operation(

@@ -33,17 +33,18 @@ def affine(bits: int, group: int, zero: float | str = "middle", columns: int = C
 
 
 def codebook(
-    width: int, dim: int, group: int = 32, books: int = 1, ordered: bool = False, free: bool = False
-) -> Codebook:
+    width: int, dim: int, group: int = 32, books: int = 1, ordered: bool = False, free: bool = False,
+    columns: int = COLUMNS,
+) -> Codebook:  # fmt: skip
     generator = torch.Generator().manual_seed(width * 31 + dim)
-    groups = n_groups(COLUMNS, group)
+    groups = n_groups(columns, group)
     codes = torch.randint(0, 2**width, (ROWS, groups * group // dim), generator=generator, dtype=torch.int32)
     table = torch.randint(-8, 8, (books, 2**width, dim), generator=generator).to(torch.int8)
     counts = tuple(ROWS // books + (1 if i < ROWS % books else 0) for i in range(books))
     scales = Scales.of(torch.randn(ROWS, groups, generator=generator))
     order = torch.randperm(ROWS, generator=generator) if ordered else None
     return Codebook(
-        (ROWS, COLUMNS), width, dim, group, codes, table.half() / 3 if free else table, scales, counts, order
+        (ROWS, columns), width, dim, group, codes, table.half() / 3 if free else table, scales, counts, order
     )
 
 
@@ -105,6 +106,11 @@ ENCODINGS: dict[str, Encoding] = {
     },
     "codebook8x4ordered": codebook(8, 4, ordered=True),
     "codebook8x4whole": codebook(8, 4, COLUMNS),
+    **{  # a whole row, which the kernel's block does not divide
+        f"codebook{width}x{dim}row80": codebook(width, dim, 80, columns=80)
+        for width, dim in ((3, 1), (4, 2), (5, 2), (6, 2), (7, 2), (8, 4), (9, 4), (12, 4))
+    },
+    "codebook6x2row108": codebook(6, 2, 108, 3, True, columns=108),
     "refined3": refined(3, 4),
     "refined4": refined(4, 2),
     "binary": binary(True),
