@@ -416,7 +416,15 @@ def parts_under(prefix: str, parts: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(f"{prefix}."): part for name, part in parts.items() if name.startswith(f"{prefix}.")}
 
 
-KINDS: dict[str, type[Encoding]] = {kind.kind: kind for kind in (Dense, Affine, Codebook, Binary, Sparse, Refined)}
+ENCODINGS: tuple[type[Encoding], ...] = (
+    Dense,
+    Affine,
+    Codebook,
+    Binary,
+    Sparse,
+    Refined,
+)
+KINDS: dict[str, type[Encoding]] = {encoding.kind: encoding for encoding in ENCODINGS}
 
 
 def describe(encoding: Encoding) -> dict[str, Any]:

@@ -21,20 +21,18 @@ from compressor.passes.settings.rounding import RoundingSettings
 if TYPE_CHECKING:
     from compressor.core.contract import PruningPass, StructurePass, WeightPass
 
-SETTINGS: dict[str, type[Pass]] = {
-    kind.name: kind
-    for kind in (
-        AffineSettings,
-        GblmSettings,
-        HessoSettings,
-        JlcmSettings,
-        LrpSettings,
-        N2nSettings,
-        OtoSettings,
-        ResteSettings,
-        RoundingSettings,
-    )
-}
+PASSES: tuple[type[Pass], ...] = (
+    AffineSettings,
+    GblmSettings,
+    HessoSettings,
+    JlcmSettings,
+    LrpSettings,
+    N2nSettings,
+    OtoSettings,
+    ResteSettings,
+    RoundingSettings,
+)
+SETTINGS: dict[str, type[Pass]] = {settings.name: settings for settings in PASSES}
 
 
 @overload
