@@ -23,11 +23,14 @@ import compressor
 from compressor.checkpoints import open_checkpoint
 from compressor.core.artifact import WEIGHTS, Artifact
 from compressor.core.contract import Statistics
+from compressor.core.errors import RecipeError
 from compressor.core.spec import TernarySpec
 from compressor.core.tensors import EncodedTensors
 from compressor.export.check import optimised_graph
 from compressor.passes.registry import load_pass
+from compressor.plan.planning import make_plan
 from compressor.plan.recipe import Embeddings
+from compressor.plan.recipe_file import load_recipe
 from tests import pico
 
 TEXT = """
@@ -36,12 +39,12 @@ passes:
   - {pass: ternary, group: 32, select: ["*up_proj*", "*down_proj*"]}
   - {pass: sign, select: "*gate_proj*"}
 calibration: {tokens: 1024, window: 64}
-evaluation: {tokens: 512, window: 64}
+evaluation: {tokens: 512, window: 64, speed: false}
 """
 IMAGES = """
 passes: [{pass: ternary, group: row}, {pass: sign, per_row: false, select: "*conv2*"}]
 export: {activations: ACTIVATIONS}
-evaluation: {samples: 0}
+evaluation: {samples: 0, speed: false}
 """
 
 
@@ -61,6 +64,11 @@ def main(folder: Path) -> dict[str, dict[str, Any]]:
         found[mode] = facts(artifact)
         if mode == "default":
             found[mode] |= {"target": options["target_size"]} | learned(model, artifact)
+    (folder / "pruned.yaml").write_text("passes: [{pass: gblm, score: magnitude}, {pass: sign}]")
+    try:
+        make_plan(open_checkpoint(model), load_recipe(folder / "pruned.yaml"))
+    except RecipeError as error:
+        found["pruned"] = {"refused": str(error)}
     pico.write_state_dict(pico.ResNet, folder / "resnet.pt")
     np.savez(folder / "images.npz", np.random.default_rng(0).normal(size=(32, 3, 12, 12)).astype(np.float32))
     for activations in ("int8", "static_int8"):

@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from compressor.checkpoints import open_checkpoint
 from compressor.core.contract import PruningPass, Statistics, StructurePass, TrainedPass, WeightPass
 from compressor.core.encoding import Encoding, describe, restore
+from compressor.core.errors import PassError
 from compressor.core.passes import STAGES, Pass, PruningSettings, StructureSettings, WeightSettings
 from compressor.core.tensors import write_tensors
 from compressor.core.work import Work
@@ -209,6 +211,38 @@ def test_declared_needs_are_the_real_ones(name, settings):
 def test_gradient_steps_need_gradients():
     assert "gradients" not in made("jlcm").needs
     assert "gradients" in made("jlcm", block_steps=1).needs
+
+
+@pytest.mark.parametrize(("name", "settings"), [*CASES, *TRAINED_CASES])
+def test_zeros_that_a_pass_says_it_keeps_are_kept(name, settings):
+    method, (weight, hessian) = made(name, **settings), pico.correlated(29, 90)
+    if isinstance(method, WeightPass) and method.keeps_zeros:
+        kept = weight.abs() > weight.abs().median()
+        known = Statistics(hessian, kept=kept)
+        decoded = method.encode(weight * kept, known, torch.Generator().manual_seed(6)).decode()
+        assert not decoded[~kept].any()
+        assert decoded[kept].any()
+
+
+def test_what_a_new_pass_does_not_say_it_cannot():
+    settings = WeightSettings()
+    assert not settings.keeps_zeros
+    assert settings.block_learning is None
+    assert (settings.ladder(), settings.quick()) == ((settings,), settings)
+    assert not (settings.trains or settings.signs_inputs or settings.needs)
+
+
+def test_a_file_without_its_pass_is_our_bug():
+    empty = types.ModuleType("compressor.passes.empty")
+    with pytest.raises(PassError, match=r"passes.empty: has no pass named 'affine'; write a class"):
+        pass_class(empty, "affine")
+
+    class Half(SETTINGS["affine"], WeightPass):
+        pass
+
+    empty.Half = Half
+    with pytest.raises(PassError, match=r"passes.empty: Half has no encode; write it"):
+        pass_class(empty, "affine")
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)

@@ -116,7 +116,9 @@ def ran(tree: Path, *arguments: str) -> str:
 
 def test_passes_and_encodings_written_as_the_pages_say_keep_the_contract(tree):
     tests = ["tests/test_contract.py", "tests/passes/test_sign.py", "tests/passes/test_ternary.py"]
-    out = ran(tree, "-m", "pytest", "--verbosity=0", "-p", "no:cacheprovider", "-n", "0", *tests, "-k", "sign or ternary")
+    out = ran(
+        tree, "-m", "pytest", "--verbosity=0", "-p", "no:cacheprovider", "-n", "0", *tests, "-k", "sign or ternary"
+    )
     assert int(re.search(r"(\d+) passed", out)[1]) > 25
 
 
@@ -155,3 +157,7 @@ def test_convolutions_of_them_compute_what_they_decode_to(runs, activations):
     assert set(found["kinds"].values()) == {"ternary", "binary", "dense"}
     assert found["proof"]["exact"]["max_relative_error"] < 1e-5
     assert found["operators"].get("QLinearConv", 0) == (5 if activations == "static_int8" else 0)
+
+
+def test_what_keeps_no_zeros_does_not_follow_a_pass_that_drops_weights(runs):
+    assert "is pruned by gblm, but sign as it is set has no exact zero" in runs["pruned"]["refused"]

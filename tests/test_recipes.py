@@ -109,7 +109,7 @@ def test_to_dict_spells_out_what_writing_it_again_would_read(folder):
 
 
 WRONG = {
-    "passes: [{pass: registry}]": f"{STEP_1}: no pass named 'registry'. {KNOWN}",
+    "passes: [{pass: registry}]": f"{STEP_1}: no pass named 'registry'. Did you mean 'reste'? {KNOWN}",
     "passes: [{pass: jlmc}]": f"{STEP_1}: no pass named 'jlmc'. Did you mean 'jlcm'? {KNOWN}",
     "passes: [{pass: jlcm, grup: 2}]": f"{STEP_1} (jlcm): no setting 'grup'. Did you mean 'group'? {JLCM}",
     "passes: [{pass: jlcm, width: 99}]": f"{STEP_1} (jlcm): width is 99; it should be less than or equal to 12",

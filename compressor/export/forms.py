@@ -75,7 +75,7 @@ class Codes:
     @property
     def one_by_one(self) -> bool:
         """Whether each is unpacked to a number of its own on the way to a kernel, and not a byte of them at once."""
-        return len(self.planes) > 1 or 8 % self.planes[0].per > 0
+        return len(self.planes) > 1 or any(8 % plane.per for plane in self.planes)
 
 
 def kernel_block(columns: int, group: int, bits: int) -> int | None:

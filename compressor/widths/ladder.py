@@ -101,9 +101,7 @@ def _options(tensor: PlannedTensor, recipe: Recipe, format: str, mode: Mode) -> 
     found: dict[str, Option] = {}
     for method in (tensor.method,) if keeps else tensor.method.ladder():
         spec = _spec(tensor, method, format)
-        if spec is None or not _fits(tensor, spec, format, mode) or (recipe.learns and not spec.learns):
-            continue
-        if tensor.prune is not None and not method.keeps_zeros:
+        if spec is None or not _fits(tensor, spec, format, mode) or not _goes_along(tensor, method, spec, recipe):
             continue
         option = Option(method, spec, _nbytes(replace(tensor, spec=spec), static, format))
         found.setdefault(str(spec.parts(*tensor.matrix)) + str(spec.describe(*tensor.matrix)), option)
@@ -128,6 +126,11 @@ def _fits(tensor: PlannedTensor, spec: Spec, format: str, mode: Mode) -> bool:
         return False
     operator = {"linear": "matmul", "embedding": "embedding"}.get(tensor.role, "constant")
     return format != "onnx" or refusal(spec.describe(*tensor.matrix), operator, mode) is None
+
+
+def _goes_along(tensor: PlannedTensor, method: WeightSettings, spec: Spec, recipe: Recipe) -> bool:
+    """Whether what comes before and after it can be: weights that were dropped, gradient steps."""
+    return (tensor.prune is None or method.keeps_zeros) and (not recipe.learns or spec.learns)
 
 
 def _nbytes(tensor: PlannedTensor, static: bool, format: str) -> int:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.contract import Statistics
-from compressor.core.encoding import Affine, Codebook, Layout, Scales, describe
+from compressor.core.encoding import Affine, Binary, Codebook, Layout, Scales, describe
 from compressor.core.passes import BlockLearning, Moves, Rates
 from compressor.core.tensors import EncodedTensor
 from compressor.learning.distillation import distill
@@ -322,3 +322,19 @@ def test_affine_codes_and_zeros_stay(tmp_path):
     assert isinstance(found, Affine)
     assert torch.equal(found.codes, matrix.encoding.codes)
     assert torch.equal(found.zero, matrix.encoding.zero)
+
+
+@pytest.mark.parametrize("rows", [1, ROWS], ids=["one scale", "a scale per row"])
+def test_scales_of_signs_are_learned(rows):
+    generator = torch.Generator().manual_seed(0)
+    signs, scale = torch.rand(ROWS, COLUMNS, generator=generator) > 0.5, torch.rand(rows, 1, generator=generator) + 0.5
+    matrix = learnable(Binary.of(signs, scale), Moves())
+    upstream = torch.randn(ROWS, COLUMNS, generator=generator)
+    matrix().backward(upstream)
+    by_row = (upstream.double() * (2 * signs.double() - 1)).sum(1, keepdim=True)
+    expected = by_row if rows > 1 else by_row.sum(0, keepdim=True)
+    torch.testing.assert_close(matrix.scales.grad.double(), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        matrix.scales *= 1.25
+    torch.testing.assert_close(matrix.result().decode(), matrix().detach(), rtol=1e-3, atol=1e-5)
+    assert torch.equal(matrix.result().codes, signs)

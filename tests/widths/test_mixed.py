@@ -13,6 +13,7 @@ from compressor.core.artifact import Artifact
 from compressor.core.contract import Statistics
 from compressor.core.errors import DataError, GateFailed, UsageError
 from compressor.core.options import RunOptions
+from compressor.core.spec import AffineSpec
 from compressor.core.tensors import EncodedTensors
 from compressor.core.work import Work
 from compressor.export.forms import refusal
@@ -178,6 +179,16 @@ def test_a_ladder_holds_the_pass_itself_and_other_widths(settings):
     for step in ladder:
         assert refusal(step.spec_for("fc.weight", (256, 256), "linear").describe(256, 256), "matmul") is None
         assert step.quick().spec_for("fc.weight", (256, 256), "linear") is not None
+
+
+def test_widths_that_cannot_learn_are_no_options_where_a_recipe_learns(llama, monkeypatch):
+    monkeypatch.setattr(AffineSpec, "learns", property(lambda spec: spec.bits > 2))
+    checkpoint, bits = open_checkpoint(llama), []
+    for steps in (0, 4):
+        recipe = load_recipe("llm-4bit", [f"distill.steps={steps}"])
+        ladder = Ladder.of(make_plan(checkpoint, recipe), recipe, "onnx", "default")
+        bits.append({option.spec.code_bits for options in ladder.options.values() for option in options})
+    assert bits == [{2, 3, 4, 8}, {3, 4, 8}]
 
 
 def test_options_are_sorted_and_no_two_store_the_same(llama):
