@@ -11,9 +11,10 @@ from typing import Any
 from compressor.checkpoints.architecture import resolve
 from compressor.checkpoints.archive import is_archive
 from compressor.checkpoints.checkpoint import Checkpoint
-from compressor.checkpoints.source import Source, read_json
+from compressor.checkpoints.source import Source
 from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.errors import CheckpointError
+from compressor.core.reading import read_json
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".th")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".gguf", ".pt2", ".onnx")

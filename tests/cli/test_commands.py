@@ -175,10 +175,10 @@ def test_a_policy_is_started_from_where_it_is_and_saved_there(pipeline, folder):
     assert status("net.safetensors", "-r", "llm-2bit", "--policy", "p") == 2  # has no n2n
 
 
-def test_debug_shows_the_traceback(pipeline):
+def test_debug_shows_the_traceback_and_keeps_the_status(pipeline, capsys):
     pipeline.outcome = raising(CheckpointError("file"))
-    with pytest.raises(CheckpointError):
-        cli.main(["net.safetensors", "-r", "llm-2bit", "--debug"])
+    assert status("net.safetensors", "-r", "llm-2bit", "--debug") == 3
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
 def test_a_failed_gate_prints_the_report_first(pipeline, folder, capsys):
