@@ -60,12 +60,11 @@ class Outcome:
 def outcome_of(target: Path, outcome: Outcome, status: int, message: str = "") -> Outcome:
     """The outcome with what the artifact's report says. A gate has failed only where an artifact says so."""
     directory = failed_directory(target) if status == 1 else target
-    if status not in (0, 1):
+    if status in SEVERITY and status not in (0, 1):
         return replace(outcome, status=status, message=message)
-    if not is_artifact(directory):
-        short = said(message)
+    if status not in SEVERITY or not is_artifact(directory):
         what = f"ended with status {status} and left no artifact; {message or 'it said nothing'}"
-        return replace(outcome, status=RESOURCES if short else BUG, message=what)
+        return replace(outcome, status=RESOURCES if said(message) else BUG, message=what)
     try:
         report = Artifact.open(directory).report
     except CompressorError as error:

@@ -22,7 +22,7 @@ _BY_TEXT = {
     MEMORY: re.compile(
         r"can(?:'|no)t allocate memory|not enough memory|bad[_ ]alloc|[Ff]ailed to allocate|[Oo]ut of memory"
         r"|failed to map segment|Available memory of \d+ is smaller|ran out of memory|os error 12\b|memory exhausted"
-        r"|[Cc]ould not allocate|[Uu]nable to (?:m?map|allocate)\b"
+        r"|\bMemoryError\b|[Cc]ould not allocate|[Uu]nable to (?:m?map|allocate)\b"
     ),
     DISK: re.compile(r"No space left on|Disk quota exceeded|failed writing file|unexpected pos \d+ vs|os error 28\b"),
     HANDLES: re.compile(r"Too many open files|os error 24\b"),
