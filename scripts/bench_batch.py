@@ -32,6 +32,8 @@ import yaml
 from material import ROOT, model_dir
 from measured import markdown, read_results, write_results
 
+from compressor.core.machine import available_memory, cores
+
 RECIPES = {
     "gptq4": "{pass: affine, method: gptq, bits: 4, group: 32}",
     "rtn8": "{pass: affine, bits: 8, group: row}",
@@ -189,7 +191,7 @@ def run_ray(folder: Path, manifest: str, output: str) -> tuple[int, int]:
     from compressor.batch.jobs import Batch, worst
     from compressor.batch.manifest import read_manifest
     from compressor.batch.summary import Board
-    from compressor.runtime.workers import Budget, RayEngine, available_memory
+    from compressor.runtime.workers import Budget, RayEngine
 
     os.environ.update(environment(folder))
     os.chdir(folder)
@@ -270,7 +272,7 @@ def throughput(folder: Path, good: list[dict[str, Any]], repeats: int) -> dict[s
             print(f"--jobs {jobs}: {spent:.1f} s", flush=True)
     speedup = min(seconds[1]) / min(seconds[2])
     return {
-        "n_jobs": len(short), "cores": len(os.sched_getaffinity(0)), "seconds_1": seconds[1], "seconds_2": seconds[2],
+        "n_jobs": len(short), "cores": cores(), "seconds_1": seconds[1], "seconds_2": seconds[2],
         "speedup": round(speedup, 3), "same_bytes": bytes_of[1] == bytes_of[2],
     }  # fmt: skip
 

@@ -241,8 +241,9 @@ def batch(
     """
     from compressor.batch.jobs import Batch, worst
     from compressor.batch.summary import Board, summary_table, totals
+    from compressor.core.machine import available_memory, cores
     from compressor.core.quantities import parse_duration, parse_size
-    from compressor.runtime.workers import Budget, LocalEngine, RayEngine, available_memory, cores
+    from compressor.runtime.workers import Budget, LocalEngine, RayEngine
 
     planned = _batch_jobs(models, {"recipes": recipe, "data": data, "arch": arch}, set_ or [])
     directory = output or Path(Path(models[0]).stem if models[0].endswith((".yaml", ".yml")) else "artifacts")

@@ -40,6 +40,7 @@ class _Memory(_Section):
 
 
 class _Speed(_Section):
+    measured: bool = True
     memory: _Memory | None = None
     latency_seconds: Number | None = None
     decode_tokens_per_second: Number | None = None

@@ -84,7 +84,8 @@ def _tiles(report: dict[str, Any]) -> str:
         before = (original.get("memory") or {}).get("peak_private")
         tiles.append((size(peak), f"memory when running; the original {size(before)}" if before else "memory running"))
     cells = [f'<div class="tile"><b>{escape(value)}</b>{escape(text)}</div>' for value, text in tiles]
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    unmeasured = '<p class="soft">Speed and memory were not measured.</p>' if speed.get("measured") is False else ""
+    return f'<div class="tiles">{"".join(cells)}</div>{unmeasured}'
 
 
 def _gates(report: dict[str, Any]) -> str:

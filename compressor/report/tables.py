@@ -131,6 +131,8 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
         binary.get("runs_as")) else []  # fmt: skip
+    if (report.get("speed") or {}).get("measured") is False:
+        notes.append("speed and memory were not measured: evaluation.speed is false")
     return [made, *notes, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
 
 

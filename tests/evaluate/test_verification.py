@@ -10,8 +10,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.core.artifact import Artifact
 from compressor.core.options import RunOptions
 from compressor.core.roles import folded
@@ -26,7 +24,7 @@ RECIPE = """
 passes: [{pass: affine, method: rtn, bits: 4, group: 16}]
 calibration: {tokens: 256, window: 32}
 embeddings: {bits: 4, group: 16}
-evaluation: {tokens: 96, window: 32}
+evaluation: {tokens: 96, window: 32, speed: false}
 """
 
 
@@ -38,13 +36,10 @@ def made(tmp_path_factory):
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "calibration.txt").write_text(pico.text(1))
     (folder / "evaluation.txt").write_text(pico.text(2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-        patch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
-        known = {"data": str(folder / "calibration.txt"), "eval": str(folder / "evaluation.txt")}
-        for name, sets in (("four", ()), ("eight", ("affine.bits=8",))):
-            options = RunOptions(str(folder / "llama"), str(folder / "r.yaml"), folder / name, sets=sets, **known)
-            run(options)
+    known = {"data": str(folder / "calibration.txt"), "eval": str(folder / "evaluation.txt")}
+    for name, sets in (("four", ()), ("eight", ("affine.bits=8",))):
+        options = RunOptions(str(folder / "llama"), str(folder / "r.yaml"), folder / name, sets=sets, **known)
+        run(options)
     return folder
 
 

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 import compressor
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError, UsageError
 from compressor.core.options import RunOptions
@@ -25,7 +23,8 @@ from compressor.run.pipeline import run
 from tests import pico
 from tests.training_case import Interrupting
 
-SETS = ("reste.epochs=6", "reste.batch=16", "reste.rate=0.05", "calibration.samples=24")
+SETS = ("reste.epochs=6", "reste.batch=16", "reste.rate=0.05", "calibration.samples=24",
+        "evaluation.speed=false")  # fmt: skip
 CONVOLUTIONS = ["blocks.0.conv1.weight", "blocks.0.conv2.weight", "blocks.1.conv1.weight", "blocks.1.conv2.weight"]
 
 
@@ -46,7 +45,7 @@ class Mixed(nn.Module):
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """Images with labels, networks, and no benchmark."""
+    """Images with labels, networks."""
     folder = tmp_path_factory.mktemp("binary")
     generator = np.random.default_rng(0)
     for name, n in (("training", 96), ("evaluation", 1000)):
@@ -55,13 +54,12 @@ def folder(tmp_path_factory):
     pico.write_state_dict(pico.ResNet, folder / "model.pt")
     pico.write_state_dict(Mixed, folder / "mixed.pt")
     plain = "  - {pass: reste, epochs: 6, batch: 16, rate: 0.05%s}\ncalibration: {samples: 24}\n"
+    plain += "evaluation: {speed: false}\n"
     for name, settings in (("float", ""), ("signs", ", activations: binary, scale: channel"),
                            ("some", ", activations: binary, skip: ['attention*']")):  # fmt: skip
         (folder / f"{name}.yaml").write_text(f"passes:\n{plain % settings}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-        patch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
         yield folder
 
 
@@ -163,7 +161,7 @@ def test_an_encoder_has_binary_inputs_and_is_not_asked_for_gradients_through_the
     pico.bert(folder / "bert")
     (folder / "signs-of-text.yaml").write_text(
         "passes: [{pass: reste, activations: binary, epochs: 1, batch: 8, rate: 0.01}]\n"
-        "calibration: {tokens: 1024, window: 64}\nevaluation: {tokens: 0}\n"
+        "calibration: {tokens: 1024, window: 64}\nevaluation: {tokens: 0, speed: false}\n"
     )
     found = run(RunOptions(model="bert", recipe="signs-of-text.yaml", output=Path("encoder")))
     assert found.report["binary"]["runs_as"] == {"a 2-bit matrix product": 13}

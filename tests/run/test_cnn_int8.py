@@ -10,9 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-import compressor.evaluate.bench
 import compressor.evaluate.session
-import compressor.run.pipeline
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import DataError, UsageError
 from compressor.core.options import RunOptions
@@ -25,15 +23,13 @@ from compressor.run.pipeline import run
 from compressor.runtime.sessions import open_inference
 from tests import pico
 
-SETS = ("calibration.samples=24",)
+SETS = ("calibration.samples=24", "evaluation.speed=false")
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Images for calibration and evaluation, and no benchmark."""
+    """Images for calibration and evaluation."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-    monkeypatch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
     generator = np.random.default_rng(0)
     for name, n in (("calibration", 24), ("evaluation", 40)):
         np.savez(f"{name}.npz", image=generator.standard_normal((n, 3, 12, 12)).astype(np.float32))

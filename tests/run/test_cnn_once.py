@@ -14,8 +14,6 @@ import pytest
 import torch
 
 import compressor
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.core.errors import DataError
 from compressor.core.options import RunOptions
 from compressor.learning import trainer as fitting
@@ -25,12 +23,12 @@ from tests.training_case import Interrupting
 
 ROOT = Path(__file__).parents[2]
 SETS = ("hesso.epochs=4", "hesso.batch=16", "hesso.periods=3", "hesso.fraction=0.5", "hesso.rate=0.01",
-        "calibration.samples=24")  # fmt: skip
+        "calibration.samples=24", "evaluation.speed=false")  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """Images with labels, a network, and no benchmark."""
+    """Images with labels, a network."""
     folder = tmp_path_factory.mktemp("once")
     generator = np.random.default_rng(0)
     for name, n in (("training", 80), ("evaluation", 40)):
@@ -40,8 +38,6 @@ def folder(tmp_path_factory):
     pico.write_state_dict(pico.ResNet, folder / "model.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-        patch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
         yield folder
 
 

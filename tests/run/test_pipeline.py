@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError, GateFailed, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress, Task
 from compressor.core.tensors import EncodedTensors
 from compressor.evaluate.session import open_session
+from compressor.report.tables import run_tables
 from compressor.run.pipeline import run
 from tests import pico
 
@@ -27,22 +26,20 @@ LLM = """
 passes: [{pass: jlcm, width: 4, dim: 2, group: 16}, {pass: affine, method: gptq, bits: 4, group: 16, select: '*down*'}]
 calibration: {tokens: 256, window: 32}
 embeddings: {bits: 4, group: 16}
-evaluation: {tokens: 96, window: 32}
+evaluation: {tokens: 96, window: 32, speed: false}
 """
 NETWORK = """
 passes: [{pass: affine, method: gptq, bits: 4, group: 16}]
 calibration: {samples: 24}
-evaluation: {samples: 12}
+evaluation: {samples: 12, speed: false}
 """
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A working directory of its own, and no benchmark: its processes take longer than all the rest."""
+    """A working directory of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COMPRESSOR_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-    monkeypatch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
     (tmp_path / "recipe.yaml").write_text(LLM)
     (tmp_path / "network.yaml").write_text(NETWORK)
     (tmp_path / "calibration.txt").write_text(pico.text(1))
@@ -203,7 +200,7 @@ GENERATED = (*DISTILLED, "distill.generated=0.5", "calibration.generated=0.5")
 @pytest.mark.parametrize(
     ("task", "n", "sets"),
     [("surveying", 4, ()), ("encoding", 1, ()), ("encoding", 3, ()), ("encoding", 3, ("jlcm.block_steps=3",)),
-     ("distilling", 2, DISTILLED), ("the original writes text", 1, GENERATED)],
+     ("evaluating", 2, ()), ("distilling", 2, DISTILLED), ("the original writes text", 1, GENERATED)],
 )  # fmt: skip
 def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(llama, task, n, sets):
     run(options(llama, "whole", sets=sets))
@@ -360,27 +357,17 @@ def test_what_is_no_artifact_is_not_replaced(llama):
     assert Path("out/thesis.tex").read_text() == "the only copy"
 
 
-def test_speed_is_measured_beside_the_originals(llama, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.chdir(llama.parent)
-    for name, content in {"recipe.yaml": LLM, "calibration.txt": pico.text(1), "evaluation.txt": pico.text(2)}.items():
-        Path(name).write_text(content)
-    report = check_report(run(options(llama)))
+def test_speed_is_measured_beside_the_originals(llama):
+    report = check_report(run(options(llama, sets=("evaluation.speed=true",))))
     for speed in (report["speed"], report["original_speed"]):
         assert speed["load_seconds"] > 0
         assert speed["decode_tokens_per_second"] > 0
 
 
-def test_a_run_that_fails_at_the_end_can_be_resumed(llama, monkeypatch):
-    def fails(directory):
-        raise CheckpointError("could not be measured")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compressor.evaluate.bench, "bench", fails)
-        with pytest.raises(CheckpointError, match="could not be measured"):
-            run(options(llama))
-    again = Interrupting("encoding", -1)
-    run(options(llama, resume=True, progress=again))
-    assert "surveying" not in again.seen
-    run(options(llama, "whole"))
-    assert shipped("out") == shipped("whole")
+def test_speed_that_is_left_out_is_not_reported_as_measured(llama):
+    artifact = run(options(llama))
+    report = check_report(artifact)
+    assert (report["speed"], report["original_speed"]) == ({"measured": False}, None)
+    assert report["recipe"]["evaluation"]["speed"] is False
+    assert "speed and memory were not measured: evaluation.speed is false" in run_tables(report, "out")
+    assert "Speed and memory were not measured" in (artifact.directory / "report.html").read_text()

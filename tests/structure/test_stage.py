@@ -13,8 +13,6 @@ import transformers
 from torch import nn
 
 import compressor
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError, RecipeError
 from compressor.core.options import RunOptions
@@ -36,7 +34,7 @@ EXAMPLE = {"input_ids": torch.arange(40).view(2, 20)}
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """A decoder of 8 heads on 4, an encoder, texts, and no benchmark."""
+    """A decoder of 8 heads on 4, an encoder, texts."""
     folder = tmp_path_factory.mktemp("structure")
     config = transformers.LlamaConfig(
         vocab_size=pico.VOCABULARY, hidden_size=80, intermediate_size=108, num_hidden_layers=2, num_attention_heads=8,
@@ -49,13 +47,11 @@ def folder(tmp_path_factory):
         (folder / f"{seed}.txt").write_text(pico.text(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-        patch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
         yield folder
 
 
 def options(model: str, recipe: str, name: str, *sets: str) -> RunOptions:
-    known = ("calibration.tokens=1024", "calibration.window=64", "lrp.step=0.25", *sets)
+    known = ("calibration.tokens=1024", "calibration.window=64", "lrp.step=0.25", "evaluation.speed=false", *sets)
     return RunOptions(model, recipe, Path(name), data="1.txt", eval="2.txt", sets=known, force=True)
 
 
@@ -75,7 +71,7 @@ def test_a_decoder_becomes_narrower_and_its_config_says_so():
 def test_four_bits_follow_a_narrower_decoder(folder):
     (folder / "both.yaml").write_text(
         "passes:\n  - {pass: lrp, criterion: taylor, fraction: 0.25, of: units, spread: group, compensate: bias}\n"
-        "  - {pass: affine, bits: 4, group: 16}\nevaluation: {tokens: 256, window: 32}\n"
+        "  - {pass: affine, bits: 4, group: 16}\nevaluation: {tokens: 256, window: 32, speed: false}\n"
     )
     artifact = run(options("llama", "both.yaml", "both"))
     assert artifact.report["proof"]["exact"]["max_relative_error"] < 1e-4

@@ -26,10 +26,11 @@ from tests import pico, training_case
 CNN = (
     "n2n.search_epochs=2", "n2n.shrink_epochs=2", "n2n.rollouts=3", "n2n.student_examples=48", "n2n.validation=32",
     "n2n.epochs=1", "n2n.jobs=1", "n2n.max_students=8", "calibration.samples=32", "evaluation.samples=32",
+    "evaluation.speed=false",
 )  # fmt: skip
 LLM = (
     "n2n.remove=2", "n2n.search_epochs=3", "n2n.validation=128", "n2n.jobs=1", "calibration.tokens=256",
-    "calibration.window=64", "evaluation.tokens=128", "evaluation.window=64",
+    "calibration.window=64", "evaluation.tokens=128", "evaluation.window=64", "evaluation.speed=false",
 )  # fmt: skip
 
 
@@ -169,7 +170,8 @@ def test_parts_of_an_encoder_go_and_the_artifact_knows(tmp_path):
     model = pico.bert(tmp_path / "bert")
     (tmp_path / "recipe.yaml").write_text(
         "passes: [{pass: n2n, units: part, remove: 1, search_epochs: 1, rollouts: 2, jobs: 1, validation: 64},"
-        " {pass: affine, bits: 8}]\ncalibration: {tokens: 128, window: 32}\nevaluation: {tokens: 64, window: 32}\n"
+        " {pass: affine, bits: 8}]\ncalibration: {tokens: 128, window: 32}\n"
+        "evaluation: {tokens: 64, window: 32, speed: false}\n"
     )
     (tmp_path / "test.txt").write_text(pico.text(2, 250))
     texts = {"data": str(tmp_path / "train.txt"), "eval": str(tmp_path / "test.txt")}

@@ -19,7 +19,7 @@ from tests import pico
 TAIL = """
 embeddings: {bits: 32}
 calibration: {tokens: 512, window: 64}
-evaluation: {tokens: 256, window: 64}
+evaluation: {tokens: 256, window: 64, speed: false}
 """
 DOWN = "model.layers.0.mlp.down_proj.weight"
 

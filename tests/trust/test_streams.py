@@ -99,9 +99,7 @@ def test_a_console_that_lacks_a_letter_gets_another(console):
     assert "→" in shown or "->" in shown
 
 
-@pytest.mark.parametrize(
-    "name", ["\udcff\udcfe.pt", "\x1b[31mred.pt", "a\nb.pt", "[/x].pt", "n" * 300 + ".pt"]
-)
+@pytest.mark.parametrize("name", ["\udcff\udcfe.pt", "\x1b[31mred.pt", "a\nb.pt", "[/x].pt", "n" * 300 + ".pt"])
 def test_a_name_on_the_line_is_said_harmlessly_and_is_no_bug(name):
     from compressor.cli import commands
 

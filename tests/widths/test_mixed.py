@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import compressor.evaluate.bench
 import compressor.run.pipeline
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import DataError, GateFailed, UsageError
@@ -37,7 +36,7 @@ AFFINE = """
 passes: [{pass: affine, method: gptq, bits: 4, group: 16, zero: learned}]
 calibration: {tokens: 256, window: 32, samples: 24}
 embeddings: {bits: 4, group: 16}
-evaluation: {tokens: 96, window: 32}
+evaluation: {tokens: 96, window: 32, speed: false}
 """
 JLCM = AFFINE.replace("affine, method: gptq, bits: 4, group: 16, zero: learned", "jlcm, width: 4, dim: 2, group: 16")
 
@@ -45,8 +44,6 @@ JLCM = AFFINE.replace("affine, method: gptq, bits: 4, group: 16, zero: learned",
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-    monkeypatch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
     (tmp_path / "affine.yaml").write_text(AFFINE)
     (tmp_path / "jlcm.yaml").write_text(JLCM)
     (tmp_path / "calibration.txt").write_text(pico.text(1))
