@@ -1,18 +1,34 @@
-"""`python -m compressor` and `compress`: the command, and what is said where not even that can be loaded."""
+"""`python -m compressor` and `compress`: the command, in a process that is watched."""
 
 from __future__ import annotations
 
 import sys
 
+from compressor.runtime.supervisor import RESOURCES, end_with_stdin, supervised
+
 
 def main() -> None:
-    """Runs the command; status 4 where there is too little memory to load it. Status 1 would say that a gate failed."""
+    """Runs the command; whatever ends it, the status says why."""
+    supervised(_command)
+
+
+def worker() -> None:
+    """As `main`, for a job of a batch: it ends with the batch, whose pipe is its stdin."""
+
+    def command() -> None:
+        end_with_stdin()
+        _command()
+
+    supervised(command)
+
+
+def _command() -> None:
     try:
         from compressor.cli.commands import main as command
     except (MemoryError, ImportError, OSError) as error:
         print(f"Error: the command cannot be loaded; {type(error).__name__}: {error}; free some memory, or install "
               "the package again", file=sys.stderr)  # fmt: skip
-        sys.exit(4)
+        sys.exit(RESOURCES)
     command()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
+import time
 import traceback
 from enum import Enum
 from pathlib import Path
@@ -495,7 +497,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             again.start()
             return
         frame = frame.f_back
-    raise KeyboardInterrupt
+    global _interrupted
+    before, _interrupted = _interrupted, time.monotonic()
+    if _interrupted - before > _SECONDS_OF_ONE_INTERRUPT:
+        raise KeyboardInterrupt
+
+
+_interrupted = -math.inf
+_SECONDS_OF_ONE_INTERRUPT = 0.5
+"""Ctrl-C, and who hands signals on, may send one twice; the second would end the orderly end of the first."""
 
 
 def _status(args: list[str]) -> int:

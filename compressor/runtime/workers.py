@@ -7,9 +7,9 @@ longer than it may is interrupted, and ended by force where it does not heed tha
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Protocol
 import compressor
 from compressor.core.errors import UsageError
 from compressor.core.quantities import duration
-from compressor.runtime.orphans import GRACE_SECONDS
+from compressor.runtime.supervisor import GRACE_SECONDS
 
 INTERRUPTED = 130
 _TAIL = 4096
@@ -79,10 +79,8 @@ class Budget:
 _WORKER = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from compressor.runtime.orphans import end_with_parent
-end_with_parent()
-from compressor.__main__ import main
-main()
+from compressor.__main__ import worker
+worker()
 """
 """Heeds an interrupt even where whoever started the batch ignores it, as nohup and shells do in the background."""
 TIMED_OUT = 4
@@ -252,7 +250,7 @@ def run_here(command: list[str], log: str, folder: str) -> int:
         os.dup2(descriptor, stream)
     sys.argv = ["compress", *command]
     try:
-        runpy.run_module("compressor", run_name="__main__")
+        importlib.import_module("compressor.cli.commands").main()  # by its name: this room knows no commands
     except SystemExit as ended_with:
         return int(ended_with.code or 0)
     return 0
