@@ -65,16 +65,18 @@ class _Descriptor(io.FileIO):
         return memoryview(data).nbytes
 
 
-def open_streams() -> None:
-    """Puts streams in the place of stdout and stderr that never raise, and files in the place of closed descriptors.
-
-    A descriptor that is closed at the start would be given to the next file that is opened, and be written into.
-    """
+def occupy_descriptors() -> None:
+    """Opens what is closed of stdin, stdout and stderr: the next file would get its number, and be written to."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def open_streams() -> None:
+    """Puts streams in the place of stdout and stderr that never raise."""
+    occupy_descriptors()
     for name, number in (("stdout", 1), ("stderr", 2)):
         before = getattr(sys, name)
         if before is not None and before is not getattr(sys, f"__{name}__"):

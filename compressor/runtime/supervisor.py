@@ -17,6 +17,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from compressor.core.terminal import occupy_descriptors
+
 GRACE_SECONDS = 10.0
 """From an interrupt, which a run ends on resumably, to the end by force."""
 RESOURCES, BUG, INTERRUPTED = 4, 5, 130
@@ -32,6 +34,7 @@ def supervised(command: Callable[[], None]) -> None:
     numbers = {getattr(signal, name) for name in _FORWARDED if hasattr(signal, name)} | {signal.SIGCHLD}
     parent = os.getpid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who started us may ignore it, and then nothing waits
+    occupy_descriptors()
     reading, writing = os.pipe()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
