@@ -24,7 +24,8 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from tests import pico, pico_onnx  # noqa: E402
+from tests import pico  # noqa: E402
+from tests.onnx import graphs  # noqa: E402
 
 ARRAYS = ("--data", "calibration.npz", "--eval", "evaluation.npz", "--arch", "tests.pico:ResNet")
 LABELLED = ("--data", "labelled.npz", "--eval", "labelled-evaluation.npz", "--arch", "tests.pico:ResNet")
@@ -51,7 +52,7 @@ def make_sources(folder: Path) -> None:
     )  # fmt: skip
     pico.saved(config, transformers.BertForMaskedLM, folder / "bert")
     pico.write_state_dict(pico.ResNet, folder / "resnet.pt")
-    pico_onnx.images(folder)
+    graphs.images(folder)
     generator = np.random.default_rng(0)
     for name, n in (("calibration", 32), ("evaluation", 16)):
         np.savez(folder / f"{name}.npz", generator.normal(size=(n, 3, 12, 12)).astype(np.float32))

@@ -467,9 +467,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = sys.argv[1:] if arguments is None else arguments
     open_streams()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where whoever started us ignores it
-            signal.signal(signal.SIGINT, _interrupt)
+            signal.signal(signal.SIGINT, interrupt)
     sys.exit(_printed(_status(args or ["--help"])))
 
 
@@ -488,7 +488,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
     """SIGTERM ends a run as Ctrl-C does: resumable. While a library is imported, which may swallow it, it waits."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

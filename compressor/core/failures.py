@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from compressor.core.errors import CompressorError
+from compressor.core.machine import is_scarce
 from compressor.core.resources import shortage
 from compressor.core.terminal import printable
 
@@ -40,4 +41,8 @@ def _explained(error: BaseException) -> tuple[int, str]:
             f"code that was called for a network or for data ended the process, by exit({error.code!r}); "
             "let it return what was asked for"
         )
+    if isinstance(error, ImportError):
+        return RESOURCES, f"a library cannot be loaded; {error}; free some memory, or install the package again"
+    if is_scarce():  # libraries swallow the error that it was, and fail over what is then missing
+        return RESOURCES, f"memory is too little, most likely; found {type(error).__name__}: {error}; take more of it"
     return BUG, f"{type(error).__name__}: {error}; this is a bug of ours: please report it with the output of --debug"

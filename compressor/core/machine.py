@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import psutil
+_SCARCE = 200_000_000
+"""Bytes that are free, below which anything may fail."""
 
 
 def available_memory() -> int:
@@ -33,6 +32,30 @@ def cores() -> int:
         return psutil.cpu_count() or 1
 
 
+def is_scarce(share: float = 0.5) -> bool:
+    """Whether memory may have been what an odd error came of: little is left, or much of what this process may have
+    is taken. A limit may be lower than what the machine has (`ulimit -v`)."""
+    if available_memory() < _SCARCE:
+        return True
+    if sys.platform == "win32":
+        return False
+    import resource
+
+    limits = (resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    finite = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    return bool(finite) and _address_space() >= share * min(finite)
+
+
+def _address_space() -> int:
+    """Bytes that this process has had mapped at most."""
+    import psutil
+
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak:")), 0)
+    return psutil.Process().memory_info().vms
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware, as far as Linux tells; torch is not asked."""
     try:
@@ -47,8 +70,8 @@ def private_memory(pid: int | None = None) -> int | None:
 
     None where it is not known: on another system than Linux, or once the process has ended.
     """
-    found = _memory_info(pid)
-    return None if found is None else _split(found)[0]
+    resident, mapped = _resident_and_mapped(pid)
+    return None if resident is None or mapped is None else max(0, resident - mapped)
 
 
 def memory_of(pid: int | None = None) -> dict[str, int | None]:
@@ -59,27 +82,20 @@ def memory_of(pid: int | None = None) -> dict[str, int | None]:
         pages of files and shared memory; on Linux only. `peak_resident`: the most that was ever resident, since the
         process began; of another process on Linux only.
     """
-    found = _memory_info(pid)
-    if found is None:
-        return dict.fromkeys(("resident", "private", "mapped", "peak_resident"))
-    private, mapped = _split(found)
-    return {"resident": found.rss, "private": private, "mapped": mapped, "peak_resident": _peak(pid)}
+    resident, mapped = _resident_and_mapped(pid)
+    private = None if resident is None or mapped is None else max(0, resident - mapped)
+    peak = None if resident is None else _peak(pid)
+    return {"resident": resident, "private": private, "mapped": mapped, "peak_resident": peak}
 
 
-def _memory_info(pid: int | None) -> psutil._pslinux.pmem | None:
+def _resident_and_mapped(pid: int | None) -> tuple[int | None, int | None]:
     import psutil
 
     try:
-        return psutil.Process(pid).memory_info()
+        found = psutil.Process(pid).memory_info()
     except psutil.Error:  # it has ended, or is somebody else's
-        return None
-
-
-def _split(found: psutil._pslinux.pmem) -> tuple[int | None, int | None]:
-    """(private, mapped)."""
-    if sys.platform != "linux":
         return None, None
-    return max(0, found.rss - found.shared), found.shared
+    return found.rss, found.shared if sys.platform == "linux" else None
 
 
 def _peak(pid: int | None) -> int | None:

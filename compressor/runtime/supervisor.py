@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from compressor.core.machine import is_scarce
 from compressor.core.terminal import occupy_descriptors
 
 GRACE_SECONDS = 10.0
@@ -107,11 +108,9 @@ def _is_limited() -> bool:
 
     limits = [resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     if any(limit != resource.RLIM_INFINITY for limit in limits):
-        return True
+        return True  # what the command took of it is gone with it
     try:
-        from compressor.core.machine import available_memory
-
-        return available_memory() < 200_000_000
+        return is_scarce()
     except (ImportError, OSError, MemoryError):
         return True
 

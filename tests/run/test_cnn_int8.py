@@ -16,7 +16,7 @@ from compressor.core.errors import DataError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
 from compressor.evaluate.session import open_session
-from compressor.export.check import _optimised
+from compressor.export.check import optimised_graph
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.pipeline import run
@@ -67,7 +67,7 @@ def test_an_artifact_computes_in_int8_and_is_as_large_as_planned(folder, exact_s
     assert report["proof"]["as_shipped"]["max_relative_error"] < 0.05
     assert report["quality"]["top1_agreement"] > 0.9
     assert report["quality"]["mean_relative_error"] < 0.02
-    operators = [node.op_type for node in ir.load(_optimised(artifact.directory / "model.onnx", folder)).graph]
+    operators = [node.op_type for node in ir.load(optimised_graph(artifact.directory / "model.onnx", folder)).graph]
     assert operators.count("QLinearConv") == 6, "all but the stem"
     assert operators.count("QLinearAdd") == 2
 

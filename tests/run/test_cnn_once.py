@@ -19,7 +19,7 @@ from compressor.core.options import RunOptions
 from compressor.learning import trainer as fitting
 from compressor.run.pipeline import run
 from tests import pico
-from tests.training_case import Interrupting
+from tests.core.interrupting import Interrupting
 
 ROOT = Path(__file__).parents[2]
 SETS = ("hesso.epochs=4", "hesso.batch=16", "hesso.periods=3", "hesso.fraction=0.5", "hesso.rate=0.01",
@@ -141,7 +141,7 @@ export: {activations: exact}
 def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, artifact):
     monkeypatch.setattr(fitting, "SECONDS_BETWEEN_SAVES", -1.0)
     with pytest.raises(KeyboardInterrupt):
-        run(options(output=Path("again"), progress=Interrupting("hesso")))
+        run(options(output=Path("again"), progress=Interrupting("hesso", 0.6)))
     assert Path("again.partial/work/structure-0-training/training.pt").is_file()
     again = run(options(output=Path("again"), resume=True))
     first, second = ((each.directory / "model.safetensors").read_bytes() for each in (artifact, again))

@@ -16,7 +16,7 @@ from compressor.run import delivery
 from compressor.run.pipeline import run
 from compressor.run.workplace import FINISHED, NOTE, WORK
 from tests import pico
-from tests.hostile import REPORT
+from tests.hostile_files.readers import REPORT
 
 
 class Killed(BaseException):

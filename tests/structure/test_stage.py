@@ -27,13 +27,14 @@ from compressor.plan.recipe_file import load_recipe
 from compressor.plan.sizes import smaller_bytes
 from compressor.run.pipeline import run
 from compressor.structure.stage import next_tokens
-from tests import pico, training_case
+from tests import pico
+from tests.learning import training_case
 
 EXAMPLE = {"input_ids": torch.arange(40).view(2, 20)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, bert):
     """A decoder of 8 heads on 4, an encoder, texts."""
     folder = tmp_path_factory.mktemp("structure")
     config = transformers.LlamaConfig(
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
         eos_token_id=1,
     )  # fmt: skip
     pico.saved(config, transformers.LlamaForCausalLM, folder / "llama")
-    pico.bert(folder / "bert")
+    (folder / "bert").symlink_to(bert)
     for seed in (1, 2):
         (folder / f"{seed}.txt").write_text(pico.text(seed))
     with pytest.MonkeyPatch.context() as patch:

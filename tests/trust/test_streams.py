@@ -100,11 +100,11 @@ def test_a_console_that_lacks_a_letter_gets_another(console):
 
 
 @pytest.mark.parametrize("name", ["\udcff\udcfe.pt", "\x1b[31mred.pt", "a\nb.pt", "[/x].pt", "n" * 300 + ".pt"])
-def test_a_name_on_the_line_is_said_harmlessly_and_is_no_bug(name):
-    from compressor.cli import commands
-
+def test_a_name_on_the_line_is_said_harmlessly_and_is_no_bug(name, command):
     for words in (["inspect", name], [name, "-r", "llm-2bit"], ["verify", name], [name, "-r", name]):
-        assert commands._status(words) in (2, 3), words
+        said = command(*words)
+        assert said.status in (2, 3), words
+        assert not set(said.err) & set("\x1b\udcff"), words
 
 
 def test_escapes_in_names_do_not_reach_a_terminal(folder):
