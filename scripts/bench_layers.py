@@ -26,7 +26,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.contract import Statistics
 from compressor.core.encoding import Codebook
 from compressor.core.passes import Moves, Rates
-from compressor.data.samples import calibration_batches
+from compressor.data.batches import calibration_batches
 from compressor.graph.blocks import layers
 from compressor.learning.learned import learnable
 from compressor.passes.jlcm import Jlcm

@@ -22,9 +22,8 @@ EMBEDDINGS = f"Known: {', '.join(sorted(SECTIONS['embeddings'].model_fields))}."
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(here):
+    return here
 
 
 def write(folder, text: str, name: str = "recipe.yaml") -> None:

@@ -307,6 +307,18 @@ def coded(description: dict[str, Any]) -> Coded:
     return kind
 
 
+def int8_refusal(description: dict[str, Any]) -> str | None:
+    """Why a convolution with this encoding cannot compute on int8 activations, or None."""
+    wanted = "activations: static_int8 needs convolutions from affine with bits: 8, group: row, zero: middle"
+    kind = KINDS.get(description["kind"])
+    if kind is not None and kind.is_int8(description):
+        return None
+    if description["kind"] != "affine":
+        return f"{wanted}; found {description['kind']}"
+    zero = "learned" if description["zero"] is None else f"{description['zero']:g}"
+    return f"{wanted}; found bits {description['bits']}, groups of {description['group']}, zero {zero}"
+
+
 def least_version(descriptions: list[dict[str, Any]], mode: Mode = "default") -> str:
     """The oldest onnxruntime that runs these encodings fast; each was tried."""
     halves = [description.get("extra", description) for description in descriptions]

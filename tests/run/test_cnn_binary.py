@@ -44,23 +44,20 @@ class Mixed(nn.Module):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
+def folder(module_here):
     """Images with labels, networks."""
-    folder = tmp_path_factory.mktemp("binary")
     generator = np.random.default_rng(0)
     for name, n in (("training", 96), ("evaluation", 1000)):
         images = generator.standard_normal((n, 3, 12, 12)).astype(np.float32)
-        np.savez(folder / f"{name}.npz", image=images, labels=images[:, :, :6].mean((1, 2, 3)) > 0)
-    pico.write_state_dict(pico.ResNet, folder / "model.pt")
-    pico.write_state_dict(Mixed, folder / "mixed.pt")
+        np.savez(module_here / f"{name}.npz", image=images, labels=images[:, :, :6].mean((1, 2, 3)) > 0)
+    pico.write_state_dict(pico.ResNet, module_here / "model.pt")
+    pico.write_state_dict(Mixed, module_here / "mixed.pt")
     plain = "  - {pass: reste, epochs: 6, batch: 16, rate: 0.05%s}\ncalibration: {samples: 24}\n"
     plain += "evaluation: {speed: false}\n"
     for name, settings in (("float", ""), ("signs", ", activations: binary, scale: channel"),
                            ("some", ", activations: binary, skip: ['attention*']")):  # fmt: skip
-        (folder / f"{name}.yaml").write_text(f"passes:\n{plain % settings}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        yield folder
+        (module_here / f"{name}.yaml").write_text(f"passes:\n{plain % settings}")
+    return module_here
 
 
 def options(**changes) -> RunOptions:

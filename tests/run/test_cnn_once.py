@@ -27,18 +27,15 @@ SETS = ("hesso.epochs=4", "hesso.batch=16", "hesso.periods=3", "hesso.fraction=0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
+def folder(module_here):
     """Images with labels, a network."""
-    folder = tmp_path_factory.mktemp("once")
     generator = np.random.default_rng(0)
     for name, n in (("training", 80), ("evaluation", 40)):
         images = generator.standard_normal((n, 3, 12, 12)).astype(np.float32)
-        np.savez(folder / f"{name}.npz", image=images, labels=images[:, :, :6].mean((1, 2, 3)) > 0)
-        np.savez(folder / f"{name}-unlabelled.npz", image=images)
-    pico.write_state_dict(pico.ResNet, folder / "model.pt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        yield folder
+        np.savez(module_here / f"{name}.npz", image=images, labels=images[:, :, :6].mean((1, 2, 3)) > 0)
+        np.savez(module_here / f"{name}-unlabelled.npz", image=images)
+    pico.write_state_dict(pico.ResNet, module_here / "model.pt")
+    return module_here
 
 
 @pytest.fixture(scope="module")
