@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import UsageError, suggestion
+from compressor.core.files import short_name
 from compressor.core.quantities import parse_share, parse_size
+from compressor.core.reading import read_text
 from compressor.plan.recipe_file import load_recipe, parse_yaml
 
 KEYS = (
@@ -90,13 +92,7 @@ def jobs_of_line(models: Iterable[str], settings: Mapping[str, Any], sets: Itera
 
 
 def _content(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UsageError(f"{path}: has {path.stat().st_size:,} bytes; a manifest of a batch has less than 10 MB")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read; {error}") from error
-    return parse_yaml(text, str(path))
+    return parse_yaml(read_text(path, MOST_BYTES, UsageError), str(path))
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -137,7 +133,8 @@ def _jobs(settings: dict[str, Any], where: str, folder: Path, further: tuple[str
             raise UsageError(f"{where}: name is {name!r:.40}; write a plain name, of a path that is one model")
         for path in paths:
             stem = str(name) if name else _stem(path)
-            found.append(Job(f"{stem}-{Path(recipe).stem}", str(path), place, words, tuple(inputs)))
+            job = short_name(f"{stem}-{Path(recipe).stem}")
+            found.append(Job(job, str(path), place, words, tuple(inputs)))
     return found
 
 

@@ -242,8 +242,8 @@ def write_gguf_tokenizer(path: Path, directory: Path) -> list[Path]:
     """The tokenizer of a GGUF file, in Hugging Face's files."""
     from transformers import AutoTokenizer
 
-    from compressor.checkpoints.source import read_json
     from compressor.checkpoints.tokenizer import find_tokenizer, write_compact
+    from compressor.core.reading import read_json
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)

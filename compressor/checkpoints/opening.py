@@ -12,9 +12,10 @@ from compressor.checkpoints.architecture import resolve
 from compressor.checkpoints.archive import is_archive
 from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.positions import positions_of
-from compressor.checkpoints.source import Source, digest_of, read_json
+from compressor.checkpoints.source import Source, digest_of
 from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.errors import CheckpointError
+from compressor.core.reading import read_json
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".th")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".gguf", ".pt2", ".onnx")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.opening import open_source
 from compressor.checkpoints.reshaping import RECORD, Reshaping
-from compressor.checkpoints.source import read_json
 from compressor.core.absent import follow_depth
 from compressor.core.errors import CheckpointError
+from compressor.core.reading import read_json
 from compressor.core.roles import folded
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoints.source import read_json
+from compressor.core.reading import read_json
 
 COMPACTED = "tokenizer.json"
 PATTERNS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,24 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """A text in UTF-8."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
+
+
+LONGEST_NAME = 200
+"""Bytes of a file's name that leave room for what is put behind it; systems allow 255."""
+
+
+def short_name(name: str) -> str:
+    """The name itself, or where it is too long its start and a digest of it; never two parts of a path."""
+    name = name.replace("/", "∕").replace("\0", "�")
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:  # half a letter, as JSON can hold it and no file system
+        name = name.encode(errors="replace").decode()
+        raw = os.fsencode(name)
+    if len(raw) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(raw).hexdigest()[:10]
+    return f"{raw[: LONGEST_NAME - 11].decode(errors='ignore')}-{digest}"
 
 
 def sync(path: Path) -> None:

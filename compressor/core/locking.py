@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,26 @@ from filelock import FileLock, Timeout
 from compressor.core.errors import UsageError
 
 LOCK = ".lock"
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process holds the directory's lock now."""
+    if not (directory / LOCK).exists():
+        return False
+    try:
+        with FileLock(directory / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # gone meanwhile
+        return False
+
+
+def _holder(directory: Path) -> str:
+    """Which process it is, where it has said so."""
+    with contextlib.suppress(OSError, ValueError):
+        return f", process {int((directory / LOCK).read_text(encoding='ascii'))}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -25,9 +46,11 @@ def locked(directory: Path, writer: str) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        (directory / LOCK).write_text(str(os.getpid()), encoding="ascii")
     except Timeout as error:
         raise UsageError(
-            f"{directory}: another {writer} is writing here; wait until it is done, or give another directory with -o"
+            f"{directory}: another {writer} is writing here{_holder(directory)}; wait until it is done, or give "
+            "another directory with -o"
         ) from error
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"{directory}: cannot be written; {error.strerror}; give another directory with -o") from error

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from compressor.core.errors import RecipeError, suggestion
 from compressor.core.passes import STAGES, Pass
+from compressor.core.reading import read_text
 from compressor.passes.registry import SETTINGS, pass_class
 from compressor.plan.recipe import SECTIONS, Evaluation, Gates, Recipe, Step
 
@@ -162,13 +163,7 @@ def _draft(content: dict[str, Any], where: str) -> _Draft:
 
 
 def _parse(path: Path, where: str) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise RecipeError(f"{where}: has {path.stat().st_size:,} bytes; a recipe has less than {MOST_BYTES:,}")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{where}: cannot be read; {error}") from error
-    return parse_yaml(text, where)
+    return parse_yaml(read_text(path, MOST_BYTES, RecipeError), where)
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
