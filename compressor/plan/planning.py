@@ -41,7 +41,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         for step in recipe.early:
             if step.settings.trains:
                 recipe = recipe.leaving(step.name, _likely_ends(checkpoint))
-    has_blocks = any(block_of(name) for name in checkpoint.tensors)
+    has_blocks = any(block_of(name, config) for name in checkpoint.tensors)
     tensors = tuple(_planned(info, config, recipe, format, has_blocks) for info in checkpoint.tensors.values())
     _refuse_two_norms(tensors, recipe)
     if has_blocks:
@@ -61,7 +61,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         needs=tuple(sorted(recipe.required)),
         peak_memory=peak_memory(tensors, config, recipe),
         cpu_seconds=cpu_seconds(tensors, recipe),
-        notes=_notes(tensors) + (() if smaller else _structure_notes(recipe, tensors)),
+        notes=_notes(has_blocks) + (() if smaller else _structure_notes(recipe, tensors)),
     )
 
 
@@ -196,8 +196,8 @@ def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: s
     return files
 
 
-def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
-    if any(block_of(tensor.name) for tensor in tensors):
+def _notes(has_blocks: bool) -> tuple[str, ...]:
+    if has_blocks:
         return ()
     return ("no repeated block was found: the whole network is held in memory as one block",)
 
