@@ -76,7 +76,7 @@ def test_what_is_dropped_stays_dropped_through_encoding_and_distillation(tmp_pat
 
 
 def test_shares_are_allocated_and_their_mean_is_the_sparsity(tmp_path, llama):
-    compressed(llama, tmp_path, "{pass: gblm, sparsity: 0.6, allocation: importance}")
+    compressed(llama, tmp_path, "{pass: gblm, sparsity: 0.6, allocation: importance}", "safetensors")
     found = zeros(tmp_path)
     shares = {name: float(dropped.float().mean()) for name, dropped in found.items()}
     assert max(shares.values()) - min(shares.values()) > 0.02
