@@ -24,7 +24,7 @@ from torch import Tensor
 from compressor import data
 from compressor.checkpoints import open_checkpoint
 from compressor.core.encoding import Codebook
-from compressor.data.samples import calibration_batches
+from compressor.data.batches import calibration_batches
 from compressor.graph.blocks import layers
 from compressor.learning.distillation import LearnedMatrix, Rates
 from compressor.passes.jlcm import Jlcm

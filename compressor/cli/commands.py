@@ -15,8 +15,9 @@ from typer.core import TyperGroup
 
 from compressor.cli.exit_status import INTERRUPTED, explain
 from compressor.cli.help_examples import COMMANDS, epilog
-from compressor.core.artifact import Artifact, failed_directory, is_artifact, refuse_target
+from compressor.core.artifact import Artifact, failed_directory, is_artifact
 from compressor.core.errors import GateFailed, UsageError, suggestion
+from compressor.core.options import RunOptions
 
 HELP_OPTIONS = ("--help", "-h", "--version")
 
@@ -106,14 +107,13 @@ def run(
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, from headers.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, or why it cannot be.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compress MODEL by a recipe."""
-    from compressor.core.options import RunOptions
     from compressor.core.quantities import parse_share, parse_size
-    from compressor.plan.recipe_file import load_recipe, shipped_recipes
+    from compressor.plan.recipe_file import shipped_recipes
 
     if standard and compat:
         raise UsageError("--standard and --compat exclude each other; give one of them")
@@ -136,11 +136,12 @@ def run(
     _refuse_misspelt_command(model)
     if not recipe:
         raise UsageError(f"no recipe; write --recipe NAME. {suggestion('', shipped_recipes())}")
-    loaded = load_recipe(recipe, options.sets)
     if dry_run:
-        _dry_run(options, loaded, json)
+        _dry_run(options, json)
         return
-    refuse_target(options.directory, force)
+    from compressor.run.prepare import first_recipe
+
+    first_recipe(options)  # before torch is imported
 
     from compressor.core.progress import make_progress
     from compressor.run.pipeline import run as compress
@@ -167,34 +168,17 @@ def _print_outcome(artifact: Artifact, json: bool) -> None:
     show(*run_tables(artifact.report, str(artifact.directory)))
 
 
-def _dry_run(options: Any, recipe: Any, json: bool) -> None:
-    from compressor.checkpoints import open_checkpoint
-    from compressor.plan.memory import refuse_beyond
-    from compressor.plan.planning import make_plan
-    from compressor.plan.targets import aimed
+def _dry_run(options: RunOptions, json: bool) -> None:
+    from compressor.run.prepare import prepare
 
-    checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
-    options, recipe = aimed(options, recipe, checkpoint)
-    plan = make_plan(checkpoint, recipe, options.format)
-    if options.max_ram is not None:
-        refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
-    reach = _reach(plan, recipe, options) if options.allocates else None
+    start = prepare(options)
+    reach = start.ladder.reach() if start.ladder else None
     if json:
-        _print_json(plan.as_json() | ({"reach": reach} if reach else {}))
+        _print_json(start.plan.as_json() | ({"reach": reach} if reach else {}))
         return
     from compressor.report.tables import plan_tables, reach_line, show
 
-    show(*plan_tables(plan), *([reach_line(*reach, options.target_size)] if reach else []))
-
-
-def _reach(plan: Any, recipe: Any, options: Any) -> tuple[int, int]:
-    """Bytes of the smallest and the largest artifact that widths per tensor allow."""
-    from compressor.widths.ladder import Ladder
-
-    ladder = Ladder.of(plan, recipe, options.format, options.mode)
-    if options.target_size is not None:
-        ladder.refuse_unreachable(options.target_size)
-    return ladder.reach()
+    show(*plan_tables(start.plan), *([reach_line(*reach, options.target_size)] if reach else []))
 
 
 def _refuse_misspelt_command(word: str) -> None:

@@ -44,7 +44,7 @@ class Artifact:
             raise CheckpointError(f"{path}: is nested too deeply; compress again") from error
         if not isinstance(report, dict):
             raise CheckpointError(f"{path}: holds no JSON object; compress again")
-        from compressor.core.report_shape import misshapen
+        from compressor.core.report import misshapen
 
         wrong = misshapen(report)
         if wrong:

@@ -113,6 +113,11 @@ class Pass(BaseModel, ABC):
         """Why the graph of decoders cannot hold its result, and what to write instead; None where it can."""
         return None
 
+    @property
+    def refuses_others(self) -> str | None:
+        """Why a network that is no decoder cannot go through it, and what to write instead; None where it can."""
+        return None
+
 
 class StructurePass(Pass):
     """A pass that returns a smaller network; its `restructure` takes a `core.structure.Subject`."""

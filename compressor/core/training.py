@@ -47,6 +47,11 @@ class Training(Pass):
         return frozenset({"data", "gradients", "training"}) | labels if self.epochs else frozenset()
 
 
+def unlabelled(settings: Training, loss: str) -> str:
+    """What is wrong where labels are learned, and the data has none."""
+    return f"{settings.name}: loss {loss} needs labels, and the data has none; write loss: teacher"
+
+
 class FittedPass(Training, StructurePass):
     """Structure passes that train the network, on the way or at the end; 0 epochs are none."""
 

@@ -19,7 +19,8 @@ from compressor.core.progress import Progress
 from compressor.core.tensors import EncodedTensors
 from compressor.data import load as load_data
 from compressor.data.arrays import Arrays
-from compressor.data.samples import Samples, evaluation_windows, load_samples, sentence_batches
+from compressor.data.batches import evaluation_windows, sentence_batches
+from compressor.data.samples import Samples, load_samples
 from compressor.data.text import Text
 from compressor.evaluate.embedding import evaluate_embedding
 from compressor.evaluate.language import evaluate_language
@@ -109,7 +110,7 @@ def judge(
             original = _counted(original_logits(checkpoint, windows), task)
             return evaluate_language(session, original, windows).as_dict()
     if isinstance(source, Text):
-        sentences = sentence_batches(source, directory)
+        sentences = sentence_batches(source, directory, checkpoint.positions)
         wanted = [_accepted(session, batch) for batch in sentences]
         return evaluate_embedding(session, original_outputs(checkpoint, wanted), wanted).as_dict()  # type: ignore[arg-type]
     assert isinstance(source, Arrays)

@@ -137,6 +137,19 @@ def refusal(description: dict[str, Any], operator: str, mode: Mode = "default") 
     return f"groups of {description['group']} columns are no multiple of 16, nor a whole row"
 
 
+def int8_refusal(description: dict[str, Any]) -> str | None:
+    """Why a convolution with this encoding cannot compute on int8 activations, or None."""
+    wanted = "activations: static_int8 needs convolutions from affine with bits: 8, group: row, zero: middle"
+    if description["kind"] == "binary":
+        return None
+    if description["kind"] != "affine":
+        return f"{wanted}; found {description['kind']}"
+    if description["bits"] != 8 or description["zero"] != 128 or description["group"] < description["shape"][1]:
+        zero = "learned" if description["zero"] is None else f"{description['zero']:g}"
+        return f"{wanted}; found bits {description['bits']}, groups of {description['group']}, zero {zero}"
+    return None
+
+
 def least_version(descriptions: list[dict[str, Any]], mode: Mode = "default") -> str:
     """The oldest onnxruntime that runs these encodings fast; each was tried."""
     halves = [description.get("extra", description) for description in descriptions]

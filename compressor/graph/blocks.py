@@ -39,7 +39,13 @@ def _is_inputs_first(module: nn.Module) -> bool:
 
 
 def block_names(module: nn.Module) -> list[str]:
-    """Names of the blocks in execution order; [""] where the network is one block."""
+    """Names of the blocks in execution order; [""] where the network is one block.
+
+    An encoder and a decoder are two rows of blocks, and what the second is given of the first is no hidden state: they
+    are one block.
+    """
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return [""]
     best: tuple[int, list[str]] = (0, [])
     for name, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(block) for block in child}) == 1:

@@ -40,7 +40,7 @@ def peak_memory(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe
     if any(block_of(tensor.name) for tensor in tensors):
         if recipe.distill.steps:
             peak = max(peak, _distillation(tensors, width, recipe))
-        if recipe.calibration.generated or (recipe.distill.steps and recipe.distill.generated):
+        if recipe.writes_text:
             peak = max(peak, _generation(tensors, config, width, recipe))
     return BASE + int(peak)
 

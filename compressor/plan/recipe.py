@@ -23,6 +23,8 @@ from compressor.core.training import Rate
 from compressor.passes.settings.affine import AffineSettings
 from compressor.passes.settings.fields import GroupSetting
 
+SHORTEST_WINDOW = 16
+"""Tokens of a text that are read together, at least."""
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -69,7 +71,7 @@ class Calibration(_Section):
     generated: Share = 0.0
     correct_means: bool = False
     tokens: Positive = 16384
-    window: Annotated[int, Field(ge=16)] = 512
+    window: Annotated[int, Field(ge=SHORTEST_WINDOW)] = 512
     samples: Positive = 256
 
 
@@ -189,7 +191,7 @@ class Evaluation(_Section):
     """
 
     tokens: Annotated[int, Field(ge=0)] = 32768
-    window: Annotated[int, Field(ge=16)] = 512
+    window: Annotated[int, Field(ge=SHORTEST_WINDOW)] = 512
     samples: Annotated[int, Field(ge=0)] = 512
     speed: bool = True
 
@@ -248,6 +250,11 @@ class Recipe(BaseModel):
         measures = self.embeddings.refined or self.calibration.correct_means or self.export.activations == "static_int8"
         calibrating: frozenset[Need] = frozenset({"data"} if measures else ())
         return learning.union(calibrating, *(step.settings.needs for step in self.passes))
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the original itself writes some of the text that is learned from."""
+        return bool(self.calibration.generated or (self.distill.steps and self.distill.generated))
 
     @property
     def structure(self) -> tuple[Step, ...]:
@@ -312,7 +319,7 @@ class Recipe(BaseModel):
 
 def learning_window(recipe: Recipe) -> int:
     """Half the calibration's window, for gradient steps: attention costs least so."""
-    return max(16, recipe.calibration.window // 2)
+    return max(SHORTEST_WINDOW, recipe.calibration.window // 2)
 
 
 def _any_matches(patterns: Iterable[str], name: str) -> bool:

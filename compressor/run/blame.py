@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.checkpoints import Checkpoint
 from compressor.core.batch import Batch
 from compressor.core.progress import Progress
+from compressor.core.report import Blame
 from compressor.core.roles import folded
 from compressor.core.tensors import EncodedTensors
 from compressor.plan.plan import Plan
@@ -26,7 +28,7 @@ LARGEST = 2**25
 NAMED = 3
 
 
-def weight_errors(checkpoint: Any, tensors: EncodedTensors) -> dict[str, float]:
+def weight_errors(checkpoint: Checkpoint, tensors: EncodedTensors) -> dict[str, float]:
     """‖W − Ŵ‖ / ‖W‖ by name, of the tensors that are not stored as they were; one in memory at a time.
 
     Left out are those of more than 2²⁵ values, those whose shape has changed, and those that are all zero.
@@ -46,10 +48,10 @@ def weight_errors(checkpoint: Any, tensors: EncodedTensors) -> dict[str, float]:
 
 
 def blame(
-    checkpoint: Any, tensors: EncodedTensors, plan: Plan, batches: list[Batch], kind: Kind, labelled: bool,
+    checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, batches: list[Batch], kind: Kind, labelled: bool,
     progress: Progress,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Groups of tensors, worst first: {tensors, by, share of the loss that goes when they are the original's again}."""
+) -> list[Blame]:  # fmt: skip
+    """Groups of tensors, worst first."""
     if not batches:
         return []
     samples = probe(batches, kind)
@@ -69,18 +71,18 @@ def blame(
         found = []
         for (pattern, by), names in groups.items():
             rest = rise({name: change for name, change in changes.items() if name not in names})
-            found.append({"tensors": pattern, "by": by, "share": round(1 - rest / whole, 4)})
-    return sorted(found, key=lambda each: (-each["share"], each["tensors"]))
+            found.append(Blame(tensors=pattern, by=by, share=round(1 - rest / whole, 4)))
+    return sorted(found, key=lambda each: (-each.share, each.tensors))
 
 
-def blamed(found: list[dict[str, Any]]) -> str:
+def blamed(found: list[Blame]) -> str:
     """The worst of `blame` as a sentence; nothing where nothing helps."""
-    worst = [each for each in found[:NAMED] if each["share"] > 0]
-    parts = [f"{each['share']:.0%} by {each['by']} at {each['tensors']}" for each in worst]
+    worst = [each for each in found[:NAMED] if each.share > 0]
+    parts = [f"{each.share:.0%} by {each.by} at {each.tensors}" for each in worst]
     return f"the loss came in {', '.join(parts)}" if parts else ""
 
 
-def _changes(checkpoint: Any, tensors: EncodedTensors) -> dict[str, Any]:
+def _changes(checkpoint: Checkpoint, tensors: EncodedTensors) -> dict[str, Any]:
     """What the artifact computes with, where shapes are still the original's."""
     floats = [name for name in tensors if name in checkpoint.tensors]
     alike = [name for name in floats if checkpoint.tensors[name].shape == tuple(tensors.describe(name)["tensor_shape"])]

@@ -6,25 +6,25 @@ output's own name stays.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
+from compressor.checkpoints import Checkpoint
 from compressor.core.artifact import NOT_NEEDED, PAGE, REPORT, failed_directory, file_digest
 from compressor.core.locking import LOCK
+from compressor.core.report import Report, Size
 from compressor.core.tensors import EncodedTensors
 from compressor.report.page import write_page
 from compressor.run.workplace import FINISHED, WORK, remove
 
 
-def artifact_size(directory: Path, original_bytes: int) -> dict[str, Any]:
+def artifact_size(directory: Path, original: Checkpoint) -> Size:
     """Bytes of every file that running the artifact needs, largest first, beside the original's."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in (*NOT_NEEDED, LOCK)]
     files = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
     files = {name: n for name, n in files.items() if not name.startswith(f"{WORK}/")}
     ordered = dict(sorted(files.items(), key=lambda item: (-item[1], item[0])))
-    return {"bytes": sum(ordered.values()), "files": ordered, "original_bytes": original_bytes}
+    return Size(bytes=sum(ordered.values()), files=ordered, original_bytes=original.describe()["file_bytes"])
 
 
 def largest_tensors(tensors: EncodedTensors, n: int = 3) -> str:
@@ -33,13 +33,14 @@ def largest_tensors(tensors: EncodedTensors, n: int = 3) -> str:
     return "largest are " + ", ".join(f"{name} with {size / 1e6:.2f} MB" for size, name in found)
 
 
-def deliver(partial: Path, output: Path, report: dict[str, Any]) -> Path:
+def deliver(partial: Path, output: Path, report: Report) -> Path:
     """Hashes into the report, report and page written, the artifact renamed, its working folder away; its directory.
 
     Whenever the process ends, there is either the artifact with nothing else in it, or what `--resume` goes on from.
     """
-    report["sha256"] = {name: file_digest(partial / name) for name in sorted(report["size"]["files"])}
-    (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
+    assert report.size is not None and report.gates is not None
+    report.sha256 = {name: file_digest(partial / name) for name in sorted(report.size.files)}
+    (partial / REPORT).write_text(report.text())
     write_page([partial], partial / PAGE, title=output.name)
     failed = failed_directory(output)
     finished = partial / WORK / FINISHED
@@ -49,7 +50,7 @@ def deliver(partial: Path, output: Path, report: dict[str, Any]) -> Path:
             path.rename(finished / path.name)
     if failed.exists():
         shutil.rmtree(failed)  # of an earlier attempt
-    target = output if report["gates"]["passed"] else failed
+    target = output if report.gates.passed else failed
     if target.exists():
         shutil.rmtree(target)
     finished.rename(target)  # at once, and complete

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from compressor.checkpoints import Checkpoint
 from compressor.core.artifact import WEIGHTS
 from compressor.core.errors import CheckpointError, DataError, ResourceError, UsageError
 from compressor.core.files import write_text
+from compressor.core.identity import Identity
 from compressor.core.locking import LOCK, locked
-from compressor.core.options import RunOptions
 from compressor.core.work import Work
-from compressor.data.samples import Samples
-from compressor.plan.recipe import Recipe
 
 WORK, FINISHED, NOTE = "work", "finished", "run.json"
 
@@ -49,33 +43,40 @@ def workplace(partial: Path) -> Iterator[None]:
             raise
 
 
-def open_work(partial: Path, recipe: Recipe, checkpoint: Checkpoint, samples: Samples, options: RunOptions) -> Work:
+def open_work(partial: Path, identity: Identity, resume: bool) -> Work:
     """The working folder of this very run; an older one of another run is replaced, or refused with --resume.
 
     Raises:
         UsageError: There is nothing to resume, it is another run's, or the folder is not ours.
     """
-    identity = {
-        "recipe": recipe.to_dict(), "seed": options.seed, "source": checkpoint.digest(), "data": samples.digest(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "target": [options.target_size, options.max_loss],
-    }  # fmt: skip
     note = partial / WORK / NOTE
-    text = json.dumps(identity, sort_keys=True)
     found = [path for path in partial.iterdir() if path.name != LOCK]
-    if options.resume and not note.exists():
+    if resume and not note.exists():
         raise UsageError(f"{partial}: no interrupted run to resume; leave --resume out")
-    if options.resume and note.read_text() != text:
-        raise UsageError(f"{partial}: belongs to another run (model, recipe, seed or data differ); leave --resume out")
+    if resume:
+        _refuse_another(note, identity, partial)
     if any(not _is_empty(path) for path in found) and not note.exists():
         raise UsageError(f"{partial}: is in the way and not ours; move it, or give another directory with -o")
     for path in found:
-        if path.name != WORK or not options.resume:
+        if path.name != WORK or not resume:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     note.parent.mkdir(exist_ok=True)
     shutil.rmtree(note.parent / FINISHED, ignore_errors=True)  # of a delivery that did not come to its end
-    write_text(note, text)
-    return Work(note.parent, options.seed)
+    write_text(note, identity.model_dump_json())
+    return Work(note.parent, identity.seed)
+
+
+def _refuse_another(note: Path, identity: Identity, partial: Path) -> None:
+    """Refuses to go on with what another run began; says what is not the same."""
+    try:
+        earlier = Identity.model_validate_json(note.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{partial}: was begun by another version of compressor, or is damaged; leave --resume out"
+        ) from error
+    difference = identity.difference(earlier)
+    if difference:
+        raise UsageError(f"{partial}: belongs to another run: {difference}; leave --resume out, or ask for the same")
 
 
 def remove(partial: Path) -> None:

@@ -112,9 +112,9 @@ def encode_network(
                 )
                 tensors |= open_tensors
             if means:
-                prefix = f"{name}." if name else ""
                 moved = correct_means(block, reached, means)
-                tensors |= {prefix + part: choice.dense(prefix + part, tensor) for part, tensor in moved.items()}
+                named = {_stored_name(network, name, part): tensor for part, tensor in moved.items()}
+                tensors |= {each: choice.dense(each, tensor) for each, tensor in named.items()}
             write_tensors(file, tensors)
         _compute_with(network, block, name, EncodedTensors([file]))
         files.append(file)
@@ -122,6 +122,12 @@ def encode_network(
         if name == "":
             break
     return EncodedTensors(files, _ties(network)), files
+
+
+def _stored_name(network: Network, block: str, part: str) -> str:
+    """The name that a block's parameter is stored by, which may be another's that it is tied to."""
+    name = f"{block}.{part}" if block else part
+    return network.checkpoint.tied.get(name, name)
 
 
 def has_blocks(network: Network) -> bool:

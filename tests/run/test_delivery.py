@@ -11,6 +11,7 @@ import torch
 
 from compressor.core.artifact import Artifact, damaged_files
 from compressor.core.options import RunOptions
+from compressor.core.report import Report
 from compressor.core.tensors import EncodedTensor, write_tensors
 from compressor.run import delivery
 from compressor.run.pipeline import run
@@ -55,7 +56,7 @@ def delivered(partial: Path, steps: int, monkeypatch) -> bool:
         for owner, name in ((Path, "rename"), (Path, "unlink"), (Path, "mkdir"), (shutil, "rmtree")):
             context.setattr(owner, name, ending(getattr(owner, name)))
         try:
-            delivery.deliver(partial, partial.with_name("out"), report)
+            delivery.deliver(partial, partial.with_name("out"), Report.model_validate(report))
         except Killed:
             return False
     return True

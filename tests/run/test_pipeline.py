@@ -218,7 +218,7 @@ def test_only_the_same_run_is_resumed(llama):
         run(options(llama, resume=True))
     with pytest.raises(KeyboardInterrupt):
         run(options(llama, progress=Interrupting("encoding", 2)))
-    with pytest.raises(UsageError, match=r"out.partial: belongs to another run \(model, recipe, seed or data differ\)"):
+    with pytest.raises(UsageError, match=r"out.partial: belongs to another run: seed is 0 there and 5 here; leave"):
         run(options(llama, resume=True, seed=5))
     run(options(llama, seed=5))
     assert check_report(Artifact.open("out"))["seed"] == 5

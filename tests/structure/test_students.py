@@ -168,7 +168,7 @@ def test_parts_of_an_encoder_go_and_the_artifact_knows(bert, tmp_path):
 def test_parts_of_a_decoder_are_refused(folder):
     with pytest.raises(
         CheckpointError,
-        match="the graph of decoders cannot have; write spread: group, so that all lose alike, or remove whole blocks",
+        match="the graph of decoders cannot have; found units: part; write units: block",
     ):
         llm(folder, "parts", "n2n.units=part", "n2n.search_epochs=1", "n2n.remove=1")
 

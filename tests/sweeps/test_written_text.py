@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import DataError
 from compressor.core.work import Work
-from compressor.data.samples import calibration_batches, learning_batches, n_generated
+from compressor.data.batches import calibration_batches, learning_batches, n_generated
 from compressor.data.text import Text
 from compressor.plan.recipe import Calibration, Distill, Recipe
 from compressor.plan.recipe_file import load_recipe

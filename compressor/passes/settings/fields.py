@@ -20,6 +20,10 @@ def uniform_ladder(step: Any) -> tuple[Any, ...]:
     return tuple(step.model_copy(update={"bits": bits, "group": group}) for bits in WIDTHS for group in groups)
 
 
+UNEVEN = "its layers would differ in heads, width or parts, which the graph of decoders cannot have"
+"""Of a decoder, after passes that take from each layer what matters least in the whole network."""
+
+
 def listed(value: Any) -> Any:
     """A list as YAML has it; plans are compared, and settings hashed, so that it is a tuple here."""
     return tuple(value) if isinstance(value, list) else value

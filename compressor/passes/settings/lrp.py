@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from compressor.core.passes import Need
 from compressor.core.training import Count, FittedPass, Optimizer, Rate
+from compressor.passes.settings.fields import UNEVEN
 
 Rule = Literal["epsilon", "zplus", "alpha_beta", "gamma"]
 
@@ -80,6 +81,12 @@ class LrpSettings(FittedPass):
             measures = self.norms == "measure" or self.compensate == "bias" or self.of == "flops"
             return learns | (frozenset({"data"}) if measures else frozenset())
         return learns | {"data", "gradients"}
+
+    @property
+    def refuses_decoders(self) -> str | None:
+        if self.spread == "group":
+            return None
+        return f"{UNEVEN}; found spread: {self.spread}; write spread: group, so that all lose alike"
 
     @property
     def removes(self) -> float:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from compressor.core.passes import Need, StructurePass
 from compressor.core.training import Count, Optimizer, Positive, Rate, Training
+from compressor.passes.settings.fields import UNEVEN
 
 Part = Annotated[float, Field(gt=0, le=1)]
 
@@ -103,6 +104,20 @@ class N2nSettings(Training, StructurePass):
     @property
     def chooses_units(self) -> bool:
         return False
+
+    @property
+    def refuses_decoders(self) -> str | None:
+        if self.units in ("auto", "block"):
+            return None
+        return f"{UNEVEN}; found units: {self.units}; write units: block"
+
+    @property
+    def refuses_others(self) -> str | None:
+        if self.measure != "perplexity":
+            return None
+        return (
+            "n2n: measure perplexity is of decoders, and this network predicts no next tokens; write measure: accuracy"
+        )
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -48,7 +48,7 @@ Pruning to Erasing Operators, 2023, https://arxiv.org/abs/2312.09411"
     @property
     def refuses_decoders(self) -> str | None:
         if not self.erase:
-            return None
+            return super().refuses_decoders
         return (
             "the graph of decoders has whole blocks only, and oto erases parts of them; write erase: false, or take "
             "n2n with units: block"

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from compressor.core.training import FittedPass, Positive, Share
+from compressor.passes.settings.fields import UNEVEN
 
 
 class TrainingPass(FittedPass):
@@ -36,6 +37,10 @@ class TrainingPass(FittedPass):
                 "1; write such as 0.1 and 0.5"
             )
         return self
+
+    @property
+    def refuses_decoders(self) -> str | None:
+        return f"{UNEVEN}; take lrp with spread: group, or n2n, which removes whole blocks"
 
     @property
     def removes(self) -> float:
