@@ -68,8 +68,7 @@ def _student(
     checkpoint: Any, tensors: EncodedTensors, settings: Distill, pruned: Collection[str], fast: bool
 ) -> Student:
     module: nn.Module = checkpoint.build()
-    if hasattr(module, "config"):
-        module.config.use_cache = False
+    without_cache(module)
     dtype = torch.bfloat16 if fast else torch.float32
     shared: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):

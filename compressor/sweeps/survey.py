@@ -135,7 +135,8 @@ def _through_head(
             n_rows += len(rows)
             if gradients:
                 caught.backward(label_gradient(network, rows, None, generator).view_as(caught))
-                upstream.append(state.grad)
+                upstream.append(gradient_of(state))
+    assert found.head_moment is not None
     found.head_moment.div_(n_rows)
     return upstream
 

@@ -38,8 +38,7 @@ class BlockWorkshop:
     ) -> None:  # fmt: skip
         self.module, self.settings, self.examples, self.seed = module, settings, examples, seed
         self.folder, self.advance = folder, advance
-        if hasattr(module, "config"):
-            module.config.use_cache = False
+        without_cache(module)
         inputs, chosen = first_examples(batches, labels, settings.validation)
         example = {name: tensor[:1] for name, tensor in inputs.items()}
         self.units = depth_units(module, lambda: call(module, example), settings.units == "part")
