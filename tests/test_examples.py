@@ -62,7 +62,8 @@ WITHOUT = "import sys; sys.modules.update(dict.fromkeys(['compressor', 'torch', 
 
 
 def test_the_chat_needs_neither_torch_nor_compressor_and_remembers_the_conversation(talker):
-    code = f"{WITHOUT}import runpy; sys.argv[0] = {str(EXAMPLES / 'chat.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = str(EXAMPLES / "chat.py")
+    code = f"{WITHOUT}import runpy; sys.argv[0] = {script!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
 
     def chat(*lines: str) -> list[str]:
         options = (talker, "--tokens", "12", "--temperature", "0")

@@ -66,10 +66,11 @@ class StateDictSource(Source):
 def read_at_offset(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The values of a tensor that was opened on meta, whose storage knows its place in the file."""
     storage = tensor.untyped_storage()
-    raw = torch.empty(storage.nbytes(), dtype=torch.uint8)
+    raw, offset = torch.empty(storage.nbytes(), dtype=torch.uint8), storage._checkpoint_offset
+    assert offset is not None
     with path.open("rb") as file:
-        file.seek(storage._checkpoint_offset)
-        present = file.readinto(raw.numpy()) if raw.numel() else 0
+        file.seek(offset)
+        present = file.readinto(memoryview(raw.numpy())) if raw.numel() else 0
     if present != raw.numel():
         raise CheckpointError(f"{path}: is truncated inside of tensor '{name}'; fetch it again")
     flat = raw.view(tensor.dtype)

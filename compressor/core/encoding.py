@@ -377,6 +377,8 @@ class Sparse(Encoding):
         hollow = {name: part for name, part in parts.items() if name != "mask" and not name.startswith("codes")}
         hollow |= _plane_parts(torch.zeros(shape[0], columns, dtype=kept.dtype), bits)
         whole = restore(inner, hollow)
+        if not isinstance(whole, (Affine, Codebook)):
+            raise ValueError(f"sparse codes of '{whole.kind}', which has none")
         codes = whole.zero_codes()
         codes[:, : shape[1]][mask] = kept
         return cls(shape, dataclasses.replace(whole, codes=codes))
@@ -408,6 +410,8 @@ class Refined(Encoding):
     @classmethod
     def rebuild(cls, shape, settings, parts):
         inner, extra = (restore(settings[half], parts_under(half, parts)) for half in ("inner", "extra"))
+        if not (isinstance(inner, Affine) and isinstance(extra, Affine)):
+            raise ValueError(f"grids of kinds '{inner.kind}' and '{extra.kind}', where both are affine")
         return cls(shape, inner, extra, parts["rows"])
 
 

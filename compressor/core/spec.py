@@ -298,10 +298,9 @@ class RefinedSpec(Spec):
 
 def sparse_spec(spec: Spec, rows: int, columns: int, kept: int) -> Spec:
     """The smaller of `spec` and its sparse form, for a matrix of which `kept` weights are not zero."""
-    one_by_one = isinstance(spec, (DenseSpec, AffineSpec)) or (
-        isinstance(spec, CodebookSpec) and spec.dim == 1 and not spec.reorder
-    )
-    if not one_by_one:
+    if isinstance(spec, CodebookSpec) and (spec.dim > 1 or spec.reorder):
+        return spec
+    if not isinstance(spec, (DenseSpec, AffineSpec, CodebookSpec)):
         return spec
     sparse = SparseSpec(inner=spec, kept=kept)
     return sparse if sparse.nbytes(rows, columns) < spec.nbytes(rows, columns) else spec

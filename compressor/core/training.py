@@ -44,7 +44,8 @@ class Training(Pass):
     @property
     def needs(self) -> frozenset[Need]:
         labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
-        return frozenset({"data", "gradients", "training"}) | labels if self.epochs else frozenset()
+        always: frozenset[Need] = frozenset({"data", "gradients", "training"})
+        return always | labels if self.epochs else frozenset()
 
 
 def unlabelled(settings: Training, loss: str) -> str:

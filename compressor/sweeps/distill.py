@@ -18,6 +18,7 @@ from compressor.core.passes import Moves, Rates
 from compressor.core.progress import Progress
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.core.work import Work
+from compressor.graph.blocks import without_cache
 from compressor.learning.distillation import distill
 from compressor.learning.student import Student
 from compressor.plan.plan import Plan
@@ -69,8 +70,7 @@ def _student(
     checkpoint: Any, tensors: EncodedTensors, settings: Distill, pruned: Collection[str], fast: bool
 ) -> Student:
     module: nn.Module = checkpoint.build()
-    if hasattr(module, "config"):
-        module.config.use_cache = False
+    without_cache(module)
     dtype = torch.bfloat16 if fast else torch.float32
     shared: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from compressor.core.passes import PruningSettings
-from compressor.graph.blocks import layers, layout_of
+from compressor.graph.blocks import layers, matrix_of
 from compressor.passes.registry import load_pass
 from compressor.plan.plan import Plan
 from compressor.sweeps.gradients import load_gradients
@@ -26,9 +26,7 @@ def allocated_shares(network: Network, plan: Plan, folder: Path) -> dict[str, fl
         gradients = load_gradients(folder, block) if names else {}
         with network.loaded(names):
             for name in names:
-                layout = layout_of(found[name])
-                assert layout is not None
-                weight = layout.matrix(found[name].weight.data)
+                weight = matrix_of(found[name])
                 shapes[name] = (weight.shape[0], weight.shape[1])
                 outliers[wanted[name]][name] = load_pass(wanted[name]).outliers(weight, gradients[name])
     shares: dict[str, float] = {}

@@ -4,8 +4,8 @@
     python own_module.py FOLDER
 
 Trains a small convolutional network on pictures of stripes (some seconds), compresses it by the recipe cnn-int8, and
-runs the artifact in plain onnxruntime. For a network of yours: the module in place of `Stripes`, and some hundred inputs
-of the kind that it sees, with labels if there are any, in place of `pictures`.
+runs the artifact in plain onnxruntime. For a network of yours: the module in place of `Stripes`, and some hundred
+inputs of the kind that it sees, with labels if there are any, in place of `pictures`.
 """
 
 from __future__ import annotations
