@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import UsageError, suggestion
+from compressor.core.files import short_name
 from compressor.core.quantities import parse_share, parse_size
+from compressor.core.reading import read_text
 from compressor.data import is_reference
-from compressor.plan.recipe_file import known_passes, load_recipe, parse_yaml, reaches_of, settings_class
+from compressor.passes.registry import SETTINGS
+from compressor.plan.recipe_file import load_recipe, parse_yaml, reaches_of
 
 KEYS = (
     "recipe", "recipes", "data", "eval", "arch", "format", "mode", "seed", "trust_pickle", "target_size",
@@ -101,13 +104,7 @@ def trusting(jobs: Iterable[Job], trusted: bool) -> list[Job]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UsageError(f"{path}: has {path.stat().st_size:,} bytes; a manifest of a batch has less than 10 MB")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read; {error}") from error
-    return parse_yaml(text, str(path))
+    return parse_yaml(read_text(path, MOST_BYTES, UsageError), str(path))
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -149,7 +146,8 @@ def _jobs(settings: dict[str, Any], where: str, folder: Path, further: tuple[str
             raise UsageError(f"{where}: name is {name!r:.40}; write a plain name, of a path that is one model")
         for path in paths:
             stem = str(name) if name else _stem(path)
-            found.append(Job(f"{stem}-{Path(recipe).stem}", str(path), place, words, tuple(inputs), code))
+            job = short_name(f"{stem}-{Path(recipe).stem}")
+            found.append(Job(job, str(path), place, words, tuple(inputs), code))
     return found
 
 
@@ -165,7 +163,7 @@ def _code(settings: Mapping[str, Any], options: Sequence[str], where: str) -> li
             found.append(f"{key} {value}")
     for name, value in settings.get("set", {}).items():
         owner, _, key = str(name).partition(".")
-        kind = settings_class(owner) if owner in known_passes() else None
+        kind = SETTINGS.get(owner)
         if kind is not None and key in kind.writes:
             raise UsageError(f"{where}: set {name} names a file to be written, which no manifest says; leave it out")
         if kind is not None and key in kind.reaches and value != kind.model_fields[key].default:

@@ -93,7 +93,7 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
             f"{path}: config.json has model_type {model_type!r}, which transformers "

@@ -244,8 +244,8 @@ def write_gguf_tokenizer(path: Path, directory: Path) -> list[Path]:
     from transformers import AutoTokenizer
 
     from compressor.checkpoints.reach import offline
-    from compressor.checkpoints.source import read_json
     from compressor.checkpoints.tokenizer import find_tokenizer, write_compact
+    from compressor.core.reading import read_json
 
     try:
         with offline(), tempfile.TemporaryDirectory(prefix="compressor-") as alone:

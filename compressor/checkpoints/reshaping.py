@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoints.architecture import Architecture
-from compressor.checkpoints.source import TensorInfo, read_json
+from compressor.checkpoints.source import TensorInfo
 from compressor.core.absent import apply_cuts, cuts
 from compressor.core.errors import CheckpointError
+from compressor.core.reading import read_json
 
 SIGNED = (".input_threshold", ".input_size")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoints.reach import refuse_outside, without_code
-from compressor.checkpoints.source import read_json
+from compressor.core.reading import read_json
 
 COMPACTED = "tokenizer.json"
 CONFIGS = ("tokenizer_config.json", "generation_config.json")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -14,11 +17,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compressor.cli.exit_status import INTERRUPTED, explain
+from compressor.cli.exit_status import INTERRUPTED, explained
 from compressor.cli.help_examples import COMMANDS, epilog
 from compressor.core.artifact import Artifact, failed_directory, is_artifact
-from compressor.core.errors import GateFailed, UsageError, suggestion
+from compressor.core.errors import GateFailed, ResourceError, UsageError, suggestion
+from compressor.core.failures import RESOURCES
 from compressor.core.options import RunOptions
+from compressor.core.terminal import failure_of, open_streams, printable
 
 _RESUMABLE: list[Callable[[], bool]] = []
 """Tell whether the command that is running has work that --resume would go on from."""
@@ -123,7 +128,8 @@ def run(
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, or why it cannot be.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, or why it "
+                          "cannot be.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -232,6 +238,8 @@ def batch(
     engine: Annotated[EngineName, typer.Option(help="Processes here, or a Ray cluster.")] = EngineName.local,
     address: Annotated[str, typer.Option(help="Of the Ray cluster; `local` starts one.")] = "auto",
     retries: Annotated[int, typer.Option(min=0, help="Of a job whose worker crashed.")] = 1,
+    timeout: Annotated[str | None, typer.Option(metavar="TIME", show_default="none", help="End a job that takes longer "
+                       "than 30min or 2h, say; what it has finished stays for --resume.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what is complete, go on with what is not.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace artifacts that are already there.")] = False,
     json: Json = False,
@@ -244,23 +252,25 @@ def batch(
     from compressor.batch.jobs import JOURNAL, Batch, worst
     from compressor.batch.summary import Board, summary_table, totals
     from compressor.core.machine import available_memory, cores
-    from compressor.core.quantities import parse_size
+    from compressor.core.quantities import parse_duration, parse_size
     from compressor.runtime.workers import Budget, LocalEngine, RayEngine
 
     planned = _batch_jobs(models, {"recipes": recipe, "data": data, "arch": arch}, set_ or [], trust_recipe)
     directory = output or Path(Path(models[0]).stem if models[0].endswith((".yaml", ".yml")) else "artifacts")
     budget = Budget(available_memory() if max_ram is None else parse_size(max_ram, "--max-ram"))
-    running = LocalEngine() if engine is EngineName.local else RayEngine(address)
+    limit = None if timeout is None else parse_duration(timeout, "--timeout")
+    running = LocalEngine(limit) if engine is EngineName.local else RayEngine(address, limit)
     _RESUMABLE.append(lambda: (directory / JOURNAL).exists())
-    outcomes = Batch(planned, directory, running, jobs or cores(), budget, resume, force, retries).run(
-        Board(len(planned), silent=json)
-    )
+    many = Batch(planned, directory, running, jobs or cores(), budget, resume, force, retries)
+    outcomes = many.run(Board(len(planned), silent=json))
     if json:
         _print_json([outcome.as_json() for outcome in outcomes])
     else:
         from compressor.report.tables import show
 
         show(summary_table(outcomes), f"{totals(outcomes)}. Summary in {directory}/summary.jsonl and summary.xml")
+    if many.unwritten:
+        raise ResourceError(many.unwritten)
     raise typer.Exit(worst(outcomes))
 
 
@@ -460,7 +470,7 @@ def report(
     write_page([artifact, *beside], target)
     if own:
         reseal(opened)
-    print(target)
+    print(printable(str(target)))
 
 
 @app.command(epilog=epilog("generate"))
@@ -481,8 +491,9 @@ def generate(
     if json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})
         return
+    shown = printable if sys.stdout.isatty() else str  # into a file go the letters that were written
     for i, piece in enumerate(pieces):
-        sys.stdout.write(prompt + piece if i == 0 else piece)
+        sys.stdout.write(shown(prompt + piece if i == 0 else piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
 
@@ -499,17 +510,33 @@ def _print(content: dict[str, Any], json: bool, title: str) -> None:
 def _print_json(content: Any) -> None:
     import json
 
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    print(json.dumps(content, indent=2))  # in ASCII: whatever is in it, any console and any reader takes it
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command and exits with its status."""
     args = sys.argv[1:] if arguments is None else arguments
+    open_streams()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where whoever started us ignores it
             signal.signal(signal.SIGINT, interrupt)
-    sys.exit(_status(args or ["--help"]))
+    sys.exit(_printed(_status(args or ["--help"])))
+
+
+def _printed(status: int) -> int:
+    """The status of a command; what it printed has to have arrived, where somebody waits for it."""
+    failure = failure_of(sys.stdout)
+    if failure is None:
+        return status
+    _say(f"Error: stdout: cannot be written; {failure.strerror}; what was made is there, what was printed is lost")
+    return status or RESOURCES
+
+
+def _say(text: str) -> None:
+    """A line on stderr, which may be closed."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -521,7 +548,15 @@ def interrupt(number: int, frame: FrameType | None) -> None:
             again.start()
             return
         frame = frame.f_back
-    raise KeyboardInterrupt
+    global _interrupted
+    before, _interrupted = _interrupted, time.monotonic()
+    if _interrupted - before > _SECONDS_OF_ONE_INTERRUPT:
+        raise KeyboardInterrupt
+
+
+_interrupted = -math.inf
+_SECONDS_OF_ONE_INTERRUPT = 0.5
+"""Ctrl-C, and who hands signals on, may send one twice; the second would end the orderly end of the first."""
 
 
 def _status(args: list[str]) -> int:
@@ -539,12 +574,12 @@ def _status(args: list[str]) -> int:
         status = app(args, prog_name="compress", standalone_mode=False) or 0
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except Exception as error:
+    except BaseException as error:  # SystemExit and the panics of Rust's libraries among them
         if "--debug" in args:
-            raise
-        status, message = explain(error)
-        print(f"Error: {message}", file=sys.stderr)
+            traceback.print_exc()
+        status, message = explained(error)
+        _say(f"Error: {message}")
     if status == INTERRUPTED:
         goes_on = any(resumable() for resumable in _RESUMABLE)
-        print(f"Interrupted{'; the same command with --resume goes on from here' * goes_on}.", file=sys.stderr)
+        _say(f"Interrupted{'; the same command with --resume goes on from here' * goes_on}.")
     return status

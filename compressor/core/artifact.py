@@ -12,6 +12,7 @@ from typing import Any
 
 from compressor.core.errors import CheckpointError, UsageError
 from compressor.core.files import write_text
+from compressor.core.reading import read_json, refuse_special
 
 REPORT = "compression.json"
 PAGE = "report.html"
@@ -42,18 +43,11 @@ class Artifact:
             CheckpointError: It holds none, or a damaged one.
         """
         path = Path(directory) / REPORT
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
+        if not path.exists():
             raise CheckpointError(
                 f"{directory}: is no artifact, it has no {REPORT}; give a directory that compress wrote"
-            ) from error
-        except ValueError as error:
-            raise CheckpointError(f"{path}: is not valid JSON; {error}; compress again") from error
-        except RecursionError as error:
-            raise CheckpointError(f"{path}: is nested too deeply; compress again") from error
-        if not isinstance(report, dict):
-            raise CheckpointError(f"{path}: holds no JSON object; compress again")
+            )
+        report = read_json(path, measured=True)
         from compressor.core.report import misshapen
 
         wrong = misshapen(report)
@@ -126,7 +120,8 @@ def _content_digest(report: dict[str, Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a regular file."""
+    refuse_special(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

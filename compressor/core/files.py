@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import hashlib
 import os
 import shutil
 import stat
@@ -51,6 +52,24 @@ def open_to_append(path: Path) -> int:
         OSError: ELOOP: there is a link.
     """
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS, 0o644)
+
+
+LONGEST_NAME = 200
+"""Bytes of a file's name that leave room for what is put behind it; systems allow 255."""
+
+
+def short_name(name: str) -> str:
+    """The name itself, or where it is too long its start and a digest of it; never two parts of a path."""
+    name = name.replace("/", "∕").replace("\0", "�")
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:  # half a letter, as JSON can hold it and no file system
+        name = name.encode(errors="replace").decode()
+        raw = os.fsencode(name)
+    if len(raw) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(raw).hexdigest()[:10]
+    return f"{raw[: LONGEST_NAME - 11].decode(errors='ignore')}-{digest}"
 
 
 def sync(path: Path) -> None:

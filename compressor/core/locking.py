@@ -21,6 +21,26 @@ except ImportError:  # no POSIX
 LOCK = ".lock"
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a process holds the directory's lock now."""
+    if not (directory / LOCK).exists():
+        return False
+    try:
+        with FileLock(directory / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # gone meanwhile
+        return False
+
+
+def _holder(directory: Path) -> str:
+    """Which process it is, where it has said so."""
+    with contextlib.suppress(OSError, ValueError):
+        return f", process {int((directory / LOCK).read_text(encoding='ascii'))}"
+    return ""
+
+
 @contextlib.contextmanager
 def locked(directory: Path, writer: str) -> Iterator[None]:
     """Makes the directory and holds its lock; a directory that is left empty is removed.
@@ -34,9 +54,11 @@ def locked(directory: Path, writer: str) -> Iterator[None]:
         raise UsageError(f"{link}: is a link, and nothing is written through one; remove it, or give another with -o")
     try:
         release = _acquired(directory)
+        (directory / LOCK).write_text(str(os.getpid()), encoding="ascii")
     except Timeout as error:
         raise UsageError(
-            f"{directory}: another {writer} is writing here; wait until it is done, or give another directory with -o"
+            f"{directory}: another {writer} is writing here{_holder(directory)}; wait until it is done, or give "
+            "another directory with -o"
         ) from error
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"{directory}: cannot be written; {error.strerror}; give another directory with -o") from error

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from compressor.core.files import short_name
+
 if TYPE_CHECKING:
     from compressor.core.progress import Progress
 
@@ -70,4 +72,4 @@ class RunOptions:
             return self.output
         model = Path(self.model).resolve()
         stem = model.name if model.is_dir() else model.stem
-        return Path(f"{stem}-{Path(self.recipe).stem}")
+        return Path(short_name(f"{stem}-{Path(self.recipe).stem}"))

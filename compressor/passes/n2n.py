@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.core.contract import StructurePass
 from compressor.core.errors import RecipeError
 from compressor.core.structure import Outcome, Subject
 from compressor.core.students import ATTRIBUTES, MULTIPLIERS, Student, Students
@@ -71,7 +72,7 @@ class Trial:
     meets: bool
 
 
-class N2n(N2nSettings):
+class N2n(N2nSettings, StructurePass):
     """The best student of a search; see the module."""
 
     def restructure(self, subject: Subject) -> Outcome:

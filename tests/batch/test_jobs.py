@@ -57,11 +57,16 @@ class Scripted:
         return 0, None
 
     def run(self, command, log, memory):
-        name = Path(command[command.index("-o") + 1]).name.removesuffix("-r")
+        target = Path(command[command.index("-o") + 1])
+        name = target.name.removesuffix("-r")
         self.asked.append((name, "--resume" in command))
         status = self.ends[name].pop(0)
-        (Path(command[command.index("-o") + 1] + ".partial") / "work").mkdir(parents=True, exist_ok=True)
-        (Path(command[command.index("-o") + 1] + ".partial") / "work" / "run.json").write_text("{}")
+        work = target.with_name(target.name + ".partial") / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "run.json").write_text("{}")
+        if status == 0:
+            target.mkdir(exist_ok=True)
+            (target / "compression.json").write_text("{}")
         return Ended(status, "" if status == 0 else "why")
 
     def stop(self):

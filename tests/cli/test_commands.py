@@ -167,10 +167,11 @@ def test_a_policy_is_started_from_where_it_is_and_saved_there(pipeline, folder, 
     assert command("net.safetensors -r llm-2bit --policy p").status == 2  # has no n2n
 
 
-def test_debug_shows_the_traceback(pipeline):
+def test_debug_shows_the_traceback_and_keeps_the_status(pipeline, command):
     pipeline.outcome = raising(CheckpointError("file"))
-    with pytest.raises(CheckpointError):
-        cli.main(["net.safetensors", "-r", "llm-2bit", "--debug"])
+    said = command("net.safetensors -r llm-2bit --debug")
+    assert said.status == 3
+    assert "Traceback (most recent call last)" in said.err
 
 
 def test_a_failed_gate_prints_the_report_first(pipeline, folder, command):
@@ -247,6 +248,7 @@ def test_an_interrupt_waits_for_an_import_that_would_swallow_it(folder, monkeypa
         "import time\nlost = False\ntry:\n    time.sleep(0.5)\nexcept BaseException:\n    lost = True\n"
     )
     monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "swallowing", raising=False)  # of the other signal's test
     before = signal.signal(number, cli.interrupt)
     try:
         threading.Timer(0.1, signal.raise_signal, [number]).start()

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from compressor.core.passes import Need
-from compressor.core.training import Count, FittedPass, Optimizer, Rate
+from compressor.core.training import Count, FittedSettings, Optimizer, Rate
 from compressor.passes.settings.fields import UNEVEN
 
 Rule = Literal["epsilon", "zplus", "alpha_beta", "gamma"]
 
 
-class LrpSettings(FittedPass):
+class LrpSettings(FittedSettings):
     """Removes the channels, heads and neurons that explain least of what the network says.
 
     criterion      lrp: relevance at a unit's output; taylor: |activation · gradient|; gradient: |gradient|;
@@ -93,12 +93,20 @@ class LrpSettings(FittedPass):
         return self.fraction
 
     @property
+    def counts(self) -> Literal["parameters", "units", "flops"]:
+        return self.of
+
+    @property
     def removes_exactly(self) -> bool:
         return self.of == "parameters"
 
     @property
     def removes_evenly(self) -> bool:
         return self.of == "units" and self.spread != "network"
+
+    @property
+    def measures_norms(self) -> bool:
+        return self.norms == "measure"
 
     def cost(self, tokens: int) -> float:
         return 3.0 * self.fraction / self.step + 13.0 * self.trials  # 3 to score, 10 to judge

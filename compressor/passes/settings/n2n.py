@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from compressor.core.errors import RecipeError
-from compressor.core.passes import Need, StructurePass
+from compressor.core.passes import Need, StructureSettings
 from compressor.core.training import Count, Optimizer, Positive, Rate, Training
 from compressor.passes.settings.fields import UNEVEN
 
@@ -38,7 +38,7 @@ def refuse_overwriting(file: Path) -> None:
         raise RecipeError(f"{file}: is there and holds no policies, which would be written over it; give another file")
 
 
-class N2nSettings(Training, StructurePass):
+class N2nSettings(Training, StructureSettings):
     """Removes layers, and shrinks those that are left, as a policy learns to from how good the students are.
 
     units          layer: convolutions, linears and pools; block: of a transformer; part: its attentions and MLPs;
