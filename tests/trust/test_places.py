@@ -16,7 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import compressor.run.encoding
 import compressor.run.pipeline
+import compressor.run.prepare
 from compressor.core.artifact import Artifact, damaged_files, foreign_files
 from compressor.core.errors import ChangedError, CheckpointError, UsageError
 from compressor.core.options import RunOptions
@@ -149,23 +151,23 @@ def test_a_folder_of_the_users_beside_the_output_is_kept(command, lab, more):
 
 def test_the_second_run_on_an_output_is_refused_before_it_reads_anything(lab, monkeypatch):
     waiting, going = threading.Event(), threading.Event()
-    real = compressor.run.pipeline.open_checkpoint
+    real = compressor.run.prepare.open_checkpoint
 
     def slow(*args, **more):
         waiting.set()
         assert going.wait(60)
         return real(*args, **more)
 
-    monkeypatch.setattr(compressor.run.pipeline, "open_checkpoint", slow)
+    monkeypatch.setattr(compressor.run.prepare, "open_checkpoint", slow)
     ended: list[object] = []
     first = threading.Thread(target=lambda: ended.append(run(cnn())))
     first.start()
     assert waiting.wait(60)
-    monkeypatch.setattr(compressor.run.pipeline, "open_checkpoint", lambda *args, **more: pytest.fail("was opened"))
+    monkeypatch.setattr(compressor.run.prepare, "open_checkpoint", lambda *args, **more: pytest.fail("was opened"))
     for more in ({}, {"force": True}, {"resume": True}):
         with pytest.raises(UsageError, match="out.partial: another run is writing here"):
             run(cnn(sets=("affine.bits=8",), **more))
-    monkeypatch.setattr(compressor.run.pipeline, "open_checkpoint", slow)
+    monkeypatch.setattr(compressor.run.prepare, "open_checkpoint", slow)
     going.set()
     first.join()
     assert len(ended) == 1
@@ -288,13 +290,13 @@ def test_a_clock_that_is_set_back_hides_nothing(lab, monkeypatch):
 
 def test_a_file_that_is_cut_off_while_it_is_read_has_changed(lab, monkeypatch):
     """Whatever that makes its reader raise."""
-    real = compressor.run.pipeline.encode_network
+    real = compressor.run.encoding.encode_network
 
     def cut(*args):
         os.truncate("llama/model.safetensors", 10_000)
         return real(*args)
 
-    monkeypatch.setattr(compressor.run.pipeline, "encode_network", cut)
+    monkeypatch.setattr(compressor.run.encoding, "encode_network", cut)
     with pytest.raises(ChangedError, match="model.safetensors: changed while this run read it"):
         run(llama())
 
@@ -373,7 +375,7 @@ def test_no_error_takes_finished_blocks_away(lab, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(compressor.run.pipeline, "encode_network", fails)
+        patch.setattr(compressor.run.encoding, "encode_network", fails)
         with pytest.raises(type(error)):
             run(llama(resume=True))
     assert Path("out.partial/work/model.layers.0.safetensors").exists()
@@ -383,9 +385,10 @@ def test_no_error_takes_finished_blocks_away(lab, monkeypatch, error):
 
 
 MOMENTS = {
-    "load_samples": False, "open_work": False, "encode_network": True, "write_tensors": True, "deliver": True,
+    "prepare.open_checkpoint": False, "pipeline.open_work": False, "encoding.encode_network": True,
+    "write.write_tensors": True, "pipeline.deliver": True,
 }  # fmt: skip
-"""Function of the pipeline that Ctrl-C comes in -> whether there is something to go on from."""
+"""Function of a module of the room that Ctrl-C comes in -> whether there is something to go on from."""
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -395,7 +398,7 @@ def test_an_interrupt_says_that_a_run_goes_on_where_it_does(command, lab, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compressor.run.pipeline, moment, interrupts)
+        patch.setattr(f"compressor.run.{moment}", interrupts)
         said = command(LLAMA)
     assert said.status == 130
     promised = "the same command with --resume goes on from here" in said.err
@@ -426,7 +429,7 @@ def test_whatever_a_run_left_the_next_command_says_so_and_goes_on(command, lab, 
             Path("out.partial", name).write_text(text)
     said = command(LLAMA + more)
     if state == "another run's" and more == " --resume":
-        assert (said.status, "belongs to another run" in said.err) == (2, True)
+        assert (said.status, "was begun by another version of compressor, or is damaged" in said.err) == (2, True)
         assert Path("out.partial/work/model.layers.0.safetensors").exists()
         return
     assert said.status == 0, said.err
