@@ -85,6 +85,9 @@ def command(*words: str) -> Callable[[], int]:
 class _Forking:
     """An engine whose workers are forked from this process, and of its group."""
 
+    def __init__(self, timeout: float | None = None) -> None:
+        pass
+
     def predict(self, command: Any) -> tuple[int, None]:
         return 0, None
 
