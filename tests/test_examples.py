@@ -117,10 +117,12 @@ def test_a_batch_in_ci_ends_with_its_worst_status_and_checks_what_it_kept(tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "artifacts" / "summary.jsonl").read_text().splitlines()]
     assert {line["job"]: line["status"] for line in lines} == {"chat-quick": 0, "small-quick": 1}
     assert (tmp_path / "artifacts" / "small-quick.failed" / "report.html").is_file()
-    assert done.stdout.count("holds") == 3
+    assert "holds" in done.stdout  # what is asked of each artifact that passed, and of none that failed
+    assert "fails" not in done.stdout
 
     weights = tmp_path / "artifacts" / "chat-quick" / "model.safetensors"
     (tmp_path / "models.yaml").write_text(yaml.safe_dump(manifest | {"gates": {}, "models": [chat]}))
     again = example(EXAMPLES / "batch_in_ci.sh", tmp_path / "models.yaml", tmp_path / "artifacts")
-    assert (again.returncode, again.stdout.count("kept")) == (0, 1), again.stdout + again.stderr
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "1 kept." in again.stdout
     assert weights.stat().st_mtime < (tmp_path / "models.yaml").stat().st_mtime
