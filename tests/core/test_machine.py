@@ -35,7 +35,9 @@ def test_cores_heed_the_affinity_of_the_process():
 @on_linux
 def test_private_memory_grows_with_what_is_allocated_and_shrinks_with_it():
     before = private_memory() or 0
-    with mmap.mmap(-1, 64 * MEGABYTE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:  # the system's own: what C frees it may keep
+    with mmap.mmap(
+        -1, 64 * MEGABYTE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    ) as block:  # the system's own: what C frees it may keep
         block.write(b"x" * (64 * MEGABYTE))
         held = private_memory() or 0
         assert held - before > 60 * MEGABYTE
