@@ -33,7 +33,7 @@ def load_images(path: Path, size: int = 224) -> Arrays:
     Grey pictures are grey in three channels; those of 16 bits a channel keep their range.
 
     Raises:
-        DataError: Pillow is absent, a file is no image, or one of more pixels than Pillow takes for honest (89 million).
+        DataError: Pillow is absent, a file is no image, or one of over 89 million pixels.
     """
     try:
         import PIL  # noqa: F401
