@@ -71,7 +71,9 @@ def test_each_word_of_the_glossary_is_defined_where_it_says():
         assert places, f"{word} has no place"
         for name, file in places:
             defined = rf"^(?:class|def) {name}\b|^{name}\b.* = "
-            assert re.search(defined, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), f"{word}: {name}, {file}"
+            assert re.search(defined, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (
+                f"{word}: {name}, {file}"
+            )
 
 
 FOLLOWED = ("CONTRIBUTING.md", "docs/encodings.md")
