@@ -19,6 +19,7 @@ from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError
 from compressor.data import load as load_data
 from tests.hostile_files.readers import READERS, attempt, damaged
+from tests.pico import llama
 
 EXAMPLES = 40
 
@@ -167,3 +168,12 @@ def test_a_header_that_promises_more_than_there_is_takes_no_memory(tmp_path):
     (tmp_path / "data.npy").write_bytes(content)
     with pytest.raises(DataError, match=r"data.npy: cannot be read as npy"):
         load_data(str(tmp_path / "data.npy"))
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "intermediate_size", "head_dim", "num_attention_heads"])
+def test_a_config_of_more_memory_than_there_is_is_refused_as_what_it_is(key, tmp_path):
+    llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: 1_000_000_000}))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path).check()
