@@ -76,38 +76,6 @@ def test_each_word_of_the_glossary_is_defined_where_it_says():
             )
 
 
-ON_DISK = re.compile(r"[\w.-]*\w\.(?:bin|html|json|onnx|safetensors|shipped)")
-
-
-@pytest.fixture(scope="module")
-def toured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | None]:
-    """What the tour's run, done as it says, had on the disk under the artifact's name, and how large it was."""
-    seen = json.loads(ran(ROOT, "-m", "tests.toured", str(tmp_path_factory.mktemp("tour"))).splitlines()[-1])
-    return {name: size for name, size in seen.items() if name.startswith("small")}
-
-
-def test_the_tour_names_the_files_of_its_run_and_no_others(toured):
-    page, _, _ = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8").partition("## Many runs")
-    told = {name for line in re.findall(r"^    .*", page, re.MULTILINE) for name in ON_DISK.findall(line)}
-    had = {name.rpartition("/")[2] for name in toured if not re.search(r"/\.[\w.]+\.partial$|/\.original-", name)}
-    files = {name for name in had if ON_DISK.fullmatch(name)}
-    assert len(files) > 15
-    # of the blocks between the first and the last one line says all
-    assert told == files - {"model.layers.2.safetensors"}
-
-
-def test_the_tour_tells_their_sizes(toured):
-    page = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
-    told = re.findall(r"^    (\S*/\S+?),? .*?([\d,]+) bytes(?! in all)", page, re.MULTILINE)
-    sizes = {name: int(size.replace(",", "")) for name, size in told if name.startswith("small")}
-    assert len(sizes) > 6
-    assert sizes == {name: toured[name] for name in sizes}
-    whole = re.search(r"\(([\d,]+) bytes in all\)", page)
-    needed = {n: size for n, size in toured.items() if n.startswith("small/") and "report" not in n and "comp" not in n}
-    assert whole
-    assert int(whole[1].replace(",", "")) == sum(size or 0 for size in needed.values())
-
-
 FOLLOWED = ("CONTRIBUTING.md", "docs/encodings.md")
 BLOCK = re.compile(r"^( *)```(?:python|diff)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 PLACE = re.compile(r"# (?P<path>\S+\.py)(?:, (?P<how>in|before) (?P<name>\w+))?\n")
