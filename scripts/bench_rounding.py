@@ -31,7 +31,7 @@ from compressor.core.batch import as_batch
 from compressor.core.options import RunOptions
 from compressor.core.work import Work
 from compressor.data.samples import calibration_batches, load_samples, sentence_batches
-from compressor.evaluate.embedding import cosine, masked_mean
+from compressor.evaluate.comparison import cosine, masked_mean
 from compressor.evaluate.reference import original_outputs
 from compressor.export.loading import decoded_checkpoint
 from compressor.plan.planning import make_plan
@@ -93,9 +93,12 @@ class Encoder(Language):
         self.expected = self.embeddings(self.checkpoint)
 
     def embeddings(self, checkpoint: Any) -> np.ndarray:
-        hidden = original_outputs(checkpoint, self.sentences)
+        found = original_outputs(checkpoint, self.sentences)
         return np.concatenate(
-            [masked_mean(h, b["attention_mask"]) for h, b in zip(hidden, self.sentences, strict=True)]
+            [
+                masked_mean(h["last_hidden_state"], b["attention_mask"])
+                for h, b in zip(found, self.sentences, strict=True)
+            ]
         )
 
     def quality(self, tensors: Any) -> dict[str, float]:

@@ -41,8 +41,38 @@ class _Memory(_Section):
 
 class _Speed(_Section):
     memory: _Memory | None = None
+    failure: str | None = None
     latency_seconds: Number | None = None
     decode_tokens_per_second: Number | None = None
+
+
+class _Output(_Section):
+    kind: str
+    n_examples: Count = 0
+    agreement: Number | None = None
+    kl_divergence: Number | None = None
+    cosine: Number | None = None
+    relative_error: Number | None = None
+    notes: list[str] = []
+
+
+class _Quality(_Section):
+    """Of a language model, or of outputs: the worst of each figure over all of them."""
+
+    perplexity: Number | None = None
+    original_perplexity: Number | None = None
+    ratio: Number | None = None
+    accuracy: Number | None = None
+    original_accuracy: Number | None = None
+    top1_agreement: Number | None = None
+    kl_divergence: Number | None = None
+    cosine: Number | None = None
+    least_cosine: Number | None = None
+    relative_error: Number | None = None
+    mean_relative_error: Number | None = None
+    outputs: dict[str, _Output] = {}
+    worst: dict[str, str] = {}
+    labels: str | None = None
 
 
 class _Blame(_Section):
@@ -73,7 +103,7 @@ class Report(_Section):
     original_speed: _Speed | None = None
     gates: _Gates | None = None
     recipe: dict[str, Any] | str | None = None
-    quality: dict[str, Number | None] | None = None
+    quality: _Quality | None = None
     data: dict[str, Any] | None = None
     errors: dict[str, Number] | None = None
     versions: dict[str, str] | None = None

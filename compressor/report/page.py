@@ -15,6 +15,7 @@ from compressor.core.quantities import duration, size
 from compressor.report import facts
 from compressor.report.charts import Axis, Bar, Point, bars, colour, dots, legend, shortened
 from compressor.report.search import search_section
+from compressor.report.tables import OUTPUT_COLUMNS, output_rows, unmeasured
 
 STYLE = Path(__file__).parent / "style.css"
 MOST_ROWS = 12
@@ -40,6 +41,7 @@ def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
         _bytes(tensors),
         _binary(report),
         _errors(tensors),
+        _outputs(report),
         _against_quality(artifact, others, title),
         *map(search_section, report.get("structure") or []),
         _stages(report),
@@ -97,6 +99,21 @@ def _gates(report: dict[str, Any]) -> str:
     rows = [(each["tensors"], each["by"], f"{each['share']:.1%}") for each in gates.get("blame", [])]
     table = _table(("tensors", "by", "of the loss goes without"), rows, numbers=(2,)) if rows else ""
     return f'<p class="bad"><b>A gate failed.</b></p><ul class="bad">{failures}</ul>{table}'
+
+
+def _outputs(report: dict[str, Any]) -> str:
+    """Every output by what it is, notes on figures, and benchmarks that failed."""
+    quality = report.get("quality") or {}
+    outputs = quality.get("outputs") or {}
+    notes = [f"{name}: {note}" for name, each in outputs.items() for note in each.get("notes", [])]
+    notes += [f"The labels {quality['labels']}"] if quality.get("labels") else []
+    notes += [f"{name} could not be measured: {text}" for name, text in unmeasured(report)]
+    table = (
+        _table(OUTPUT_COLUMNS, output_rows(quality), numbers=tuple(range(2, len(OUTPUT_COLUMNS)))) if outputs else ""
+    )
+    said = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    parts = ["<h2>Quality of each output</h2>\n" if outputs else "", table, f"<ul>{said}</ul>" if said else ""]
+    return "".join(parts)
 
 
 def _binary(report: dict[str, Any]) -> str:

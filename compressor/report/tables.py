@@ -95,6 +95,7 @@ _MEASURES = (
     ("top-1 agreement", "quality", None, "top1_agreement"),
     ("KL divergence", "quality", None, "kl_divergence"),
     ("cosine", "quality", None, "cosine"),
+    ("relative error", "quality", None, "relative_error"),
     ("load, seconds", "speed", "load_seconds", "load_seconds"),
     ("latency, seconds", "speed", "latency_seconds", "latency_seconds"),
     ("decoding, tokens/s", "speed", "decode_tokens_per_second", "decode_tokens_per_second"),
@@ -105,7 +106,7 @@ _MEASURES = (
 def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     """The outcome of a run, before and after; all of it is in compression.json."""
     made = table("", "before", "after", numbers=["before", "after"])
-    sizes = report.get("size") or {}
+    sizes, worst = report.get("size") or {}, (report.get("quality") or {}).get("worst") or {}
     if sizes:
         made.add_row("size, every file", size(sizes.get("original_bytes", 0)), size(sizes["bytes"]))
     for label, section, before, after in _MEASURES:
@@ -113,6 +114,7 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
         if found.get(after) is not None:
             beside = (report.get("original_speed") or {}) if section == "speed" else found
             original = beside.get(before) if before else None
+            label += f" of {worst[after]}" if section == "quality" and after in worst else ""
             made.add_row(label, "" if original is None else f"{original:.4g}", f"{found[after]:.4g}")
     binary = report.get("binary") or {}
     if binary:
@@ -131,7 +133,40 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
         binary.get("runs_as")) else []  # fmt: skip
-    return [made, *notes, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
+    notes += [f"{name} could not be measured: {text}" for name, text in unmeasured(report)]
+    parts: list[Any] = [made, *quality_tables(report.get("quality") or {}), *notes]
+    return [*parts, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
+
+
+OUTPUT_COLUMNS = ("output", "of", "agreement", "KL", "cosine", "relative error", "compared")
+
+
+def quality_tables(quality: dict[str, Any]) -> list[Any]:
+    """Every output where there are several, and what is to be said of figures."""
+    outputs = quality.get("outputs") or {}
+    made = table(*OUTPUT_COLUMNS, numbers=OUTPUT_COLUMNS[2:])
+    for row in output_rows(quality):
+        made.add_row(*row)
+    notes = [f"{name}: {note}" for name, each in outputs.items() for note in each.get("notes", [])]
+    notes += [f"the labels {quality['labels']}"] if quality.get("labels") else []
+    return ([made] if len(outputs) > 1 else []) + notes
+
+
+def output_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What was measured of each output, in the order of `OUTPUT_COLUMNS`; empty where its kind has no such figure."""
+    figures = ("agreement", "kl_divergence", "cosine", "relative_error")
+    return [
+        (name, each["kind"], *("" if each.get(key) is None else f"{each[key]:.4g}" for key in figures),
+         str(each.get("n_compared", each["n_examples"])))
+        for name, each in (quality.get("outputs") or {}).items()
+    ]  # fmt: skip
+
+
+def unmeasured(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Benchmarks that failed: of what, and why."""
+    found = (("speed", "the artifact's speed"), ("original_speed", "the original's speed"))
+    failures = ((name, (report.get(key) or {}).get("failure")) for key, name in found)
+    return [(name, text) for name, text in failures if text]
 
 
 def checks_table(checks: Sequence[Any]) -> Table:

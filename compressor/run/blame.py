@@ -19,7 +19,7 @@ from compressor.core.progress import Progress
 from compressor.core.roles import folded
 from compressor.core.tensors import EncodedTensors
 from compressor.plan.plan import Plan
-from compressor.widths.losses import Kind, judged, outputs, probe
+from compressor.widths.losses import Judge, Kind, outputs, probe
 
 LARGEST = 2**25
 """Values of a tensor up to which its error is told: beyond, holding it twice would be the run's peak of memory."""
@@ -53,13 +53,13 @@ def blame(
     if not batches:
         return []
     samples = probe(batches, kind)
-    wanted = list(outputs(checkpoint, samples, {}))
+    judge = Judge.of(checkpoint, samples, kind, labelled)
     changes = _changes(checkpoint, tensors)
     groups = _groups(plan, changes)
     with progress.task("finding where the loss came in", len(groups) + 1) as task:
 
         def rise(changed: Mapping[str, Any]) -> float:
-            found = judged(kind, wanted, list(outputs(checkpoint, samples, changed)), labelled).rise
+            found = judge.judge(list(outputs(checkpoint, samples, changed))).rise
             task.advance()
             return found
 

@@ -11,7 +11,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from compressor.checkpoints.reshaping import RECORD
 from compressor.core.artifact import WEIGHTS, Artifact, beside, refuse_target
 from compressor.core.batch import Batch, Examples
 from compressor.core.encoding import Affine, Codebook, Sparse
-from compressor.core.errors import DataError, ExportError, GateFailed, UsageError
+from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, UsageError
 from compressor.core.files import whole
 from compressor.core.memory import keep_freed, quick_collections
 from compressor.core.options import RunOptions
@@ -151,12 +151,12 @@ def _run(options: RunOptions) -> Artifact:
             proof = prove(checkpoint, tensors, partial, options, batches)
             quality = judge(original, samples, recipe, partial, options.format, progress)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
-        recipe = asked.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
+        recipe = asked.model_copy(update={"gates": promised(recipe.gates, aimed_at, quality)})
         report = _report(original, recipe, plan, samples, options, clock, work)
         report |= {"structure": shrunk} if shrunk else {}
         report |= {"proof": proof, "quality": quality, "least_onnxruntime": least}
         if allocation is not None:
-            report["allocation"] = allocation.report | {"loss": came_true(target.kind, quality)}
+            report["allocation"] = allocation.report | {"loss": came_true(allocation.report["kind"], quality)}
         report |= _binary(partial, tensors)
         with clock.stage("benchmark"):
             report |= _speeds(partial, options, original, [] if recipe.evaluation.skipped else batches)
@@ -402,11 +402,21 @@ def _speeds(partial: Path, options: RunOptions, checkpoint: Checkpoint, batches:
         return {}
     from compressor.evaluate.bench import bench
 
+    def measured(measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+        try:
+            return measure()
+        except (
+            CheckpointError,
+            ExportError,
+        ) as error:  # the artifact is proved and judged by now: it is not lost for a figure
+            return {"failure": str(error)}
+
     shapes: dict[str, list[int]] = {}
     if checkpoint.kind == "onnx" and batches and "input_ids" not in batches[0]:  # axes may be open that are not free
         shapes = {name: [1, *tensor.shape[1:]] for name, tensor in batches[0].items() if tensor.dim()}
-    found = bench(partial, shapes=shapes) if shapes else bench(partial)
-    return {"speed": found, "original_speed": bench_original(checkpoint, partial, batches, shapes) if batches else None}
+    found = measured(lambda: bench(partial, shapes=shapes) if shapes else bench(partial))
+    original = measured(lambda: bench_original(checkpoint, partial, batches, shapes)) if batches else None
+    return {"speed": found, "original_speed": original}
 
 
 def _held_against_gates(
