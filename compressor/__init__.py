@@ -3,7 +3,9 @@
     artifact = compressor.compress("model", "llm-2bit", output="small")
     module = compressor.load("small")
 
-Importing this costs nothing; torch comes with the first use.
+Importing this costs nothing; torch comes with the first use. Progress and warnings go to the logger "compressor":
+
+    logging.basicConfig(level="INFO")
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The usual methods on the linears, embedding and head encoded as in our recipes, through compressor's streaming.
+"""The usual methods on the linears, embedding and head encoded as in our recipes, through compressor's sweeps.
 
 rtn     round to nearest, the scale of each group searched
 hqq     half-quadratic fitting of the zero point, which stays a float16; from the range's scale and from a searched one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import re
 
 import pytest
 
@@ -65,3 +66,10 @@ def test_reading_recipes_and_headers_needs_no_torch():
         heavy = sorted(MODULES[module].libraries & {"torch", "transformers", "onnxruntime", "numpy"})
         assert not heavy, f"{module} imports {heavy}"
     assert "passes.settings.affine" in reached
+
+
+def test_one_module_asks_the_system_for_memory_and_processor():
+    asking = {
+        name for name in MODULES if re.search(r"\bpsutil\b|/proc/", MODULES[name].path.read_text(encoding="utf-8"))
+    }
+    assert asking == {"core.machine"}

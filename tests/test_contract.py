@@ -23,7 +23,8 @@ from compressor.plan.recipe_file import known_passes, load_recipe
 from compressor.sweeps.encode import encode_network
 from compressor.sweeps.network import Network
 from compressor.sweeps.survey import Survey
-from tests import pico, training_case
+from tests import pico
+from tests.learning import training_case
 
 ROOT = Path(__file__).parents[1]
 PASSES = sorted(path.stem for path in (ROOT / "compressor" / "passes").glob("*.py") if not path.stem.startswith("_"))
@@ -179,11 +180,6 @@ def test_what_a_pass_writes_onnx_takes(name, settings):
     assert refusal(described, "matmul", "default") is None
     reason = refusal(described | {"kind": "sparkle"}, "matmul", "default")
     assert "sparkle" in reason
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return pico.llama(tmp_path_factory.mktemp("llama"))
 
 
 def encode(llama, folder: Path, recipe_text: str, seed: int = 0, files: bool = False):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import draw_house
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -26,6 +28,24 @@ def test_tables_are_current():
         [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_picture_of_the_house_and_its_tables_are_current():
+    page = draw_house.PAGE.read_text(encoding="utf-8")
+    assert draw_house.filled(page) == page, "run scripts/draw_house.py"
+    assert draw_house.picture() == draw_house.PICTURE.read_text(encoding="utf-8"), "run scripts/draw_house.py"
+
+
+NAMED = re.compile(r"(?<![\w/.-])(?:compressor|scripts|tests|docs|recipes)/[\w./-]*\w")
+TO_BE_WRITTEN = {"compressor/passes/sign.py", "compressor/passes/settings/sign.py", "tests/passes/test_sign.py"}
+"""By whoever follows CONTRIBUTING.md."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"],
+                         ids=lambda page: str(page.relative_to(ROOT)))  # fmt: skip
+def test_files_that_a_page_names_exist(page):
+    named = set(NAMED.findall(page.read_text(encoding="utf-8"))) - TO_BE_WRITTEN
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

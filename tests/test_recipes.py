@@ -129,6 +129,10 @@ WRONG = {
     "passes: [{pass: jlcm}]\ncalibration: {tokens: 0}": (
         "recipe.yaml, calibration: tokens is 0; it should be greater than or equal to 1"
     ),
+    "passes: [{pass: jlcm}]\ngates: {min_speedup: 2}\nevaluation: {speed: false}": (
+        "recipe.yaml, gates: min_speedup is 2, but evaluation.speed is false, so that no speed is measured; leave one "
+        "of them out"
+    ),
     "calibration: 3": f"recipe.yaml, calibration: is 3; write its settings, as `{FIELD}: …`",
     "- 1": "recipe.yaml: holds [1]; write keys and values, as `passes:`",
     "name: x": "recipe.yaml: has no passes; write for example `passes: [{pass: affine}]`",

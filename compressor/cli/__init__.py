@@ -1,0 +1,1 @@
+"""The command: parsing, printing, exit statuses."""

@@ -236,8 +236,9 @@ def batch(
     """
     from compressor.batch.jobs import Batch, worst
     from compressor.batch.summary import Board, summary_table, totals
+    from compressor.core.machine import available_memory, cores
     from compressor.core.quantities import parse_size
-    from compressor.runtime.workers import Budget, LocalEngine, RayEngine, available_memory, cores
+    from compressor.runtime.workers import Budget, LocalEngine, RayEngine
 
     planned = _batch_jobs(models, {"recipes": recipe, "data": data, "arch": arch}, set_ or [])
     directory = output or Path(Path(models[0]).stem if models[0].endswith((".yaml", ".yml")) else "artifacts")
@@ -455,13 +456,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command and exits with its status."""
     args = sys.argv[1:] if arguments is None else arguments
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where whoever started us ignores it
-            signal.signal(signal.SIGINT, _interrupt)
+            signal.signal(signal.SIGINT, interrupt)
     sys.exit(_status(args or ["--help"]))
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
     """SIGTERM ends a run as Ctrl-C does: resumable. While a library is imported, which may swallow it, it waits."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -40,6 +40,7 @@ class _Memory(_Section):
 
 
 class _Speed(_Section):
+    measured: bool = True
     memory: _Memory | None = None
     failure: str | None = None
     latency_seconds: Number | None = None

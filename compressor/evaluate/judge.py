@@ -13,6 +13,7 @@ from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import REPORT, Artifact
 from compressor.core.batch import Batch
 from compressor.core.errors import CheckpointError, VerificationError
+from compressor.core.log import LoggedProgress
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
 from compressor.core.tensors import EncodedTensors
@@ -135,7 +136,7 @@ def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
     recipe = restore_recipe(report["recipe"], str(artifact.directory / REPORT))
     samples = _samples_again(checkpoint, recipe, (report.get("data") or {}).get("arguments") or {}, data)
     format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"
-    return judge(checkpoint, samples, recipe, artifact.directory, format, Progress()) or {}
+    return judge(checkpoint, samples, recipe, artifact.directory, format, LoggedProgress()) or {}
 
 
 def _samples_again(checkpoint: Checkpoint, recipe: Recipe, arguments: dict[str, Any], data: str | None) -> Samples:

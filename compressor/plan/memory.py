@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import ResourceError
+from compressor.core.machine import multiplies_bfloat16
 from compressor.core.roles import block_of
 from compressor.core.spec import CodebookSpec
 from compressor.plan.plan import Plan, PlannedTensor
@@ -160,12 +160,3 @@ def _open_bytes(tensor: PlannedTensor, recipe: Recipe) -> float:
         return 2
     moves = recipe.distill.mapping_rate and tensor.prune is None
     return FLOAT / tensor.spec.dim + (2 if moves else 0)
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware, as far as Linux tells; torch is not asked."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "amx_tile" in text or "avx512_bf16" in text

@@ -185,15 +185,19 @@ class Gates(_Section):
 
 
 class Evaluation(_Section):
-    """How much of the evaluation data is measured; 0 tokens or samples skips it, and the original's speed."""
+    """How much of the evaluation data is measured; 0 tokens or samples skips it, and the original's speed.
+
+    speed   whether load time, memory and speed are measured, of the artifact and of the original
+    """
 
     tokens: Annotated[int, Field(ge=0)] = 32768
     window: Annotated[int, Field(ge=16)] = 512
     samples: Annotated[int, Field(ge=0)] = 512
+    speed: bool = True
 
     @property
     def skipped(self) -> bool:
-        """Whether nothing is measured."""
+        """Whether no quality is measured."""
         return not (self.tokens and self.samples)
 
 

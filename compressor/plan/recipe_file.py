@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from compressor.core.errors import RecipeError, suggestion
 from compressor.core.passes import STAGES, Pass
 from compressor.passes.registry import SETTINGS, pass_class
-from compressor.plan.recipe import SECTIONS, Recipe, Step
+from compressor.plan.recipe import SECTIONS, Evaluation, Gates, Recipe, Step
 
 PACKAGE = Path(__file__).parents[1]
 TEXTS = ("name", "description", "needs")
@@ -282,7 +282,18 @@ def _finish(draft: _Draft, where: str, stem: str) -> Recipe:
                 f"order {' → '.join(STAGES)}"
             )
     sections = {key: _build(kind, draft.sections.get(key, {}), f"{where}, {key}") for key, kind in SECTIONS.items()}
+    _refuse_unmeasured_gate(sections["gates"], sections["evaluation"], draft)
     return Recipe(passes=tuple(steps), **({"name": stem} | draft.texts), **sections)  # type: ignore[arg-type]
+
+
+def _refuse_unmeasured_gate(gates: Gates, evaluation: Evaluation, draft: _Draft) -> None:
+    """Refuses a limit of the speed where the recipe says that no speed is measured."""
+    if gates.min_speedup is not None and not evaluation.speed:
+        _, place = draft.sections["gates"]["min_speedup"]
+        raise RecipeError(
+            f"{place}: min_speedup is {gates.min_speedup:g}, but evaluation.speed is false, so that no speed is "
+            "measured; leave one of them out"
+        )
 
 
 def _build_step(name: str, where: str, values: Values) -> Step:

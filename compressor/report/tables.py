@@ -133,23 +133,20 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
         binary.get("runs_as")) else []  # fmt: skip
-    notes += [f"{name} could not be measured: {text}" for name, text in unmeasured(report)]
-    parts: list[Any] = [made, *quality_tables(report.get("quality") or {}), *notes]
+    parts: list[Any] = [made, *quality_tables(report), *notes]
     return [*parts, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
 
 
 OUTPUT_COLUMNS = ("output", "of", "agreement", "KL", "cosine", "relative error", "compared")
 
 
-def quality_tables(quality: dict[str, Any]) -> list[Any]:
+def quality_tables(report: dict[str, Any]) -> list[Any]:
     """Every output where there are several, and what is to be said of figures."""
-    outputs = quality.get("outputs") or {}
+    rows = output_rows(report.get("quality") or {})
     made = table(*OUTPUT_COLUMNS, numbers=OUTPUT_COLUMNS[2:])
-    for row in output_rows(quality):
+    for row in rows:
         made.add_row(*row)
-    notes = [f"{name}: {note}" for name, each in outputs.items() for note in each.get("notes", [])]
-    notes += [f"the labels {quality['labels']}"] if quality.get("labels") else []
-    return ([made] if len(outputs) > 1 else []) + notes
+    return ([made] if len(rows) > 1 else []) + quality_notes(report)
 
 
 def output_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -162,11 +159,18 @@ def output_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-def unmeasured(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Benchmarks that failed: of what, and why."""
-    found = (("speed", "the artifact's speed"), ("original_speed", "the original's speed"))
-    failures = ((name, (report.get(key) or {}).get("failure")) for key, name in found)
-    return [(name, text) for name, text in failures if text]
+def quality_notes(report: dict[str, Any]) -> list[str]:
+    """Which figures could hardly fail, where an artifact is of no use, and what could not be measured."""
+    quality, speed = report.get("quality") or {}, report.get("speed") or {}
+    outputs = quality.get("outputs") or {}
+    notes = [f"{name}: {note}" for name, each in outputs.items() for note in each.get("notes", [])]
+    notes += [f"the labels {quality['labels']}"] if quality.get("labels") else []
+    if speed.get("measured") is False:
+        notes.append("speed and memory were not measured: evaluation.speed is false")
+    for what, found in (("artifact", speed), ("original", report.get("original_speed") or {})):
+        if found.get("failure"):
+            notes.append(f"the {what}'s speed could not be measured: {found['failure']}")
+    return notes
 
 
 def checks_table(checks: Sequence[Any]) -> Table:

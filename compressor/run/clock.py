@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from compressor.core.log import LOGGER
+from compressor.core.machine import memory_of
 from compressor.core.memory import give_back
-from compressor.evaluate.bench import memory
+from compressor.core.quantities import size
 
 
 @dataclass
@@ -26,8 +28,14 @@ class Clock:
         finally:
             spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.monotonic() - wall}
             self.stages[name] = {key: round(value, 2) for key, value in spent.items()}
-            peak = memory()["peak_resident"]
+            peak = memory_of()["peak_resident"]
             if peak is not None:
                 self.stages[name]["peak_memory"] = peak
+            LOGGER.info("%s: %s", name, _told(self.stages[name]))
             gc.collect()  # networks hold themselves in cycles
             give_back()
+
+
+def _told(stage: dict[str, float]) -> str:
+    told = f"{stage['seconds']:.1f} s, {stage['cpu_seconds']:.1f} s of CPU time"
+    return f"{told}, {size(stage['peak_memory'])} at most so far" if "peak_memory" in stage else told

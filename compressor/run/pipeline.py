@@ -27,6 +27,7 @@ from compressor.core.batch import Batch, Examples
 from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import CheckpointError, DataError, ExportError, GateFailed, UsageError
 from compressor.core.files import whole
+from compressor.core.log import LOGGER, LoggedProgress
 from compressor.core.memory import keep_freed, quick_collections
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
@@ -47,7 +48,7 @@ from compressor.evaluate.original import bench_original
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
 from compressor.plan.planning import make_plan
-from compressor.plan.recipe import Recipe, learning_window
+from compressor.plan.recipe import Evaluation, Recipe, learning_window
 from compressor.plan.recipe_file import load_recipe
 from compressor.plan.targets import aimed
 from compressor.run.blame import blame, blamed, weight_errors
@@ -106,7 +107,7 @@ def _partial(options: RunOptions) -> Path:
 def _run(options: RunOptions) -> Artifact:
     """`run`, in the first process."""
     refuse_target(options.directory, options.force)
-    progress = options.progress or Progress()
+    progress = options.progress or LoggedProgress()
     clock = Clock()
     recipe = load_recipe(options.recipe, options.sets)
     checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
@@ -150,6 +151,8 @@ def _run(options: RunOptions) -> Artifact:
         with clock.stage("evaluation"):
             proof = prove(checkpoint, tensors, partial, options, batches)
             quality = judge(original, samples, recipe, partial, options.format, progress)
+            if samples.evaluation is None and options.format == "onnx" and not recipe.evaluation.skipped:
+                LOGGER.warning("%s: no quality was measured: no evaluation data; give eval", options.directory)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
         recipe = asked.model_copy(update={"gates": promised(recipe.gates, aimed_at, quality)})
         report = _report(original, recipe, plan, samples, options, clock, work)
@@ -159,7 +162,7 @@ def _run(options: RunOptions) -> Artifact:
             report["allocation"] = allocation.report | {"loss": came_true(allocation.report["kind"], quality)}
         report |= _binary(partial, tensors)
         with clock.stage("benchmark"):
-            report |= _speeds(partial, options, original, [] if recipe.evaluation.skipped else batches)
+            report |= _speeds(partial, options, original, recipe.evaluation, batches)
         report["size"] = artifact_size(partial, report["source"]["file_bytes"])
         report["errors"] = weight_errors(checkpoint, tensors)
         failures, blames, why = _held_against_gates(
@@ -396,8 +399,10 @@ def _report(
     }  # fmt: skip
 
 
-def _speeds(partial: Path, options: RunOptions, checkpoint: Checkpoint, batches: list[Batch]) -> dict[str, Any]:
-    """Of the artifact and of its original, each in a process of its own."""
+def _speeds(
+    partial: Path, options: RunOptions, checkpoint: Checkpoint, evaluation: Evaluation, batches: list[Batch]
+) -> dict[str, Any]:
+    """Of the artifact and of its original, each in a process of its own, or that they were not measured."""
     if options.format != "onnx":
         return {}
     from compressor.evaluate.bench import bench
@@ -409,13 +414,16 @@ def _speeds(partial: Path, options: RunOptions, checkpoint: Checkpoint, batches:
             CheckpointError,
             ExportError,
         ) as error:  # the artifact is proved and judged by now: it is not lost for a figure
-            return {"failure": str(error)}
+            return {"failure": str(error).replace(f"{partial}/", "")}
 
     shapes: dict[str, list[int]] = {}
     if checkpoint.kind == "onnx" and batches and "input_ids" not in batches[0]:  # axes may be open that are not free
         shapes = {name: [1, *tensor.shape[1:]] for name, tensor in batches[0].items() if tensor.dim()}
-    found = measured(lambda: bench(partial, shapes=shapes) if shapes else bench(partial))
-    original = measured(lambda: bench_original(checkpoint, partial, batches, shapes)) if batches else None
+    if not evaluation.speed:  # `compress bench` can still measure it, with inputs of these shapes
+        return {"speed": {"measured": False} | ({"input_shapes": shapes} if shapes else {}), "original_speed": None}
+    found = measured(lambda: bench(partial, shapes=shapes))
+    asked = bool(batches) and not evaluation.skipped
+    original = measured(lambda: bench_original(checkpoint, partial, batches, shapes)) if asked else None
     return {"speed": found, "original_speed": original}
 
 

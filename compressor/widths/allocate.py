@@ -104,10 +104,10 @@ def allocate(
             chosen = _choose(ladder, target, costs, weigh)
             task.advance()
         report = _report(ladder, chosen, costs, target)
-        report["expected_bytes"] = weigh(ladder.plan_of(_options(ladder, chosen)))
+        report["expected_bytes"] = weigh(ladder.plan_of(ladder.numbered(chosen)))
         write_text(file, json.dumps({"chosen": chosen, "report": report}))
     stored = json.loads(file.read_text())
-    return Allocation(ladder.plan_of(_options(ladder, stored["chosen"])), stored["report"])
+    return Allocation(ladder.plan_of(ladder.numbered(stored["chosen"])), stored["report"])
 
 
 def refuse_unreachable(checkpoint: Any, batches: list[Batch], ladder: Ladder, target: Target) -> None:
@@ -200,11 +200,11 @@ def _choose(ladder: Ladder, target: Target, costs: Costs, weigh: Callable[[Plan]
     if graph > _SMALL * size:  # what a width needs in the graph, once for all tensors, decides whether it is worth it
         allowed = [set(part) for n in range(1, len(widths) + 1) for part in itertools.combinations(widths, n)]
     menus = [Menu.of(ladder, costs, size + graph, part) for part in allowed]
-    best: _Weighed | None = None
+    best: Weighed | None = None
     for menu in sorted(menus, key=lambda menu: menu.frontier.costs[-1])[:_MENUS]:
         if best is not None and best.close and menu.frontier.costs[-1] >= best.cost:
             break
-        found = _closest(menu, ladder, size, weigh)
+        found = closest(menu, ladder, size, weigh)
         best = min((each for each in (best, found) if each is not None), key=lambda each: each.order, default=None)
     if best is not None:
         return best.chosen
@@ -244,13 +244,13 @@ class Menu:
         while least < most:
             middle = (least + most + 1) // 2
             chosen = self.chosen(self.frontier.within(self.frontier.base + middle * self.frontier.resolution))
-            fits = ladder.plan_of(_options(ladder, chosen)).bytes_after <= limit
+            fits = ladder.plan_of(ladder.numbered(chosen)).bytes_after <= limit
             least, most = (middle, most) if fits else (least, middle - 1)
         return self.chosen(self.frontier.within(self.frontier.base + least * self.frontier.resolution))
 
 
 @dataclass(frozen=True)
-class _Weighed:
+class Weighed:
     """A choice, what it costs, and whether it comes within 1 % below the target."""
 
     chosen: dict[str, int]
@@ -262,17 +262,17 @@ class _Weighed:
         return (not self.close, self.cost)
 
 
-def _closest(menu: Menu, ladder: Ladder, size: int, weigh: Callable[[Plan], int]) -> _Weighed | None:
+def closest(menu: Menu, ladder: Ladder, size: int, weigh: Callable[[Plan], int]) -> Weighed | None:
     """The cheapest choice of at most `size` bytes, in a few rounds: how far a plan is off shows when it is weighed."""
-    best: _Weighed | None = None
+    best: Weighed | None = None
     limit, low, high, rounds = size, 0, 2 * size, 0
     while rounds < _ROUNDS or best is None:
         chosen = menu.land(ladder, limit)
-        plan = ladder.plan_of(_options(ladder, chosen))
+        plan = ladder.plan_of(ladder.numbered(chosen))
         weight = weigh(plan)
         cost = sum(menu.costs.of[name][at] for name, at in chosen.items())
         if weight <= size:
-            found = _Weighed(chosen, cost, weight >= 0.99 * size)
+            found = Weighed(chosen, cost, weight >= 0.99 * size)
             best = found if best is None else min(best, found, key=lambda each: each.order)
             if weight >= 0.998 * size or cost <= menu.frontier.costs[-1]:
                 break
@@ -304,12 +304,8 @@ def _weighed(checkpoint: Any, batches: list[Batch], ladder: Ladder) -> Callable[
     return weigh
 
 
-def _options(ladder: Ladder, chosen: dict[str, int]) -> dict[str, Option]:
-    return {name: ladder.options[name][at] for name, at in chosen.items()}
-
-
 def _report(ladder: Ladder, chosen: dict[str, int], costs: Costs, target: Target) -> dict[str, Any]:
-    options = _options(ladder, chosen)
+    options = ladder.numbered(chosen)
     cost = sum(costs.of[name][at] for name, at in chosen.items())
     tensors = {
         name: {"bits": bits_of(option.spec), "stored": option.spec.label, "bytes": option.nbytes,

@@ -48,6 +48,10 @@ class Ladder:
         }
         return cls(plan, recipe, format, mode, options)
 
+    def numbered(self, chosen: Mapping[str, int]) -> dict[str, Option]:
+        """The options of these numbers, by tensor."""
+        return {name: self.options[name][at] for name, at in chosen.items()}
+
     def plan_of(self, chosen: Mapping[str, Option]) -> Plan:
         """The plan with these options instead, its files' bytes counted again."""
         tensors = tuple(

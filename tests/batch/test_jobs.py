@@ -21,7 +21,9 @@ from compressor.runtime.workers import Budget, Ended, LocalEngine, RayEngine
 from tests import pico
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "passes: [{pass: affine, method: rtn, bits: 4, group: 16}]\nevaluation: {tokens: 0, samples: 0}\n"
+RECIPE = (
+    "passes: [{pass: affine, method: rtn, bits: 4, group: 16}]\nevaluation: {tokens: 0, samples: 0, speed: false}\n"
+)
 MANIFEST = """
 recipe: r.yaml
 arch: tests.pico:Tied

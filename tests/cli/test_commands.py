@@ -262,7 +262,7 @@ def test_an_interrupt_waits_for_an_import_that_would_swallow_it(folder, monkeypa
         "import time\nlost = False\ntry:\n    time.sleep(0.5)\nexcept BaseException:\n    lost = True\n"
     )
     monkeypatch.syspath_prepend(folder)
-    before = signal.signal(number, cli._interrupt)
+    before = signal.signal(number, cli.interrupt)
     try:
         threading.Timer(0.1, signal.raise_signal, [number]).start()
         with pytest.raises(KeyboardInterrupt):

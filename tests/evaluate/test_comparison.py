@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from pico_graphs import save_classifier
 
 from compressor.core.errors import DataError, VerificationError
 from compressor.evaluate.comparison import evaluate_outputs
 from compressor.evaluate.session import ModuleSession
+from tests.onnx.graphs import save_classifier
 
 LENGTHS = [5, 2, 3]
 MASK = np.array([[int(i < length) for i in range(5)] for length in LENGTHS])

@@ -6,12 +6,12 @@ import gc
 
 import numpy as np
 import pytest
-from pico_graphs import save_decoder
 
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.session import DecoderSession, open_session
 from compressor.runtime import sessions as inference
 from compressor.runtime.sessions import SessionApart, Settings, open_inference
+from tests.onnx.graphs import save_decoder
 
 
 @pytest.fixture

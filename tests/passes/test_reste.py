@@ -27,7 +27,7 @@ from compressor.passes.reste import (
     reste_slope,
     ste_slope,
 )
-from tests.training_case import EXAMPLE, examples, images, residual
+from tests.learning.training_case import EXAMPLE, examples, images, residual
 
 
 def weights(*shape: int, seed: int = 4) -> torch.Tensor:

@@ -196,7 +196,11 @@ def test_what_does_not_fit_together_is_refused(settings, message):
         Rounding(**settings)
 
 
-TAIL = "\nembeddings: {bits: 32}\ncalibration: {tokens: 512, window: 64}\nevaluation: {tokens: 256, window: 64}\n"
+TAIL = """
+embeddings: {bits: 32}
+calibration: {tokens: 512, window: 64}
+evaluation: {tokens: 256, window: 64, speed: false}
+"""
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "signsgd"])
@@ -229,6 +233,7 @@ def test_convolutions_learn_in_a_run(tmp_path, monkeypatch):
         sets = (
             "calibration.samples=24",
             "calibration.correct_means=false",
+            "evaluation.speed=false",
             "rounding.bits=3",
             f"rounding.steps={steps}",
         )

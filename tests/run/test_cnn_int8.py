@@ -10,30 +10,26 @@ import onnx_ir as ir
 import pytest
 import torch
 
-import compressor.evaluate.bench
 import compressor.evaluate.session
-import compressor.run.pipeline
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import DataError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
 from compressor.evaluate.session import open_session
-from compressor.export.check import _optimised
+from compressor.export.check import optimised_graph
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.pipeline import run
 from compressor.runtime.sessions import open_inference
 from tests import pico
 
-SETS = ("calibration.samples=24",)
+SETS = ("calibration.samples=24", "evaluation.speed=false")
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Images for calibration and evaluation, and no benchmark."""
+    """Images for calibration and evaluation."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-    monkeypatch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
     generator = np.random.default_rng(0)
     for name, n in (("calibration", 24), ("evaluation", 40)):
         np.savez(f"{name}.npz", image=generator.standard_normal((n, 3, 12, 12)).astype(np.float32))
@@ -71,7 +67,7 @@ def test_an_artifact_computes_in_int8_and_is_as_large_as_planned(folder, exact_s
     assert report["proof"]["as_shipped"]["max_relative_error"] < 0.05
     assert report["quality"]["top1_agreement"] > 0.9
     assert report["quality"]["mean_relative_error"] < 0.02
-    operators = [node.op_type for node in ir.load(_optimised(artifact.directory / "model.onnx", folder)).graph]
+    operators = [node.op_type for node in ir.load(optimised_graph(artifact.directory / "model.onnx", folder)).graph]
     assert operators.count("QLinearConv") == 6, "all but the stem"
     assert operators.count("QLinearAdd") == 2
 

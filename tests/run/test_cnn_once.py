@@ -14,23 +14,21 @@ import pytest
 import torch
 
 import compressor
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.core.errors import DataError
 from compressor.core.options import RunOptions
 from compressor.learning import trainer as fitting
 from compressor.run.pipeline import run
 from tests import pico
-from tests.training_case import Interrupting
+from tests.core.interrupting import Interrupting
 
 ROOT = Path(__file__).parents[2]
 SETS = ("hesso.epochs=4", "hesso.batch=16", "hesso.periods=3", "hesso.fraction=0.5", "hesso.rate=0.01",
-        "calibration.samples=24")  # fmt: skip
+        "calibration.samples=24", "evaluation.speed=false")  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """Images with labels, a network, and no benchmark."""
+    """Images with labels, a network."""
     folder = tmp_path_factory.mktemp("once")
     generator = np.random.default_rng(0)
     for name, n in (("training", 80), ("evaluation", 40)):
@@ -40,8 +38,6 @@ def folder(tmp_path_factory):
     pico.write_state_dict(pico.ResNet, folder / "model.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-        patch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
         yield folder
 
 
@@ -145,7 +141,7 @@ export: {activations: exact}
 def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, artifact):
     monkeypatch.setattr(fitting, "SECONDS_BETWEEN_SAVES", -1.0)
     with pytest.raises(KeyboardInterrupt):
-        run(options(output=Path("again"), progress=Interrupting("hesso")))
+        run(options(output=Path("again"), progress=Interrupting("hesso", 0.6)))
     assert Path("again.partial/work/structure-0-training/training.pt").is_file()
     again = run(options(output=Path("again"), resume=True))
     first, second = ((each.directory / "model.safetensors").read_bytes() for each in (artifact, again))

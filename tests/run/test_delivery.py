@@ -16,7 +16,7 @@ from compressor.run import delivery
 from compressor.run.pipeline import run
 from compressor.run.workplace import FINISHED, NOTE, WORK
 from tests import pico
-from tests.hostile import REPORT
+from tests.hostile_files.readers import REPORT
 
 
 class Killed(BaseException):
@@ -84,7 +84,9 @@ def test_an_end_at_any_step_leaves_the_artifact_alone_or_what_to_resume(tmp_path
 
 
 def test_what_an_end_left_behind_is_in_nobodys_way(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("passes: [{pass: affine, bits: 4, group: 16}]\nevaluation: {tokens: 0}\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "passes: [{pass: affine, bits: 4, group: 16}]\nevaluation: {tokens: 0, speed: false}\n"
+    )
     options = RunOptions(str(pico.llama(tmp_path / "llama", n_layers=2)), str(tmp_path / "recipe.yaml"))
     partial = tmp_path / "out.partial"
     (partial / WORK).mkdir(parents=True)  # empty: the note went last

@@ -13,8 +13,6 @@ import transformers
 from torch import nn
 
 import compressor
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError, RecipeError
 from compressor.core.options import RunOptions
@@ -29,14 +27,15 @@ from compressor.plan.recipe_file import load_recipe
 from compressor.plan.sizes import smaller_bytes
 from compressor.run.pipeline import run
 from compressor.structure.stage import next_tokens
-from tests import pico, training_case
+from tests import pico
+from tests.learning import training_case
 
 EXAMPLE = {"input_ids": torch.arange(40).view(2, 20)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    """A decoder of 8 heads on 4, an encoder, texts, and no benchmark."""
+def folder(tmp_path_factory, bert):
+    """A decoder of 8 heads on 4, an encoder, texts."""
     folder = tmp_path_factory.mktemp("structure")
     config = transformers.LlamaConfig(
         vocab_size=pico.VOCABULARY, hidden_size=80, intermediate_size=108, num_hidden_layers=2, num_attention_heads=8,
@@ -44,18 +43,16 @@ def folder(tmp_path_factory):
         eos_token_id=1,
     )  # fmt: skip
     pico.saved(config, transformers.LlamaForCausalLM, folder / "llama")
-    pico.bert(folder / "bert")
+    (folder / "bert").symlink_to(bert)
     for seed in (1, 2):
         (folder / f"{seed}.txt").write_text(pico.text(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-        patch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
         yield folder
 
 
 def options(model: str, recipe: str, name: str, *sets: str) -> RunOptions:
-    known = ("calibration.tokens=1024", "calibration.window=64", "lrp.step=0.25", *sets)
+    known = ("calibration.tokens=1024", "calibration.window=64", "lrp.step=0.25", "evaluation.speed=false", *sets)
     return RunOptions(model, recipe, Path(name), data="1.txt", eval="2.txt", sets=known, force=True)
 
 
@@ -75,7 +72,7 @@ def test_a_decoder_becomes_narrower_and_its_config_says_so():
 def test_four_bits_follow_a_narrower_decoder(folder):
     (folder / "both.yaml").write_text(
         "passes:\n  - {pass: lrp, criterion: taylor, fraction: 0.25, of: units, spread: group, compensate: bias}\n"
-        "  - {pass: affine, bits: 4, group: 16}\nevaluation: {tokens: 256, window: 32}\n"
+        "  - {pass: affine, bits: 4, group: 16}\nevaluation: {tokens: 256, window: 32, speed: false}\n"
     )
     artifact = run(options("llama", "both.yaml", "both"))
     assert artifact.report["proof"]["exact"]["max_relative_error"] < 1e-4

@@ -14,19 +14,13 @@ from compressor.core.tensors import EncodedTensors
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.pipeline import run
-from tests import pico
 
 TAIL = """
 embeddings: {bits: 32}
 calibration: {tokens: 512, window: 64}
-evaluation: {tokens: 256, window: 64}
+evaluation: {tokens: 256, window: 64, speed: false}
 """
 DOWN = "model.layers.0.mlp.down_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return pico.llama(tmp_path_factory.mktemp("llama"))
 
 
 def written(folder: Path, passes: str, rest: str = TAIL) -> Path:

@@ -31,11 +31,6 @@ MARK = pico.VOCABULARY + 7
 """A token that no text has."""
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return pico.llama(tmp_path_factory.mktemp("models") / "llama")
-
-
 def recipe(calibration: Calibration, distill: Distill) -> Recipe:
     return load_recipe("llm-2bit").model_copy(update={"calibration": calibration, "distill": distill})
 
@@ -148,9 +143,9 @@ def test_a_model_without_a_first_token_is_refused(llama, tmp_path):
         start_token(checkpoint, tmp_path)
 
 
-def test_what_is_no_decoder_writes_no_text(tmp_path):
+def test_what_is_no_decoder_writes_no_text(bert, tmp_path):
     with pytest.raises(DataError, match="writes no text; set generated to 0"):
-        start_token(open_checkpoint(pico.bert(tmp_path / "bert")), tmp_path)
+        start_token(open_checkpoint(bert), tmp_path)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])

@@ -82,7 +82,7 @@ class Processes:
     def evaluate(self, students: Sequence[Student]) -> Iterator[tuple[Student, float]]:
         done: queue.Queue[tuple[Student, float] | Exception] = queue.Queue()
         chunks: queue.Queue[list[Student]] = queue.Queue()
-        for chunk in _chunks(sorted(students), len(self.workers)):
+        for chunk in neighbours(sorted(students), len(self.workers)):
             chunks.put(chunk)
         threads = [threading.Thread(target=self._drive, args=(number, chunks, done), daemon=True)
                    for number in range(len(self.workers))]  # fmt: skip
@@ -147,7 +147,7 @@ class RayPool:
         n = int(self._ray.cluster_resources().get("CPU", 1))
         waiting = [
             self._task.remote(str(self.file), [student.key for student in chunk])
-            for chunk in _chunks(sorted(students), n)
+            for chunk in neighbours(sorted(students), n)
         ]
         while waiting:
             done, waiting = self._ray.wait(waiting)
@@ -158,7 +158,7 @@ class RayPool:
         """The cluster stays as it was."""
 
 
-def _chunks(students: Sequence[Student], n: int) -> list[list[Student]]:
+def neighbours(students: Sequence[Student], n: int) -> list[list[Student]]:
     """About `n` runs of neighbours, which share most."""
     size = max(1, -(-len(students) // n))
     return [list(students[i : i + size]) for i in range(0, len(students), size)]

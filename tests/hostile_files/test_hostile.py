@@ -19,7 +19,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError
 from compressor.data import load as load_data
-from tests.hostile import READERS, attempt, damaged
+from tests.hostile_files.readers import READERS, attempt, damaged
 
 EXAMPLES = 40
 

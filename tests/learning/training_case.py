@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from compressor.core.batch import Examples
 from compressor.core.encoding import Layout
-from compressor.core.progress import Progress, Task
 from compressor.core.structure import Layer, Outcome, Subject
 from compressor.core.training import Training
 from compressor.graph.blocks import layers
@@ -116,23 +114,3 @@ def trained(method: TrainingPass, module: nn.Module | None = None) -> tuple[Subj
     """The subject, its units masked, and what the pass made of it."""
     subject = subject_of(module or residual(), method)
     return subject, method.restructure(subject)
-
-
-class Interrupting(Progress):
-    """Raises in the middle of a task whose description begins with `what`."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def task(self, description, total):
-        due = description.startswith(self.what)
-
-        class Ends(Task):
-            done = 0.0
-
-            def advance(self, steps=1.0, note=""):
-                self.done += steps
-                if due and self.done > 0.6:
-                    raise KeyboardInterrupt
-
-        return nullcontext(Ends())
