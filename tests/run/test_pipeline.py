@@ -15,6 +15,7 @@ from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError, GateFailed, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
+from compressor.evaluate import bench
 from compressor.evaluate.session import open_session
 from compressor.report.tables import run_tables
 from compressor.run.pipeline import run
@@ -278,8 +279,8 @@ def test_a_benchmark_that_fails_ends_no_run(llama, monkeypatch):
     def failing(directory, **_):
         raise CheckpointError(f"{directory}/model.onnx: could not be measured; it ran away")
 
-    monkeypatch.setattr(compressor.evaluate.bench, "bench", failing)
-    artifact = run(options(llama))
+    monkeypatch.setattr(bench, "bench", failing)
+    artifact = run(options(llama, sets=("evaluation.speed=true", "evaluation.tokens=0")))
     assert artifact.report["speed"] == {"failure": "model.onnx: could not be measured; it ran away"}
     page = (artifact.directory / "report.html").read_text()
     assert "speed could not be measured: model.onnx: could not be measured; it ran away" in page
