@@ -11,6 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+_SCARCE = 200_000_000
+"""Bytes that are free, below which anything may fail."""
+
 
 def available_memory() -> int:
     """Bytes that new processes may take without swapping."""
@@ -27,6 +30,30 @@ def cores() -> int:
         return len(psutil.Process().cpu_affinity() or ()) or 1
     except AttributeError:  # macOS ties no process to cores
         return psutil.cpu_count() or 1
+
+
+def is_scarce(share: float = 0.5) -> bool:
+    """Whether memory may have been what an odd error came of: little is left, or much of what this process may have
+    is taken. A limit may be lower than what the machine has (`ulimit -v`)."""
+    if available_memory() < _SCARCE:
+        return True
+    if sys.platform == "win32":
+        return False
+    import resource
+
+    limits = (resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    finite = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    return bool(finite) and _address_space() >= share * min(finite)
+
+
+def _address_space() -> int:
+    """Bytes that this process has had mapped at most."""
+    import psutil
+
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak:")), 0)
+    return psutil.Process().memory_info().vms
 
 
 def multiplies_bfloat16() -> bool:

@@ -48,5 +48,5 @@ def _named(found: Mapping | tuple | list, prefix: str) -> Iterator[tuple[str, Te
             continue
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value
-        elif isinstance(value, NESTED):
+        elif isinstance(value, (Mapping, tuple, list)):
             yield from _named(value, f"{prefix}{name}.")

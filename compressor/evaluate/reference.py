@@ -36,7 +36,7 @@ def original_outputs(
         batches: Arguments of its forward by name. A single one, unless it is input_ids, is given by position.
     """
     if checkpoint.kind == "onnx":
-        session = open_session(checkpoint.path, apart=True)
+        session = open_session(checkpoint.source.files[0], apart=True)
         yield from (session.outputs_of(batch) for batch in batches)
         return
     calls = [as_batch(batch) for batch in batches]

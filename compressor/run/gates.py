@@ -6,12 +6,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from compressor.core.report import Report
 from compressor.plan.recipe import Gates
 from compressor.widths.allocate import Target
 from compressor.widths.losses import Kind
 
 Limit = tuple[str, float | None, float | None, int]
 """What is limited, what was found, the gate, and 1 where less is better, −1 where more is."""
+_KINDS: tuple[tuple[str, Kind], ...] = (
+    ("cosine", "cosine"),
+    ("top1_agreement", "accuracy"),
+    ("relative_error", "error"),
+)
 
 
 def promised(gates: Gates, target: Target, quality: Mapping[str, Any] | None = None) -> Gates:
@@ -44,19 +50,15 @@ def _limit(gates: Gates, kind: Kind, loss: float, labelled: bool) -> dict[str, f
 def measured_kinds(quality: Mapping[str, Any] | None) -> tuple[Kind, ...]:
     """The kinds of loss that were measured: of a language model its perplexity alone."""
     quality = quality or {}
-    kinds: tuple[tuple[str, Kind], ...] = (
-        ("cosine", "cosine"),
-        ("top1_agreement", "accuracy"),
-        ("relative_error", "error"),
-    )
     if quality.get("ratio") is not None:
         return ("perplexity",)
-    return tuple(each for key, each in kinds if quality.get(key) is not None)
+    return tuple(kind for key, kind in _KINDS if quality.get(key) is not None)
 
 
 def measured_kind(quality: Mapping[str, Any] | None, kind: Kind) -> Kind:
     """The kind of loss that was measured, where there are several the first."""
-    return next(iter(measured_kinds(quality)), kind)
+    found = measured_kinds(quality)
+    return found[0] if found else kind
 
 
 def came_true(kind: Kind, quality: Mapping[str, Any] | None) -> float | None:
@@ -73,12 +75,12 @@ def came_true(kind: Kind, quality: Mapping[str, Any] | None) -> float | None:
     return None if quality.get("top1_agreement") is None else 1 - quality["top1_agreement"]
 
 
-def speedup(report: dict[str, Any]) -> float | None:
+def speedup(report: Report) -> float | None:
     """How many times as fast as the original: tokens/s of decoding, else one over latency; None: not measured."""
-    found, original = report.get("speed") or {}, report.get("original_speed") or {}
     for key, power in (("decode_tokens_per_second", 1), ("latency_seconds", -1)):
-        if found.get(key) and original.get(key):
-            return (found[key] / original[key]) ** power
+        found, original = (getattr(speed, key, None) for speed in (report.speed, report.original_speed))
+        if found and original:
+            return (found / original) ** power
     return None
 
 
@@ -103,11 +105,12 @@ def lost_quality(gates: Gates, quality: Mapping[str, Any] | None) -> list[str]:
     )
 
 
-def lost_size_or_speed(gates: Gates, report: dict[str, Any]) -> list[str]:
+def lost_size_or_speed(gates: Gates, report: Report) -> list[str]:
     """A sentence for each limit of size and speed that the artifact does not keep."""
+    size = None if report.size is None else report.size.bytes / 1e6
     megabytes = None if gates.max_size is None else gates.max_size / 1e6
     return _broken(
-        ("size in MB, every file,", report["size"]["bytes"] / 1e6, megabytes, 1),
+        ("size in MB, every file,", size, megabytes, 1),
         ("speed over the original's", speedup(report), gates.min_speedup, -1),
     )
 
@@ -115,7 +118,7 @@ def lost_size_or_speed(gates: Gates, report: dict[str, Any]) -> list[str]:
 def _broken(*limits: Limit) -> list[str]:
     failures = []
     for name, value, limit, sign in limits:
-        if limit is not None and (value is None or sign * value > sign * limit):
+        if limit is not None and (value is None or not sign * value <= sign * limit):  # NaN keeps none
             found = "was not measured" if value is None else f"is {value:.4g}"
             failures.append(f"{name} {found}, the gate is {limit:g}")
     return failures
