@@ -12,18 +12,20 @@ from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from compressor.cli.exit_status import INTERRUPTED, explained
 from compressor.cli.help_examples import COMMANDS, epilog
-from compressor.core.artifact import Artifact, failed_directory, is_artifact
 from compressor.core.errors import GateFailed, ResourceError, UsageError, suggestion
 from compressor.core.failures import RESOURCES
 from compressor.core.options import RunOptions
 from compressor.core.terminal import failure_of, open_streams, printable
+
+if TYPE_CHECKING:
+    from compressor.core.artifact import Artifact
 
 _RESUMABLE: list[Callable[[], bool]] = []
 """Tell whether the command that is running has work that --resume would go on from."""
@@ -168,6 +170,7 @@ def run(
 
     first_recipe(options)  # before torch is imported
 
+    from compressor.core.artifact import Artifact, failed_directory, is_artifact
     from compressor.core.progress import make_progress
     from compressor.run.place import resumable
 
@@ -351,6 +354,7 @@ def evaluate(
 
     Of the artifact in onnxruntime.
     """
+    from compressor.core.artifact import Artifact
     from compressor.evaluate.again import Given, named_paths
     from compressor.evaluate.judge import evaluate as measure
 
@@ -457,7 +461,7 @@ def report(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show a run as one HTML page with pictures."""
-    from compressor.core.artifact import PAGE, refuse_unsealed, reseal
+    from compressor.core.artifact import PAGE, Artifact, refuse_unsealed, reseal
     from compressor.report.facts import siblings
     from compressor.report.page import write_page
 
