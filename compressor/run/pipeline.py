@@ -22,7 +22,7 @@ from compressor.core.log import LOGGER, LoggedProgress
 from compressor.core.memory import keep_freed, quick_collections
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
-from compressor.core.report import Gates, Proof
+from compressor.core.report import Gates, Proof, Quality
 from compressor.core.snapshot import Snapshot
 from compressor.core.work import Work
 from compressor.evaluate.distances import weight_errors
@@ -111,12 +111,13 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
             if samples.evaluation is None and options.format == "onnx" and not recipe.evaluation.skipped:
                 LOGGER.warning("%s: no quality was measured: no evaluation data; give eval", options.directory)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
-        asked = start.recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
+        asked = start.recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at, quality)})
         report = report_of(start, identity, asked, encoded.plan, course.reports, work)
         report.proof = None if proof is None else Proof.model_validate(proof)
-        report.quality, report.least_onnxruntime = quality, least
+        report.quality = None if quality is None else Quality.model_validate(quality)
+        report.least_onnxruntime = least
         if encoded.allocation is not None:
-            report.allocation = encoded.allocation | {"loss": came_true(target.kind, quality)}
+            report.allocation = encoded.allocation | {"loss": came_true(encoded.allocation["kind"], quality)}
         if (binary := binary_layers(partial, tensors)) is not None:
             report.binary = binary
         with clock.stage("benchmark"):
