@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from compressor.export.decoding import unpacked, zero_points
+from compressor.export.decoding import unpacked
 from compressor.export.forms import Form, stored_codes
+from compressor.export.pairs import nibbles_in_pairs, planes_in_pairs
 from compressor.export.parts import Parts, digits
 from compressor.export.units import Unit
 from compressor.ops.widths import packed_columns, plane_widths
@@ -61,7 +62,15 @@ def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
         return None
     if form.direct and blocks == parts.groups and not form.shifted:
         return parts.by_row("zeros", UINT8, zero_bytes)
-    zeros = b.cast(_whole_zeros(parts), ir.DataType.INT32) if form.shifted else unpacked(parts, "zeros", parts.groups)
+    if blocks == parts.groups and not form.shifted:
+        values = tuple(range(2 ** parts.description["bits"]))
+        return b.reshape(_ored_planes(parts, values, form.bits, "zeros", blocks), -1, zero_bytes)
+    if blocks == parts.groups and form.bits == 4 and blocks % 2 == 0:
+        stored = parts.by_row("zeros", ir.DataType.UINT16, zero_bytes)
+        return b.op("Gather", nibbles_in_pairs(b, _whole(parts).astype(np.uint8)), b.cast(stored, ir.DataType.INT32))
+    zeros = unpacked(parts, "zeros", parts.groups)
+    if form.shifted:
+        zeros = b.op("Gather", b.constant(_whole(parts).astype(np.int32)), zeros)
     spread = _per_block(parts, zeros, form)
     padded = _padded(parts, spread, blocks, packed_columns(blocks, form.bits) * 8 // form.bits)
     per = 8 // form.bits
@@ -73,13 +82,18 @@ def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
 def kernel_shifts(parts: Parts) -> ir.Value:
     """What a group's inputs are multiplied by, beside the product with whole zero points: float32 (rows, groups)."""
     b = parts.builder
-    return b.op("Mul", parts.scales(), b.op("Sub", _whole_zeros(parts), zero_points(parts)))
+    between = b.constant(_whole(parts) - _points(parts))
+    return b.op("Mul", parts.scales(), b.op("Gather", between, parts.plane_index("zeros", 8, parts.groups)))
 
 
-def _whole_zeros(parts: Parts) -> ir.Value:
-    """The codes nearest to the zero points, float32 (rows, groups)."""
-    b = parts.builder
-    return b.op("Min", b.op("Round", zero_points(parts)), b.constant(float(2 ** parts.description["bits"] - 1)))
+def _points(parts: Parts) -> np.ndarray:
+    """The zero point that each byte of fine ones says, float32 (256,)."""
+    return np.arange(256, dtype=np.float32) * np.float32(1 / parts.zero_steps)
+
+
+def _whole(parts: Parts) -> np.ndarray:
+    """The codes nearest to them, float32 (256,)."""
+    return np.minimum(np.round(_points(parts)), np.float32(2 ** parts.description["bits"] - 1))
 
 
 def _looked_up(parts: Parts, form: Form) -> ir.Value:
@@ -87,21 +101,25 @@ def _looked_up(parts: Parts, form: Form) -> ir.Value:
     if parts.description["kind"] == "codebook":
         return _codewords(parts)
     assert form.values is not None
-    return _ored_planes(parts, form.values, form.bits)
+    return _ored_planes(parts, form.values, form.bits, "codes", stored_codes(parts.description)[0])
 
 
-def _ored_planes(parts: Parts, values: tuple[int, ...], kernel_bits: int) -> ir.Value:
+def _ored_planes(parts: Parts, values: tuple[int, ...], kernel_bits: int, stem: str, n_codes: int) -> ir.Value:
     """Each plane's bytes looked up; planes hold separate bits of the values, so OR joins them."""
     b, shift, joined = parts.builder, 0, None
-    n_codes = stored_codes(parts.description)[0]
-    needed = packed_columns(n_codes, kernel_bits)
-    for part, width in parts.planes():
+    needed, planes, tables = packed_columns(n_codes, kernel_bits), parts.planes(stem), []
+    for _, width in planes:
         base = values[0] if shift else 0
-        table = byte_table(width, tuple(values[i << shift] - base for i in range(2**width)), kernel_bits)
+        tables.append(byte_table(width, tuple(values[i << shift] - base for i in range(2**width)), kernel_bits))
+        shift += width
+    paired = planes_in_pairs(parts, stem, n_codes, tables)
+    if paired is not None:
+        return paired
+    for (part, width), table in zip(planes, tables, strict=True):
         rows = b.op("Gather", b.constant(table), parts.plane_index(part, width, n_codes))
         have = packed_columns(n_codes, width) * table.shape[1]
         rows = _fitted(parts, b.reshape(rows, -1, have), have, needed)
-        joined, shift = rows if joined is None else b.op("BitwiseOr", joined, rows), shift + width
+        joined = rows if joined is None else b.op("BitwiseOr", joined, rows)
     assert joined is not None
     return joined
 
@@ -112,7 +130,7 @@ def _codewords(parts: Parts) -> ir.Value:
     dim, books = description["dim"], len(description["counts"])
     n_codes, width = stored_codes(description)
     if dim == 1 and width == 3:
-        planes = _ored_planes(parts, tuple(range(8)), 4)
+        planes = _ored_planes(parts, tuple(range(8)), 4, "codes", n_codes)
         index, table, entry_bytes, entries = b.cast(planes, ir.DataType.INT32), _byte_codewords(parts, 4), 1, 256
         n_index = packed_columns(n_codes, 4)
     elif width < 8 and len(plane_widths(width)) == 1:
