@@ -32,6 +32,8 @@ import yaml
 from material import ROOT, model_dir
 from measured import markdown, read_results, write_results
 
+from compressor.core.machine import available_memory, cores
+
 RECIPES = {
     "gptq4": "{pass: affine, method: gptq, bits: 4, group: 32}",
     "rtn8": "{pass: affine, bits: 8, group: row}",
@@ -76,7 +78,8 @@ def batch_table(results: dict[str, Any]) -> str:
 
 def write_models(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The entries of a manifest that come to good, and those that do not."""
-    from tests import pico, pico_onnx
+    from tests import pico
+    from tests.onnx import graphs
 
     for name, step in RECIPES.items():
         (folder / f"{name}.yaml").write_text(f"passes: [{step}]\n{REST}")
@@ -85,8 +88,8 @@ def write_models(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     images = np.random.default_rng(0)
     np.savez(folder / "digits.npz", x=images.normal(size=(96, 1, 28, 28)).astype(np.float32))
     np.savez(folder / "resnet.npz", x=images.normal(size=(96, 3, 16, 16)).astype(np.float32))
-    np.savez(folder / "pixels.npz", pixels=pico_onnx.images_data(96))
-    np.savez(folder / "tokens.npz", input_ids=pico_onnx.tokens_data(96))
+    np.savez(folder / "pixels.npz", pixels=graphs.images_data(96))
+    np.savez(folder / "tokens.npz", input_ids=graphs.tokens_data(96))
     return [*_real(folder), *_pico(folder)], [*_missing(folder), *_broken(folder)]
 
 
@@ -120,7 +123,8 @@ def _real(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _pico(folder: Path) -> Iterator[dict[str, Any]]:
     """Thirty-one jobs."""
-    from tests import pico, pico_onnx
+    from tests import pico
+    from tests.onnx import graphs
 
     every = _recipes("gptq4", "rtn8", "codes2")
     for n_layers in (2, 3, 4, 5):
@@ -132,7 +136,7 @@ def _pico(folder: Path) -> Iterator[dict[str, Any]]:
         yield {"path": kind.__name__, "recipes": every, **TEXTS}
     pico.write_state_dict(pico.ResNet, folder / "resnet.pt")
     yield {"path": "resnet.pt", "arch": "tests.pico:ResNet", "data": "resnet.npz", "recipes": [*every, "cnn-4bit"]}
-    for make, data in ((pico_onnx.tokens, "tokens.npz"), (pico_onnx.images, "pixels.npz")):
+    for make, data in ((graphs.tokens, "tokens.npz"), (graphs.images, "pixels.npz")):
         path = make(folder)
         yield {"path": path.name, "data": data, "recipes": every}
 
@@ -189,7 +193,7 @@ def run_ray(folder: Path, manifest: str, output: str) -> tuple[int, int]:
     from compressor.batch.jobs import Batch, worst
     from compressor.batch.manifest import read_manifest
     from compressor.batch.summary import Board
-    from compressor.runtime.workers import Budget, RayEngine, available_memory
+    from compressor.runtime.workers import Budget, RayEngine
 
     os.environ.update(environment(folder))
     os.chdir(folder)
@@ -270,7 +274,7 @@ def throughput(folder: Path, good: list[dict[str, Any]], repeats: int) -> dict[s
             print(f"--jobs {jobs}: {spent:.1f} s", flush=True)
     speedup = min(seconds[1]) / min(seconds[2])
     return {
-        "n_jobs": len(short), "cores": len(os.sched_getaffinity(0)), "seconds_1": seconds[1], "seconds_2": seconds[2],
+        "n_jobs": len(short), "cores": cores(), "seconds_1": seconds[1], "seconds_2": seconds[2],
         "speedup": round(speedup, 3), "same_bytes": bytes_of[1] == bytes_of[2],
     }  # fmt: skip
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from measured import cached, markdown, read_results, write_results
+
+from compressor.core.machine import private_memory
 
 WIDTH, INNER, HEADS, KV_HEADS, VOCABULARY = 1024, 2816, 16, 4, 8192
 SEQUENCES, WINDOW = 8, 256
@@ -65,15 +66,6 @@ def gather(directory: Path) -> None:
     print(time.process_time() - began, flush=True)
 
 
-def anonymous(pid: int) -> int:
-    """Bytes of anonymous memory that a process holds now."""
-    try:
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return 1024 * int(found[1]) if found else 0
-
-
 def watch(n_layers: int, threads: int) -> dict[str, Any]:
     """Peak bytes, and CPU-seconds, of one network."""
     directory = make_model(n_layers)
@@ -82,9 +74,9 @@ def watch(n_layers: int, threads: int) -> dict[str, Any]:
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    before = peak = anonymous(process.pid)
+    before = peak = private_memory(process.pid) or 0
     while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
+        peak = max(peak, private_memory(process.pid) or 0)
         time.sleep(SAMPLED_EVERY)
     if process.returncode:
         sys.exit(f"bench_gradients: gathering ended with status {process.returncode}")

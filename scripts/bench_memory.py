@@ -32,6 +32,7 @@ from material import model_dir
 from measured import cached, markdown, read_results, write_results
 
 from compressor.checkpoints import open_checkpoint
+from compressor.core.machine import private_memory
 from compressor.evaluate import bench
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
@@ -120,7 +121,7 @@ def memory(pid: int, closely: bool) -> dict[str, int]:
     """Bytes of a process now: anonymous and dirty pages, clean pages of its files. Looked at `closely`, which costs the
     kernel a walk over all pages; else of anonymous pages alone."""
     if not closely:
-        return {"own": bench.memory(pid)["private"] or 0, "mapped": 0}
+        return {"own": private_memory(pid) or 0, "mapped": 0}
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:  # it has ended

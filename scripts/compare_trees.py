@@ -4,7 +4,8 @@
     git worktree add ../before main
     scripts/compare_trees.py ../before .
 
-Everything has to be equal but what compression.json says of cost, speed and whose run it was.
+Everything has to be equal but what compression.json says of cost, speed and whose run it was. Speed is not measured,
+where the tree's recipes have `evaluation.speed` to leave it out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from tests import pico, pico_onnx  # noqa: E402
+from tests import pico  # noqa: E402
+from tests.onnx import graphs  # noqa: E402
 
 ARRAYS = ("--data", "calibration.npz", "--eval", "evaluation.npz", "--arch", "tests.pico:ResNet")
 LABELLED = ("--data", "labelled.npz", "--eval", "labelled-evaluation.npz", "--arch", "tests.pico:ResNet")
@@ -36,7 +38,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "cnn": ("resnet.pt", "-r", "cnn-int8", *ARRAYS),
     "onnx": ("images.onnx", "-r", "cnn-4bit", "--data", "images.npz", "--eval", "images-evaluation.npz"),
     "structure": ("resnet.pt", "-r", "cnn-explain", *ARRAYS),
-    "training": ("resnet.pt", "-r", "cnn-once", *LABELLED, "--set", "hesso.epochs=2"),
+    "training": ("resnet.pt", "-r", "cnn-once", *LABELLED, "--set", "hesso.epochs=2", "--set", "hesso.batch=16",
+                 "--set", "hesso.periods=4"),
 }  # fmt: skip
 OF_THE_RUN = ("cost", "speed", "original_speed", "identity", "versions", "compressor")
 
@@ -50,7 +53,7 @@ def make_sources(folder: Path) -> None:
     )  # fmt: skip
     pico.saved(config, transformers.BertForMaskedLM, folder / "bert")
     pico.write_state_dict(pico.ResNet, folder / "resnet.pt")
-    pico_onnx.images(folder)
+    graphs.images(folder)
     generator = np.random.default_rng(0)
     for name, n in (("calibration", 32), ("evaluation", 16)):
         np.savez(folder / f"{name}.npz", generator.normal(size=(n, 3, 12, 12)).astype(np.float32))
@@ -61,18 +64,27 @@ def make_sources(folder: Path) -> None:
 
 
 def compress(tree: Path, sources: Path, output: Path, run: str) -> None:
-    """One recipe by the code of one tree; speed is not measured anew where the tree knows how to leave it out."""
+    """One recipe by the code of one tree."""
+    recipe = json.loads(called(tree, sources, "recipes", RUNS[run][2], "--json"))
+    unmeasured = ("--set", "evaluation.speed=false") if "speed" in recipe["evaluation"] else ()
+    called(tree, sources, *RUNS[run], *unmeasured, "-o", str(output / run))
+
+
+def called(tree: Path, folder: Path, *arguments: str) -> str:
+    """What the command of one tree prints."""
     environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-m", "compressor", *RUNS[run], "-o", str(output / run)]
-    found = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-m", "compressor", *arguments]
+    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if found.returncode:
-        sys.exit(f"{tree}, {run}: status {found.returncode}\n{found.stderr[-2000:]}")
+        sys.exit(f"{tree}, {' '.join(arguments)}: status {found.returncode}\n{found.stderr[-2000:]}")
+    return found.stdout
 
 
 def description(path: Path) -> dict[str, Any]:
     """compression.json without what is of the one run."""
     found = json.loads(path.read_text(encoding="utf-8"))
     hashes = found.get("sha256", {})
+    found["recipe"]["evaluation"].pop("speed", None)
     return {key: value for key, value in found.items() if key not in OF_THE_RUN} | {"sha256": hashes}
 
 

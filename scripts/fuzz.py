@@ -41,7 +41,7 @@ def fuzz_table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    from tests.hostile import READERS  # on use: who only wants the table need not wait for torch
+    from tests.hostile_files.readers import READERS  # on use: who only wants the table need not wait for torch
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("readers", nargs="*", default=list(READERS))
@@ -63,7 +63,7 @@ def main() -> None:
 def fuzz(name: str, options: argparse.Namespace) -> dict[str, object]:
     """Counts of one reader; findings are written to the folder of findings."""
 
-    from tests.hostile import READERS, attempt, damaged
+    from tests.hostile_files.readers import READERS, attempt, damaged
 
     generator, kinds = random.Random(f"{options.seed}:{name}"), collections.Counter()
     with tempfile.TemporaryDirectory() as scratch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import re
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_a_pass_stands_on_core_ops_its_settings_and_shared_parts(module):
 WITHOUT_TORCH = (
     "cli.commands", "cli.exit_status", "plan.recipe", "plan.recipe_file", "plan.planning", "evaluate.inspection",
     "core.progress", "core.passes", "core.training", "core.spec", "core.roles", "core.errors", "core.options",
-    "core.artifact", "passes.registry", "ops.widths", "ops.schedules",
+    "core.artifact", "core.report", "passes.registry", "ops.widths", "ops.schedules", "run.prepare",
 )  # fmt: skip
 
 
@@ -65,3 +66,10 @@ def test_reading_recipes_and_headers_needs_no_torch():
         heavy = sorted(MODULES[module].libraries & {"torch", "transformers", "onnxruntime", "numpy"})
         assert not heavy, f"{module} imports {heavy}"
     assert "passes.settings.affine" in reached
+
+
+def test_one_module_asks_the_system_for_memory_and_processor():
+    asking = {
+        name for name in MODULES if re.search(r"\bpsutil\b|/proc/", MODULES[name].path.read_text(encoding="utf-8"))
+    }
+    assert asking == {"core.machine"}

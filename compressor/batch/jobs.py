@@ -21,12 +21,17 @@ from compressor.batch.summary import SEVERITY, Board, Outcome, outcome_of, write
 from compressor.core.artifact import Artifact, damaged_files, failed_directory, is_artifact
 from compressor.core.artifact import beside as sibling
 from compressor.core.errors import CompressorError, UsageError
-from compressor.core.locking import locked
+from compressor.core.failures import explain
+from compressor.core.locking import is_held, locked
+from compressor.core.reading import read_bytes
 from compressor.runtime.workers import INTERRUPTED, Budget, Ended, Engine
 
 JOURNAL = ".journal.jsonl"
+LARGEST_JOURNAL = 1_000_000_000
 KILLED = 4
 """Status of a job whose worker was lost each time: on Linux, it is the kernel that kills what takes too much memory."""
+PATIENCE_SECONDS = 30.0
+"""That a job waits for a worker of an earlier batch, which was killed, to let go of its folder."""
 
 
 @dataclass
@@ -46,6 +51,8 @@ class Batch:
     resume: bool = False
     force: bool = False
     retries: int = 1
+    unwritten: str = ""
+    """Why the journal or the summary could not be written; what the jobs made is there all the same."""
     _earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
     _writing: Lock = field(default_factory=Lock)
     _stopping: Event = field(default_factory=Event)
@@ -65,7 +72,10 @@ class Batch:
                 pending = [pool.submit(self._to_its_end, job, board) for job in self.jobs]
                 self._wait(pending, board)
             outcomes = [future.result() for future in pending]
-            write_summary(self.output, outcomes, time.monotonic() - started)
+            try:
+                write_summary(self.output, outcomes, time.monotonic() - started)
+            except OSError as error:
+                self.unwritten = explain(error)[1]
             return outcomes
 
     def _wait(self, pending: list[Future], board: Board) -> None:
@@ -75,11 +85,14 @@ class Batch:
                 _, left = wait(left, timeout=0.25)
                 board.refresh()
             except KeyboardInterrupt:
-                board.say("interrupted; what runs is ended so that --resume can go on with it")
+                board.say("interrupted; what runs is ended so that --resume can go on with it; again ends it at once")
                 self._stopping.set()
                 self.engine.stop()
 
     def _refuse_existing(self) -> None:
+        links = [self.output / name for name in (JOURNAL, "logs") if (self.output / name).is_symlink()]
+        if links:
+            raise UsageError(f"{links[0]}: is a link, and nothing is written through one; remove it")
         there = [job.name for job in self.jobs if is_artifact(self.output / job.name)]
         if there and not (self.resume or self.force):
             raise UsageError(
@@ -88,7 +101,13 @@ class Batch:
             )
 
     def _to_its_end(self, job: Job, board: Board) -> Outcome:
-        outcome = self._outcome(job, board)
+        started = time.monotonic()
+        try:
+            outcome = self._outcome(job, board)
+        except Exception as error:  # whatever it is, it is this job's alone: nothing takes the others down
+            status, message = explain(error)
+            spent = round(time.monotonic() - started, 2)
+            outcome = Outcome(job.name, job.model, job.recipe, status, message, seconds=spent)
         if not self._stopping.is_set() or outcome.status != INTERRUPTED:
             self._note({"done": job.name} | asdict(outcome))
         board.done(outcome)
@@ -99,23 +118,27 @@ class Batch:
         empty = Outcome(job.name, job.model, job.recipe)
         if self._stopping.is_set():
             return replace(empty, status=INTERRUPTED, message="not started")
-        try:
-            key = fingerprint(job)
-        except CompressorError as error:
-            return replace(empty, status=error.exit_status, message=" ".join(str(error).split()))
-        except OSError as error:
-            return replace(empty, status=3, message=f"{error.filename}: cannot be read; {error.strerror}")
+        key = fingerprint(job)
         kept = self._complete(job, key)
         if kept is not None:
             return kept
         board.started(job.name, log)
         memory, refused = self.engine.predict(job.command(self.output / job.name, "--force"))
+        self._await_others(job, board)
         ended, attempts = (refused, 0) if refused is not None else self._attempts(job, key, memory, log)
-        status = KILLED if ended.status is None else ended.status
-        found = outcome_of(self.output / job.name, empty, status)
         spent = round(time.monotonic() - started, 2)
-        return replace(found, message=ended.message if status else "", seconds=spent, attempts=attempts, key=key,
-                       predicted_memory=memory)  # fmt: skip
+        known = replace(empty, seconds=spent, attempts=attempts, key=key, predicted_memory=memory)
+        return outcome_of(
+            self.output / job.name, known, KILLED if ended.status is None else ended.status, ended.message
+        )
+
+    def _await_others(self, job: Job, board: Board) -> None:
+        """Until a worker whose batch was killed has ended; it ends by itself, and else this job is refused by name."""
+        partial, until = sibling(self.output / job.name, ".partial"), time.monotonic() + PATIENCE_SECONDS
+        if is_held(partial):
+            board.say(f"{job.name}: waits for a worker of an earlier batch, which still writes to {partial}")
+        while is_held(partial) and time.monotonic() < until and not self._stopping.is_set():
+            time.sleep(0.25)
 
     def _attempts(self, job: Job, key: str, memory: int, log: Path) -> tuple[Ended, int]:
         target = self.output / job.name
@@ -140,14 +163,21 @@ class Batch:
             return None
         target = self.output / job.name
         directory = failed_directory(target) if noted["status"] else target
-        if not is_artifact(directory) or damaged_files(Artifact.open(directory)):
+        try:
+            if not is_artifact(directory) or damaged_files(Artifact.open(directory)):
+                return None
+        except CompressorError:  # damaged: it is made again
             return None
-        empty = Outcome(job.name, job.model, job.recipe, message=noted.get("message", ""), key=key, kept=True)
-        return outcome_of(target, empty, noted["status"])
+        empty = Outcome(job.name, job.model, job.recipe, key=key, kept=True)
+        return outcome_of(target, empty, noted["status"], noted["message"])
 
     def _note(self, entry: dict[str, Any]) -> None:
-        with self._writing, (self.output / JOURNAL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        """Into the journal; a job is not lost with its note, which only --resume needs."""
+        try:
+            with self._writing, (self.output / JOURNAL).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            self.unwritten = explain(error)[1]
 
 
 def worst(outcomes: Sequence[Outcome]) -> int:
@@ -158,14 +188,14 @@ def worst(outcomes: Sequence[Outcome]) -> int:
 def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
     """The last entry of each job; a line that was not finished is none."""
     found: dict[str, dict[str, Any]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
+    if not path.exists():
         return found
-    for line in lines:
+    for line in read_bytes(path, LARGEST_JOURNAL, UsageError).split(b"\n"):
         try:
             entry = json.loads(line)
-            found[entry.get("done") or entry["begun"]] = entry
-        except (ValueError, KeyError, AttributeError):
+            job = entry.get("done", entry.get("begun"))
+        except (ValueError, AttributeError, RecursionError):
             continue
+        if isinstance(job, str) and isinstance(entry.get("key"), str):
+            found[job] = {"key": entry["key"], "status": entry.get("status"), "message": str(entry.get("message", ""))}
     return found

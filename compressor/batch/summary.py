@@ -11,16 +11,20 @@ from typing import Any
 from xml.etree import ElementTree
 
 from compressor.core.artifact import REPORT, Artifact, failed_directory, is_artifact
+from compressor.core.errors import CompressorError
+from compressor.core.failures import BUG, RESOURCES
 from compressor.core.files import write_text
 from compressor.core.quantities import duration, size
+from compressor.core.resources import said
+from compressor.core.terminal import make_console, printable
 from compressor.report.facts import loss_of
 from compressor.report.tables import table
 from compressor.runtime.workers import last_line
 
 SEVERITY = (130, 5, 4, 3, 2, 1, 0)
 STATES = {
-    0: "done", 1: "a gate failed", 2: "wrong usage", 3: "unreadable input", 4: "out of disk or memory", 5: "our bug",
-    130: "interrupted",
+    0: "done", 1: "a gate failed", 2: "wrong usage", 3: "unreadable input", 4: "out of disk, memory or time",
+    5: "our bug", 130: "interrupted",
 }  # fmt: skip
 _SHOWN = 20
 
@@ -53,12 +57,19 @@ class Outcome:
         return asdict(self) | {"state": self.state}
 
 
-def outcome_of(target: Path, outcome: Outcome, status: int) -> Outcome:
-    """The outcome with what the artifact's report says, where there is one."""
+def outcome_of(target: Path, outcome: Outcome, status: int, message: str = "") -> Outcome:
+    """The outcome with what the artifact's report says. A gate has failed only where an artifact says so."""
     directory = failed_directory(target) if status == 1 else target
-    if status not in (0, 1) or not is_artifact(directory):
-        return replace(outcome, status=status)
-    report = Artifact.open(directory).report
+    if status in SEVERITY and status not in (0, 1):
+        return replace(outcome, status=status, message=message)
+    if status not in SEVERITY or not is_artifact(directory):
+        what = f"ended with status {status} and left no artifact; {message or 'it said nothing'}"
+        return replace(outcome, status=RESOURCES if said(message) else BUG, message=what)
+    try:
+        report = Artifact.open(directory).report
+    except CompressorError as error:
+        return replace(outcome, status=error.exit_status, message=str(error))
+    outcome = replace(outcome, message=message if status else "")
     sizes, loss = report.get("size") or {}, loss_of(report)
     return replace(
         outcome, status=status, artifact=str(directory), bytes=sizes.get("bytes"),
@@ -71,10 +82,8 @@ class Board:
     """Tells how a batch goes: a live table on a terminal, a line per job elsewhere, or nothing."""
 
     def __init__(self, n_jobs: int, silent: bool = False) -> None:
-        from rich.console import Console
-
         self.n_jobs, self.silent = n_jobs, silent
-        self.console = Console(stderr=True, highlight=False)
+        self.console = make_console(stderr=True)
         self.outcomes: list[Outcome] = []
         self.running: dict[str, Path] = {}
         self.live: Any = None
@@ -104,7 +113,7 @@ class Board:
 
     def say(self, text: str) -> None:
         if not self.silent:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     def refresh(self) -> None:
         """The table as it is now."""
@@ -153,21 +162,16 @@ def junit(outcomes: Sequence[Outcome], seconds: float) -> str:
     suites = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(suites, "testsuite", {"name": "compress batch", **counts})
     for outcome in outcomes:
-        names = {"name": _printable(outcome.job), "classname": _printable(outcome.recipe)}
+        names = {"name": printable(outcome.job), "classname": printable(outcome.recipe)}
         case = ElementTree.SubElement(suite, "testcase", {**names, "time": f"{outcome.seconds:.2f}"})
         if outcome.status:
             kind = "failure" if outcome.status == 1 else "error"
-            what = {"type": f"exit status {outcome.status}", "message": _printable(outcome.message or outcome.state)}
-            ElementTree.SubElement(case, kind, what).text = _printable(outcome.message)
+            what = {"type": f"exit status {outcome.status}", "message": printable(outcome.message or outcome.state)}
+            ElementTree.SubElement(case, kind, what).text = printable(outcome.message)
         if outcome.artifact:
             facts = (
                 f"{outcome.artifact}/{REPORT}: {outcome.bytes} of {outcome.original_bytes} bytes, loss {outcome.loss}"
             )
-            ElementTree.SubElement(case, "system-out").text = _printable(facts)
+            ElementTree.SubElement(case, "system-out").text = printable(facts)
     ElementTree.indent(suites)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
-
-
-def _printable(text: str) -> str:
-    """Without what XML cannot hold."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.opening import open_source
 from compressor.checkpoints.reshaping import RECORD, Reshaping
-from compressor.checkpoints.source import read_json
 from compressor.core.absent import follow_depth
 from compressor.core.errors import CheckpointError
+from compressor.core.reading import read_json
 from compressor.core.roles import folded
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _following(original: Checkpoint, module: nn.Module, reshaping: Reshaping) ->
         found.update({name: value for name, value in values.items() if name in found})
         if "num_heads" in values and "num_attention_heads" in found:
             found["num_attention_heads"] = values["num_heads"]
-    size = {getattr(child, "head_dim", None) for child in module.modules()} - {None}
+    size = {child.head_dim for child in module.modules() if isinstance(getattr(child, "head_dim", None), int)}
     for name, key in HEAD_KEYS.items() if len(size) == 1 else ():
         counts = {new[0] // min(size) for tensor, (_, new) in reshaping.shapes.items() if tensor.endswith(name)}
         found.update({key: counts.pop()} if len(counts) == 1 and key in found else {})

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from compressor.checkpoints.architecture import Architecture
+from compressor.checkpoints.expected import COMPUTED
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.errors import CheckpointError
 
@@ -39,11 +40,6 @@ RANDOM_INIT = (
     "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
     "kaiming_normal_", "orthogonal_",
 )  # fmt: skip
-# Buffers that older files hold and that modules compute themselves.
-COMPUTED = re.compile(
-    r"(^|\.)(position_ids|token_type_ids|inv_freq|cos_cached|sin_cached|masked_bias|num_batches_tracked"
-    r"|(attn|attention)\.bias)$"
-)
 LEGACY = (
     (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
     (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),

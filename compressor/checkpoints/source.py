@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CheckpointError
 from compressor.core.passes import Role
+from compressor.core.reading import refuse_special
+from compressor.core.resources import refuse_shortage
 
 if TYPE_CHECKING:
     import torch
@@ -66,27 +68,24 @@ class Source(ABC):
         return torch.equal(self.read(first), self.read(second))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read; {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is not valid JSON; {error}; repair the file or fetch it again") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: is nested too deeply; repair the file or fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}; an object was expected")
-    return content
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 of the files' bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def refuse_empty(path: Path) -> None:
-    """Refuse files that were never fetched: empty ones, and Git LFS pointers."""
+    """Refuse what is no regular file, and files that were never fetched: empty ones, and Git LFS pointers."""
+    refuse_special(path)
     try:
         with path.open("rb") as file:
             start = file.read(40)
     except OSError as error:
+        refuse_shortage(error)
         raise CheckpointError(f"{path}: cannot be read; {error.strerror}") from error
     if not start:
         raise CheckpointError(f"{path}: the file is empty; fetch it again")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from compressor.core.files import short_name
+
 if TYPE_CHECKING:
     from compressor.core.progress import Progress
 
@@ -31,6 +33,7 @@ class RunOptions:
     max_ram       bytes of memory; a plan that needs more is refused
     resume    go on with the blocks of an interrupted run
     force     replace an artifact that is already there
+    trust_recipe  let a recipe that is not shipped lead out of the process, as to a Ray cluster
     """
 
     model: str
@@ -50,6 +53,7 @@ class RunOptions:
     max_ram: int | None = None
     resume: bool = False
     force: bool = False
+    trust_recipe: bool = False
     progress: Progress | None = None
 
     def with_progress(self, progress: Progress) -> RunOptions:
@@ -68,4 +72,4 @@ class RunOptions:
             return self.output
         model = Path(self.model).resolve()
         stem = model.name if model.is_dir() else model.stem
-        return Path(f"{stem}-{Path(self.recipe).stem}")
+        return Path(short_name(f"{stem}-{Path(self.recipe).stem}"))

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from compressor.core.terminal import make_console, printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
@@ -69,7 +71,7 @@ class LineProgress(Progress):
         self.say(f"{description}: done in {clock(time.monotonic() - task.started)}")
 
     def say(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        print(printable(text), file=self.stream, flush=True)
 
 
 class _BarTask(Task):
@@ -77,16 +79,14 @@ class _BarTask(Task):
         self.bars, self.identity = bars, identity
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        self.bars.update(self.identity, advance=steps, note=note)
+        self.bars.update(self.identity, advance=steps, note=printable(note))
 
 
 class BarProgress(Progress):
     """A bar per task with the time left, on a terminal."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False)
+        self.console = make_console(stderr=True)
 
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Task]:
@@ -94,14 +94,14 @@ class BarProgress(Progress):
         from rich.progress import Progress as Bars
 
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
         )  # fmt: skip
         with Bars(*columns, console=self.console) as bars:
-            yield _BarTask(bars, bars.add_task(description, total=total, note=""))
+            yield _BarTask(bars, bars.add_task(printable(description), total=total, note=""))
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
 
 def make_progress(silent: bool = False) -> Progress:

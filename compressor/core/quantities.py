@@ -11,6 +11,7 @@ _UNITS = {"": 1, "B": 1} | {
     for power, letter in enumerate("KMGT")
     for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
 }
+_SECONDS = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_size(text: str, option: str) -> int:
@@ -37,6 +38,19 @@ def parse_share(text: str, option: str) -> float:
     if not 0 < share < 1:
         raise UsageError(f"{option}: '{text}' is no share above 0 and below 1; write 5% or .05")
     return share
+
+
+def parse_duration(text: str, option: str) -> float:
+    """Seconds: 90 and 90s are the same, 30min, 2h, 1.5 h.
+
+    Raises:
+        UsageError: It is no time; `option` names it.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = _SECONDS.get(found[2].lower()) if found else None
+    if found is None or unit is None or not 0 < float(found[1]) * unit < 1e9:
+        raise UsageError(f"{option}: '{text}' is no time; write 30min, 2h, or seconds")
+    return float(found[1]) * unit
 
 
 def size(n_bytes: float) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from compressor.core.files import short_name
+
 
 @dataclass
 class Work:
@@ -20,7 +22,7 @@ class Work:
 
     def file(self, block: str) -> Path:
         """Where the encoded tensors of a block go; of the network's own where there is no block."""
-        return self.folder / f"{block or 'network'}.safetensors"
+        return self.folder / f"{short_name(block or 'network')}.safetensors"
 
     def generator(self, name: str) -> torch.Generator:
         """A generator of its own for each tensor, so that the order of work does not matter."""

@@ -43,6 +43,18 @@ class Text:
     def __len__(self) -> int:
         return len(self.content)
 
+    def sentences(self) -> list[str]:
+        """The sentences, those of a few words left out.
+
+        Raises:
+            DataError: There is none.
+        """
+        parts = [part.strip() for part in self.content.replace("\n", " ").split(". ")]
+        found = [part + "." for part in parts if len(part) > 20]
+        if not found:
+            raise DataError(f"{self.source}: has no sentences; give running text")
+        return found
+
     def split(self, evaluation_fraction: float = 0.15) -> tuple[Text, Text]:
         """The first part to calibrate on and the last to evaluate on, parted where a document or sentence ends."""
         at = int(len(self.content) * (1 - evaluation_fraction))

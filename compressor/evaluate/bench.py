@@ -2,7 +2,7 @@
 
 Measured in a process of its own, so that memory is the artifact's. `private` is anonymous memory, which nothing else
 can use; `mapped` are pages of files, which the system takes back when it needs them. Both are known on Linux only, and
-None elsewhere.
+None elsewhere (`core.machine`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 from compressor.core.artifact import NOT_NEEDED, Artifact, is_artifact
 from compressor.core.errors import CheckpointError
+from compressor.core.machine import private_memory
 from compressor.evaluate.session import graph_path
-from compressor.runtime.sessions import process_of
+from compressor.runtime.processes import clean_environment, python
 
 POLL_SECONDS = 0.01
 
@@ -53,13 +54,15 @@ def bench(
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "path": str(graph), "threads": threads, "prompt": prompt, "new": new, "prefill": prefill, "repeats": repeats,
     }  # fmt: skip
-    command, environment = process_of("compressor.evaluate.bench_process")
-    command.append(json.dumps(settings))
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = python("-m", "compressor.evaluate.bench_process", json.dumps(settings))
+    process = subprocess.Popen(
+        command, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
     peak = 0
     try:
         while process.poll() is None:
-            peak = max(peak, memory(process.pid).get("private") or 0)
+            peak = max(peak, private_memory(process.pid) or 0)
             time.sleep(POLL_SECONDS)
         output, errors = process.communicate()
     finally:
@@ -77,17 +80,6 @@ def _shapes_before(directory: Path) -> dict[str, Any]:
     if not is_artifact(directory):
         return {}
     return (Artifact.open(directory).report.get("speed") or {}).get("input_shapes") or {}
-
-
-def memory(pid: int | str = "self") -> dict[str, int | None]:
-    """Bytes of a process now: resident, private (anonymous) and mapped; its peak of resident ones. None: not known."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # another system, or the process has ended
-        lines = []
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
-    keys = {"resident": "VmRSS", "private": "RssAnon", "mapped": "RssFile", "peak_resident": "VmHWM"}
-    return {name: kilobytes[key] * 1024 if key in kilobytes else None for name, key in keys.items()}
 
 
 def size(directory: str | Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from compressor.evaluate.bench import memory
+from compressor.checkpoints.positions import positions_of
+from compressor.core.machine import memory_of
 from compressor.evaluate.session import DTYPES, DecoderSession, ModuleSession, open_session
 
 SEQUENCE = 128
@@ -23,11 +24,11 @@ PIXELS = 224
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Load time, memory before and after it, and speed."""
-    start = memory()
+    start = memory_of()
     began, worked = time.perf_counter(), time.process_time()
     session = open_session(settings["path"], settings["threads"])
     loading, work = time.perf_counter() - began, time.process_time() - worked
-    loaded = memory()
+    loaded = memory_of()
     if isinstance(session, DecoderSession):
         kind, speed = "decoder", decoder_speed(session, settings)
     else:
@@ -42,7 +43,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         "threads": settings["threads"] or os.cpu_count(),
         "load_seconds": loading,
         "load_cpu_seconds": work,
-        "memory": {"start": start, "loaded": loaded, "peak_resident": memory()["peak_resident"]},
+        "memory": {"start": start, "loaded": loaded, "peak_resident": memory_of()["peak_resident"]},
         **speed,
     }
 
@@ -63,8 +64,7 @@ def decoder_speed(session: DecoderSession, settings: dict[str, Any]) -> dict[str
 
 def positions(session: ModuleSession, wanted: int) -> int:
     """`wanted` tokens, or as many as the network has positions for."""
-    known = (session.config.get(key) for key in ("max_position_embeddings", "n_positions"))
-    return min(wanted, *(limit for limit in known if limit), wanted)
+    return min(wanted, positions_of(session.config) or wanted)
 
 
 def decode_seconds(session: DecoderSession, prompt: np.ndarray, n: int) -> float:

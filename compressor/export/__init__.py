@@ -1,0 +1,1 @@
+"""ONNX graphs over encoded tensors."""

@@ -22,13 +22,14 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def slow_paths(model_path: Path, exact: bool = False) -> list[str]:
     """What is slow in a model, a sentence each; empty where all is well. `exact` allows float32 activations."""
     with tempfile.TemporaryDirectory() as scratch:
-        graph = ir.load(_optimised(model_path, Path(scratch))).graph
+        graph = ir.load(optimised_graph(model_path, Path(scratch))).graph
         found = [reason for node in graph for reason in _reasons(node, exact)]
     return found
 
 
-def _optimised(model_path: Path, scratch: Path) -> Path:
-    file = scratch / "optimised.onnx"
+def optimised_graph(model_path: Path, folder: Path) -> Path:
+    """The file, in `folder`, of the graph that onnxruntime really runs."""
+    file = folder / "optimised.onnx"
     entries = {
         "session.optimized_model_external_initializers_file_name": "optimised.data",
         "session.optimized_model_external_initializers_min_size_in_bytes": "1024",

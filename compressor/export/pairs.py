@@ -13,22 +13,23 @@ import onnx_ir as ir
 
 from compressor.export.builder import GraphBuilder
 from compressor.export.parts import Parts
-from compressor.ops.widths import packed_columns
 
 _WORTH_IT = 1 << 17
 """Bytes of a part from which a table of pairs pays."""
 
 
-def planes_in_pairs(parts: Parts, stem: str, n_codes: int, tables: list[np.ndarray]) -> ir.Value | None:
-    """The bytes that each plane's become by its table, uint8 (256, bytes), joined by OR: (rows, …), a row's in order.
+def planes_in_pairs(
+    parts: Parts, stem: str, n_codes: int, tables: list[np.ndarray], needed: int
+) -> ir.Value | None:
+    """The bytes that each plane's become by its table, uint8 (256, bytes), joined by OR: (rows, …), `needed` a row.
 
     None where the rows of a plane end within a pair or the parts are small.
     """
     b, planes = parts.builder, parts.planes(stem)
-    pairs = [packed_columns(n_codes, width) // 2 for _, width in planes]
+    pairs = [plane.stored(n_codes) // 2 for _, plane in planes]
     made = [2 * table.shape[1] for table in tables]
-    even = all(packed_columns(n_codes, width) % 2 == 0 for _, width in planes)
-    whole = len({n * nbytes for n, nbytes in zip(pairs, made, strict=True)}) == 1
+    even = all(plane.nbytes == 1 and plane.stored(n_codes) % 2 == 0 for _, plane in planes)
+    whole = {n * nbytes for n, nbytes in zip(pairs, made, strict=True)} == {needed}
     if not even or not whole or 2 * pairs[-1] * parts.n_rows < _WORTH_IT:
         return None
     factors = [wide // narrow for narrow, wide in itertools.pairwise(made)]

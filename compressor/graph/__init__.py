@@ -1,0 +1,1 @@
+"""What a network is made of: blocks, layers, and which channels hang together."""

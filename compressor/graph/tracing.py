@@ -33,7 +33,7 @@ class Trace:
 
 
 def split_example(example: Example) -> tuple[tuple, dict[str, Any]]:
-    """Positional and keyword arguments. {"": tensor} is one by position, as `streaming.Batch` has it."""
+    """Positional and keyword arguments. {"": tensor} is one by position, as in `core.batch`."""
     if not isinstance(example, Mapping):
         return tuple(example), {}
     positional = (example[""],) if "" in example else ()

@@ -1,0 +1,1 @@
+"""Learning by gradient: the loops, and what they minimise."""

@@ -1,0 +1,1 @@
+"""ONNX graphs as a source: their layers, and running what lies between them."""

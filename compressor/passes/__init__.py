@@ -1,0 +1,1 @@
+"""A file per published method: chooses weights, encodings or units. Knows no ONNX."""

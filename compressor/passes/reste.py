@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compressor.core.contract import Statistics, TrainedPass
 from compressor.core.encoding import Binary, Layout
 from compressor.core.errors import CheckpointError
 from compressor.core.follower import Follower
@@ -144,15 +145,12 @@ class Binarised(nn.Module):
         return self.estimator.sign(weight / weight.detach().abs().mean().clamp_min(_TINY))
 
 
-class Reste(ResteSettings):
+class Reste(ResteSettings, TrainedPass):
     """A training of signs, and its result; see the module."""
 
-    def encode(
-        self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator, mask: Tensor | None = None
-    ) -> Binary:
+    def encode(self, matrix: Tensor, known: Statistics, generator: torch.Generator) -> Binary:
         """The signs of a matrix (out, in) and their scale; exactly the matrix where it was trained so."""
-        scale = _mean_size(weight.double(), self.scale).view(-1, 1)
-        return Binary((weight.shape[0], weight.shape[1]), weight >= 0, scale.half())
+        return Binary.of(matrix >= 0, _mean_size(matrix.double(), self.scale).view(-1, 1))
 
     def fit(self, subject: Subject) -> Outcome:
         """The network with binary weights in its layers, trained."""
@@ -187,7 +185,7 @@ class Reste(ResteSettings):
         parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=False)
         weight = layer.module.weight
         assert isinstance(weight, nn.Parameter)
-        stored = self.encode(layer.layout.matrix(weight), None, torch.Generator())
+        stored = self.encode(layer.layout.matrix(weight), Statistics(), torch.Generator())
         weight.copy_(layer.layout.tensor(stored.decode()))
 
 

@@ -1,0 +1,1 @@
+"""What a recipe would do, from headers alone: bytes, memory, time."""

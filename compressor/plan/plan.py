@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from compressor.core.passes import Pass, Role
+from compressor.core.passes import PruningSettings, Role, WeightSettings
 from compressor.core.spec import Spec
 
 
@@ -25,8 +25,8 @@ class PlannedTensor:
     by: str = ""
     reason: str = ""
     transposed: bool = False
-    method: Pass | None = None
-    prune: Pass | None = None
+    method: WeightSettings | None = None
+    prune: PruningSettings | None = None
 
     @property
     def bytes_after(self) -> int:

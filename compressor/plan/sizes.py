@@ -1,4 +1,4 @@
-"""What an artifact and its making will take, in bytes and CPU-seconds, from shapes alone; memory is `footprint`'s."""
+"""What an artifact and its making will take, in bytes and CPU-seconds, from shapes alone; memory is `plan.memory`'s."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import math
 from typing import Any
 
-from compressor.core.passes import StructurePass
+from compressor.core.machine import multiplies_bfloat16
+from compressor.core.passes import StructureSettings
 from compressor.core.roles import block_of
 from compressor.core.spec import DenseSpec
-from compressor.plan.memory import multiplies_bfloat16
 from compressor.plan.plan import PlannedTensor
 from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, Step
 
@@ -94,9 +94,9 @@ def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> float:
     return round(found, 1)
 
 
-def structure_settings(step: Step) -> StructurePass:
+def structure_settings(step: Step) -> StructureSettings:
     """Of a structure pass."""
-    assert isinstance(step.settings, StructurePass)
+    assert isinstance(step.settings, StructureSettings)
     return step.settings
 
 

@@ -1,0 +1,1 @@
+"""All that people are shown: tables, the page, two artifacts compared."""

@@ -1,11 +1,13 @@
-"""Pictures as inline SVG. Colours are CSS classes, so that the page decides on light or dark; texts are escaped."""
+"""Pictures of a report: where bars, dots, marks and texts lie. templates/charts.html draws them as inline SVG.
+
+Colours are CSS classes, so that the page decides on light or dark.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 
 WIDTH = 760
 ROW = 22
@@ -14,6 +16,9 @@ VALUE = 96
 HEIGHT = 260
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 84, 20, 14, 46
 N_COLOURS = 8
+
+Legend = Sequence[tuple[str, str]]
+"""(class of the colour, what it stands for), in a line."""
 
 
 @dataclass(frozen=True)
@@ -30,28 +35,52 @@ class Bar:
         return sum(value for value, _, _ in self.parts)
 
 
-def bars(rows: Sequence[Bar]) -> str:
+@dataclass(frozen=True)
+class PlacedPart:
+    """A rectangle of a row; the pale one behind the others has no title."""
+
+    kind: str
+    x: float
+    width: float
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class PlacedBar:
+    """A row, its upper edge at `y`, what is written left of it and right of it."""
+
+    y: int
+    label: str
+    parts: tuple[PlacedPart, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class BarPlot:
+    """Rows below one another; labels end at `label_x`."""
+
+    height: int
+    rows: tuple[PlacedBar, ...]
+    width: int = WIDTH
+    label_x: int = LABEL - 8
+
+
+def bars(rows: Sequence[Bar]) -> BarPlot:
     """Horizontal bars on one scale, with a note at the right of each."""
     largest = max((max(row.total, row.before) for row in rows), default=0) or 1
     scale = (WIDTH - LABEL - VALUE) / largest
-    drawn = []
+    placed = []
     for i, row in enumerate(rows):
-        y, x = i * ROW, float(LABEL)
-        drawn.append(f'<text class="label" x="{LABEL - 8}" y="{y + 15}">{escape(shortened(row.label, 24))}</text>')
+        x, parts = float(LABEL), []
         if row.before:
-            width = max(row.before * scale, 1)
-            drawn.append(f'<rect class="before" x="{x:.1f}" y="{y + 4}" width="{width:.1f}" height="14" rx="2"/>')
+            parts.append(PlacedPart("before", x, max(row.before * scale, 1)))
         for value, kind, what in row.parts:
-            if value <= 0:
-                continue
-            width = max(value * scale, 1)
-            drawn.append(
-                f'<rect class="{escape(kind)}" x="{x:.1f}" y="{y + 4}" width="{width:.1f}" height="14">'
-                f"<title>{escape(what)}</title></rect>"
-            )
-            x += width
-        drawn.append(f'<text class="note" x="{WIDTH}" y="{y + 15}">{escape(row.note)}</text>')
-    return _svg(len(rows) * ROW + 4, drawn, "bars")
+            if value > 0:
+                width = max(value * scale, 1)
+                parts.append(PlacedPart(kind, x, width, what))
+                x += width
+        placed.append(PlacedBar(i * ROW, shortened(row.label, 24), tuple(parts), row.note))
+    return BarPlot(len(rows) * ROW + 4, tuple(placed))
 
 
 @dataclass(frozen=True)
@@ -75,52 +104,68 @@ class Axis:
     zero: bool = False
 
 
-def dots(points: Sequence[Point], x: Axis, y: Axis, x_ticks: Sequence[tuple[float, str]] = ()) -> str:
+@dataclass(frozen=True)
+class Mark:
+    """A text at a place along an axis."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class PlacedDot:
+    """A dot, and its label, which begins (`side` "beside") or ends ("label") at `label_x`."""
+
+    x: float
+    y: float
+    kind: str
+    title: str
+    label: str
+    side: str
+    label_x: float
+
+
+@dataclass(frozen=True)
+class DotPlot:
+    """A scatter plot within (left, top) to (right, bottom)."""
+
+    x_title: str
+    y_title: str
+    x_marks: tuple[Mark, ...]
+    y_marks: tuple[Mark, ...]
+    dots: tuple[PlacedDot, ...]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = MARGIN_LEFT
+    right: int = WIDTH - MARGIN_RIGHT
+    top: int = MARGIN_TOP
+    bottom: int = HEIGHT - MARGIN_BOTTOM
+
+
+def dots(points: Sequence[Point], x: Axis, y: Axis, x_ticks: Sequence[tuple[float, str]] = ()) -> DotPlot:
     """A scatter plot; `x_ticks` replaces round numbers along x."""
     place_x, found_x = _scale([p.x for p in points], x, MARGIN_LEFT, WIDTH - MARGIN_RIGHT)
     place_y, found_y = _scale([p.y for p in points], y, HEIGHT - MARGIN_BOTTOM, MARGIN_TOP)
-    drawn = []
-    for value in found_y:
-        at = place_y(value)
-        drawn.append(f'<line class="grid" x1="{MARGIN_LEFT}" x2="{WIDTH - MARGIN_RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        drawn.append(f'<text class="label" x="{MARGIN_LEFT - 8}" y="{at + 4:.1f}">{escape(y.write(value))}</text>')
-    for value, text in x_ticks or [(value, x.write(value)) for value in found_x]:
-        drawn.append(
-            f'<text class="middle" x="{place_x(value):.1f}" y="{HEIGHT - MARGIN_BOTTOM + 18}">{escape(text)}</text>'
-        )
-    middle = (MARGIN_LEFT + WIDTH - MARGIN_RIGHT) / 2
-    drawn.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 6}">{escape(x.title)}</text>')
-    across = (HEIGHT - MARGIN_BOTTOM + MARGIN_TOP) / 2
-    drawn.append(f'<text class="axis" transform="translate(13 {across}) rotate(-90)">{escape(y.title)}</text>')
-    for point in points:
-        at_x, at_y = place_x(point.x), place_y(point.y)
-        drawn.append(
-            f'<circle class="{escape(point.kind)}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="{6 if point.label else 4}">'
-            f"<title>{escape(point.title or point.label)}</title></circle>"
-        )
-        if point.label:
-            right = at_x > WIDTH * 0.7
-            side, shift = ("label", -11) if right else ("beside", 11)
-            text = escape(shortened(point.label, 40))
-            drawn.append(f'<text class="{side}" x="{at_x + shift:.1f}" y="{at_y + 4:.1f}">{text}</text>')
-    return _svg(HEIGHT, drawn, "dots")
+    ticks = x_ticks or [(value, x.write(value)) for value in found_x]
+    return DotPlot(
+        x.title,
+        y.title,
+        tuple(Mark(place_x(value), text) for value, text in ticks),
+        tuple(Mark(place_y(value), y.write(value)) for value in found_y),
+        tuple(_placed(point, place_x(point.x), place_y(point.y)) for point in points),
+    )
 
 
-def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """(class, what it stands for), in a line."""
-    spans = [f'<span><svg width="12" height="12"><rect class="{escape(kind)}" width="12" height="12" rx="2"/></svg> '
-             f"{escape(text)}</span>" for kind, text in entries]  # fmt: skip
-    return f'<p class="legend">{"".join(spans)}</p>'
+def _placed(point: Point, x: float, y: float) -> PlacedDot:
+    side, shift = ("label", -11) if x > WIDTH * 0.7 else ("beside", 11)
+    return PlacedDot(
+        x, y, point.kind, point.title or point.label, shortened(point.label, 40), side, x + shift
+    )  # fmt: skip
 
 
 def colour(index: int) -> str:
     """The class of the colour of a kind of thing; the last is for all the others."""
     return f"c{min(index, N_COLOURS - 1)}"
-
-
-def _svg(height: int, drawn: Sequence[str], kind: str) -> str:
-    picture = f'<svg class="{kind}" viewBox="0 0 {WIDTH} {height}" role="img">{"".join(drawn)}</svg>'
-    return f'<div class="scroll">{picture}</div>'
 
 
 def _scale(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.artifact import WEIGHTS, Artifact
+from compressor.core.errors import CheckpointError
 from compressor.core.packed import encoding_label, packed_tensors
 from compressor.core.roles import block_of, folded
 
@@ -118,7 +120,10 @@ def siblings(artifact: Artifact) -> list[Artifact]:
     digest = (artifact.report.get("source") or {}).get("sha256")
     beside = artifact.directory.resolve().parent
     paths = [path for path in sorted(beside.glob("*/compression.json")) if path.parent != artifact.directory.resolve()]
-    found = [Artifact.open(path.parent) for path in paths if not path.parent.name.endswith(".partial")]
+    found = []
+    for path in paths:
+        with contextlib.suppress(CheckpointError):  # a damaged one beside it is nothing to compare with
+            found += [] if path.parent.name.endswith(".partial") else [Artifact.open(path.parent)]
     return [other for other in found if digest and (other.report.get("source") or {}).get("sha256") == digest]
 
 

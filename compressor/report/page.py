@@ -1,22 +1,27 @@
-"""report.html: one page on one artifact, complete in itself: pictures are inline SVG, nothing is fetched."""
+"""report.html: one page on one artifact, complete in itself: pictures are inline SVG, nothing is fetched.
+
+Here is what the page says, templates/page.html is how it looks. No path of the machine that it was made on is in it.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from html import escape
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compressor.core.artifact import Artifact
+from compressor.core.files import write_text
 from compressor.core.quantities import duration, size
 from compressor.report import facts
-from compressor.report.charts import Axis, Bar, Point, bars, colour, dots, legend, shortened
-from compressor.report.search import search_section
+from compressor.report.charts import Axis, Bar, BarPlot, DotPlot, Legend, Point, bars, colour, dots, shortened
+from compressor.report.search import Search, search_of
 
-STYLE = Path(__file__).parent / "style.css"
+TEMPLATES = Path(__file__).parent / "templates"
 MOST_ROWS = 12
 TICK_CHARACTERS = 84
 """That fit side by side below a picture."""
@@ -26,77 +31,89 @@ _NUMBER = re.compile(r"^[a-z_]*?_(\d[\d_]*)$")
 def write_page(directories: Sequence[Path], target: Path, title: str = "") -> None:
     """Writes the page of the first artifact; the others are beside it where size is held against quality."""
     artifacts = [Artifact.open(directory) for directory in directories]
-    target.write_text(page(artifacts[0], artifacts[1:], title or facts.title_of(directories[0])), encoding="utf-8")
+    write_text(target, page(artifacts[0], artifacts[1:], title or facts.title_of(directories[0])))
 
 
 def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
     """The page as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
     report = artifact.report
+    source, recipe = report.get("source") or {}, report.get("recipe") or {}
     tensors = facts.stored_tensors(artifact)
-    parts = [
-        _head(report, title),
-        _tiles(report),
-        _gates(report),
-        _bytes(tensors),
-        _binary(report),
-        _errors(tensors),
-        _against_quality(artifact, others, title),
-        *map(search_section, report.get("structure") or []),
-        _stages(report),
-        _kinds(tensors),
-        _provenance(report),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>\n<body>\n"
-        + "\n".join(filter(None, parts))
-        + "\n</body></html>\n"
+    return environment.get_template("page.html").render(
+        title=title,
+        what=f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}",
+        description=recipe.get("description", ""),
+        tiles=_tiles(report),
+        gates=_gates(report),
+        layers=_layers(tensors),
+        binary=_binary(report),
+        errors=_errors(tensors),
+        against_quality=_against_quality(artifact, others, title),
+        searches=_searches(report),
+        stages=_stages(report),
+        kinds=_kinds(tensors),
+        provenance=_provenance(report),
+        recipe=yaml.safe_dump(_named(recipe), sort_keys=False, allow_unicode=True),
     )
 
 
-def _head(report: dict[str, Any], title: str) -> str:
-    source, recipe = report.get("source") or {}, report.get("recipe") or {}
-    what = f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}"
-    return f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(what)}. {escape(recipe.get("description", ""))}</p>'
+@dataclass(frozen=True)
+class Tile:
+    """A figure in large letters, and what it is of."""
+
+    value: str
+    text: str
 
 
-def _tiles(report: dict[str, Any]) -> str:
+def _tiles(report: dict[str, Any]) -> list[Tile]:
     sizes, speed = report.get("size") or {}, report.get("speed") or {}
     before, after = sizes.get("original_bytes"), sizes.get("bytes")
     tiles = []
     if before and after:
-        tiles.append((size(after), f"every file; {before / after:.1f} times smaller than {size(before)}"))
+        tiles.append(Tile(size(after), f"every file; {before / after:.1f} times smaller than {size(before)}"))
     loss = facts.loss_of(report)
     if loss is not None:
-        tiles.append((f"{loss.value:.2%}", loss.what))
+        tiles.append(Tile(f"{loss.value:.2%}", loss.what))
     original = report.get("original_speed") or {}
     if speed.get("decode_tokens_per_second"):
         beside = original.get("decode_tokens_per_second")
-        tiles.append((f"{speed['decode_tokens_per_second']:.3g} tokens/s", f"the original {beside:.3g}" if beside else
-                      "in onnxruntime"))  # fmt: skip
+        tiles.append(Tile(f"{speed['decode_tokens_per_second']:.3g} tokens/s",
+                          f"the original {beside:.3g}" if beside else "in onnxruntime"))  # fmt: skip
     elif speed.get("latency_seconds"):
         beside = original.get("latency_seconds")
-        tiles.append((f"{1e3 * speed['latency_seconds']:.3g} ms", f"an input; the original {1e3 * beside:.3g} ms" if
-                      beside else "an input, in onnxruntime"))  # fmt: skip
+        tiles.append(Tile(f"{1e3 * speed['latency_seconds']:.3g} ms", f"an input; the original {1e3 * beside:.3g} ms" if
+                          beside else "an input, in onnxruntime"))  # fmt: skip
     peak = (speed.get("memory") or {}).get("peak_private")
     if peak:
         before = (original.get("memory") or {}).get("peak_private")
-        tiles.append((size(peak), f"memory when running; the original {size(before)}" if before else "memory running"))
-    cells = [f'<div class="tile"><b>{escape(value)}</b>{escape(text)}</div>' for value, text in tiles]
-    return f'<div class="tiles">{"".join(cells)}</div>'
+        what = f"memory when running; the original {size(before)}" if before else "memory running"
+        tiles.append(Tile(size(peak), what))
+    if speed.get("measured") is False:
+        tiles.append(Tile("not measured", "speed and memory, as the recipe asks"))
+    return tiles
 
 
-def _gates(report: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class GatesKept:
+    """The limits that were asked for, as a text; which of them failed, and (tensors, by, share of the loss)."""
+
+    limits: str
+    failures: tuple[str, ...]
+    blame: tuple[tuple[str, str, str], ...]
+
+
+def _gates(report: dict[str, Any]) -> GatesKept:
     gates = report.get("gates") or {}
     limits = {key: value for key, value in ((report.get("recipe") or {}).get("gates") or {}).items() if value}
+    asked = ", ".join(f"{key} {value:g}" for key, value in limits.items())
     if gates.get("passed", True):
-        asked = ", ".join(f"{key} {value:g}" for key, value in limits.items())
-        return f'<p class="good">Every gate is kept: {escape(asked)}.</p>' if asked else ""
-    failures = "".join(f"<li>{escape(text)}</li>" for text in gates.get("failures", []))
-    rows = [(each["tensors"], each["by"], f"{each['share']:.1%}") for each in gates.get("blame", [])]
-    table = _table(("tensors", "by", "of the loss goes without"), rows, numbers=(2,)) if rows else ""
-    return f'<p class="bad"><b>A gate failed.</b></p><ul class="bad">{failures}</ul>{table}'
+        return GatesKept(asked, (), ())
+    blame = ((each["tensors"], each["by"], f"{each['share']:.1%}") for each in gates.get("blame", []))
+    return GatesKept(asked, tuple(gates.get("failures", [])), tuple(blame))
 
 
 def _binary(report: dict[str, Any]) -> str:
@@ -106,12 +123,20 @@ def _binary(report: dict[str, Any]) -> str:
         return ""
     sizes = f"{size(found['bytes'])} on disk, {size(found['float_bytes'])} in float32"
     runs = ", ".join(f"{n} as {kind}" for kind, n in (found.get("runs_as") or {}).items())
-    return f"<p>{found['layers']} layers are binary, {escape(sizes)}{'; ' if runs else ''}{escape(runs)}.</p>"
+    return f"{found['layers']} layers are binary, {sizes}{'; ' if runs else ''}{runs}."
 
 
-def _bytes(tensors: Sequence[facts.StoredTensor]) -> str:
+@dataclass(frozen=True)
+class Layers:
+    """Bytes of every layer, by how its tensors are stored."""
+
+    legend: Legend
+    plot: BarPlot
+
+
+def _layers(tensors: Sequence[facts.StoredTensor]) -> Layers | None:
     if not tensors:
-        return ""
+        return None
     total: dict[str, int] = {}
     for tensor in tensors:
         total[tensor.encoding] = total.get(tensor.encoding, 0) + tensor.bytes
@@ -124,13 +149,23 @@ def _bytes(tensors: Sequence[facts.StoredTensor]) -> str:
                       order if label in found)  # fmt: skip
         rows.append(Bar(layer.name, parts, layer.before, size(sum(found.values()))))
     entries = [(colours[label], f"{label}, {size(total[label])}") for label in order[:8]]
-    return "<h2>Bytes per layer</h2>\n" + legend([("before", "the original"), *entries]) + bars(rows)
+    return Layers([("before", "the original"), *entries], bars(rows))
 
 
-def _errors(tensors: Sequence[facts.StoredTensor]) -> str:
+@dataclass(frozen=True)
+class Errors:
+    """The relative error of every encoded tensor, and the name and error of the worst."""
+
+    legend: Legend
+    plot: DotPlot
+    worst: str
+    largest: float
+
+
+def _errors(tensors: Sequence[facts.StoredTensor]) -> Errors | None:
     known = [tensor for tensor in tensors if tensor.error is not None and not tensor.is_dense]
     if not known:
-        return ""
+        return None
     layers = list(dict.fromkeys(tensor.layer for tensor in known))
     sums: dict[str, int] = {}
     for tensor in known:
@@ -157,55 +192,64 @@ def _errors(tensors: Sequence[facts.StoredTensor]) -> str:
     names = [] if by_layer else [(colours[kind], kind) for kind in kinds[:7]]
     names += [("c7", "others")] if not by_layer and len(kinds) > 7 else []
     worst = max(known, key=lambda tensor: tensor.error or 0)
-    return (
-        f"<h2>Error per layer</h2>\n{legend(names)}{plot}"
-        f'<p class="soft">Relative error of each tensor that is encoded; the largest is '
-        f"{escape(worst.name)} with {worst.error:.3f}. How much an error matters differs from tensor to tensor: the "
-        "loss above is what all of them do together.</p>"
-    )
+    return Errors(names, plot, worst.name, worst.error or 0.0)
 
 
-def _against_quality(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
+def _against_quality(artifact: Artifact, others: Sequence[Artifact], title: str) -> DotPlot | None:
     loss = facts.loss_of(artifact.report)
     sizes = artifact.report.get("size") or {}
     if loss is None or not sizes.get("original_bytes"):
-        return ""
+        return None
     points = [Point(sizes["original_bytes"] / 1e6, 0.0, "c7", "the original")]
     for other in others:
         found, n = facts.loss_of(other.report), (other.report.get("size") or {}).get("bytes")
         if found is not None and n and found.what == loss.what:
             points.append(Point(n / 1e6, 100 * found.value, "c1", facts.title_of(other.directory)))
     points.append(Point(sizes["bytes"] / 1e6, 100 * loss.value, "c0", title))
-    plot = dots(points, Axis("MB, every file", "{:g}".format, logarithmic=True), Axis(loss.what, "{:,.6g} %".format))
-    return f"<h2>Size against quality</h2>\n{plot}"
+    return dots(points, Axis("MB, every file", "{:g}".format, logarithmic=True), Axis(loss.what, "{:,.6g} %".format))
 
 
-def _stages(report: dict[str, Any]) -> str:
+def _searches(report: dict[str, Any]) -> list[Search]:
+    return [found for found in map(search_of, report.get("structure") or []) if found is not None]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Time of each stage, and the memory of those that raised the process's peak."""
+
+    plot: BarPlot
+    memory: BarPlot | None
+    legend: Legend = (("c0", "CPU time"), ("before", "on the clock"))
+    memory_legend: Legend = (("c2", "largest resident memory, where a stage raised it"),)
+
+
+def _stages(report: dict[str, Any]) -> Stages | None:
     stages = {name: spent for name, spent in (report.get("cost") or {}).items() if spent.get("seconds", 0) >= 0.01}
     if not stages:
-        return ""
+        return None
     rows = [
         Bar(name, ((spent["cpu_seconds"], "c0", f"{name}: {spent['cpu_seconds']:.1f} CPU-seconds"),), spent["seconds"],
             duration(spent["seconds"]) if spent["seconds"] >= 10 else f"{spent['seconds']:.1f} s")
         for name, spent in stages.items()
     ]  # fmt: skip
     peaks = {name: spent["peak_memory"] for name, spent in stages.items() if spent.get("peak_memory")}
-    parts = [
-        "<h2>Where time and memory went</h2>",
-        legend([("c0", "CPU time"), ("before", "on the clock")]),
-        bars(rows),
-    ]
-    if peaks:
-        highest, rising = 0, {}
-        for name, peak in peaks.items():
-            if peak > 1.01 * highest:  # later stages that take less do not show in a process's peak
-                highest = rising[name] = peak
-        memory = [Bar(name, ((peak, "c2", f"{name}: {size(peak)}"),), 0, size(peak)) for name, peak in rising.items()]
-        parts += [legend([("c2", "largest resident memory, where a stage raised it")]), bars(memory)]
-    return "\n".join(parts)
+    highest, rising = 0, {}
+    for name, peak in peaks.items():
+        if peak > 1.01 * highest:  # later stages that take less do not show in a process's peak
+            highest = rising[name] = peak
+    memory = [Bar(name, ((peak, "c2", f"{name}: {size(peak)}"),), 0, size(peak)) for name, peak in rising.items()]
+    return Stages(bars(rows), bars(memory) if memory else None)
 
 
-def _kinds(tensors: Sequence[facts.StoredTensor]) -> str:
+@dataclass(frozen=True)
+class Kinds:
+    """A row of cells per kind of tensor, and how many kinds are not shown."""
+
+    rows: list[tuple[str, ...]]
+    left_out: int
+
+
+def _kinds(tensors: Sequence[facts.StoredTensor]) -> Kinds | None:
     """Alike tensors of all layers in one row, the heaviest first."""
     groups: dict[tuple[str, str], list[facts.StoredTensor]] = {}
     for tensor in tensors:
@@ -218,38 +262,28 @@ def _kinds(tensors: Sequence[facts.StoredTensor]) -> str:
         shapes = {"×".join(map(str, t.shape)) for t in members}
         shape = shapes.pop() if len(shapes) == 1 else ""
         rows.append((kind, str(len(members)), shape, encoding, size(sum(t.bytes for t in members)), mean))
-    heads = ("tensors", "n", "shape", "stored as", "bytes in all", "mean error")
-    rest = (
-        f'<p class="soft">{len(ordered) - MOST_ROWS} lighter kinds are left out.</p>'
-        if len(ordered) > MOST_ROWS
-        else ""
-    )
-    return f"<h2>Heaviest kinds of tensors</h2>\n{_table(heads, rows, numbers=(1, 4, 5))}{rest}" if rows else ""
+    return Kinds(rows, max(0, len(ordered) - MOST_ROWS)) if rows else None
 
 
-def _provenance(report: dict[str, Any]) -> str:
+def _provenance(report: dict[str, Any]) -> list[tuple[str, str]]:
     source, data, versions = (report.get(key) or {} for key in ("source", "data", "versions"))
-    rows = [
-        ("original", f"{source.get('path', '')}, SHA-256 {source.get('sha256', 'unknown')}"),
-        ("calibrated on", str(data.get("calibration") or "nothing")),
-        ("evaluated on", str(data.get("evaluation") or "nothing")),
+    return [
+        ("original", f"{_named(source.get('path', ''))}, SHA-256 {source.get('sha256', 'unknown')}"),
+        ("calibrated on", str(_named(data.get("calibration") or "nothing"))),
+        ("evaluated on", str(_named(data.get("evaluation") or "nothing"))),
         ("seed", str(report.get("seed", ""))),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("least onnxruntime", str(report.get("least_onnxruntime") or "")),
     ]
-    recipe = yaml.safe_dump(report.get("recipe") or {}, sort_keys=False, allow_unicode=True)
-    return (
-        f"<h2>Where it comes from</h2>\n{_table((), rows)}<details><summary>The recipe, every setting</summary>"
-        f"<pre>{escape(recipe)}</pre></details>"
-    )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
-        marks = (' class="n"' if i in numbers else "" for i in range(len(values)))
-        return "".join(f"<{tag}{mark}>{escape(value)}</{tag}>" for mark, value in zip(marks, values, strict=True))
-
-    head = f"<tr>{cells('th', heads)}</tr>" if heads else ""
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    wide = ' class="wide"' if heads else ""
-    return f'<div class="scroll"><table{wide}>{head}{body}</table></div>'
+def _named(value: Any) -> Any:
+    """The same with the last name alone in place of each absolute path: where a file lay is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _named(each) for key, each in value.items()}
+    if isinstance(value, str):
+        for kind in (PurePosixPath, PureWindowsPath):
+            if kind(value).is_absolute():
+                return kind(value).name
+        return value
+    return [_named(each) for each in value] if isinstance(value, Iterable) else value

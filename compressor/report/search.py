@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
-from compressor.report.charts import Axis, Point, dots, legend
+from compressor.report.charts import Axis, DotPlot, Legend, Point, dots
 
 MOST_POINTS = 600
 STAGES = {"removal": "c0", "greedy": "c0", "influence": "c0", "shrinkage": "c2"}
 
 
-def search_section(step: dict[str, Any]) -> str:
-    """Of a structure step's report; nothing where it did not search."""
+@dataclass(frozen=True)
+class Search:
+    """`sizes` is None where no student was judged."""
+
+    legend: Legend
+    rewards: DotPlot
+    sizes: DotPlot | None
+    text: str
+
+
+def search_of(step: dict[str, Any]) -> Search | None:
+    """Of a structure step's report; None where it did not search."""
     found = step.get("search")
     if not found or not found.get("trials"):
-        return ""
+        return None
     trials = found["trials"][-MOST_POINTS:]
     gone = ", ".join(found["removed"]) or "nothing"
     shrunk = ", ".join(f"{name} {what} × {share:g}" for name, what, share in found["shrunk"])
@@ -25,10 +35,9 @@ def search_section(step: dict[str, Any]) -> str:
         f"which no figure above is of. The best is without {gone}{'; ' + shrunk if shrunk else ''}: "
         f"{step['parameters']:,} of {teacher['parameters']:,} parameters."
     )
-    return (
-        f"<h2>The search for a student</h2>\n{_rewards(found, trials)}{_sizes(found, trials)}"
-        f'<p class="soft">{escape(text)}</p>'
-    )
+    entries = [("c0", "a student"), ("c1", "mean of an epoch")]
+    entries += [("c2", "a student whose layers shrink")] if any(t["stage"] == "shrinkage" for t in trials) else []
+    return Search(entries, _rewards(trials), _sizes(found, trials), text)
 
 
 def _epochs(trials: list[dict[str, Any]]) -> list[int]:
@@ -37,7 +46,7 @@ def _epochs(trials: list[dict[str, Any]]) -> list[int]:
     return [order.index((trial["stage"], trial["epoch"])) + 1 for trial in trials]
 
 
-def _rewards(found: dict[str, Any], trials: list[dict[str, Any]]) -> str:
+def _rewards(trials: list[dict[str, Any]]) -> DotPlot:
     numbers = _epochs(trials)
     points = [
         Point(number, trial["reward"], STAGES.get(trial["stage"], "c7"),
@@ -48,15 +57,13 @@ def _rewards(found: dict[str, Any], trials: list[dict[str, Any]]) -> str:
     points += [
         Point(n, sum(each) / len(each), "c1", title=f"mean {sum(each) / len(each):.4f}") for n, each in means.items()
     ]
-    entries = [("c0", "a student"), ("c1", "mean of an epoch")]
-    entries += [("c2", "a student whose layers shrink")] if any(t["stage"] == "shrinkage" for t in trials) else []
-    return legend(entries) + dots(points, Axis("epoch of rollouts", "{:g}".format), Axis("reward", "{:g}".format))
+    return dots(points, Axis("epoch of rollouts", "{:g}".format), Axis("reward", "{:g}".format))
 
 
-def _sizes(found: dict[str, Any], trials: list[dict[str, Any]]) -> str:
+def _sizes(found: dict[str, Any], trials: list[dict[str, Any]]) -> DotPlot | None:
     seen: dict[str, dict[str, Any]] = {t["student"]: t for t in trials if t["accuracy"] is not None}
     if not seen:
-        return ""
+        return None
     best = found["best"]
     points = [Point(found["teacher"]["parameters"] / 1e6, 1.0, "c7", "the teacher")]
     for key, trial in sorted(seen.items(), key=lambda item: item[0] == best):

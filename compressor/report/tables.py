@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from compressor.core.quantities import duration, size
 from compressor.core.roles import folded
+from compressor.core.terminal import make_console
 from compressor.plan.plan import Plan
 from compressor.plan.recipe import SECTIONS, Recipe
 
@@ -27,11 +27,11 @@ def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
 
 def show(*parts: Any) -> None:
     """Prints to stdout: at the width of the terminal, or whole where the output is a file."""
-    console = Console(highlight=False)
+    console = make_console()
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = make_console(width=160)
     for part in parts:
-        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+        console.print(part)
 
 
 def plan_tables(plan: Plan) -> list[Any]:
@@ -131,6 +131,8 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
         binary.get("runs_as")) else []  # fmt: skip
+    if (report.get("speed") or {}).get("measured") is False:
+        notes.append("speed and memory were not measured: evaluation.speed is false")
     return [made, *notes, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
 
 

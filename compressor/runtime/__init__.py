@@ -1,0 +1,1 @@
+"""Other processes: onnxruntime's sessions, a batch's workers, torchrun."""

@@ -1,25 +1,32 @@
 """Where the jobs of a batch run: processes of this machine, or a Ray cluster. A job is a command of its own.
 
-A worker that ends by a signal, or is lost, has crashed; every other end is an exit status and a message.
+A worker that ends by a signal, or is lost, has crashed; every other end is an exit status and a message. One that takes
+longer than it may is interrupted, and ended by force where it does not heed that.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
-import compressor
 from compressor.core.errors import UsageError
+from compressor.core.files import open_to_append
+from compressor.core.quantities import duration
+from compressor.runtime.processes import clean_environment, python
+from compressor.runtime.supervisor import GRACE_SECONDS
 
 INTERRUPTED = 130
 _TAIL = 4096
@@ -71,55 +78,111 @@ class Budget:
                 self.condition.notify_all()
 
 
-class _Planning:
-    def predict(self, command: Sequence[str]) -> tuple[int, Ended | None]:
-        """By a dry run, which reads headers only, in a process of its own: no file can take the batch down."""
-        found = subprocess.run(
-            [sys.executable, "-m", "compressor", *command, "--dry-run", "--json"], stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, env=environment(), check=False, start_new_session=True,
-        )  # fmt: skip
-        if found.returncode:
-            return 0, _ended(found.returncode, found.stderr)
-        return int(json.loads(found.stdout)["peak_memory"]), None
-
-
 _WORKER = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from compressor.cli.commands import main
-main()
+from compressor.__main__ import worker
+worker()
 """
 """Heeds an interrupt even where whoever started the batch ignores it, as nohup and shells do in the background."""
+TIMED_OUT = 4
+"""Status of a job that took longer than it may: of time there was too little."""
 
 
-class LocalEngine(_Planning):
-    """Processes of this machine."""
+class _Processes:
+    """Commands in processes of this machine, which end with the batch, when it is stopped, or when their time is up."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float | None = None) -> None:
+        self.timeout = timeout
         self._running: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
 
-    def run(self, command: Sequence[str], log: Path, memory: int) -> Ended:
-        with log.open("ab") as file:
-            with self._lock:
-                if self._stopped.is_set():
-                    return Ended(INTERRUPTED, "not started")
-                process = subprocess.Popen(
-                    [sys.executable, "-c", _WORKER, *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                    env=environment(), start_new_session=True,
-                )  # fmt: skip
-                self._running.add(process)
-            status = process.wait()
+    def predict(self, command: Sequence[str]) -> tuple[int, Ended | None]:
+        """By a dry run, which reads headers only, in a process of its own: no file can take the batch down."""
+        with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as said:
+            found = self.ended([*command, "--dry-run", "--json"], printed, said)
+            texts = [_tail(file) for file in (printed, said)]
+        if found is None or isinstance(found, Ended):
+            return 0, found or Ended(INTERRUPTED, "not started")
+        if found:
+            return 0, _ended(found, texts[1])
+        try:
+            return int(json.loads(texts[0])["peak_memory"]), None
+        except (ValueError, KeyError, TypeError):
+            return 0, Ended(TIMED_OUT, "its dry run did not print a plan; is the disk full?")
+
+    def ended(self, command: Sequence[str], stdout: BinaryIO, stderr: BinaryIO) -> int | Ended | None:
+        """The status of a command; how it ended where its time was up, None where it was not started."""
+        with self._lock:
+            if self._stopped.is_set():
+                return None
+            process = subprocess.Popen(
+                python("-c", _WORKER, *command), stdin=subprocess.PIPE, stdout=stdout, stderr=stderr,
+                env=environment(), start_new_session=True,
+            )  # fmt: skip
+            self._running.add(process)
+        try:
+            return process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            self._end(process)
+            return Ended(TIMED_OUT, f"took longer than {duration(self.timeout or 0)} and was ended; give it more with "
+                                    "--timeout and go on with --resume")  # fmt: skip
+        finally:
             with self._lock:
                 self._running.discard(process)
-        return ended(status, log)
+            if process.stdin is not None:
+                process.stdin.close()
+
+    def _end(self, process: subprocess.Popen) -> None:
+        """By an interrupt, which lets a run be resumed; else by force, with all that it has started."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS / 2)
+                return
+        _kill(process)
+        process.wait()
 
     def stop(self) -> None:
+        """Interrupts what runs, and ends by force what does not heed that; at once when it is asked again."""
+        again = self._stopped.is_set()
         self._stopped.set()
         with self._lock:
             for process in self._running:
+                if again:
+                    _kill(process)
+                    continue
                 process.send_signal(signal.SIGINT)
+                late = threading.Timer(GRACE_SECONDS, _kill, [process])
+                late.daemon = True
+                late.start()
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """A process that still runs, and its children, which share its session."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+class LocalEngine(_Processes):
+    """Processes of this machine."""
+
+    def run(self, command: Sequence[str], log: Path, memory: int) -> Ended:
+        try:
+            descriptor = open_to_append(log)
+        except OSError as error:
+            return Ended(2, f"{log}: cannot be written; {error.strerror}; remove it")
+        with os.fdopen(descriptor, "ab") as file:
+            status = self.ended(command, file, file)
+        if status is None:
+            return Ended(INTERRUPTED, "not started")
+        if isinstance(status, Ended):
+            return status
+        if status < 0 and self._stopped.is_set():
+            return Ended(INTERRUPTED, "interrupted")
+        return ended(status, log)
 
 
 def connected_ray(address: str, prefix: str, local: str) -> Any:
@@ -138,7 +201,8 @@ def connected_ray(address: str, prefix: str, local: str) -> Any:
         raise UsageError(f"{prefix}engine ray: ray is not installed; pip install 'compressor[ray]'") from error
     try:
         if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            with _among_pythons_own():
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
     except ConnectionError as error:
         raise UsageError(
             f"{prefix}address {address}: no Ray cluster answers; start one with `ray start --head`, or write {local}"
@@ -146,27 +210,49 @@ def connected_ray(address: str, prefix: str, local: str) -> Any:
     return ray
 
 
-class RayEngine(_Planning):
+@contextmanager
+def _among_pythons_own() -> Iterator[None]:
+    """Works in the folder of Python's own modules: Ray puts the folder that it is started in before its tasks' path."""
+    here = os.getcwd()
+    os.chdir(sysconfig.get_path("stdlib"))
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
+def of_a_task() -> dict[str, Any]:
+    """The environment of a Ray task, where it differs from the cluster's."""
+    found = environment()
+    names = ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS")
+    return {"env_vars": {name: found[name] for name in names if name in found}}
+
+
+class RayEngine(_Processes):
     """Tasks on a Ray cluster that shares the file system; each in a worker of its own, with the memory it will take.
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster at the address.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, timeout: float | None = None) -> None:
+        super().__init__(timeout)
         ray = self._ray = connected_ray(address, "--", "--address local")
         self._references: set[Any] = set()
-        self._stopped = threading.Event()
         self._task = ray.remote(max_retries=0, max_calls=1, num_cpus=1)(run_here)
 
     def run(self, command: Sequence[str], log: Path, memory: int) -> Ended:
         if self._stopped.is_set():
             return Ended(INTERRUPTED, "not started")
-        settings = {"env_vars": {name: environment()[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}}
-        reference = self._task.options(memory=memory, runtime_env=settings).remote(list(command), str(log), os.getcwd())
+        task = self._task.options(memory=memory, runtime_env=of_a_task())
+        reference = task.remote(list(command), str(log), os.getcwd())
         self._references.add(reference)
         try:
-            return ended(self._ray.get(reference), log)
+            return ended(self._ray.get(reference, timeout=self.timeout), log)
+        except self._ray.exceptions.GetTimeoutError:
+            self._ray.cancel(reference, force=True)
+            return Ended(TIMED_OUT, f"took longer than {duration(self.timeout or 0)} and was ended; give it more with "
+                                    "--timeout and go on with --resume")  # fmt: skip
         except self._ray.exceptions.TaskCancelledError:
             return Ended(INTERRUPTED, "interrupted")
         except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.RaySystemError) as error:
@@ -175,20 +261,21 @@ class RayEngine(_Planning):
             self._references.discard(reference)
 
     def stop(self) -> None:
-        self._stopped.set()
+        again = self._stopped.is_set()
+        super().stop()
         for reference in tuple(self._references):
-            self._ray.cancel(reference)
+            self._ray.cancel(reference, force=again)
 
 
 def run_here(command: list[str], log: str, folder: str) -> int:
     """A command in this process, which is a Ray worker's and ends with it; returns its exit status."""
     os.chdir(folder)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = open_to_append(Path(log))
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.argv = ["compress", *command]
     try:
-        runpy.run_module("compressor", run_name="__main__")
+        importlib.import_module("compressor.cli.commands").main()  # by its name: this room knows no commands
     except SystemExit as ended_with:
         return int(ended_with.code or 0)
     return 0
@@ -212,30 +299,18 @@ def last_line(log: Path) -> str:
     """The last line of a file, without reading all of it; nothing where there is none."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL))
-            lines = file.read().decode(errors="replace").strip().splitlines()
+            lines = _tail(file, _TAIL).strip().splitlines()
     except OSError:
         return ""
     return lines[-1] if lines else ""
 
 
+def _tail(file: BinaryIO, most: int = 1 << 30) -> str:
+    """The end of a file as text."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+    return file.read().decode(errors="replace")
+
+
 def environment() -> dict[str, str]:
-    """Of a worker: this package, and one thread unless OMP_NUM_THREADS says otherwise."""
-    package = str(Path(compressor.__file__).resolve().parents[1])
-    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-
-
-def available_memory() -> int:
-    """Bytes that new processes may take without swapping; half of the machine's where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return kilobytes["MemAvailable"] * 1024
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """A worker's environment: one thread unless OMP_NUM_THREADS says otherwise."""
+    return {"OMP_NUM_THREADS": "1", **clean_environment()}

@@ -1,0 +1,1 @@
+"""Smaller networks: channels, heads, layers and blocks removed before anything is encoded."""

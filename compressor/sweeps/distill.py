@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch
-from compressor.core.encoding import Affine, Codebook, Refined
+from compressor.core.passes import Moves, Rates
 from compressor.core.progress import Progress
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.core.work import Work
-from compressor.learning.distillation import Rates, Student, distill
+from compressor.graph.blocks import without_cache
+from compressor.learning.distillation import distill
+from compressor.learning.student import Student
 from compressor.plan.plan import Plan
 from compressor.plan.recipe import Distill, Recipe
 from compressor.sweeps.network import Network
@@ -68,17 +70,14 @@ def _student(
     checkpoint: Any, tensors: EncodedTensors, settings: Distill, pruned: Collection[str], fast: bool
 ) -> Student:
     module: nn.Module = checkpoint.build()
-    if hasattr(module, "config"):
-        module.config.use_cache = False
+    without_cache(module)
     dtype = torch.bfloat16 if fast else torch.float32
     shared: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if id(parameter) not in shared:
-            learned = isinstance(
-                tensors[name].encoding, (Affine, Codebook, Refined)
-            )  # each step brings values of its own
+            learned = tensors[name].encoding.kind != "dense"  # each step brings values of its own
             values = parameter if learned else tensors[name].decode().to(dtype)
             shared[id(parameter)] = nn.Parameter(values, requires_grad=False)
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, shared[id(parameter)])
-    return Student(module, tensors, settings.mapping_rate, pruned=pruned)
+    return Student(module, tensors, Moves(settings.mapping_rate), pruned=pruned)

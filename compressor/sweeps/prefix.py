@@ -23,16 +23,20 @@ LIMIT = 256_000_000
 
 
 class Settled:
-    """What of `block` is settled, nothing at first; `changing` are the weights that are to be `done` with before."""
+    """What of `block` is settled, nothing at first; `changing` are the weights that are to be `done` with before.
+
+    chain    the modules that may be settled, in the order of their calls
+    starts   after how many of them a forward may begin
+    """
 
     def __init__(
         self, network: Network, block: nn.Module, reached: Sequence[Arguments], changing: Iterable[Tensor]
     ) -> None:
         self._network, self._block, self._reached = network, block, reached
         self._changing = set(map(id, changing))
-        self._modules: list[nn.Module] = []
+        self.chain: list[nn.Module] = []
         self._outputs: list[Tensor] = []  # what they give for one example, on meta
-        self._allowed: list[int] = []
+        self.starts: list[int] = []
         self._n, self._held = 0, list[Tensor]()
         if reached and len({_shapes_of(arguments) for arguments in reached}) == 1:
             self._find()
@@ -45,13 +49,13 @@ class Settled:
     def advance(self) -> None:
         """Holds the output of the last module up to which nothing changes any more."""
         n, examples = 0, sum(map(n_examples, self._reached))
-        for number, (module, output) in enumerate(zip(self._modules, self._outputs, strict=True), 1):
+        for number, (module, output) in enumerate(zip(self.chain, self._outputs, strict=True), 1):
             if any(id(parameter) in self._changing for parameter in module.parameters()):
                 break
-            if number in self._allowed and output.nbytes * examples <= LIMIT:
+            if number in self.starts and output.nbytes * examples <= LIMIT:
                 n = number
         if n > self._n:
-            held = [self._output(self._modules[n - 1], i, arguments) for i, arguments in enumerate(self._reached)]
+            held = [self._output(self.chain[n - 1], i, arguments) for i, arguments in enumerate(self._reached)]
             self._n, self._held = n, held
 
     def begun(self, i: int) -> contextlib.AbstractContextManager[None]:
@@ -75,7 +79,7 @@ class Settled:
             lambda x, output=output: x.new_full((len(x), *output.shape[1:]), math.nan) for output in self._outputs[:n]
         ]
         forwards[-1] = lambda x: held.clone()  # what comes next may work in place
-        return patched(dict(zip(self._modules[:n], forwards, strict=True)))
+        return patched(dict(zip(self.chain[:n], forwards, strict=True)))
 
     @torch.no_grad()
     def _find(self) -> None:
@@ -89,12 +93,12 @@ class Settled:
             wanted = self._answer(example)
         if wanted is None or len(set(called)) < len(called) or len(outputs) < len(called):
             return
-        self._modules, self._outputs = called, [torch.empty_like(output, device="meta") for output in outputs]
+        self.chain, self._outputs = called, [torch.empty_like(output, device="meta") for output in outputs]
         for n, held in enumerate(outputs, 1):
             with self._after(n, held):
                 found = self._answer(example)
             if found is not None and torch.equal(found, wanted):
-                self._allowed.append(n)
+                self.starts.append(n)
 
     def _answer(self, example: Arguments) -> Tensor | None:
         """What the network gives for an example; None where it refuses it: what is wrong with a network, and not with

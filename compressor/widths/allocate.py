@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from compressor.core.batch import Batch
+from compressor.core.contract import Statistics
 from compressor.core.files import write_text
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
-from compressor.core.spec import AffineSpec, CodebookSpec, SparseSpec, Spec
 from compressor.core.work import Work
 from compressor.data.samples import Samples
 from compressor.export.planned import planned_bytes
@@ -102,10 +102,10 @@ def allocate(
             chosen = _choose(ladder, target, costs, weigh)
             task.advance()
         report = _report(ladder, chosen, costs, target)
-        report["expected_bytes"] = weigh(ladder.plan_of(_options(ladder, chosen)))
+        report["expected_bytes"] = weigh(ladder.plan_of(ladder.numbered(chosen)))
         write_text(file, json.dumps({"chosen": chosen, "report": report}))
     stored = json.loads(file.read_text())
-    return Allocation(ladder.plan_of(_options(ladder, stored["chosen"])), stored["report"])
+    return Allocation(ladder.plan_of(ladder.numbered(stored["chosen"])), stored["report"])
 
 
 def refuse_unreachable(checkpoint: Any, batches: list[Batch], ladder: Ladder, target: Target) -> None:
@@ -155,7 +155,8 @@ def _quantised(checkpoint: Any, network: Network, name: str, option: Option, wor
 
     def change() -> Tensor:
         weight = layout.matrix(checkpoint.read(name).float())
-        encoding = load_pass(option.method.quick()).encode(weight, torch.eye(weight.shape[1]), work.generator(name))
+        known = Statistics(torch.eye(weight.shape[1]))
+        encoding = load_pass(option.method.quick()).encode(weight, known, work.generator(name))
         return layout.tensor(encoding.decode())
 
     return change
@@ -194,16 +195,16 @@ def _choose(ladder: Ladder, target: Target, costs: Costs, weigh: Callable[[Plan]
         found = menu.frontier.smallest(costs.curve.cost(target.loss)) or menu.frontier.within(math.inf)
         return menu.chosen(found)
     size, graph = target.size, ladder.plan.files.get("model.onnx", 0)
-    widths = sorted({bits_of(option.spec) for options in ladder.options.values() for option in options})
+    widths = sorted({option.spec.code_bits for options in ladder.options.values() for option in options})
     allowed = [set(widths)]
     if graph > _SMALL * size:  # what a width needs in the graph, once for all tensors, decides whether it is worth it
         allowed = [set(part) for n in range(1, len(widths) + 1) for part in itertools.combinations(widths, n)]
     menus = [Menu.of(ladder, costs, size + graph, part) for part in allowed]
-    best: _Weighed | None = None
+    best: Weighed | None = None
     for menu in sorted(menus, key=lambda menu: menu.frontier.costs[-1])[:_MENUS]:
         if best is not None and best.close and menu.frontier.costs[-1] >= best.cost:
             break
-        found = _closest(menu, ladder, size, weigh)
+        found = closest(menu, ladder, size, weigh)
         best = min((each for each in (best, found) if each is not None), key=lambda each: each.order, default=None)
     if best is not None:
         return best.chosen
@@ -224,7 +225,7 @@ class Menu:
         kept = {}
         for name in costs.of:
             options = ladder.options[name]
-            some = [at for at, each in enumerate(options) if widths is None or bits_of(each.spec) in widths]
+            some = [at for at, each in enumerate(options) if widths is None or each.spec.code_bits in widths]
             kept[name] = some or list(range(len(options)))
         sizes = [[ladder.options[name][at].nbytes for at in some] for name, some in kept.items()]
         prices = [[costs.of[name][at] for at in some] for name, some in kept.items()]
@@ -243,13 +244,13 @@ class Menu:
         while least < most:
             middle = (least + most + 1) // 2
             chosen = self.chosen(self.frontier.within(self.frontier.base + middle * self.frontier.resolution))
-            fits = ladder.plan_of(_options(ladder, chosen)).bytes_after <= limit
+            fits = ladder.plan_of(ladder.numbered(chosen)).bytes_after <= limit
             least, most = (middle, most) if fits else (least, middle - 1)
         return self.chosen(self.frontier.within(self.frontier.base + least * self.frontier.resolution))
 
 
 @dataclass(frozen=True)
-class _Weighed:
+class Weighed:
     """A choice, what it costs, and whether it comes within 1 % below the target."""
 
     chosen: dict[str, int]
@@ -261,17 +262,17 @@ class _Weighed:
         return (not self.close, self.cost)
 
 
-def _closest(menu: Menu, ladder: Ladder, size: int, weigh: Callable[[Plan], int]) -> _Weighed | None:
+def closest(menu: Menu, ladder: Ladder, size: int, weigh: Callable[[Plan], int]) -> Weighed | None:
     """The cheapest choice of at most `size` bytes, in a few rounds: how far a plan is off shows when it is weighed."""
-    best: _Weighed | None = None
+    best: Weighed | None = None
     limit, low, high, rounds = size, 0, 2 * size, 0
     while rounds < _ROUNDS or best is None:
         chosen = menu.land(ladder, limit)
-        plan = ladder.plan_of(_options(ladder, chosen))
+        plan = ladder.plan_of(ladder.numbered(chosen))
         weight = weigh(plan)
         cost = sum(menu.costs.of[name][at] for name, at in chosen.items())
         if weight <= size:
-            found = _Weighed(chosen, cost, weight >= 0.99 * size)
+            found = Weighed(chosen, cost, weight >= 0.99 * size)
             best = found if best is None else min(best, found, key=lambda each: each.order)
             if weight >= 0.998 * size or cost <= menu.frontier.costs[-1]:
                 break
@@ -303,15 +304,11 @@ def _weighed(checkpoint: Any, batches: list[Batch], ladder: Ladder) -> Callable[
     return weigh
 
 
-def _options(ladder: Ladder, chosen: dict[str, int]) -> dict[str, Option]:
-    return {name: ladder.options[name][at] for name, at in chosen.items()}
-
-
 def _report(ladder: Ladder, chosen: dict[str, int], costs: Costs, target: Target) -> dict[str, Any]:
-    options = _options(ladder, chosen)
+    options = ladder.numbered(chosen)
     cost = sum(costs.of[name][at] for name, at in chosen.items())
     tensors = {
-        name: {"bits": bits_of(option.spec), "stored": option.spec.label, "bytes": option.nbytes,
+        name: {"bits": option.spec.code_bits, "stored": option.spec.label, "bytes": option.nbytes,
                "cost": costs.of[name][chosen[name]]}
         for name, option in options.items()
     }  # fmt: skip
@@ -332,12 +329,3 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(f"  {name}: {', '.join(f'{n} × {stored}' for stored, n in sorted(counts.items()))}")
     expected = f"about {report['expected_bytes'] / 1e6:,.2f} MB"
     return "\n".join([*lines, f"  {expected}; predicted {WORDS[report['kind']]}: {report['predicted_loss']:.2%}"])
-
-
-def bits_of(spec: Spec) -> float:
-    """Of a code, per weight."""
-    if isinstance(spec, SparseSpec):
-        return bits_of(spec.inner)
-    if isinstance(spec, CodebookSpec):
-        return spec.width / spec.dim
-    return spec.bits if isinstance(spec, AffineSpec) else 32

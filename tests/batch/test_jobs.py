@@ -21,7 +21,9 @@ from compressor.runtime.workers import Budget, Ended, LocalEngine, RayEngine
 from tests import pico
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "passes: [{pass: affine, method: rtn, bits: 4, group: 16}]\nevaluation: {tokens: 0, samples: 0}\n"
+RECIPE = (
+    "passes: [{pass: affine, method: rtn, bits: 4, group: 16}]\nevaluation: {tokens: 0, samples: 0, speed: false}\n"
+)
 MANIFEST = """
 recipe: r.yaml
 arch: tests.pico:Tied
@@ -34,16 +36,15 @@ models:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(here, monkeypatch):
     """Two good state dicts and a broken one; `Tied` needs no data when it is rounded to nearest."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    (tmp_path / "m.yaml").write_text(MANIFEST)
-    pico.write_state_dict(pico.Tied, tmp_path / "good.pt")
-    pico.write_state_dict(pico.Tied, tmp_path / "large.pt")
-    (tmp_path / "broken.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:500])
-    return tmp_path
+    (here / "r.yaml").write_text(RECIPE)
+    (here / "m.yaml").write_text(MANIFEST)
+    pico.write_state_dict(pico.Tied, here / "good.pt")
+    pico.write_state_dict(pico.Tied, here / "large.pt")
+    (here / "broken.pt").write_bytes((here / "good.pt").read_bytes()[:500])
+    return here
 
 
 class Scripted:
@@ -56,11 +57,16 @@ class Scripted:
         return 0, None
 
     def run(self, command, log, memory):
-        name = Path(command[command.index("-o") + 1]).name.removesuffix("-r")
+        target = Path(command[command.index("-o") + 1])
+        name = target.name.removesuffix("-r")
         self.asked.append((name, "--resume" in command))
         status = self.ends[name].pop(0)
-        (Path(command[command.index("-o") + 1] + ".partial") / "work").mkdir(parents=True, exist_ok=True)
-        (Path(command[command.index("-o") + 1] + ".partial") / "work" / "run.json").write_text("{}")
+        work = target.with_name(target.name + ".partial") / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "run.json").write_text("{}")
+        if status == 0:
+            target.mkdir(exist_ok=True)
+            (target / "compression.json").write_text("{}")
         return Ended(status, "" if status == 0 else "why")
 
     def stop(self):
@@ -151,14 +157,14 @@ def test_an_interrupted_worker_ends_by_130(folder):
     assert engine.run(words, Path("log"), 0) == Ended(130, "not started")
 
 
-def test_a_worker_that_is_killed_has_crashed(folder):
+def test_a_worker_that_is_killed_has_crashed(folder, started):
     engine, ends = LocalEngine(), []
     words = ["run", "good.pt", "--recipe", "r.yaml", "--arch", "tests.pico:Tied", "-o", "x"]
     thread = threading.Thread(target=lambda: ends.append(engine.run(words, Path("log"), 0)))
     thread.start()
-    while not engine._running:
+    while not started():
         time.sleep(0.01)
-    for process in tuple(engine._running):
+    for process in started():
         process.kill()
     thread.join()
     assert ends == [Ended(None, "the worker was ended by SIGKILL")]

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from pico_graphs import save_classifier
 
 from compressor.core.errors import DataError, VerificationError
 from compressor.data.arrays import Arrays
@@ -15,6 +14,7 @@ from compressor.evaluate.language import evaluate_language
 from compressor.evaluate.modules import evaluate_module
 from compressor.evaluate.proof import compare_logits
 from compressor.evaluate.session import ModuleSession
+from tests.onnx.graphs import save_classifier
 
 N_WINDOWS, LENGTH, VOCABULARY = 3, 131, 17  # positions cross two boundaries of 64
 

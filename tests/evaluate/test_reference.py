@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +13,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.evaluate.language import evaluate_language
 from compressor.evaluate.reference import original_logits, original_outputs
 from compressor.graph.blocks import block_names
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import material
+from scripts import material
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40}
 CONFIGS = {

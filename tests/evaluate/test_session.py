@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import parser
-from pico_graphs import decoder_logits, save_classifier, save_decoder
 
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.bench import bench, size
 from compressor.evaluate.session import DecoderSession, ModuleSession, open_session, sample
+from tests.onnx.graphs import decoder_logits, save_classifier, save_decoder
 
 
 def test_logits_are_the_naive_ones_for_each_sequence_of_a_batch(tmp_path):

@@ -10,8 +10,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.core.artifact import Artifact
 from compressor.core.options import RunOptions
 from compressor.core.roles import folded
@@ -26,25 +24,21 @@ RECIPE = """
 passes: [{pass: affine, method: rtn, bits: 4, group: 16}]
 calibration: {tokens: 256, window: 32}
 embeddings: {bits: 4, group: 16}
-evaluation: {tokens: 96, window: 32}
+evaluation: {tokens: 96, window: 32, speed: false}
 """
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, llama):
     """Two artifacts of one pico Llama, which differ in the bits of one layer."""
     folder = tmp_path_factory.mktemp("made")
-    pico.llama(folder / "llama")
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "calibration.txt").write_text(pico.text(1))
     (folder / "evaluation.txt").write_text(pico.text(2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-        patch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
-        known = {"data": str(folder / "calibration.txt"), "eval": str(folder / "evaluation.txt")}
-        for name, sets in (("four", ()), ("eight", ("affine.bits=8",))):
-            options = RunOptions(str(folder / "llama"), str(folder / "r.yaml"), folder / name, sets=sets, **known)
-            run(options)
+    known = {"data": str(folder / "calibration.txt"), "eval": str(folder / "evaluation.txt")}
+    for name, sets in (("four", ()), ("eight", ("affine.bits=8",))):
+        options = RunOptions(str(llama), str(folder / "r.yaml"), folder / name, sets=sets, **known)
+        run(options)
     return folder
 
 
@@ -57,15 +51,18 @@ def four(made, tmp_path):
 def test_a_good_artifact_holds_in_every_respect(four):
     checks = verify(four)
     assert [(check.name, check.passed) for check in checks] == [
-        ("hashes", True), ("files", True), ("provenance", True), ("original", True), ("opens", True), ("quality", True),
+        ("hashes", True), ("files", True), ("figures", True), ("provenance", True), ("original", True), ("opens", True),
+        ("weights", True), ("quality", True), ("verified", True),
     ]  # fmt: skip
     assert failures(checks) == ""
-    assert "perplexity" in checks[-1].found
+    assert "perplexity" in checks[-2].found
+    assert checks[-1].found.startswith("weights and quality, against the original; read as compression.json names them")
 
 
 def changed(four: Path, name: str, value) -> None:
     report = json.loads((four / "compression.json").read_text())
     report[name] = value
+    report.pop("seal", None)  # as of an artifact of before there were seals
     (four / "compression.json").write_text(json.dumps(report))
 
 
@@ -87,7 +84,10 @@ def flip(four: Path) -> None:
             "passwd is no file of the artifact",
         ),
         (lambda four: changed(four, "sha256", {}), "compression.json holds no hashes"),
-        (lambda four: (four / "model.onnx").write_bytes(b"\x08\x08garbage"), "hashes: model.onnx has changed; opens: "),
+        (
+            lambda four: (four / "model.onnx").write_bytes(b"\x08\x08garbage"),
+            "hashes: model.onnx has changed; figures: .*; opens: ",
+        ),
     ],
 )
 def test_what_does_not_hold_is_named(four, damage, message):
@@ -97,7 +97,8 @@ def test_what_does_not_hold_is_named(four, damage, message):
 
 def test_quality_that_is_not_what_was_recorded_is_found(four):
     quality = Artifact.open(four).report["quality"]
-    changed(four, "quality", quality | {"perplexity": quality["perplexity"] * 0.9})
+    wrong = quality["perplexity"] * 0.9
+    changed(four, "quality", quality | {"perplexity": wrong, "ratio": wrong / quality["original_perplexity"]})
     assert re.fullmatch(r"quality: perplexity is \S+, was \S+", failures(verify(four)))
     assert failures(verify(four, measure=False)) == ""
 
@@ -118,7 +119,7 @@ def test_the_page_shows_every_layer_and_its_pictures_are_whole(made, tmp_path):
     assert [other.directory.name for other in siblings(artifact)] == ["eight"]
     write_page([made / "four", made / "eight"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    pictures = [ElementTree.fromstring(text) for text in re.findall(r"<svg class=.*?</svg>", page)]
+    pictures = [ElementTree.fromstring(text) for text in re.findall(r"<svg class=.*?</svg>", page, re.DOTALL)]
     texts = {"".join(text.itertext()) for picture in pictures for text in picture.iter("text")}
     assert {f"model.layers.{i}" for i in range(3)} | {"eight", "four", "the original", "encoding"} <= texts
     errors = [tensor for tensor in stored_tensors(artifact) if tensor.error is not None]
@@ -127,8 +128,20 @@ def test_the_page_shows_every_layer_and_its_pictures_are_whole(made, tmp_path):
     for circle in circles:
         assert 0 <= float(circle.get("cx")) <= 760
         assert 0 <= float(circle.get("cy")) <= 260
-    assert "http://" not in page
-    assert "<script" not in page
+    assert not re.search(r"""https?://|url\(|@import|<(script|link|img|iframe)|\s(src|href)=""", page)
+
+
+def test_where_files_lay_on_the_machine_is_not_in_the_page(made, four, tmp_path):
+    assert "calibrated on" in (made / "four" / "report.html").read_text(encoding="utf-8")
+    recipe = Artifact.open(four).report["recipe"] | {"policy_in": "/srv/secret/policy.pt", "other": ["C:\\secret\\x"]}
+    changed(four, "recipe", recipe)
+    changed(four, "data", {"calibration": "/srv/secret/my text.txt (first part)", "evaluation": "own/text.txt"})
+    write_page([four], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "secret" not in page
+    assert str(tmp_path.parent) not in page
+    for name in ("policy.pt", "my text.txt (first part)", "own/text.txt"):
+        assert name in page
 
 
 def test_names_in_the_page_are_escaped(four, tmp_path):
@@ -136,7 +149,7 @@ def test_names_in_the_page_are_escaped(four, tmp_path):
     write_page([four], tmp_path / "page.html", title="<i>")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page
-
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; by" in page
     assert "<i>" not in page
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers
 
-from compressor.core.encoding import Affine, Binary, Codebook, Layout, Scales
+from compressor.core.encoding import Binary, Layout
 from compressor.core.errors import ExportError
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.export.decoder import export_decoder
 from compressor.export.decoder_config import decoder_refusal
+from tests.export.networks import opened, rounded, vectors
 
 PICO = {
     "vocab_size": 131, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -42,27 +43,6 @@ NETWORKS = {
 }
 
 
-def rounded(weight: torch.Tensor, bits: int, group: int, half: bool = False) -> Affine:
-    rows, columns = weight.shape
-    grouped = torch.nn.functional.pad(weight, (0, -columns % group)).view(rows, -1, group)
-    zero = 2 ** (bits - 1) - (0.5 if half else 0.0)
-    scales = Scales.of(grouped.abs().amax(-1) / zero)
-    codes = (grouped / scales.decode().unsqueeze(-1) + zero).round().clamp(0, 2**bits - 1).int().flatten(1)
-    return Affine(tuple(weight.shape), bits, group, codes, scales, zero)
-
-
-def vectors(weight: torch.Tensor, width: int, dim: int, group: int, ordered: bool) -> Codebook:
-    """Codes drawn at random: the graph must not care."""
-    rows, columns = weight.shape
-    generator = torch.Generator().manual_seed(rows)
-    groups = -(-columns // group)
-    codes = torch.randint(0, 2**width, (rows, groups * group // dim), generator=generator, dtype=torch.int32)
-    table = torch.randint(-8, 8, (2, 2**width, dim), generator=generator).to(torch.int8)
-    scales = Scales.of(torch.full((rows, groups), float(weight.std()) / 4.6))
-    order = torch.randperm(rows, generator=generator) if ordered else None
-    return Codebook((rows, columns), width, dim, group, codes, table, scales, (rows // 2, rows - rows // 2), order)
-
-
 ENCODERS = {
     "float32": lambda weight: EncodedTensor.dense(weight).encoding,
     "float16": lambda weight: EncodedTensor.dense(weight, torch.float16).encoding,
@@ -72,9 +52,9 @@ ENCODERS = {
     "affine4": lambda weight: rounded(weight, 4, 32),
     "affine4row": lambda weight: rounded(weight, 4, weight.shape[1]),
     "affine8": lambda weight: rounded(weight, 8, 64),
-    "vectors": lambda weight: vectors(weight, 8, 4, 32, True),
-    "vectors9": lambda weight: vectors(weight, 9, 4, 32, False),
-    "binary": lambda weight: Binary(tuple(weight.shape), weight > 0, weight.abs().mean(1, keepdim=True).half()),
+    "vectors": lambda weight: vectors(weight, books=2),
+    "vectors9": lambda weight: vectors(weight, 9, books=2, ordered=False),
+    "binary": lambda weight: Binary.of(weight > 0, weight.abs().mean(1, keepdim=True)),
 }
 
 
@@ -102,14 +82,7 @@ def exported(model: transformers.PreTrainedModel, encoder: str, directory: Path,
     write_tensors(directory / "model.safetensors", tensors, tied)
     lazy = EncodedTensors([directory / "model.safetensors"])
     path = export_decoder(model.config.to_dict(), lazy, directory, mode, exact)
-    return session(path)
-
-
-def session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return onnxruntime.InferenceSession(path, options)
+    return opened(path)
 
 
 def run(session, ids: np.ndarray, past: dict[str, np.ndarray] | None = None, mask: np.ndarray | None = None):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pico_networks import BERT, GPT2, Tied, compressed, first_output, pico, tokens
 from safetensors.torch import save_file
 
 import compressor
@@ -16,6 +15,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError
 from compressor.evaluate.reference import original_outputs
 from compressor.export.loading import decoded_checkpoint
+from tests.export.networks import BERT, GPT2, Tied, compressed, first_output, pico, tokens
 
 
 @pytest.fixture
@@ -41,8 +41,12 @@ def test_an_artifact_of_a_custom_network_loads_by_its_reference(tmp_path):
     module = Tied().eval()
     compressed(module, tmp_path)
     note = tmp_path / "compression.json"
-    note.write_text(json.dumps({"source": {"arch": "pico_networks:Tied"}}))
-    loaded = compressor.load(tmp_path)
+    note.write_text(json.dumps({"source": {"arch": "tests.export.networks:Tied"}}))
+    with pytest.raises(
+        CheckpointError, match=r"names is not run; give arch='tests.export.networks:Tied' if you trust it"
+    ):
+        compressor.load(tmp_path)
+    loaded = compressor.load(tmp_path, arch="tests.export.networks:Tied")
     assert loaded.head.weight is loaded.table.weight
     assert loaded.shift.dtype == torch.int64
     for name, tensor in module.state_dict().items():
@@ -50,7 +54,7 @@ def test_an_artifact_of_a_custom_network_loads_by_its_reference(tmp_path):
     note.write_text(json.dumps({"source": {}}))
     with pytest.raises(CheckpointError, match="its architecture is unknown"):
         compressor.load(tmp_path)
-    assert compressor.load(tmp_path, arch="pico_networks:Tied").mix.shape == (32, 32)
+    assert compressor.load(tmp_path, arch="tests.export.networks:Tied").mix.shape == (32, 32)
 
 
 def test_what_is_no_artifact_is_refused(tmp_path):

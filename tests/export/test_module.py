@@ -10,20 +10,25 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from pico_networks import ALBERT, BERT, ENCODERS, GPT2, Tied, compressed, first_output, pico, tokens, traced_and_written
 from torch import nn
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.encoding import Dense, Encoding, Sparse
-from compressor.core.errors import ExportError
+from compressor.core.errors import CheckpointError, ExportError
 from compressor.export.module import encoder_example
-
-
-def opened(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return onnxruntime.InferenceSession(path, options)
+from tests.export.networks import (
+    ALBERT,
+    BERT,
+    ENCODERS,
+    GPT2,
+    Tied,
+    compressed,
+    first_output,
+    opened,
+    pico,
+    tokens,
+    traced_and_written,
+)
 
 
 def near(session: onnxruntime.InferenceSession, expected: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
@@ -174,5 +179,5 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else x
 
-    with pytest.raises(ExportError, match="torch.onnx cannot trace Branching"):
+    with pytest.raises(CheckpointError, match="torch.onnx cannot trace Branching"):
         traced_and_written(Branching(4, 4), {"": torch.zeros(2, 4)}, compressed(nn.Linear(4, 4), tmp_path), tmp_path)

@@ -10,7 +10,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from pico_networks import compressed, rounded, traced_and_written
 from torch import Tensor, nn
 
 from compressor.core.encoding import Affine
@@ -18,6 +17,7 @@ from compressor.core.errors import ExportError
 from compressor.export.check import slow_paths
 from compressor.export.ranges import example_range
 from compressor.export.static_int8 import enlarged, quantisation
+from tests.export.networks import compressed, rounded, traced_and_written
 
 
 class Pico(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -17,8 +19,14 @@ from tests import pico
 IDS = pico.token_batches(1)[0]["input_ids"]
 
 
-def built(build, folder, **options) -> nn.Module:
-    module = open_checkpoint(build(folder / "model", **options)).build("cpu").float()
+@pytest.fixture
+def built(checkpoints):
+    """Makes one of tests.pico's networks as a module."""
+    return lambda kind, **settings: module_of(checkpoints(kind, **settings))
+
+
+def module_of(directory: Path) -> nn.Module:
+    module = open_checkpoint(directory).build("cpu").float()
     module.config.use_cache = False
     return module
 
@@ -31,16 +39,16 @@ def evaluator_of(module, parts=False, measure="perplexity"):
     return DepthEvaluator(module, block_names(module), units_of(module, parts), {"input_ids": IDS}, None, measure)
 
 
-@pytest.mark.parametrize("build", [pico.llama, pico.gpt2, pico.bert])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("parts", [False, True])
-def test_a_student_is_judged_as_the_network_without_its_units_computes(tmp_path, build, parts):
-    module = built(build, tmp_path)
+def test_a_student_is_judged_as_the_network_without_its_units_computes(built, kind, parts):
+    module = built(kind)
     evaluator = evaluator_of(module, parts)
     before = first_tensor(module(input_ids=IDS))
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         gone = torch.randperm(len(evaluator.units), generator=generator)[: 1 + len(evaluator.units) // 3].tolist()
-        found = evaluator._logits(Student.of(gone))  # with what an earlier student left
+        found = evaluator.logits(Student.of(gone))  # with what an earlier student left
         smaller = without_units(module, [evaluator.units[number] for number in gone])
         with torch.autocast("cpu", torch.bfloat16, enabled=found.dtype == torch.bfloat16):
             wanted = first_tensor(smaller(input_ids=IDS))
@@ -50,17 +58,16 @@ def test_a_student_is_judged_as_the_network_without_its_units_computes(tmp_path,
     assert not any("forward" in vars(child) for child in module.modules())
 
 
-def test_the_attention_of_bert_holds_its_own_residual_sum_and_that_of_llama_does_not(tmp_path):
+def test_the_attention_of_bert_holds_its_own_residual_sum_and_that_of_llama_does_not(built):
     kinds = {
-        build.__name__: {(unit.kind, unit.absent) for unit in units_of(built(build, tmp_path / build.__name__), True)}
-        for build in (pico.llama, pico.gpt2, pico.bert)
+        kind: {(unit.kind, unit.absent) for unit in units_of(built(kind), True)} for kind in ("llama", "gpt2", "bert")
     }
     assert kinds["llama"] == kinds["gpt2"] == {("attention", "zeros"), ("mlp", "zeros")}
     assert kinds["bert"] == {("attention", "identity")}
 
 
-def test_what_is_left_is_numbered_anew_and_the_config_follows(tmp_path):
-    module = built(pico.llama, tmp_path, n_layers=5)
+def test_what_is_left_is_numbered_anew_and_the_config_follows(built):
+    module = built("llama", n_layers=5)
     smaller = without_units(module, [units_of(module, False)[i] for i in (1, 3)])
     again = without_units(smaller, units_of(smaller, False)[:1])
     assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == [0, 1, 2]
@@ -72,8 +79,8 @@ def test_what_is_left_is_numbered_anew_and_the_config_follows(tmp_path):
     assert not hasattr(module.model.layers, "kept_children")
 
 
-def test_what_students_share_is_computed_once(tmp_path):
-    module = built(pico.llama, tmp_path, n_layers=6)
+def test_what_students_share_is_computed_once(built):
+    module = built("llama", n_layers=6)
     evaluator = evaluator_of(module)
     calls = []
     for layer in module.model.layers:
@@ -85,17 +92,17 @@ def test_what_students_share_is_computed_once(tmp_path):
     assert len(calls) == sum(5 - number for number in range(6))  # only the blocks behind the one that is gone
 
 
-def test_influence_by_its_definition_and_measures(tmp_path):
-    module = built(pico.llama, tmp_path, n_layers=3)
+def test_influence_by_its_definition_and_measures(built):
+    module = built("llama", n_layers=3)
     evaluator = evaluator_of(module, measure="accuracy")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         states = module(input_ids=IDS, output_hidden_states=True).hidden_states
     for number in range(2):  # the last one is after the norm
         a, b = (each.double().flatten(0, 1) for each in states[number : number + 2])
         cosines = [float(x @ y / (x.norm() * y.norm())) for x, y in zip(a, b, strict=True)]
         assert evaluator.influence()[number] == pytest.approx(1 - sum(cosines) / len(cosines), abs=5e-3)
     ((_, accuracy),) = evaluator.evaluate([Student()])
-    logits = evaluator._logits(Student())
+    logits = evaluator.logits(Student())
     hits = [bool(logits[i, t].argmax() == IDS[i, t + 1]) for i in range(len(IDS)) for t in range(IDS.shape[1] - 1)]
     assert accuracy == pytest.approx(sum(hits) / len(hits))
 

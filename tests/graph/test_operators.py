@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from compressor.graph.operators import find_branches
 from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
 from tests.graph.test_surgery import called
-from tests.zoo import ZOO, build
+from tests.graph.zoo import ZOO, build
 
 WHOLE = torch.zeros(1, dtype=torch.long)
 FOUND = {

@@ -59,9 +59,9 @@ def test_a_projection_inside_of_torchs_attention_is_a_layer():
     assert places == {"inner.weight": FIRST, "attention.out_proj.weight": "", "head.weight": LAST}
 
 
-@pytest.mark.parametrize("build", [pico.llama, pico.gpt2])
-def test_of_language_models_only_tables_are_at_the_ends(tmp_path, build):
-    checkpoint = open_checkpoint(build(tmp_path / "model"))
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_of_language_models_only_tables_are_at_the_ends(checkpoints, kind):
+    checkpoint = open_checkpoint(checkpoints(kind))
     places = layer_places(checkpoint.build("cpu").float(), {"input_ids": torch.ones(2, 7, dtype=torch.long)})
     ends = {name for name, place in places.items() if place}
     assert ends

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -12,10 +9,8 @@ from torch import nn
 from compressor.core.students import Student
 from compressor.graph.chain import read_chain
 from compressor.graph.rebuild import InvalidStudent, build_student, shrunk_kernel, shrunk_outputs
+from scripts.networks import digit_cnn, resnet20
 from tests import pico
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from networks import digit_cnn, resnet20
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 GREY = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))

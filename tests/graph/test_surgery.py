@@ -12,7 +12,7 @@ from compressor.core.errors import PassError
 from compressor.core.groups import Group
 from compressor.graph.groups import find_groups
 from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
-from tests.zoo import ZOO, build
+from tests.graph.zoo import ZOO, build
 
 
 def called(module: nn.Module, example: tuple | dict) -> Tensor:

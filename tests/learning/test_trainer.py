@@ -19,13 +19,13 @@ from compressor.learning.trainer import Fitting, called, teaching_loss
 from compressor.ops.schedules import rate_share
 from compressor.passes.hesso import Hesso, Shrinking
 from compressor.passes.oto import Oto, Projecting
-from compressor.passes.settings.training import TrainingPass
-from tests.training_case import EXAMPLE, N_CLASSES, examples, images, residual, subject_of, with_pooler
+from compressor.passes.settings.training import TrainingSettings
+from tests.learning.training_case import EXAMPLE, N_CLASSES, examples, images, residual, subject_of, with_pooler
 
 ROOT = Path(__file__).parents[2]
 
 
-def fitted(module, settings: TrainingPass, data: Examples | None = None, advance=lambda share, note: None, **made):
+def fitted(module, settings: TrainingSettings, data: Examples | None = None, advance=lambda share, note: None, **made):
     """The loop's log; `module` is trained in place."""
     subject = subject_of(module)
     loop = Fitting(module, data or examples(), settings, 3, made.get("folder"), advance)
@@ -199,7 +199,15 @@ def test_schedules(schedule, middle):
 
 def test_two_processes_under_torchrun_train_as_one(tmp_path):
     """On a network without batch norms, whose statistics are of each process's own share."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.training_worker"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tests.learning.training_worker",
+    ]
     done = subprocess.run(
         [sys.executable, *command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

@@ -27,7 +27,8 @@ from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.pipeline import run
 from compressor.sweeps.network import Network, layer_stages, second_moments
-from tests import pico, pico_onnx
+from tests import pico
+from tests.onnx import graphs
 
 RECIPE = """
 passes: [PASS]
@@ -41,8 +42,8 @@ RTN = "{pass: affine, method: rtn, bits: 2, group: 64, zero: half}"
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    np.savez(tmp_path / "tokens.npz", input_ids=pico_onnx.tokens_data(64))
-    np.savez(tmp_path / "images.npz", pixels=pico_onnx.images_data(64))
+    np.savez(tmp_path / "tokens.npz", input_ids=graphs.tokens_data(64))
+    np.savez(tmp_path / "images.npz", pixels=graphs.images_data(64))
     return tmp_path
 
 
@@ -76,7 +77,7 @@ def decoded(model: Path, artifact: Path, folder: Path) -> Path:
 
 
 def test_layers_are_named_by_what_the_graph_tells(tmp_path):
-    found = open_checkpoint(pico_onnx.tokens(tmp_path)).tensors
+    found = open_checkpoint(graphs.tokens(tmp_path)).tensors
     roles = {name: (info.role, info.transposed) for name, info in found.items()}
     assert roles == {
         "table.weight": ("embedding", False), "block.query.weight": ("linear", True),
@@ -84,7 +85,7 @@ def test_layers_are_named_by_what_the_graph_tells(tmp_path):
         "head.weight": ("linear", False), "head.bias": ("other", False),
         "norm.weight": ("other", False), "norm.bias": ("other", False),
     }  # fmt: skip
-    kinds = {info.role for info in open_checkpoint(pico_onnx.images(tmp_path)).tensors.values()}
+    kinds = {info.role for info in open_checkpoint(graphs.images(tmp_path)).tensors.values()}
     assert kinds == {"conv", "linear", "other"}
 
 
@@ -96,8 +97,8 @@ def test_no_layer_is_called_as_something_that_modules_have():
 @pytest.mark.parametrize("kind", ["tokens", "images"])
 def test_the_network_computes_what_onnxruntime_does(tmp_path, kind, batch):
     """Also where the graph takes a fixed number of examples at a time."""
-    proto = pico_onnx.graph(kind)
-    feed = {"tokens": {"input_ids": pico_onnx.tokens_data(7)}, "images": {"pixels": pico_onnx.images_data(7)}}[kind]
+    proto = graphs.graph(kind)
+    feed = {"tokens": {"input_ids": graphs.tokens_data(7)}, "images": {"pixels": graphs.images_data(7)}}[kind]
     onnx.save(proto, tmp_path / "free.onnx")
     wanted = outputs(tmp_path / "free.onnx", feed)
     if batch:
@@ -113,7 +114,7 @@ def test_the_network_computes_what_onnxruntime_does(tmp_path, kind, batch):
 
 def test_second_moments_are_of_what_onnxruntime_gives_the_layer(tmp_path):
     """By a naive loop in float64 over the activations that an added output of the graph shows."""
-    path, ids = pico_onnx.tokens(tmp_path), pico_onnx.tokens_data(5)
+    path, ids = graphs.tokens(tmp_path), graphs.tokens_data(5)
     proto = onnx.load(path)
     proto.graph.output.append(onnx.ValueInfoProto(name="active"))
     onnx.save(proto, tmp_path / "seen.onnx")
@@ -144,12 +145,12 @@ def _layers(block: nn.Module) -> dict[str, nn.Module]:
         "{pass: affine, bits: 8, group: row}",
     ],
 )
-@pytest.mark.parametrize("make", [pico_onnx.tokens, pico_onnx.images, pico_onnx.external])
+@pytest.mark.parametrize("make", [graphs.tokens, graphs.images, graphs.external])
 def test_an_artifact_computes_what_its_encodings_say(data, step, make):
     model = make(data)
     before = {path.name: path.read_bytes() for path in data.iterdir() if path.is_file()}
     artifact = compressed(model, recipe(data, step), sets=("export.activations=exact", "evaluation.samples=0"))
-    kind = "images" if make is pico_onnx.images else "tokens"
+    kind = "images" if make is graphs.images else "tokens"
     feed = dict(np.load(data / f"{kind}.npz"))
     found = outputs(artifact.directory / "model.onnx", feed)
     for array, wanted in zip(found, outputs(decoded(model, artifact.directory, data), feed), strict=True):
@@ -162,7 +163,7 @@ def test_an_artifact_computes_what_its_encodings_say(data, step, make):
 
 
 def test_products_with_encoded_weights_run_in_the_low_bit_kernel(data):
-    graph = ir.load(compressed(pico_onnx.tokens(data), recipe(data)).directory / "model.onnx").graph
+    graph = ir.load(compressed(graphs.tokens(data), recipe(data)).directory / "model.onnx").graph
     types = [node.op_type for node in graph]
     assert types.count("MatMulNBits") == 2
     assert types.count("GatherBlockQuantized") == 1
@@ -171,7 +172,7 @@ def test_products_with_encoded_weights_run_in_the_low_bit_kernel(data):
 
 def test_calibration_is_on_the_inputs_of_each_layer(data):
     """Feedback weighed by the activations that the data cause beats rounding to nearest on these data."""
-    model, errors = pico_onnx.tokens(data), {}
+    model, errors = graphs.tokens(data), {}
     for method in ("rtn", "gptq"):
         step = f"{{pass: affine, method: {method}, bits: 2, group: 32}}"
         artifact = compressed(model, recipe(data, step, "export: {activations: exact}\n"), sets=("embeddings.bits=32",))
@@ -180,7 +181,7 @@ def test_calibration_is_on_the_inputs_of_each_layer(data):
 
 
 def test_the_same_run_gives_the_same_bytes_and_can_be_verified(data):
-    model, steps = pico_onnx.images(data), recipe(data, "{pass: jlcm, width: 4, dim: 2, group: 32}")
+    model, steps = graphs.images(data), recipe(data, "{pass: jlcm, width: 4, dim: 2, group: 32}")
     first = compressed(model, steps)
     files = {path.name: path.read_bytes() for path in first.directory.glob("model.*")}
     again = compressed(model, steps, output=data / "again")
@@ -191,7 +192,7 @@ def test_the_same_run_gives_the_same_bytes_and_can_be_verified(data):
 
 
 def test_convolutions_run_on_int8(data):
-    report = compressed(pico_onnx.images(data), "cnn-int8", output=data / "int8").report
+    report = compressed(graphs.images(data), "cnn-int8", output=data / "int8").report
     assert report["quality"]["mean_relative_error"] < 0.05
     types = [node.op_type for node in ir.load(data / "int8" / "model.onnx").graph]
     assert types.count("QuantizeLinear") >= 2
@@ -200,7 +201,7 @@ def test_convolutions_run_on_int8(data):
 
 @pytest.mark.parametrize("mode", ["standard", "compat"])
 def test_other_modes(data, mode):
-    report = compressed(pico_onnx.tokens(data), recipe(data), mode=mode).report
+    report = compressed(graphs.tokens(data), recipe(data), mode=mode).report
     assert report["proof"]["exact"]["max_relative_error"] < 1e-5
 
 
@@ -208,11 +209,11 @@ def test_standard_needs_an_opset_that_can_be_converted(data):
     from compressor.core.errors import ExportError
 
     with pytest.raises(ExportError, match="--standard needs a graph of opset 18 or newer; found 17"):
-        compressed(pico_onnx.images(data), recipe(data), mode="standard")
+        compressed(graphs.images(data), recipe(data), mode="standard")
 
 
 def test_a_language_model_is_measured_by_its_perplexity_and_speaks(tmp_path):
-    model = pico_onnx.decoder(tmp_path)
+    model = graphs.decoder(tmp_path)
     (tmp_path / "a.txt").write_text(pico.text(1))
     (tmp_path / "b.txt").write_text(pico.text(2))
     artifact = run(
@@ -225,7 +226,7 @@ def test_a_language_model_is_measured_by_its_perplexity_and_speaks(tmp_path):
 
 
 def test_older_opsets_are_converted(data):
-    proto = pico_onnx.graph("images")
+    proto = graphs.graph("images")
     proto.opset_import[0].version = 11
     onnx.save(proto, data / "images.onnx")
     report = compressed(data / "images.onnx", recipe(data)).report
@@ -233,7 +234,7 @@ def test_older_opsets_are_converted(data):
 
 
 def test_inspect_lists_layers(tmp_path):
-    found = inspect_path(pico_onnx.tokens(tmp_path))
+    found = inspect_path(graphs.tokens(tmp_path))
     assert found["format"] == "onnx"
     assert set(found["bytes_by_role"]) == {"embedding", "linear", "other"}
 
@@ -248,11 +249,11 @@ def test_inspect_lists_layers(tmp_path):
 )
 def test_what_needs_gradients_is_refused(data, recipe_name, message):
     with pytest.raises(RecipeError, match=message):
-        compressed(pico_onnx.images(data), recipe_name)
+        compressed(graphs.images(data), recipe_name)
 
 
 def test_quantised_graphs_are_refused_by_what_is_in_them(data):
-    model = pico_onnx.tokens(data)
+    model = graphs.tokens(data)
     quantize_dynamic(model, data / "dynamic.onnx")
     with pytest.raises(CheckpointError, match=r"dynamic.onnx: is already quantised; found .*MatMulInteger"):
         open_checkpoint(data / "dynamic.onnx")
@@ -268,7 +269,7 @@ def test_weights_outside_of_the_folder_are_not_read(tmp_path, location):
     folder.mkdir()
     (tmp_path / "secret.data").write_bytes(bytes(100_000))
     (folder / "link.data").symlink_to(tmp_path / "secret.data")
-    path = pico_onnx.external(folder)
+    path = graphs.external(folder)
     proto = onnx.load(path, load_external_data=False)
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
@@ -279,9 +280,9 @@ def test_weights_outside_of_the_folder_are_not_read(tmp_path, location):
 
 
 def test_weights_beside_the_graph_are_whole_or_refused(tmp_path):
-    path = pico_onnx.external(tmp_path)
+    path = graphs.external(tmp_path)
     checkpoint = open_checkpoint(path)
-    np.testing.assert_array_equal(checkpoint.read("table.weight").numpy(), pico_onnx.arrays("tokens")["table"])
+    np.testing.assert_array_equal(checkpoint.read("table.weight").numpy(), graphs.arrays("tokens")["table"])
     assert checkpoint.file_of("table.weight").name == "model.data"
     assert [file.name for file in checkpoint.source.files] == ["model.onnx", "model.data"]
     content = (tmp_path / "model.data").read_bytes()
@@ -294,7 +295,7 @@ def test_weights_beside_the_graph_are_whole_or_refused(tmp_path):
 
 
 def test_damaged_graphs_are_refused(tmp_path):
-    path = pico_onnx.tokens(tmp_path)
+    path = graphs.tokens(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
@@ -306,7 +307,7 @@ def test_damaged_graphs_are_refused(tmp_path):
 
 def test_functions_that_double_without_end_take_no_time(tmp_path):
     """Thirty functions, each of which calls the next one twice."""
-    proto = pico_onnx.graph("images")
+    proto = graphs.graph("images")
     for i in range(30):
         called = ("Relu", "") if i == 29 else (f"f{i + 1}", "bomb")
         nodes = [onnx.helper.make_node(called[0], [a], [b], domain=called[1]) for a, b in (("x", "y"), ("y", "z"))]
@@ -322,12 +323,12 @@ def test_functions_that_double_without_end_take_no_time(tmp_path):
 def test_inputs_that_do_not_fit_are_named(data):
     np.savez(data / "images.npz", pixels=np.random.default_rng(0).normal(size=(16, 5, 16, 16)).astype(np.float32))
     with pytest.raises(DataError, match="layer 'stem' cannot be computed on these inputs; .* channels"):
-        compressed(pico_onnx.images(data), recipe(data))
+        compressed(graphs.images(data), recipe(data))
 
 
 def test_names_that_modules_have_are_no_trouble(tmp_path):
     """Initialisers called as attributes of torch's modules are, twice over, and with parts of each other's names."""
-    proto = pico_onnx.graph("images")
+    proto = graphs.graph("images")
     names = {
         "stem.weight": "layers.norm.weight", "wide.weight": "train.forward.weight", "fc.w": "layers", "bn.mean": "0.1",
         "depthwise.weight": "train", "wide.bias": "layers.norm", "bn.scale": "weight",
@@ -337,7 +338,7 @@ def test_names_that_modules_have_are_no_trouble(tmp_path):
     for initializer in proto.graph.initializer:
         initializer.name = names.get(initializer.name, initializer.name)
     onnx.save(proto, tmp_path / "names.onnx")
-    feed = {"pixels": pico_onnx.images_data(2)}
+    feed = {"pixels": graphs.images_data(2)}
     (wanted,) = outputs(tmp_path / "names.onnx", feed)
     checkpoint = open_checkpoint(tmp_path / "names.onnx")
     checkpoint.check()
@@ -353,7 +354,7 @@ def test_a_batch_knows_weights_beside_the_graph(data, monkeypatch):
     from compressor.batch.manifest import jobs_of_line
 
     monkeypatch.chdir(data)
-    pico_onnx.external(data)
+    graphs.external(data)
     recipe(data)
     (job,) = jobs_of_line(["model.onnx"], {"recipe": ["recipe.yaml"], "data": "tokens.npz"}, [])
     before = fingerprint(job)
@@ -366,7 +367,7 @@ def test_a_batch_knows_weights_beside_the_graph(data, monkeypatch):
 
 def test_widths_are_allocated_by_what_onnxruntime_computes(data):
     steps = recipe(data, "{pass: rounding, bits: 4, group: 32, steps: 2}")
-    whole = compressed(pico_onnx.images(data), steps).report["size"]["bytes"]
-    report = compressed(pico_onnx.images(data), steps, target_size=int(1.02 * whole)).report
+    whole = compressed(graphs.images(data), steps).report["size"]["bytes"]
+    report = compressed(graphs.images(data), steps, target_size=int(1.02 * whole)).report
     assert report["size"]["bytes"] <= 1.02 * whole
     assert report["allocation"]["tensors"]

@@ -9,7 +9,7 @@ import torch
 
 from compressor.core.errors import RecipeError
 from compressor.passes.hesso import Hesso, Shrinking, saliency, shrink_factors, split_budget
-from tests.training_case import EXAMPLE, one_channel_matters, subject_of, trained
+from tests.learning.training_case import EXAMPLE, one_channel_matters, subject_of, trained
 
 
 def by_the_paper(x: list[list[float]], direction: list[list[float]], sizes: list[int]) -> list[float]:

@@ -19,7 +19,7 @@ from compressor.passes.oto import (
     redundancy,
 )
 from compressor.passes.settings.oto import OtoSettings
-from tests.training_case import EXAMPLE, one_channel_matters, residual, subject_of, trained
+from tests.learning.training_case import EXAMPLE, one_channel_matters, residual, subject_of, trained
 
 
 def pairs(*shape: int, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

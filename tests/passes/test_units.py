@@ -7,7 +7,7 @@ from torch import nn
 
 from compressor.graph.groups import find_groups
 from compressor.passes.parts.units import Units
-from tests.training_case import EXAMPLE, residual
+from tests.learning.training_case import EXAMPLE, residual
 
 
 class Transposed(nn.Module):

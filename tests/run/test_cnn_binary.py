@@ -11,21 +11,20 @@ import torch
 from torch import nn
 
 import compressor
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError, UsageError
 from compressor.core.options import RunOptions
 from compressor.evaluate.session import open_session
-from compressor.export.check import _optimised
+from compressor.export.check import optimised_graph
 from compressor.learning import trainer as fitting
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.pipeline import run
 from tests import pico
-from tests.training_case import Interrupting
+from tests.core.interrupting import Interrupting
 
-SETS = ("reste.epochs=6", "reste.batch=16", "reste.rate=0.05", "calibration.samples=24")
+SETS = ("reste.epochs=6", "reste.batch=16", "reste.rate=0.05", "calibration.samples=24",
+        "evaluation.speed=false")  # fmt: skip
 CONVOLUTIONS = ["blocks.0.conv1.weight", "blocks.0.conv2.weight", "blocks.1.conv1.weight", "blocks.1.conv2.weight"]
 
 
@@ -45,24 +44,20 @@ class Mixed(nn.Module):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    """Images with labels, networks, and no benchmark."""
-    folder = tmp_path_factory.mktemp("binary")
+def folder(module_here):
+    """Images with labels, networks."""
     generator = np.random.default_rng(0)
     for name, n in (("training", 96), ("evaluation", 1000)):
         images = generator.standard_normal((n, 3, 12, 12)).astype(np.float32)
-        np.savez(folder / f"{name}.npz", image=images, labels=images[:, :, :6].mean((1, 2, 3)) > 0)
-    pico.write_state_dict(pico.ResNet, folder / "model.pt")
-    pico.write_state_dict(Mixed, folder / "mixed.pt")
+        np.savez(module_here / f"{name}.npz", image=images, labels=images[:, :, :6].mean((1, 2, 3)) > 0)
+    pico.write_state_dict(pico.ResNet, module_here / "model.pt")
+    pico.write_state_dict(Mixed, module_here / "mixed.pt")
     plain = "  - {pass: reste, epochs: 6, batch: 16, rate: 0.05%s}\ncalibration: {samples: 24}\n"
+    plain += "evaluation: {speed: false}\n"
     for name, settings in (("float", ""), ("signs", ", activations: binary, scale: channel"),
                            ("some", ", activations: binary, skip: ['attention*']")):  # fmt: skip
-        (folder / f"{name}.yaml").write_text(f"passes:\n{plain % settings}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-        patch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
-        yield folder
+        (module_here / f"{name}.yaml").write_text(f"passes:\n{plain % settings}")
+    return module_here
 
 
 def options(**changes) -> RunOptions:
@@ -76,8 +71,8 @@ def whole(folder):
     return run(options(output=Path("whole")))
 
 
-def torch_accuracy(directory: str) -> float:
-    module, data = compressor.load(directory), np.load("evaluation.npz")
+def torch_accuracy(directory: str, arch: str = "tests.pico:ResNet") -> float:
+    module, data = compressor.load(directory, arch=arch), np.load("evaluation.npz")
     with torch.no_grad():
         return float((module(torch.from_numpy(data["image"])).argmax(1).numpy() == data["labels"]).mean())
 
@@ -104,7 +99,7 @@ def test_the_recipe_makes_inner_convolutions_binary_and_runs_them_on_int8(whole,
     assert binary["float_bytes"] >= 20 * binary["bytes"]
     assert report["proof"]["exact"]["max_relative_error"] < 1e-5
     assert report["quality"]["accuracy"] > report["quality"]["original_accuracy"] + 0.1
-    run_as = [node.op_type for node in ir.load(_optimised(whole.directory / "model.onnx", tmp_path)).graph]
+    run_as = [node.op_type for node in ir.load(optimised_graph(whole.directory / "model.onnx", tmp_path)).graph]
     assert run_as.count("QLinearConv") >= 4
     assert "Gather" not in run_as, "bits are unpacked when the artifact loads"
 
@@ -118,7 +113,7 @@ def test_without_int8_the_artifact_is_as_accurate_as_torch(folder, name, kind):
     assert report["structure"][0]["training"][-1]["loss"] < report["structure"][0]["training"][0]["loss"]
     assert abs(artifact_accuracy(name) - torch_accuracy(name)) <= 0.001
     assert (folder / name / "structure.json").is_file() == (name == "signs")
-    module = compressor.load(name)
+    module = compressor.load(name, arch="tests.pico:ResNet")
     for weight in CONVOLUTIONS:
         rows = module.get_parameter(weight).flatten(1).abs()
         assert bool((rows == rows[:, :1]).all())
@@ -139,13 +134,15 @@ def test_what_cannot_have_binary_inputs_is_refused_by_name_and_the_rest_can(fold
     found = run(options(recipe="some.yaml", output=Path("some"), **mixed))
     assert found.report["structure"][0]["binary"] == ["wide.weight", "inner.weight"]
     assert found.report["proof"]["exact"]["max_relative_error"] < 1e-5
-    assert abs(artifact_accuracy("some") - torch_accuracy("some")) <= 0.02  # of 8-bit activations in the products
+    assert (
+        abs(artifact_accuracy("some") - torch_accuracy("some", mixed["arch"])) <= 0.02
+    )  # of 8-bit activations in the products
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, whole):
     monkeypatch.setattr(fitting, "SECONDS_BETWEEN_SAVES", -1.0)
     with pytest.raises(KeyboardInterrupt):
-        run(options(output=Path("again"), progress=Interrupting("reste")))
+        run(options(output=Path("again"), progress=Interrupting("reste", 0.6)))
     state = torch.load("again.partial/work/structure-0-training/training.pt", weights_only=True)
     assert 1 < state["follower"]["o"] < 3
     again = run(options(output=Path("again"), resume=True))
@@ -159,24 +156,22 @@ def test_a_plan_guesses_the_dense_layers_from_names_and_says_so(folder):
     assert any("leaves alone what reads the input" in note for note in plan.notes)
 
 
-def test_an_encoder_has_binary_inputs_and_is_not_asked_for_gradients_through_them(folder):
-    pico.bert(folder / "bert")
+def test_an_encoder_has_binary_inputs_and_is_not_asked_for_gradients_through_them(folder, bert):
     (folder / "signs-of-text.yaml").write_text(
         "passes: [{pass: reste, activations: binary, epochs: 1, batch: 8, rate: 0.01}]\n"
-        "calibration: {tokens: 1024, window: 64}\nevaluation: {tokens: 0}\n"
+        "calibration: {tokens: 1024, window: 64}\nevaluation: {tokens: 0, speed: false}\n"
     )
-    found = run(RunOptions(model="bert", recipe="signs-of-text.yaml", output=Path("encoder")))
+    found = run(RunOptions(model=str(bert), recipe="signs-of-text.yaml", output=Path("encoder")))
     assert found.report["binary"]["runs_as"] == {"a 2-bit matrix product": 13}
     assert found.report["proof"]["exact"]["max_relative_error"] < 1e-4
     with pytest.raises(UsageError, match="widths are allocated by gradients, and binary inputs have none"):
-        run(RunOptions(model="bert", recipe="signs-of-text.yaml", output=Path("none"), target_size=10**5))
+        run(RunOptions(model=str(bert), recipe="signs-of-text.yaml", output=Path("none"), target_size=10**5))
 
 
-def test_a_language_model_of_one_bit_per_weight(folder):
-    pico.llama(folder / "llama")
+def test_a_language_model_of_one_bit_per_weight(llama):
     sets = ("calibration.tokens=2048", "calibration.window=64", "evaluation.tokens=512", "evaluation.window=64",
             "reste.batch=8", "reste.epochs=2")  # fmt: skip
-    found = run(RunOptions(model="llama", recipe="llm-1bit", sets=sets, output=Path("one")))
+    found = run(RunOptions(model=str(llama), recipe="llm-1bit", sets=sets, output=Path("one")))
     report = found.report
     assert report["structure"][0]["dense"] == {}
     assert len(report["structure"][0]["binary"]) == 21
@@ -185,4 +180,4 @@ def test_a_language_model_of_one_bit_per_weight(folder):
     assert report["binary"]["float_bytes"] > 20 * report["binary"]["bytes"]
     assert report["proof"]["exact"]["max_relative_error"] < 1e-4
     with pytest.raises(CheckpointError, match="the graph of decoders has no layers on binary inputs"):
-        run(RunOptions(model="llama", recipe="llm-1bit", sets=("reste.activations=binary",), output=Path("no")))
+        run(RunOptions(model=str(llama), recipe="llm-1bit", sets=("reste.activations=binary",), output=Path("no")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,47 +12,35 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import compressor.evaluate.bench
-import compressor.run.pipeline
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError, GateFailed, UsageError
 from compressor.core.options import RunOptions
-from compressor.core.progress import Progress, Task
 from compressor.core.tensors import EncodedTensors
 from compressor.evaluate.session import open_session
+from compressor.report.tables import run_tables
 from compressor.run.pipeline import run
 from tests import pico
+from tests.core.interrupting import Interrupting
 
 LLM = """
 passes: [{pass: jlcm, width: 4, dim: 2, group: 16}, {pass: affine, method: gptq, bits: 4, group: 16, select: '*down*'}]
 calibration: {tokens: 256, window: 32}
 embeddings: {bits: 4, group: 16}
-evaluation: {tokens: 96, window: 32}
+evaluation: {tokens: 96, window: 32, speed: false}
 """
 NETWORK = """
 passes: [{pass: affine, method: gptq, bits: 4, group: 16}]
 calibration: {samples: 24}
-evaluation: {samples: 12}
+evaluation: {samples: 12, speed: false}
 """
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """A working directory of its own, and no benchmark: its processes take longer than all the rest."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COMPRESSOR_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(compressor.evaluate.bench, "bench", lambda directory: {"kind": "not measured"})
-    monkeypatch.setattr(compressor.run.pipeline, "bench_original", lambda *_: None)
-    (tmp_path / "recipe.yaml").write_text(LLM)
-    (tmp_path / "network.yaml").write_text(NETWORK)
-    (tmp_path / "calibration.txt").write_text(pico.text(1))
-    (tmp_path / "evaluation.txt").write_text(pico.text(2))
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return pico.llama(tmp_path_factory.mktemp("model") / "llama")
+def folder(texts):
+    """A working directory with recipes and texts."""
+    (texts / "recipe.yaml").write_text(LLM)
+    (texts / "network.yaml").write_text(NETWORK)
+    return texts
 
 
 def options(model: Path, output: str = "out", **changes) -> RunOptions:
@@ -76,6 +64,11 @@ def shipped(directory: str) -> dict[str, bytes]:
     files = {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir())}
     assert {"model.onnx", "model.safetensors", "compression.json"} <= files.keys()
     return {name: content for name, content in files.items() if name not in ("compression.json", "report.html")}
+
+
+def weights(asked: RunOptions) -> bytes:
+    """The packed weights that a run comes to, without a graph."""
+    return (run(replace(asked, format="safetensors")).directory / "model.safetensors").read_bytes()
 
 
 def check_report(artifact: Artifact) -> dict:
@@ -137,10 +130,9 @@ def test_any_module_becomes_an_artifact(folder, kind):
     assert np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
 
 
-def test_an_encoder_becomes_an_artifact(folder):
-    directory = pico.bert(folder / "bert")
+def test_an_encoder_becomes_an_artifact(bert):
     Path("evaluation.txt").write_text(pico.text(2, n_words=250))
-    artifact = run(options(directory, recipe="network.yaml", sets=("calibration.tokens=256", "calibration.window=32")))
+    artifact = run(options(bert, recipe="network.yaml", sets=("calibration.tokens=256", "calibration.window=32")))
     report = check_report(artifact)
     assert report["source"]["family"] == "encoder"
     assert report["quality"]["cosine"] > 0.9
@@ -161,9 +153,7 @@ def test_the_same_command_gives_the_same_bytes(llama):
 
 
 def test_another_seed_gives_other_bytes(llama):
-    run(options(llama, "first"))
-    run(options(llama, "second", seed=1))
-    assert shipped("first")["model.safetensors"] != shipped("second")["model.safetensors"]
+    assert weights(options(llama, "first")) != weights(options(llama, "second", seed=1))
 
 
 def test_a_network_of_one_block_gives_the_same_bytes(folder):
@@ -173,27 +163,18 @@ def test_a_network_of_one_block_gives_the_same_bytes(folder):
     assert shipped("first") == shipped("second")
 
 
-class Interrupting(Progress):
-    """Raises KeyboardInterrupt after `n` steps of one task."""
+@pytest.fixture(scope="module")
+def uninterrupted(llama):
+    """What is shipped by a run with some settings, which is made once."""
+    made: dict[tuple[str, ...], dict[str, bytes]] = {}
 
-    def __init__(self, description: str, n: int) -> None:
-        self.description, self.left = description, n
-        self.seen: list[str] = []
+    def whole(sets: tuple[str, ...]) -> dict[str, bytes]:
+        if sets not in made:
+            run(options(llama, "whole", sets=sets))
+            made[sets] = shipped("whole")
+        return made[sets]
 
-    @contextmanager
-    def task(self, description, total):
-        self.seen.append(description)
-        yield _Step(self) if description == self.description else Task()
-
-
-class _Step(Task):
-    def __init__(self, progress: Interrupting) -> None:
-        self.progress = progress
-
-    def advance(self, steps=1, note=""):
-        self.progress.left -= 1
-        if not self.progress.left:
-            raise KeyboardInterrupt
+    return whole
 
 
 DISTILLED = ("distill.steps=3", "distill.tokens=256", "calibration.tokens=512")
@@ -203,35 +184,33 @@ GENERATED = (*DISTILLED, "distill.generated=0.5", "calibration.generated=0.5")
 @pytest.mark.parametrize(
     ("task", "n", "sets"),
     [("surveying", 4, ()), ("encoding", 1, ()), ("encoding", 3, ()), ("encoding", 3, ("jlcm.block_steps=3",)),
-     ("distilling", 2, DISTILLED), ("the original writes text", 1, GENERATED)],
+     ("evaluating", 2, ()), ("distilling", 2, DISTILLED), ("the original writes text", 1, GENERATED)],
 )  # fmt: skip
-def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(llama, task, n, sets):
-    run(options(llama, "whole", sets=sets))
+def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(llama, uninterrupted, task, n, sets):
     interrupting = Interrupting(task, n)
     with pytest.raises(KeyboardInterrupt):
         run(options(llama, "parts", sets=sets, progress=interrupting))
     assert not Path("parts").exists()
     assert Path("parts.partial").is_dir()
-    again = Interrupting("none", -1)
+    again = Interrupting()
     run(options(llama, "parts", sets=sets, resume=True, progress=again))
-    assert shipped("parts") == shipped("whole")
+    assert shipped("parts") == uninterrupted(sets)
     assert ("surveying" in again.seen) == (task in ("surveying", "the original writes text"))
     assert not Path("parts.partial").exists()
 
 
 def test_distillation_changes_the_artifact_and_is_reported(llama):
-    run(options(llama, "plain", sets=DISTILLED[2:]))
-    report = check_report(run(options(llama, "learned", sets=DISTILLED)))
-    assert shipped("plain")["model.safetensors"] != shipped("learned")["model.safetensors"]
-    assert [entry["step"] for entry in report["learning"]] == [3]
+    plain = weights(options(llama, "plain", sets=DISTILLED[2:]))
+    assert plain != weights(options(llama, "learned", sets=DISTILLED))
+    assert [entry["step"] for entry in Artifact.open("learned").report["learning"]] == [3]
 
 
 def test_text_that_the_original_writes_is_learned_from_in_both_places(llama):
-    weights = set()
-    for name, further in (("plain", ()), ("calibrated", GENERATED[4:]), ("distilled", GENERATED[3:4])):
-        run(options(llama, name, sets=(*DISTILLED, *further)))
-        weights.add(shipped(name)["model.safetensors"])
-    assert len(weights) == 3
+    found = {
+        weights(options(llama, name, sets=(*DISTILLED, *further)))
+        for name, further in (("plain", ()), ("calibrated", GENERATED[4:]), ("distilled", GENERATED[3:4]))
+    }
+    assert len(found) == 3
 
 
 def test_only_the_same_run_is_resumed(llama):
@@ -239,7 +218,7 @@ def test_only_the_same_run_is_resumed(llama):
         run(options(llama, resume=True))
     with pytest.raises(KeyboardInterrupt):
         run(options(llama, progress=Interrupting("encoding", 2)))
-    with pytest.raises(UsageError, match=r"out.partial: belongs to another run \(model, recipe, seed or data differ\)"):
+    with pytest.raises(UsageError, match=r"out.partial: belongs to another run: seed is 0 there and 5 here; leave"):
         run(options(llama, resume=True, seed=5))
     run(options(llama, seed=5))
     assert check_report(Artifact.open("out"))["seed"] == 5
@@ -289,14 +268,14 @@ def taught(directory: Path, text: str) -> Path:
     return directory
 
 
-def test_a_loss_is_a_gate_in_the_measure_of_the_networks_kind(folder):
+def test_a_loss_is_a_gate_in_the_measure_of_the_networks_kind(folder, bert):
     model = taught(pico.llama(folder / "taught"), pico.text(2))
     with pytest.raises(GateFailed, match="perplexity ratio is .*, the gate is 1.001"):
         run(options(model, sets=("gates.max_loss=0.1%", "gates.max_size=10MB")))
     with pytest.raises(GateFailed, match=r"cosine is \S+, the gate is 0.99999"):
         Path("evaluation.txt").write_text(pico.text(2, n_words=250))
         sets = ("calibration.tokens=256", "calibration.window=32", "gates.max_loss=0.001%")
-        run(options(pico.bert(folder / "bert"), "bert-out", recipe="network.yaml", sets=sets))
+        run(options(bert, "bert-out", recipe="network.yaml", sets=sets))
 
 
 def test_what_stands_in_the_place_of_a_failed_artifact_is_kept(llama):
@@ -360,27 +339,17 @@ def test_what_is_no_artifact_is_not_replaced(llama):
     assert Path("out/thesis.tex").read_text() == "the only copy"
 
 
-def test_speed_is_measured_beside_the_originals(llama, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.chdir(llama.parent)
-    for name, content in {"recipe.yaml": LLM, "calibration.txt": pico.text(1), "evaluation.txt": pico.text(2)}.items():
-        Path(name).write_text(content)
-    report = check_report(run(options(llama)))
+def test_speed_is_measured_beside_the_originals(llama):
+    report = check_report(run(options(llama, sets=("evaluation.speed=true",))))
     for speed in (report["speed"], report["original_speed"]):
         assert speed["load_seconds"] > 0
         assert speed["decode_tokens_per_second"] > 0
 
 
-def test_a_run_that_fails_at_the_end_can_be_resumed(llama, monkeypatch):
-    def fails(directory):
-        raise CheckpointError("could not be measured")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compressor.evaluate.bench, "bench", fails)
-        with pytest.raises(CheckpointError, match="could not be measured"):
-            run(options(llama))
-    again = Interrupting("encoding", -1)
-    run(options(llama, resume=True, progress=again))
-    assert "surveying" not in again.seen
-    run(options(llama, "whole"))
-    assert shipped("out") == shipped("whole")
+def test_speed_that_is_left_out_is_not_reported_as_measured(llama):
+    artifact = run(options(llama))
+    report = check_report(artifact)
+    assert (report["speed"], report["original_speed"]) == ({"measured": False}, None)
+    assert report["recipe"]["evaluation"]["speed"] is False
+    assert "speed and memory were not measured: evaluation.speed is false" in run_tables(report, "out")
+    assert "speed and memory, as the recipe asks" in (artifact.directory / "report.html").read_text()

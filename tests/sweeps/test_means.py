@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from pico import ResNet, lively
 from torch import nn
 
 from compressor.sweeps.means import channel_mean, correct_means, layer_means
+from tests.pico import ResNet, lively
 
 
 def coarse(module: nn.Module) -> nn.Module:

@@ -14,7 +14,6 @@ from compressor.sweeps.network import Network, layer_stages, second_moments
 from compressor.sweeps.survey import LARGEST_IMPORTANCE, Survey, head_inputs, head_of, survey
 from tests import pico
 
-MODELS = {"llama": pico.llama, "gpt2": pico.gpt2, "bert": pico.bert}
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}
 
 
@@ -28,9 +27,9 @@ def whole(directory) -> nn.Module:
     return module
 
 
-@pytest.fixture(params=MODELS)
-def model(request, tmp_path):
-    return MODELS[request.param](tmp_path), BLOCKS[request.param]
+@pytest.fixture(params=BLOCKS)
+def model(request, checkpoints):
+    return checkpoints(request.param), BLOCKS[request.param]
 
 
 def test_blocks_are_found_in_order(model):
@@ -56,8 +55,8 @@ def test_a_sweep_is_the_whole_forward(model):
 
 
 @torch.no_grad()
-def test_only_the_block_that_is_due_is_in_memory(tmp_path):
-    network = network_of(pico.llama(tmp_path))
+def test_only_the_block_that_is_due_is_in_memory(llama):
+    network = network_of(llama)
     for name, block, _ in network.sweep(pico.token_batches()):
         real = {key for key, parameter in network.module.named_parameters() if not parameter.is_meta}
         assert real == {f"{name}.{key}" for key, _ in block.named_parameters()}
@@ -74,9 +73,8 @@ def test_nothing_is_left_behind(model):
 
 
 @torch.no_grad()
-def test_a_replaced_tensor_is_what_the_network_computes_with(tmp_path):
-    directory = pico.llama(tmp_path)
-    network, module, batches = network_of(directory), whole(directory), pico.token_batches()
+def test_a_replaced_tensor_is_what_the_network_computes_with(llama):
+    network, module, batches = network_of(llama), whole(llama), pico.token_batches()
     other = 2 * module.model.embed_tokens.weight.data
     module.model.embed_tokens.weight.data = other  # tied: the head's as well
     network.replace("model.embed_tokens.weight", lambda: other)
@@ -88,9 +86,8 @@ def test_a_replaced_tensor_is_what_the_network_computes_with(tmp_path):
 
 
 @torch.no_grad()
-def test_what_a_block_is_given_changes_what_follows(tmp_path):
-    directory = pico.llama(tmp_path)
-    network, module, batches = network_of(directory), whole(directory), pico.token_batches()
+def test_what_a_block_is_given_changes_what_follows(llama):
+    network, module, batches = network_of(llama), whole(llama), pico.token_batches()
     for name, block, _ in network.sweep(batches):
         if name.endswith(".1"):
             block.mlp.down_proj.weight.data *= 0.5
@@ -128,9 +125,9 @@ def caught_inputs(module: nn.Module, names: list[str], batches) -> dict[str, lis
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("name", MODELS)
-def test_second_moments_are_those_of_the_whole_model(tmp_path, name, weighted):
-    directory = MODELS[name](tmp_path)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_second_moments_are_those_of_the_whole_model(checkpoints, name, weighted):
+    directory = checkpoints(name)
     network, module, batches = network_of(directory), whole(directory), pico.token_batches()
     names = [f"{BLOCKS[name]}.1.{layer}.weight" for stage in STAGES[name] for layer in stage]
     inputs = {key: torch.cat(rows) for key, rows in caught_inputs(module, names, batches).items()}
@@ -188,8 +185,8 @@ def shares(values: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_importance_is_the_gradient_of_the_whole_model(tmp_path, name):
-    directory, batches = MODELS[name](tmp_path / "model"), pico.token_batches(size=3)
+def test_importance_is_the_gradient_of_the_whole_model(checkpoints, tmp_path, name):
+    directory, batches = checkpoints(name), pico.token_batches(size=3)
     found = survey(network_of(directory), batches, tmp_path, True, torch.Generator().manual_seed(4))
     of_layers, of_blocks, head_rows = whole_gradients(directory, batches, 4)
     assert found.importance.keys() == of_layers.keys() | of_blocks.keys()
@@ -207,18 +204,16 @@ def test_importance_is_the_gradient_of_the_whole_model(tmp_path, name):
     assert not list(tmp_path.glob("hidden-*"))
 
 
-def test_a_survey_without_gradients_gives_the_heads_moment_alone(tmp_path):
-    directory, batches = pico.bert(tmp_path), pico.token_batches()
-    found = survey(network_of(directory), batches, tmp_path, False, torch.Generator())
-    rows = torch.cat(caught_inputs(whole(directory), ["cls.predictions.decoder"], batches)["cls.predictions.decoder"])
+def test_a_survey_without_gradients_gives_the_heads_moment_alone(bert, tmp_path):
+    batches = pico.token_batches()
+    found = survey(network_of(bert), batches, tmp_path, False, torch.Generator())
+    rows = torch.cat(caught_inputs(whole(bert), ["cls.predictions.decoder"], batches)["cls.predictions.decoder"])
     torch.testing.assert_close(found.head_moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
     assert not found.importance
 
 
-def test_a_survey_is_packed_and_unpacked(tmp_path):
-    found = survey(
-        network_of(pico.llama(tmp_path)), pico.token_batches(), tmp_path, True, torch.Generator().manual_seed(1)
-    )
+def test_a_survey_is_packed_and_unpacked(llama, tmp_path):
+    found = survey(network_of(llama), pico.token_batches(), tmp_path, True, torch.Generator().manual_seed(1))
     again = Survey.unpack(found.pack())
     assert again.importance.keys() == found.importance.keys()
     for first, second in ((found.importance, again.importance), (found.channels, again.channels)):
@@ -227,25 +222,24 @@ def test_a_survey_is_packed_and_unpacked(tmp_path):
     assert Survey.unpack(Survey().pack()) == Survey()
 
 
-def test_head_inputs_are_the_whole_models(tmp_path):
-    directory, batches = pico.llama(tmp_path, tied=False), pico.token_batches()
+def test_head_inputs_are_the_whole_models(checkpoints):
+    directory, batches = checkpoints("llama", tied=False), pico.token_batches()
     expected = caught_inputs(whole(directory), ["lm_head"], batches)["lm_head"]
     for found, rows in zip(head_inputs(network_of(directory), batches, lambda: None), expected, strict=True):
         torch.testing.assert_close(found.float(), rows, rtol=1e-2, atol=1e-2)
 
 
-def test_gradients_that_are_not_finite_are_refused_by_name(tmp_path):
-    directory = pico.llama(tmp_path)
-    network = network_of(directory)
-    head = 1e30 * open_checkpoint(directory).read("model.embed_tokens.weight").float()
+def test_gradients_that_are_not_finite_are_refused_by_name(llama, tmp_path):
+    network = network_of(llama)
+    head = 1e30 * open_checkpoint(llama).read("model.embed_tokens.weight").float()
     network.replace("model.embed_tokens.weight", lambda: head)
     with pytest.raises(CheckpointError, match=r"the gradient at 'model.layers.2\S*' is not finite"):
         survey(network, pico.token_batches(), tmp_path, True, torch.Generator())
 
 
 @torch.no_grad()
-def test_layers_that_share_weights_are_one_block(tmp_path):
-    directory = pico.albert(tmp_path)
+def test_layers_that_share_weights_are_one_block(checkpoints, tmp_path):
+    directory = checkpoints("albert")
     network, module, batches = network_of(directory), whole(directory), pico.token_batches()
     assert (network.blocks, network.outside) == ([""], [])
     for name, block, reached in network.sweep(batches):
@@ -266,16 +260,15 @@ ALBERT_LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0"
 
 
 @torch.no_grad()
-def test_groups_of_layers_that_are_called_twice_are_one_block(tmp_path):
-    directory = pico.albert(tmp_path, n_groups=2)
+def test_groups_of_layers_that_are_called_twice_turn_out_to_be_one_block(checkpoints):
+    directory = checkpoints("albert", n_groups=2)
     network, module, batches = network_of(directory), whole(directory), pico.token_batches()
-    for _ in network.sweep(batches):
-        pass
-    if network.blocks == [""]:
-        return
-    with network.tail() as run:
-        found = run(batches[0], network.last[0]).logits
-    torch.testing.assert_close(found, module(**batches[0]).logits, rtol=1e-4, atol=1e-4)
+    visited = []
+    for name, block, reached in network.sweep(batches):
+        visited.append(name)
+        for batch, (args, kwargs) in zip(batches, reached, strict=True):
+            torch.testing.assert_close(block(*args, **kwargs).logits, module(**batch).logits, rtol=1e-4, atol=1e-4)
+    assert visited == network.blocks == [""]
 
 
 @torch.no_grad()

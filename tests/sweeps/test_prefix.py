@@ -20,7 +20,8 @@ from compressor.sweeps.encode import encode_network
 from compressor.sweeps.network import Network, layer_stages, second_moments
 from compressor.sweeps.prefix import Settled
 from compressor.sweeps.survey import Survey
-from tests import pico, zoo
+from tests import pico
+from tests.graph import zoo
 
 RECIPE = "passes: [{pass: affine, method: gptq, bits: 8, group: row}]\ncalibration: {correct_means: true}"
 
@@ -52,8 +53,9 @@ class Around(nn.Module):
 
 
 NETWORKS = {
-    "tests.zoo:VGG": (zoo.VGG, 16), "tests.zoo:ResNet": (zoo.ResNet, 16), "tests.zoo:MobileNet": (zoo.MobileNet, 16),
-    "tests.zoo:UNet": (zoo.UNet, 16), "tests.sweeps.test_prefix:Twice": (Twice, 8),
+    "tests.graph.zoo:VGG": (zoo.VGG, 16), "tests.graph.zoo:ResNet": (zoo.ResNet, 16),
+    "tests.graph.zoo:MobileNet": (zoo.MobileNet, 16), "tests.graph.zoo:UNet": (zoo.UNet, 16),
+    "tests.sweeps.test_prefix:Twice": (Twice, 8),
     "tests.sweeps.test_prefix:Around": (Around, 8),
 }  # fmt: skip
 
@@ -111,8 +113,8 @@ def test_what_is_read_again_is_not_passed_by(tmp_path):
     network = Network(open_checkpoint(tmp_path / "weights.pt", arch="tests.sweeps.test_prefix:Around"), fast=False)
     for _, block, reached in network.sweep(batches_of(8)):
         settled = Settled(network, block, reached, ())
-        assert len(settled._modules) == 8
-        assert list(settled._allowed) == [1, 2, 3, 6, 7, 8]
+        assert len(settled.chain) == 8
+        assert list(settled.starts) == [1, 2, 3, 6, 7, 8]
 
 
 def test_the_tensors_are_the_same(network, tmp_path, monkeypatch):

@@ -111,13 +111,13 @@ def next_token_loss(batch: Batch, module: nn.Module) -> Tensor:
     return functional.cross_entropy(logits[:-1], batch["input_ids"][0, 1:])
 
 
-MODELS = {"llama": pico.llama, "llama, untied": functools.partial(pico.llama, tied=False), "gpt2": pico.gpt2}
+MODELS = {"llama": {}, "llama, untied": {"tied": False}, "gpt2": {}}
 
 
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_of_the_next_token_in_the_text(tmp_path, name, p):
-    directory, batches = MODELS[name](tmp_path / "model"), pico.token_batches()
+def test_of_the_next_token_in_the_text(checkpoints, tmp_path, name, p):
+    directory, batches = checkpoints(name.partition(",")[0], **MODELS[name]), pico.token_batches()
     network = network_of(directory)
     found = gathered(network, batches, tmp_path, p)
     expected = of_the_whole(
@@ -151,21 +151,21 @@ def masked_losses(batches: list[Batch], seed: int = 4):
     return [functools.partial(loss, pair) for pair in pairs]
 
 
-def test_of_masked_tokens(tmp_path):
+def test_of_masked_tokens(bert, tmp_path):
     """The head's transform lies behind the blocks, in a file of its own."""
-    directory, batches = pico.bert(tmp_path / "model"), pico.token_batches()
-    network = network_of(directory)
+    batches = pico.token_batches()
+    network = network_of(bert)
     found = gathered(network, batches, tmp_path)
-    expected = of_the_whole(whole(directory), masked_losses(batches))
+    expected = of_the_whole(whole(bert), masked_losses(batches))
     assert_equal(found, expected)
     assert_files(network, tmp_path, 1, expected)
     assert load_gradients(tmp_path, "outside").keys() == {"cls.predictions.transform.dense.weight"}
 
 
 @pytest.mark.parametrize("n_groups", [1, 2])
-def test_of_layers_that_share_weights(tmp_path, n_groups):
+def test_of_layers_that_share_weights(checkpoints, tmp_path, n_groups):
     """Each is used several times: its gradient is the sum over its uses before its size is taken."""
-    directory, batches = pico.albert(tmp_path / "model", n_groups=n_groups), pico.token_batches()
+    directory, batches = checkpoints("albert", n_groups=n_groups), pico.token_batches()
     network = network_of(directory)
     found = gathered(network, batches, tmp_path)
     expected = of_the_whole(whole(directory), masked_losses(batches))
@@ -256,11 +256,11 @@ def test_of_outputs_with_noise(tmp_path, kind):
     assert_clean(network)
 
 
-def test_the_survey_gathers_what_is_wanted(tmp_path):
-    directory, batches = pico.llama(tmp_path / "model"), pico.token_batches()
+def test_the_survey_gathers_what_is_wanted(llama, tmp_path):
+    batches = pico.token_batches()
     wanted = [f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2)]
     steps: list[None] = []
-    network = network_of(directory)
+    network = network_of(llama)
     found = survey(
         network, batches, tmp_path, False, torch.Generator().manual_seed(0), lambda: steps.append(None), 1, wanted
     )
@@ -271,7 +271,7 @@ def test_the_survey_gathers_what_is_wanted(tmp_path):
         f"gradients-{block}.safetensors" for block in ("model.layers.1", "model.layers.2", "outside")
     }
     assert load_gradients(tmp_path, "model.layers.1").keys() == {wanted[0]}
-    both = survey(network_of(directory), batches, tmp_path, True, torch.Generator().manual_seed(0), weight_gradients=2)
+    both = survey(network_of(llama), batches, tmp_path, True, torch.Generator().manual_seed(0), weight_gradients=2)
     assert len(both.importance) == 3 * 8
     assert len(load_gradients(tmp_path, "model.layers.0")) == 7
     assert not list(tmp_path.glob("hidden-*"))
@@ -295,11 +295,11 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
+def test_memory_does_not_grow_with_the_number_of_blocks(checkpoints, tmp_path):
     """At every gradient of a block there are its own weights and sums, and those of no other."""
     peaks = []
     for n_layers in (2, 7):
-        network = network_of(pico.llama(tmp_path / str(n_layers), n_layers=n_layers))
+        network = network_of(checkpoints("llama", n_layers=n_layers))
         gc.collect()
         before, peak = live_bytes(), [0]
 
@@ -315,10 +315,9 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     assert peaks[1] < 1.05 * peaks[0]
 
 
-def test_gradients_that_are_not_finite_are_refused_by_name(tmp_path):
-    directory = pico.llama(tmp_path / "model")
-    network = network_of(directory)
-    head = 1e30 * open_checkpoint(directory).read("model.embed_tokens.weight").float()
+def test_gradients_that_are_not_finite_are_refused_by_name(llama, tmp_path):
+    network = network_of(llama)
+    head = 1e30 * open_checkpoint(llama).read("model.embed_tokens.weight").float()
     network.replace("model.embed_tokens.weight", lambda: head)
     with pytest.raises(CheckpointError, match=r"the gradient of 'model.layers.2\S*' is not finite"):
         survey(network, pico.token_batches(), tmp_path, False, torch.Generator(), weight_gradients=1)

@@ -50,7 +50,7 @@ class DepthEvaluator:
         self.wanted: Tensor | None = None
         self.causal = "input_ids" in self.inputs and self._is_causal()
         if self.labels is None and not self.causal:
-            outputs = self._logits(Student())
+            outputs = self.logits(Student())
             self.wanted = outputs.float() if outputs.dim() > 2 else None
             self.labels = outputs.argmax(-1) if outputs.dim() == 2 else None
 
@@ -60,7 +60,7 @@ class DepthEvaluator:
     def evaluate(self, students: Sequence[Student]) -> Iterator[tuple[Student, float]]:
         """Each with its accuracy; in an order in which they share most."""
         for student in sorted(students, key=self._mask):
-            yield student, self._score(self._logits(student))
+            yield student, self._score(self.logits(student))
 
     def influence(self) -> list[float]:
         """1 − mean cosine of each block's input and output over positions, after Men et al., arXiv 2403.03853."""
@@ -87,7 +87,7 @@ class DepthEvaluator:
         for _ in range(3):
             self._paths.clear()
             began = time.perf_counter()
-            self._logits(student)
+            self.logits(student)
             found.append(time.perf_counter() - began)
         return min(found)
 
@@ -100,7 +100,7 @@ class DepthEvaluator:
             return call(self.module, self.inputs)
 
     @torch.no_grad()
-    def _logits(self, student: Student) -> Tensor:
+    def logits(self, student: Student) -> Tensor:
         """The first output, of all of the batch."""
         gone = [frozenset[int]() for _ in self.blocks]
         for number in student.removed:

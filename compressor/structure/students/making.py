@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from compressor.core.batch import Batch, Examples
 from compressor.core.errors import RecipeError
+from compressor.core.machine import cores
 from compressor.graph.blocks import block_names
 from compressor.passes.settings.n2n import N2nSettings
 from compressor.runtime.torchrun import n_processes
-from compressor.runtime.workers import cores
 from compressor.structure.students.blocks import BlockWorkshop
 from compressor.structure.students.laboratory import Laboratory
 from compressor.structure.students.layers import LayerWorkshop

@@ -1,4 +1,4 @@
-"""ONNX graphs of a few weights, written by hand: every kind of layer, weights in the file and beside it."""
+"""ONNX graphs of a few weights, written by hand: every kind of layer, weights in the file and beside it, decoders."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import onnx
 from onnx import numpy_helper, parser
 
 from tests import pico
-from tests.evaluate.pico_graphs import decoder_text
 
 WIDTH, VOCABULARY = 64, 96
+HEADS, SIZE, N_SUMMED = 2, 3, 11
+"""Of the decoder that sums: its heads, what each holds, and its tokens."""
 
 TOKENS = f"""
 <ir_version: 10, opset_import: ["" : 18]>
@@ -106,6 +107,37 @@ def tokens_data(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCABULARY, (n, 12))
 
 
+def decoder_text(heads: int, size: int, vocabulary: int, embed: str, answer: str) -> str:
+    """A decoder whose state is the running sum of its values, in ONNX's text form.
+
+    embed    statements from input_ids to `embedded` (B, N, heads · size)
+    answer   statements from `state`, of the same shape, to `logits`
+    """
+    return f"""
+<ir_version: 10, opset_import: ["" : 21]>
+decoder (int64[B, N] input_ids, int64[B, T] attention_mask,
+         float[B, {heads}, P, {size}] "past_key_values.0.key", float[B, {heads}, P, {size}] "past_key_values.0.value")
+     => (float[B, N, {vocabulary}] logits, float[B, {heads}, T, {size}] "present.0.key",
+         float[B, {heads}, T, {size}] "present.0.value")
+<int64[4] split = {{0, 0, {heads}, {size}}}, int64[3] join = {{0, -1, {heads * size}}},
+ int64[1] axis = {{2}}, int64 two = {{2}}, int64[1] end = {{9223372036854775807}}>
+{{
+  {embed}
+  rows = Reshape(embedded, split)
+  heads = Transpose<perm = [0, 2, 1, 3]>(rows)
+  "present.0.key" = Concat<axis = 2>("past_key_values.0.key", heads)
+  "present.0.value" = Concat<axis = 2>("past_key_values.0.value", heads)
+  summed = CumSum("present.0.value", two)
+  n = Shape<start = 1, end = 2>(input_ids)
+  minus_n = Neg(n)
+  last = Slice(summed, minus_n, end, axis)
+  back = Transpose<perm = [0, 2, 1, 3]>(last)
+  state = Reshape(back, join)
+  {answer}
+}}
+"""
+
+
 DECODER = decoder_text(
     4, 16, pico.VOCABULARY, "gathered = Gather(table, input_ids)  embedded = MatMul(gathered, mix)",
     "small = Tanh(state)  logits = MatMul(small, head)",
@@ -123,3 +155,47 @@ def decoder(folder: Path) -> Path:
     config = {"vocab_size": pico.VOCABULARY, "eos_token_id": None, "num_attention_heads": 4, "hidden_size": 64}
     (folder / "config.json").write_text(json.dumps(config))
     return folder / "model.onnx"
+
+
+SUMS = decoder_text(
+    HEADS, SIZE, N_SUMMED, "embedded = Gather(table, input_ids)", "logits = MatMul(state, head)"
+)  # fmt: skip
+
+
+def decoder_weights() -> tuple[np.ndarray, np.ndarray]:
+    """The table and the head of `save_decoder`."""
+    generator = np.random.default_rng(5)
+    table = generator.standard_normal((N_SUMMED, HEADS * SIZE)).astype(np.float32)
+    return table, generator.standard_normal((HEADS * SIZE, N_SUMMED)).astype(np.float32)
+
+
+def decoder_logits(ids: list[int]) -> np.ndarray:
+    """What the decoder computes for one sequence: the running sum of its embeddings, times the head."""
+    table, head = decoder_weights()
+    return np.stack([sum(table[token] for token in ids[: i + 1]) @ head for i in range(len(ids))])
+
+
+def save_decoder(directory: Path) -> Path:
+    """A decoder whose logits are those of `decoder_logits`, and its config; returns the directory."""
+    model = parser.parse_model(SUMS)
+    table, head = decoder_weights()
+    model.graph.initializer.extend([numpy_helper.from_array(table, "table"), numpy_helper.from_array(head, "head")])
+    directory.mkdir(parents=True, exist_ok=True)
+    onnx.checker.check_model(model)
+    onnx.save(model, directory / "model.onnx")
+    config = {"vocab_size": N_SUMMED, "eos_token_id": None, "num_attention_heads": HEADS, "hidden_size": HEADS * SIZE}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def save_classifier(directory: Path) -> tuple[Path, np.ndarray]:
+    """A graph of one product, pixels (B, 4) → scores (B, 3); returns the directory and the weight."""
+    model = parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> net (float[B, 4] pixels) => (float[B, 3] scores) '
+        "{ scores = MatMul(pixels, weight) }"
+    )
+    weight = np.random.default_rng(6).standard_normal((4, 3)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "weight"))
+    directory.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, directory / "model.onnx")
+    return directory, weight

@@ -10,7 +10,7 @@ import torch
 from compressor.learning.trainer import Fitting
 from compressor.passes.hesso import Hesso, Shrinking
 from compressor.runtime.torchrun import process_group, rank
-from tests.training_case import examples, residual, subject_of, with_pooler
+from tests.learning.training_case import examples, residual, subject_of, with_pooler
 
 
 def main(folder: Path) -> None:

@@ -30,7 +30,8 @@ from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.report.difference import compare
 from compressor.report.page import write_page
-from tests import pico, pico_onnx
+from tests import pico
+from tests.onnx import graphs
 
 INTEGERS = (0, 1, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
 WORDS = (
@@ -168,7 +169,7 @@ def _tokens(path: Path) -> None:
 
 
 def _recipe(folder: Path) -> Path:
-    source = Path(__file__).parents[1] / "recipes" / "llm-sparse-4bit.yaml"
+    source = Path(__file__).parents[2] / "recipes" / "llm-sparse-4bit.yaml"
     return Path(shutil.copy(source, folder / "recipe.yaml"))
 
 
@@ -254,8 +255,8 @@ READERS = {
     "pt-legacy": Reader(_legacy, _tensors_of),
     "torchscript": Reader(_scripted, lambda path: open_checkpoint(path, arch="tests.pico:Tied")),
     "pt2": Reader(_exported, _trusted),
-    "onnx": Reader(pico_onnx.tokens, _onnx_of),
-    "onnx-external": Reader(pico_onnx.external, _onnx_of),
+    "onnx": Reader(graphs.tokens, _onnx_of),
+    "onnx-external": Reader(graphs.external, _onnx_of),
     "gguf": Reader(_gguf, _tensors_of),
     "config": Reader(_config, _built),
     "index": Reader(_index, _tensors_of),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnxruntime
 import torch
 import transformers
 from torch import nn
@@ -64,23 +65,28 @@ class Tied(nn.Module):
         return {"scores": self.head(hidden), "norm": (self.table.weight * self.table.weight).sum(1) + hidden.mean()}
 
 
-def rounded(weight: torch.Tensor, bits: int = 4, group: int = 16) -> Affine:
+def rounded(weight: torch.Tensor, bits: int = 4, group: int = 16, half: bool = False) -> Affine:
+    """To the nearest step of a grid per group of a row, zero in its middle or half a step beside."""
     grouped = nn.functional.pad(weight, (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
-    zero = 2.0 ** (bits - 1)
+    zero = 2 ** (bits - 1) - (0.5 if half else 0.0)
     scales = Scales.of(grouped.abs().amax(-1).clamp_min(1e-4) / zero)
     codes = (grouped / scales.decode().unsqueeze(-1) + zero).round().clamp(0, 2**bits - 1).int().flatten(1)
-    return Affine(tuple(weight.shape), bits, group, codes, scales, zero)
+    return Affine(tuple(weight.shape), group, codes, scales, bits, zero)
 
 
-def vectors(weight: torch.Tensor) -> Codebook:
+def vectors(
+    weight: torch.Tensor, width: int = 8, dim: int = 4, group: int = 32, books: int = 1, ordered: bool = True
+) -> Codebook:
     """Codes drawn at random: the graph must not care."""
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(rows)
-    groups = -(-columns // 32)
-    codes = torch.randint(0, 256, (rows, groups * 8), generator=generator, dtype=torch.int32)
-    table = torch.randint(-8, 8, (1, 256, 4), generator=generator).to(torch.int8)
+    groups = -(-columns // group)
+    codes = torch.randint(0, 2**width, (rows, groups * group // dim), generator=generator, dtype=torch.int32)
+    table = torch.randint(-8, 8, (books, 2**width, dim), generator=generator).to(torch.int8)
     scales = Scales.of(torch.full((rows, groups), float(weight.std()) / 4.6))
-    return Codebook((rows, columns), 8, 4, 32, codes, table, scales, (rows,), torch.randperm(rows, generator=generator))
+    order = torch.randperm(rows, generator=generator) if ordered else None
+    of_book = tuple(rows // books + (book >= books - rows % books) for book in range(books))
+    return Codebook((rows, columns), width, dim, group, codes, table, scales, of_book, order)
 
 
 ENCODERS = {
@@ -107,6 +113,14 @@ def compressed(module: nn.Module, directory: Path, encode=rounded) -> EncodedTen
             tensors[name] = EncodedTensor.dense(tensor.data, dtype)
     write_tensors(directory / "model.safetensors", tensors, ties)
     return EncodedTensors([directory / "model.safetensors"])
+
+
+def opened(path: Path) -> onnxruntime.InferenceSession:
+    """A session of one thread whose products are exact."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return onnxruntime.InferenceSession(path, options)
 
 
 def traced_and_written(module, example, tensors, folder: Path, *args, **settings) -> Path:

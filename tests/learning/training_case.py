@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,14 +9,13 @@ from torch import Tensor, nn
 
 from compressor.core.batch import Examples
 from compressor.core.encoding import Layout
-from compressor.core.progress import Progress, Task
 from compressor.core.structure import Layer, Outcome, Subject
 from compressor.core.training import Training
 from compressor.graph.blocks import layers
 from compressor.graph.places import layer_places
 from compressor.learning.trainer import Fitting
 from compressor.passes.settings.n2n import N2nSettings
-from compressor.passes.settings.training import TrainingPass
+from compressor.passes.settings.training import TrainingSettings
 from compressor.structure.stage import GraphSurgeon
 from compressor.structure.students.laboratory import Laboratory
 from compressor.structure.students.making import students_of
@@ -86,7 +84,10 @@ def examples(n: int = 64) -> Examples:
 
 
 def subject_of(
-    module: nn.Module, settings: TrainingPass | None = None, data: Examples | None = None, folder: Path | None = None
+    module: nn.Module,
+    settings: TrainingSettings | None = None,
+    data: Examples | None = None,
+    folder: Path | None = None,
 ) -> Subject:
     """A subject whose trainer learns from `data`, or from `examples`; without settings it has none."""
     batch = {"": EXAMPLE}
@@ -112,27 +113,7 @@ def subject_of(
     )  # fmt: skip
 
 
-def trained(method: TrainingPass, module: nn.Module | None = None) -> tuple[Subject, Outcome]:
+def trained(method: TrainingSettings, module: nn.Module | None = None) -> tuple[Subject, Outcome]:
     """The subject, its units masked, and what the pass made of it."""
     subject = subject_of(module or residual(), method)
     return subject, method.restructure(subject)
-
-
-class Interrupting(Progress):
-    """Raises in the middle of a task whose description begins with `what`."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def task(self, description, total):
-        due = description.startswith(self.what)
-
-        class Ends(Task):
-            done = 0.0
-
-            def advance(self, steps=1.0, note=""):
-                self.done += steps
-                if due and self.done > 0.6:
-                    raise KeyboardInterrupt
-
-        return nullcontext(Ends())

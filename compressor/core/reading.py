@@ -1,0 +1,101 @@
+"""Reading files that others made: regular ones only, up to a size that somebody can have meant, and as text or JSON.
+
+A named pipe that nobody writes to, a device, a socket: opening or reading one may never end. A small file that says a
+lot is the business of whoever knows its format; here a large one is refused before it is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from compressor.core.errors import CheckpointError, CompressorError
+from compressor.core.resources import refuse_shortage
+
+LARGEST_JSON = 64_000_000
+"""Bytes: twice the largest tokenizer.json that we know."""
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder"),
+)  # fmt: skip
+
+
+def refuse_special(path: Path, kind: type[CompressorError] = CheckpointError, folders: bool = False) -> None:
+    """Refuses what is there and no regular file, or link to one: its end may never come.
+
+    Args:
+        kind: Of the error.
+        folders: Whether a folder may be there as well.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return  # whoever reads it says what is wrong
+    if stat.S_ISREG(mode) or (folders and stat.S_ISDIR(mode)):
+        return
+    what = next((name for test, name in _KINDS if test(mode)), "no regular file")
+    raise kind(f"{path}: is {what}; only regular files are read; save it as a file and give that")
+
+
+def read_bytes(path: Path, most: int, kind: type[CompressorError] = CheckpointError) -> bytes:
+    """The content of a regular file of at most so many bytes.
+
+    Raises:
+        CompressorError: Of this kind: it is another kind of file, too large, or cannot be read.
+    """
+    refuse_special(path, kind)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise kind(f"{path}: has {size:,} bytes; expected at most {most:,}; give the right file")
+            return file.read(most)
+    except (OSError, ValueError) as error:
+        refuse_shortage(error)
+        raise kind(f"{path}: cannot be read; {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_text(path: Path, most: int = LARGEST_JSON, kind: type[CompressorError] = CheckpointError) -> str:
+    """The UTF-8 text of a regular file; as `read_bytes` else."""
+    try:
+        return read_bytes(path, most, kind).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise kind(f"{path}: is not UTF-8; found byte 0x{error.object[error.start]:02x} at {error.start}") from error
+
+
+def read_json(
+    path: Path, kind: type[CompressorError] = CheckpointError, most: int = LARGEST_JSON, measured: bool = False
+) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+        measured: Whether numbers in it were measured; only such can be NaN, a setting cannot.
+
+    Raises:
+        CompressorError: Of this kind: it cannot be read, is no JSON object, or holds NaN.
+    """
+    return parse_json(read_bytes(path, most, kind), str(path), kind, measured)
+
+
+def parse_json(
+    raw: bytes, where: str, kind: type[CompressorError] = CheckpointError, measured: bool = False
+) -> dict[str, Any]:
+    """A JSON object; `where` it stands, for the error."""
+
+    def constant(word: str) -> float:
+        if word == "NaN" and not measured:
+            raise kind(f"{where}: holds NaN, which no setting can be; write the number that was meant")
+        return float(word)
+
+    try:
+        content = json.loads(raw.decode("utf-8"), parse_constant=constant)
+    except ValueError as error:
+        raise kind(f"{where}: is not valid JSON; {error}; repair the file or fetch it again") from error
+    except RecursionError as error:
+        raise kind(f"{where}: is nested too deeply; repair the file or fetch it again") from error
+    if not isinstance(content, dict):
+        raise kind(f"{where}: holds a JSON {type(content).__name__}; an object was expected")
+    return content

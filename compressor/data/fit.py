@@ -1,0 +1,268 @@
+"""Whether arrays fit a network, found out before any work: by their names, their numbers, and one example.
+
+The network runs on the first example as the artifact will, in float32. Of what a network of 4 GB and more makes of it
+only shapes and types are computed. Floats of another width and small integers are cast where it takes no others.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor.core.batch import as_batch, call
+from compressor.core.errors import CheckpointError, CompressorError, DataError
+from compressor.core.resources import refuse_shortage
+from compressor.data.arrays import LABELS, Arrays
+
+LARGEST = 1_000_000_000
+"""Bytes in float32 of a network that is loaded for one example; of larger ones shapes are computed."""
+IGNORED_LABEL = -100
+"""The class that torch's losses leave out."""
+_CHUNK = 1 << 22
+
+
+@dataclass
+class _Seen:
+    """What the network's tables were asked for: (array's name, rows of the table)."""
+
+    tables: list[tuple[str, int]]
+
+
+def fitted(checkpoint: Any, sources: Iterable[Arrays | None]) -> list[Arrays | None]:
+    """The arrays of each source as the network takes them.
+
+    Raises:
+        DataError: They do not fit: names, types, shapes, numbers or classes.
+    """
+    sources = list(sources)
+    if not any(sources):
+        return sources
+    network = _built(checkpoint)
+    return [None if source is None else _fitted(checkpoint, network, source) for source in sources]
+
+
+def _built(checkpoint: Any) -> nn.Module:
+    large = 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST
+    network = checkpoint.build("meta" if large else "cpu")
+    return (network.to("meta") if large else network.float()).requires_grad_(False)
+
+
+def _fitted(checkpoint: Any, network: nn.Module, source: Arrays) -> Arrays:
+    source = _named(checkpoint, network, _native(source))
+    for name, array in source.inputs.items():
+        _refuse_not_finite(source.source, name, array)
+    refusals: list[str] = []
+    for candidate in (source, *_cast(source)):
+        try:
+            output, seen = _example(network, candidate)
+        except CompressorError:
+            raise
+        except Exception as error:  # a stranger's forward: whatever it raises, it does not take this
+            refuse_shortage(error)
+            if _knows_no_values(network, error):
+                return candidate
+            refusals.append(_reason(error))
+            continue
+        _refuse_beyond_tables(candidate, seen)
+        _refuse_classes(candidate, output)
+        return candidate
+    raise DataError(
+        f"{source.source}: {checkpoint.architecture} cannot be run on the first example; found {_described(source)}, "
+        f"and {refusals[0]}; give what its forward takes, an example per row of the first axis"
+    )
+
+
+def _native(source: Arrays) -> Arrays:
+    """Numbers in this machine's order of bytes."""
+    inputs = {}
+    for name, array in source.inputs.items():
+        if array.dtype.kind not in "fiub":
+            raise DataError(
+                f"{source.source}: array '{name}' is of type {array.dtype}; networks take numbers; save it as float32 "
+                "or int64"
+            )
+        order = array.dtype.newbyteorder("=")
+        inputs[name] = array if array.dtype == order else array.astype(order)
+    return replace(source, inputs=inputs)
+
+
+def _named(checkpoint: Any, network: nn.Module, source: Arrays) -> Arrays:
+    """The arrays that the network's forward asks for; one of labels is an input where it asks for that."""
+    needed, known = _arguments(checkpoint, network)
+    inputs, labels = dict(source.inputs), source.labels
+    for name in LABELS:
+        if labels is not None and name in needed and name not in inputs and _asks_for(needed, inputs):
+            inputs[name], labels = np.asarray(labels), None
+    if len(inputs) == 1 and len(needed) <= 1:
+        return source
+    missing = [name for name in needed if name not in inputs]
+    unknown = [] if known is None else [name for name in inputs if name not in known]
+    if missing or unknown:
+        wanted = ", ".join(needed or known or ()) or "nothing"
+        raise DataError(
+            f"{source.source}: holds {', '.join(inputs)}; {checkpoint.architecture} takes {wanted}; name arrays by "
+            "what the forward takes, 'labels' what is wanted of it, and leave out the rest"
+        )
+    return replace(source, inputs=inputs, labels=labels)
+
+
+def _asks_for(needed: list[str], inputs: Mapping[str, np.ndarray]) -> bool:
+    """Whether what is there is not enough: one array may have any name."""
+    return len(needed) > len(inputs)
+
+
+def _arguments(checkpoint: Any, network: nn.Module) -> tuple[list[str], list[str] | None]:
+    """(arguments that the forward needs, all that it knows; None where it takes any)."""
+    if checkpoint.kind == "onnx":
+        names = [str(value.name) for value in checkpoint.source.model.graph.inputs]
+        made_up = ("attention_mask", "token_type_ids", "position_ids")
+        return [name for name in names if name not in made_up and not name.startswith("past_key_values.")], names
+    try:
+        parameters = inspect.signature(network.forward).parameters.values()
+    except (TypeError, ValueError):
+        return [], None
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        known = None
+    else:
+        known = [each.name for each in parameters if each.kind is not each.VAR_POSITIONAL]
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return [], known
+    plain = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    return [each.name for each in plain if each.default is each.empty], known
+
+
+def _refuse_not_finite(where: str, name: str, array: np.ndarray) -> None:
+    if array.dtype.kind != "f" or not array.size:
+        return
+    rows = max(1, _CHUNK // max(1, array[0].size))
+    for start in range(0, len(array), rows):
+        part = array[start : start + rows]
+        bad = ~np.isfinite(part.reshape(len(part), -1)).all(1)
+        if bad.any():
+            raise DataError(
+                f"{where}: array '{name}' holds NaN or infinite values, first in row {start + int(bad.argmax())}; "
+                "leave such rows out"
+            )
+
+
+def _cast(source: Arrays) -> list[Arrays]:
+    """The same numbers as float32 and int64, where they are something else."""
+    wanted = {"f": np.float32, "i": np.int64, "u": np.int64}
+    kinds = {name: np.dtype(wanted.get(array.dtype.kind, array.dtype)) for name, array in source.inputs.items()}
+    if all(array.dtype == kinds[name] for name, array in source.inputs.items()):
+        return []
+    return [replace(source, inputs={name: a.astype(kinds[name], copy=False) for name, a in source.inputs.items()})]
+
+
+def _example(network: nn.Module, source: Arrays) -> tuple[Tensor | None, _Seen]:
+    """The first output for the first example, and the tables that were read."""
+    batch = as_batch({name: array[:1] for name, array in source.inputs.items()})
+    device = next((each.device for each in network.parameters()), torch.device("cpu"))
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    seen = _Seen([])
+
+    def note(module: nn.Embedding, args: tuple[Any, ...]) -> None:
+        for name, tensor in batch.items():
+            if args and isinstance(args[0], Tensor) and args[0].shape == tensor.shape and _alike(args[0], tensor):
+                seen.tables.append((name or next(iter(source.inputs)), module.num_embeddings))
+
+    hooks = [module.register_forward_pre_hook(note) for module in network.modules() if isinstance(module, nn.Embedding)]
+    try:
+        with torch.no_grad():
+            output = call(network, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _first(output), seen
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.device.type != "meta" and torch.equal(one.long(), other.long()))
+
+
+def _first(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def _knows_no_values(network: nn.Module, error: Exception) -> bool:
+    """Whether it failed only since shapes alone were computed."""
+    on_meta = any(each.device.type == "meta" for each in network.parameters())
+    return on_meta and (isinstance(error, NotImplementedError) or "meta" in str(error).lower())
+
+
+def _refuse_beyond_tables(source: Arrays, seen: _Seen) -> None:
+    for name, n_rows in seen.tables:
+        array = source.inputs[name]
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= n_rows:
+            row = int(
+                np.argmax((array.reshape(len(array), -1) < 0).any(1) | (array >= n_rows).reshape(len(array), -1).any(1))
+            )
+            raise DataError(
+                f"{source.source}: array '{name}' holds {high if high >= n_rows else low} in row {row}, and the "
+                f"network's table has rows 0 to {n_rows - 1}; give the data that it was trained with"
+            )
+
+
+def _refuse_classes(source: Arrays, output: Tensor | None) -> None:
+    """Refuses labels that no output stands for."""
+    labels = source.labels
+    if labels is None or output is None or output.dim() < 1:
+        return
+    wanted = (len(labels), *output.shape[1:-1])
+    if labels.shape != wanted:
+        raise DataError(
+            f"{source.source}: labels have shape {labels.shape}; the outputs of shape {tuple(output.shape)} of one "
+            f"example ask for {wanted}, a class each; give classes as integers, or leave labels out"
+        )
+    if labels.dtype.kind not in "iu" or output.dim() < 2:
+        return
+    judged = labels[labels != IGNORED_LABEL]
+    if judged.size and (int(judged.min()) < 0 or int(judged.max()) >= output.shape[-1]):
+        raise DataError(
+            f"{source.source}: labels go from {int(judged.min())} to {int(judged.max())}; the network has "
+            f"{output.shape[-1]} classes, 0 to {output.shape[-1] - 1}; give the labels that it was trained with"
+        )
+
+
+def _described(source: Arrays) -> str:
+    each = [f"'{name}' {array.shape} of {array.dtype}" for name, array in source.inputs.items()]
+    return ", ".join(each[:4]) + (f" and {len(each) - 4} more" if len(each) > 4 else "")
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {first[:200]}"
+
+
+def refuse_foreign_tokens(checkpoint: Any, ids: np.ndarray, where: str) -> None:
+    """Refuses tokens that the network's table has no rows for.
+
+    Raises:
+        CheckpointError: There are some: the tokenizer is another network's.
+    """
+    n_rows = token_rows(checkpoint)
+    largest = int(ids.max()) if ids.size else 0
+    if n_rows is not None and largest >= n_rows:
+        raise CheckpointError(
+            f"{checkpoint.path}: its tokenizer gives token {largest} for {where}, and its table has {n_rows} rows; "
+            "put the tokenizer beside it that it was trained with"
+        )
+
+
+def token_rows(checkpoint: Any) -> int | None:
+    """Rows of the network's input table; None where there is none by a known name."""
+    names = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
+    found = [
+        info.shape[0] for name, info in checkpoint.tensors.items() if name.endswith(names) and len(info.shape) == 2
+    ]
+    return min(found) if found else None
