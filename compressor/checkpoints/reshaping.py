@@ -102,7 +102,8 @@ class Reshaping:
         known = set(cls.__dataclass_fields__)
         if not {"shapes", "attributes"} <= set(content) <= known:
             raise CheckpointError(f"{file}: has keys {sorted(content)}; expected {sorted(known)}; compress again")
-        return cls(**content | {"signed": tuple(content.get("signed", ()))})
+        content["signed"] = tuple(content.get("signed", ()))
+        return cls(**content)
 
     def text(self) -> str:
         content = asdict(self)

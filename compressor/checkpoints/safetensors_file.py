@@ -56,7 +56,7 @@ class SafetensorsSource(Source):
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         with self.homes[name].open("rb") as file:
             file.seek(self.starts[name])
-            present = file.readinto(memoryview(raw.numpy())) if info.nbytes else 0
+            present = file.readinto(raw.numpy().data) if info.nbytes else 0
         if present != info.nbytes:
             raise CheckpointError(f"{self.homes[name]}: changed while it was read, at tensor '{name}'")
         return raw.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(info.shape)

@@ -55,10 +55,10 @@ def empty_parameters() -> Iterator[None]:
     register = nn.Module.register_parameter
     init = {name: getattr(nn.init, name) for name in RANDOM_INIT}
 
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and parameter.device.type != "meta":
-            module._parameters[name] = _on_meta(parameter)
+    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and param.device.type != "meta":
+            self._parameters[name] = _on_meta(param)
 
     nn.Module.register_parameter = register_empty
     for name in RANDOM_INIT:

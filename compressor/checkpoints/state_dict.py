@@ -87,8 +87,9 @@ class Archive:
         """The values of a tensor that was opened on meta."""
         storage = tensor.untyped_storage()
         raw = torch.empty(storage.nbytes(), dtype=torch.uint8)
-        record = self.places.get(storage._checkpoint_offset)
-        present = read_record(path, record, memoryview(raw.numpy())) if record is not None and raw.numel() else 0
+        offset = storage._checkpoint_offset
+        record = None if offset is None else self.places.get(offset)
+        present = read_record(path, record, raw.numpy().data) if record is not None and raw.numel() else 0
         if present != raw.numel():
             raise CheckpointError(f"{path}: is truncated inside of tensor '{name}'; fetch it again")
         size = tensor.element_size() // (2 if tensor.is_complex() else 1)

@@ -59,9 +59,6 @@ class Pruned(NamedTuple):
 class Learnable(nn.Module, ABC):
     """A matrix that gradient steps improve, on the output of a block or of the network, and its encoding afterwards."""
 
-    flipped: int = 0
-    """Moves of codes so far."""
-
     @abstractmethod
     def forward(self) -> Tensor:
         """The matrix (rows, columns), differentiable."""
@@ -84,6 +81,11 @@ class Learnable(nn.Module, ABC):
     @property
     def n_codes(self) -> int:
         """Codes that could move."""
+        return 0
+
+    @property
+    def flipped(self) -> int:
+        """Moves of codes so far."""
         return 0
 
 

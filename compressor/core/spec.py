@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -116,7 +116,7 @@ class AffineSpec(Spec):
     """
 
     kind = "affine"
-    bits: int = Field(4, ge=1, le=8)
+    bits: Annotated[int, Field(ge=1, le=8)] = 4
     group: Group = 64
     zero: Literal["middle", "half", "learned", "fine"] = "middle"
     scale_bits: Literal[8, 16] = 16
@@ -156,9 +156,9 @@ class CodebookSpec(Spec):
     """Learned codewords: a code of `width` bits for `dim` neighbouring weights; rows share `codebooks` tables."""
 
     kind = "codebook"
-    width: int = Field(8, ge=1, le=16)
+    width: Annotated[int, Field(ge=1, le=16)] = 8
     dim: Literal[1, 2, 4, 8] = 1
-    codebooks: int = Field(1, ge=1)
+    codebooks: Annotated[int, Field(ge=1)] = 1
     group: Group = 64
     scale_bits: Literal[8, 16] = 16
     grid: Literal["int4", "free"] = "int4"

@@ -132,8 +132,8 @@ def _followed(
 def _holds_zero(clip: ir.Node) -> bool:
     """Whether 0 lies within constant bounds: then rounding to the observed range clips as well."""
     bounds = [clip.inputs[i] if len(clip.inputs) > i else None for i in (1, 2)]
-    known = [value is None or value.const_value is not None for value in bounds]
-    if not all(known):
+    held = [None if bound is None else bound.const_value for bound in bounds]
+    if any(bound is not None and value is None for bound, value in zip(bounds, held, strict=True)):
         return False
-    low, high = (None if value is None else float(value.const_value.numpy()) for value in bounds)
+    low, high = (None if value is None else float(value.numpy()) for value in held)
     return (low is None or low <= 0) and (high is None or high >= 0)

@@ -101,8 +101,7 @@ class Lowering:
         if self.tensors.describe(name)["kind"] == "refined":
             return self._refined_embedding(ids, name, tied)
         chosen = form(self.tensors.describe(name), self.mode)
-        blocks = self.mode == "default" and chosen is not None and (chosen.direct or tied)
-        if blocks and not chosen.shifted:
+        if self.mode == "default" and chosen is not None and (chosen.direct or tied) and not chosen.shifted:
             return self._block_embedding(ids, name, chosen)
         b, columns = self.builder, self.tensors.describe(name)["shape"][1]
         rows = decoded(self._parts(name), rows=b.reshape(ids, -1))

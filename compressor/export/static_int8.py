@@ -75,7 +75,7 @@ class StaticInt8:
         scale = enlarged(scale, bias / input_scale)
         codes = np.round(bias / (scale * input_scale)).astype(np.int32)
         weight_scale = b.constant(scale.astype(np.float32))
-        bias_scale = b.op("Mul", weight_scale, b.constant(np.float32(input_scale)))
+        bias_scale = b.op("Mul", weight_scale, b.constant(float(input_scale)))
         return [
             b.op("DequantizeLinear", self.lowering.int8_codes(weight), weight_scale, axis=0),
             b.op("DequantizeLinear", b.constant(codes), bias_scale, axis=0),

@@ -33,14 +33,17 @@ def export_graph(
     """
     if checkpoint.kind == "onnx":
         from compressor.export.onnx_graph import export_onnx
+        from compressor.onnx.file import OnnxSource
 
         calibration = batches if static else []
+        assert isinstance(checkpoint.source, OnnxSource)
         return export_onnx(checkpoint.source, tensors, directory, mode, exact, calibration)
-    if not is_traced(checkpoint):
+    config = _known_decoder(checkpoint)
+    if config is not None:
         from compressor.export.genai import write_genai_config
 
-        graph = export_decoder(checkpoint.config, tensors, directory, mode, exact)
-        write_genai_config(checkpoint.config, None, directory)
+        graph = export_decoder(config, tensors, directory, mode, exact)
+        write_genai_config(config, None, directory)
         return graph
     from compressor.export.module import export_module
 
@@ -50,10 +53,15 @@ def export_graph(
 
 def is_traced(checkpoint: Checkpoint) -> bool:
     """Whether the network's graph is traced by torch: not that of an ONNX graph, nor of a decoder that is known."""
-    if checkpoint.kind == "onnx":
-        return False
+    return checkpoint.kind != "onnx" and _known_decoder(checkpoint) is None
+
+
+def _known_decoder(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The config of a decoder whose graph is written from it; None of any other network."""
     config = checkpoint.config
-    return checkpoint.family != "decoder" or config is None or decoder_refusal(config) is not None
+    if checkpoint.family != "decoder" or config is None or decoder_refusal(config) is not None:
+        return None
+    return config
 
 
 def traced(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[dict[str, Tensor]]) -> ir.Model:

@@ -75,7 +75,7 @@ class _Decode(torch.autograd.Function):
         return (values * scales.unsqueeze(2)).flatten(1)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, upstream: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         scales, values = ctx.saved_tensors
         learned = ctx.learned
         upstream = upstream.float().reshape(values.shape)

@@ -52,6 +52,9 @@ def reconstruct(
 class _Calling(nn.Module):
     """A module that computes with other weights."""
 
+    inner: nn.Module
+    replaced: dict[str, Tensor]
+
     def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.__dict__["inner"], self.__dict__["replaced"] = module, weights

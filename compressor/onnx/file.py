@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from compressor.checkpoints.reach import is_inside
 from compressor.checkpoints.source import Source, refuse_empty
@@ -210,7 +210,7 @@ def _inner(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _is_external(tensor: Any) -> bool:
+def _is_external(tensor: Any) -> TypeGuard[ir.ExternalTensor]:
     import onnx_ir as ir
 
     return isinstance(tensor, ir.ExternalTensor)

@@ -198,7 +198,7 @@ class Jlcm(JlcmSettings, WeightPass):
                     size = own.decode().clamp_min(1e-12)
                     codes[part] = best_codes(weight[part], hessian, codes[part], size, codewords, places)
                 values[part] = own.values
-                if row is not None:
+                if row is not None and own.row is not None:
                     row[part] = own.row
         return Scales(values, row)
 
@@ -208,7 +208,7 @@ class Jlcm(JlcmSettings, WeightPass):
         new = Scales.of(best_scales(weight, hessian, codes, old, codewords).clamp_min(1e-7), self.scale_bits)
         before, after = (row_losses(weight, hessian, decoded(codes, s, codewords)) for s in (old, new.decode()))
         worse = (after >= before).unsqueeze(1)
-        row = None if scales.row is None else torch.where(worse, scales.row, new.row)
+        row = None if scales.row is None or new.row is None else torch.where(worse, scales.row, new.row)
         return Scales(torch.where(worse, scales.values, new.values), row)
 
 

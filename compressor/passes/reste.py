@@ -34,7 +34,7 @@ from compressor.core.contract import Statistics, TrainedPass
 from compressor.core.encoding import Binary, Layout
 from compressor.core.errors import CheckpointError
 from compressor.core.follower import Follower
-from compressor.core.signing import SignedInputs, hard_sign, input_channels, sign_inputs
+from compressor.core.signing import SIZE, THRESHOLD, SignedInputs, hard_sign, input_channels, sign_inputs
 from compressor.core.structure import Layer, Outcome, Subject
 from compressor.passes.settings.reste import ResteSettings
 
@@ -79,7 +79,7 @@ class _Sign(torch.autograd.Function):
         return hard_sign(z)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         return upstream * ctx.slope(ctx.saved_tensors[0]), None
 
 
@@ -202,8 +202,8 @@ def _measured(subject: Subject, layers: list[Layer]) -> list[SignedInputs]:
     sizes = _mean_inputs(subject, layers, distance)
     hooks = [sign_inputs(layer.module) for layer in layers]
     for layer in layers:
-        layer.module.input_threshold.copy_(means[layer.name])
-        layer.module.input_size.copy_(sizes[layer.name].clamp_min(1e-6))
+        layer.module.get_parameter(THRESHOLD).copy_(means[layer.name])
+        layer.module.get_buffer(SIZE).copy_(sizes[layer.name].clamp_min(1e-6))
     return hooks
 
 
@@ -212,12 +212,11 @@ def _mean_inputs(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The mean over calls of what `measure` says of each layer's input."""
     found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    handles = [
-        layer.module.register_forward_pre_hook(
-            lambda _, inputs, name=layer.name: found[name].append(measure(name, inputs[0]))
-        )
-        for layer in layers
-    ]
+
+    def measuring(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: found[name].append(measure(name, inputs[0]))
+
+    handles = [layer.module.register_forward_pre_hook(measuring(layer.name)) for layer in layers]
     try:
         for batch in subject.batches:
             subject.call(batch)

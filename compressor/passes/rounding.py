@@ -163,7 +163,7 @@ class RoundedMatrix(Learnable):
         if own.scale_bits == 8:
             stored = Scales((scale / (start.top.float() / 255)).round().to(torch.uint8), start.top)
         codes = self._codes()
-        if own.grid == "codebook":
+        if start.levels is not None:
             table = start.levels.to(torch.int8).view(1, -1, 1)
             return Codebook(self.shape, own.bits, 1, group, codes.int(), table, stored, (len(codes),))
         point = zero.int() if own.zero == "learned" else float(zero[0, 0])
@@ -286,7 +286,7 @@ class Rounding(RoundingSettings, WeightPass):
 
     def started(self, weight: Tensor, known: Statistics) -> RoundedMatrix:
         """The matrix at its start, open to learning."""
-        columns, hessian, mask = weight.shape[1], known.hessian, known.kept
+        (rows, columns), hessian, mask = weight.shape, known.hessian, known.kept
         group = group_columns(self.group, columns)
         factor, emphasis = None, torch.ones(columns)
         if self.start == "feedback" and hessian is not None:
@@ -297,4 +297,4 @@ class Rounding(RoundingSettings, WeightPass):
             start = LevelGrid(self.bits, group, self.scale_bits).fit(weight, emphasis, mask, factor)
         else:
             start = Grid(self.bits, group, self.zero, self.scale_bits).fit(weight, mask, factor)
-        return RoundedMatrix(start, tuple(weight.shape), self, mask)
+        return RoundedMatrix(start, (rows, columns), self, mask)

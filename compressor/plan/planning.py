@@ -79,10 +79,11 @@ def _likely_ends(checkpoint: Checkpoint) -> list[str]:
 
 def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: str, has_blocks: bool) -> PlannedTensor:
     role = info.role or role_of(info.name, info.shape, config)
-    matrix = info.shape[::-1] if info.transposed else matrix_shape(info.name, info.shape, config)
+    rows, columns = matrix_shape(info.name, info.shape, config)
+    matrix = (columns, rows) if info.transposed else (rows, columns)
     transposed = info.transposed or (is_transposed(info.name, config) and role == "linear")
     reason = _reason(info, role, recipe.smallest(role))
-    depthwise = is_depthwise(info, role)
+    depthwise = is_depthwise(info.shape, role)
     chosen = Chosen() if reason else recipe.choose(info.name, matrix, role, depthwise)
     if depthwise and chosen.spec is None:
         reason = reason or "depthwise convolution, and no step has 8 bits"
@@ -154,8 +155,8 @@ def _is_float(info: TensorInfo) -> bool:
     return info.dtype in FLOATS or not re.fullmatch(r"BOOL|[IU]\d+", info.dtype)
 
 
-def is_depthwise(info: TensorInfo, role: Role) -> bool:
-    return role == "conv" and info.shape[1] == 1 and info.shape[0] > 1
+def is_depthwise(shape: tuple[int, ...], role: Role) -> bool:
+    return role == "conv" and shape[1] == 1 and shape[0] > 1
 
 
 def _reason(info: TensorInfo, role: Role, smallest: int) -> str:

@@ -37,7 +37,10 @@ def measured_kind(quality: dict[str, Any] | None, kind: Kind) -> Kind:
         ("cosine", "cosine"),
         ("top1_agreement", "accuracy"),
     )
-    return next((each for key, each in kinds if quality.get(key) is not None), kind)
+    for key, each in kinds:
+        if quality.get(key) is not None:
+            return each
+    return kind
 
 
 def came_true(kind: Kind, quality: dict[str, Any] | None) -> float | None:

@@ -113,7 +113,8 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
         asked = start.recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
         report = report_of(start, identity, asked, encoded.plan, course.reports, work)
-        report.proof, report.quality, report.least_onnxruntime = proof and Proof.model_validate(proof), quality, least
+        report.proof = None if proof is None else Proof.model_validate(proof)
+        report.quality, report.least_onnxruntime = quality, least
         if encoded.allocation is not None:
             report.allocation = encoded.allocation | {"loss": came_true(target.kind, quality)}
         if (binary := binary_layers(partial, tensors)) is not None:
@@ -149,8 +150,9 @@ def compress(model: nn.Module | str | Path, recipe: str = "llm-2bit", **options:
     if not isinstance(model, nn.Module):
         return run(RunOptions(model=str(model), recipe=recipe, **options))
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(scratch)
+        save = getattr(model, "save_pretrained", None)
+        if save is not None:
+            save(scratch)
             return run(RunOptions(model=scratch, recipe=recipe, **options))
         path = Path(scratch) / f"{type(model).__name__.lower()}.pt"
         torch.save(model, path)

@@ -26,8 +26,7 @@ def report_of(
         structure: What each pass says that made the network another.
     """
     options, checkpoint, samples = start.options, start.checkpoint, start.samples
-    made_smaller = {"structure": structure} if structure else {}
-    return Report(
+    report = Report(
         compressor=identity.versions["compressor"],
         source=_source(checkpoint, identity, options.model, options.arch),
         recipe=recipe.to_dict(),
@@ -38,8 +37,10 @@ def report_of(
         versions={**identity.versions, "python": platform.python_version()},
         skipped={tensor.name: tensor.reason for tensor in plan.tensors if tensor.reason},
         learning=work.log,
-        **made_smaller,
     )
+    if structure:
+        report.structure = structure
+    return report
 
 
 def _source(checkpoint: Checkpoint, identity: Identity, model: str, arch: str | None) -> Source:
@@ -49,8 +50,8 @@ def _source(checkpoint: Checkpoint, identity: Identity, model: str, arch: str | 
 
 def _data(samples: Samples, identity: Identity, arguments: dict[str, str | None]) -> Data:
     return Data(
-        calibration=samples.calibration and samples.calibration.source,
-        evaluation=samples.evaluation and samples.evaluation.source,
+        calibration=None if samples.calibration is None else samples.calibration.source,
+        evaluation=None if samples.evaluation is None else samples.evaluation.source,
         sha256={name: identity.data[name] for name in ("calibration", "evaluation")},
         overlap=samples.overlap,
         arguments={name: _found_again(argument) for name, argument in arguments.items()},

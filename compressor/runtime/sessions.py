@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import onnxruntime
@@ -82,9 +82,11 @@ class SessionApart:
         return self._ask((list(names), dict(feed)))
 
     def _ask(self, question: tuple) -> Any:
+        questions, answers = self._process.stdin, self._process.stdout
+        assert questions is not None and answers is not None
         try:
-            _send(self._process.stdin, question)
-            failure, answer = pickle.load(self._process.stdout)
+            _send(questions, question)
+            failure, answer = pickle.load(answers)
         except (EOFError, BrokenPipeError) as error:
             status = self._process.wait()
             raise RuntimeError(
@@ -142,7 +144,7 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _send(stream: BinaryIO | Any, message: Any) -> None:
+def _send(stream: IO[bytes], message: Any) -> None:
     pickle.dump(message, stream, protocol=5)
     stream.flush()
 

@@ -14,7 +14,7 @@ from compressor.core.errors import PassError
 from compressor.core.passes import Need
 from compressor.core.spec import DenseSpec, Spec
 from compressor.core.tensors import EncodedTensor
-from compressor.graph.blocks import layout_of
+from compressor.graph.blocks import layout_of, weight_of
 from compressor.passes.registry import load_pass
 from compressor.plan.plan import Plan, PlannedTensor
 from compressor.plan.recipe import Recipe
@@ -70,7 +70,7 @@ class Chain:
         """A layer's weight."""
         layout = layout_of(module)
         assert layout is not None
-        matrix = layout.matrix(module.weight.data.float())
+        matrix = layout.matrix(weight_of(module).data.float())
         encoding = self.of_matrix(name, matrix, known, generator, learners)
         return EncodedTensor(encoding, Layout(layout.shape, layout.transposed))
 

@@ -36,16 +36,18 @@ def learn(
     """The tensors with what was learned in place of what was encoded; unchanged where nothing learns."""
     settings = recipe.distill
     network = Network(checkpoint)
-    if not settings.steps or head_of(network.module) is None or network.blocks == [""] or not batches:
+    original_head = head_of(network.module)
+    if not settings.steps or original_head is None or network.blocks == [""] or not batches:
         return tensors
     file = work.folder / LEARNED
     if not file.exists():
         with progress.task("running the original", len(network.blocks)) as task:
             rows = head_inputs(network, batches, lambda: task.advance())
-        teacher_head = checkpoint.read(_head_name(network)).float()
+        teacher_head = checkpoint.read(_name_of(original_head.weight, network)).float()
         student = _student(checkpoint, tensors, settings, plan.pruned, network.fast)
         dtype = torch.bfloat16 if network.fast else torch.float32
         head = head_of(student.module)
+        assert head is not None
         rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
         with progress.task("distilling", settings.steps) as task:
             for entry in distill(
@@ -57,9 +59,8 @@ def learn(
     return EncodedTensors([*files, file], tensors.tied)
 
 
-def _head_name(network: Network) -> str:
-    head = head_of(network.module)
-    return next(name for name, parameter in network.module.named_parameters() if parameter is head.weight)
+def _name_of(weight: Tensor, network: Network) -> str:
+    return next(name for name, parameter in network.module.named_parameters() if parameter is weight)
 
 
 def _cycle(batches: list[Batch], rows: list[Tensor]) -> Callable[[int], tuple[Batch, Tensor]]:

@@ -19,7 +19,7 @@ from compressor.core.passes import WeightSettings
 from compressor.core.spec import RefinedSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.core.work import Work
-from compressor.graph.blocks import geometry, layers, layout_of, unfolds
+from compressor.graph.blocks import geometry, layers, layout_of, unfolds, weight_of
 from compressor.learning.reconstruction import reconstruct
 from compressor.learning.student import Student
 from compressor.passes.registry import load_pass
@@ -167,7 +167,7 @@ def encode_outside(
         return found
     assert isinstance(found.encoding, Affine)
     rows = _most_frequent(counts, found.encoding.shape[0], spec.n)
-    left = found.layout.matrix(module.weight.data.float())[rows] - found.encoding.decode()[rows]
+    left = found.layout.matrix(weight_of(module).data.float())[rows] - found.encoding.decode()[rows]
     extra = Chain(load_pass(choice.recipe.embeddings.extra()))
     encoded = extra.of_matrix(name, left, Statistics(moment), work.generator(name))
     assert isinstance(encoded, Affine)
@@ -195,7 +195,7 @@ def _encode_block(
     gradients = load_gradients(work.folder, prefix) if any(chain.wants_gradient for chain in chains.values()) else {}
     n_sequences = max(1, sum(n_examples(arguments) for arguments in reached))
     tensors: dict[str, EncodedTensor] = {}
-    encoded = [found[name].weight for name in chains]
+    encoded = [weight_of(found[name]) for name in chains]
     settled = Settled(network, block, () if prefix else reached, encoded)
     for stage in layer_stages(network, block, dotted, reached[0]) if reached else ():
         for due in alike([name for name in stage.names if name in chains], found):
@@ -210,8 +210,9 @@ def _encode_block(
                     moments.get(name), gradients.get(name), n_sequences, n_rows // n_sequences, shares.get(name)
                 )
                 tensors[name] = chains[name].of_layer(name, found[name], known, work.generator(name), learners)
-                found[name].weight.data = tensors[name].decode()
-                settled.done(found[name].weight)
+                weight = weight_of(found[name])
+                weight.data = tensors[name].decode()
+                settled.done(weight)
     for name, chain in chains.items():
         if name not in tensors:
             tensors[name] = chain.of_layer(name, found[name], Statistics(), work.generator(name))
@@ -227,8 +228,9 @@ def alike(names: list[str], found: Mapping[str, nn.Module]) -> list[list[str]]:
     """The layers in groups that make the same rows of their shared input: its second moment is that of the group."""
     groups: dict[tuple, list[str]] = {}
     for name in names:
-        module = found[name]
-        groups.setdefault((unfolds(module), geometry(module), layout_of(module).transposed), []).append(name)
+        module, layout = found[name], layout_of(found[name])
+        assert layout is not None
+        groups.setdefault((unfolds(module), geometry(module), layout.transposed), []).append(name)
     return list(groups.values())
 
 

@@ -122,7 +122,7 @@ def _fits(tensor: PlannedTensor, spec: Spec, format: str, mode: Mode) -> bool:
     if spec.nbytes(*tensor.matrix) >= 4 * math.prod(tensor.matrix):
         return False
     inner = spec.inner if isinstance(spec, SparseSpec) else spec
-    if is_depthwise(tensor, tensor.role) and not (isinstance(inner, AffineSpec) and inner.bits == 8):
+    if is_depthwise(tensor.shape, tensor.role) and not (isinstance(inner, AffineSpec) and inner.bits == 8):
         return False
     operator = {"linear": "matmul", "embedding": "embedding"}.get(tensor.role, "constant")
     return format != "onnx" or refusal(spec.describe(*tensor.matrix), operator, mode) is None

@@ -76,11 +76,10 @@ class LrpSettings(FittedSettings):
 
     @property
     def needs(self) -> frozenset[Need]:
-        learns = super().needs
-        if self.criterion == "magnitude":
-            measures = self.norms == "measure" or self.compensate == "bias" or self.of == "flops"
-            return learns | (frozenset({"data"}) if measures else frozenset())
-        return learns | {"data", "gradients"}
+        runs = self.norms == "measure" or self.compensate == "bias" or self.of == "flops"
+        measures: frozenset[Need] = frozenset({"data"} if runs else ())
+        explains: frozenset[Need] = frozenset({"data", "gradients"})
+        return super().needs | (measures if self.criterion == "magnitude" else explains)
 
     @property
     def refuses_decoders(self) -> str | None:

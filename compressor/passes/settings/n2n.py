@@ -151,7 +151,8 @@ class N2nSettings(Training, StructureSettings):
     def needs(self) -> frozenset[Need]:
         trains: frozenset[Need] = frozenset({"training", "gradients"} if self.epochs or self.units != "block" else ())
         labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
-        return frozenset({"data"}) | trains | labels
+        always: frozenset[Need] = frozenset({"data"})
+        return always | trains | labels
 
     def cost(self, tokens: int) -> float:
         """Of whole forwards over the validation tokens."""
