@@ -44,7 +44,8 @@ def bench(
 
     Returns:
         `kind`, `threads`, `load_seconds`, `load_cpu_seconds`, `memory` (bytes: start, loaded, peak_private,
-        peak_resident), and for decoders the two speeds, for other graphs `latency_seconds` per run of one input.
+        peak_resident; `loading`: what opening the graph adds, resident: its `peak`, and what is there `after`), and for
+        decoders the two speeds, for other graphs `latency_seconds` per run of one input.
 
     Raises:
         CheckpointError: The artifact cannot be opened or run.

@@ -1,7 +1,8 @@
 """onnxruntime's sessions: in this process, or for large weights in one of their own.
 
-While it folds and packs weights onnxruntime needs several times their bytes; what it frees stays with its allocator.
-In a process of its own that adds nothing to the run's memory, and all of it goes back at the end. Never imports torch.
+While it folds and packs weights onnxruntime needs more than their bytes; what it frees stays with glibc, and is given
+back when a session is open. In a process of its own that adds nothing to the run's memory, and all of it goes back at
+the end. Never imports torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import onnxruntime
 
+from compressor.core.memory import give_back
 from compressor.runtime.processes import clean_environment, python
 
 LARGE = 16_000_000
@@ -48,7 +50,9 @@ class Settings:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         for key, value in self.entries.items():
             options.add_session_config_entry(key, value)
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        give_back()  # what folding took stays with glibc otherwise, several times the weights
+        return session
 
 
 @dataclass(frozen=True)
