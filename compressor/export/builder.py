@@ -89,8 +89,10 @@ class GraphBuilder:
     def external(
         self, name: str, location: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]
     ) -> ir.Value:
-        """An initialiser that is `length` bytes of the file `location`, relative to the model."""
+        """An initialiser that is `length` bytes of the file `location`, relative to the model; what has the name is it."""
         if name not in self._external:
+            if name in self.graph.initializers:
+                return self.graph.initializers[name]
             tensor = ir.ExternalTensor(location, offset, length, dtype, shape=ir.Shape(shape), name=name)
             self._external[name] = self.initializer(tensor)
         return self._external[name]

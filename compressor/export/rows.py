@@ -1,9 +1,9 @@
 """Constants made of more or fewer rows at a time: by the nodes that make the whole, run over some of its rows.
 
     rows = Rows(builder, sizes)
-    rows.join(concat)           # what its inputs go through alike, they go through together
+    rows.share(rows.join(values), values)   # what values of one kind go through, they go through together
     if rows.cuttable(value):
-        rows.cut(value, 3)      # what used the value now uses three pieces, joined
+        rows.cut(value, 3)                  # what used the value now uses three pieces, joined
 
 Rows are a value's first axis. A row of what most operators give needs one row of an input; what is small, or alike for
 all rows, stays whole.
@@ -12,7 +12,7 @@ all rows, stays whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,8 @@ class Rows:
 
     def __init__(self, builder: GraphBuilder, sizes: Sizes) -> None:
         self.b, self.sizes = builder, sizes
+        self.cuts: set[ir.Node] = set()
+        """The nodes that join the pieces of what was cut."""
         self._pieces: dict[tuple[ir.Value, int, int], ir.Value] = {}
 
     def cuttable(self, value: ir.Value) -> bool:
@@ -85,53 +87,83 @@ class Rows:
         self.b.before = last
         bounds = [n * at // pieces for at in range(pieces + 1)]
         made = [self._piece(value, *some) for some in zip(bounds, bounds[1:], strict=False)]
-        value.replace_all_uses_with(self._stacked(made))
+        joined = self.stacked(made)
+        self.cuts.add(_maker(joined))
+        value.replace_all_uses_with(joined)
         _remove_unused(self.b.graph, last)
 
-    def join(self, concat: ir.Node) -> None:
-        """Of rows joined last, makes rows joined first, as far as they go through the same nodes."""
-        values = [_input(concat, at) for at in range(len(concat.inputs))]
-        if self._alike(values):
-            self.b.before = concat
-            concat.outputs[0].replace_all_uses_with(self._joined(values))
-            _remove_unused(self.b.graph, concat)
+    def kind(self, value: ir.Value) -> Hashable | None:
+        """Equal for values that `join` can make together; None where a value is stored, or made in another way."""
+        return self._kind(value) if self._maker_of_rows(value, top=True) else None
 
-    def _joined(self, values: Sequence[ir.Value]) -> ir.Value:
-        needed = self._alike(values)
-        if not needed:
-            return self._stacked(values)
+    def _kind(self, value: ir.Value, top: bool = True) -> Hashable:
+        size, node = self.sizes[value], self._maker_of_rows(value, top)
+        if node is None:
+            return size.dtype, size.shape[1:]
+        needed, inputs = self._needed(node) or [], list[Hashable]()
+        for at, given in enumerate(node.inputs):
+            if given is None or at in needed:
+                inputs.append(None if given is None else self._kind(given, top=False))
+            elif _looks_up(node) and at == 0:
+                inputs.append(("table", self.sizes[given].dtype, self.sizes[given].shape[1:]))
+            else:
+                inputs.append("shape" if at == 1 and node.op_type in _BY_SHAPE else given)
+        attributes = tuple(sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items()))
+        return node.op_type, node.domain, attributes, size.dtype, size.shape[1:], tuple(inputs)
+
+    def _maker_of_rows(self, value: ir.Value, top: bool) -> ir.Node | None:
+        """The node that makes a value, for it alone, of the same rows of other values."""
+        node = value.producer()
+        alone = node is not None and len(node.outputs) == 1 and (top or len(value.uses()) == 1)
+        return node if alone and self.sizes[value].shape and self._needed(_maker(value)) else None
+
+    def join(self, values: Sequence[ir.Value]) -> ir.Value:
+        """All rows of values of one `kind`, in one go; each value's are where they come in turn."""
+        return self._joined(values, top=True)
+
+    def _joined(self, values: Sequence[ir.Value], top: bool = False) -> ir.Value:
+        if self._maker_of_rows(values[0], top) is None:
+            return self.stacked(values)
         nodes = [_maker(value) for value in values]
         inputs = list(nodes[0].inputs)
-        for at in needed:
+        for at in self._needed(nodes[0]) or []:
             inputs[at] = self._joined([_input(node, at) for node in nodes])
-        rows = sum(self.sizes[value].shape[0] for value in values)
-        return self._again(nodes[0], inputs, rows)
+        if _looks_up(nodes[0]):
+            inputs[:2] = self._one_table(nodes, inputs[1])
+        return self._again(nodes[0], inputs, sum(self.sizes[value].shape[0] for value in values))
 
-    def _alike(self, values: Sequence[ir.Value]) -> list[int]:
-        """The inputs to join of the nodes that make these values; none where they are not alike but for these."""
-        nodes = [value.producer() for value in values]
-        first = nodes[0]
-        needed = None if first is None else self._needed(first)
-        if first is None or not needed or len({self.sizes[value].shape[1:] for value in values}) > 1:
-            return []
-        for node, value in zip(nodes, values, strict=True):
-            if node is None or len(value.uses()) != 1 or self._needed(node) != needed:
-                return []
-            same = (node.op_type, node.domain, node.attributes) == (first.op_type, first.domain, first.attributes)
-            if not same or len(node.inputs) != len(first.inputs):
-                return []
-            for at, (given, other) in enumerate(zip(node.inputs, first.inputs, strict=True)):
-                if at in needed and not self._stackable(given, other):
-                    return []
-                if at not in needed and given is not other and not (at == 1 and node.op_type in _BY_SHAPE):
-                    return []
-        return needed
+    def _one_table(self, nodes: Sequence[ir.Node], index: ir.Value | None) -> list[ir.Value | None]:
+        """The tables of look-ups one after another, and the joined index into them."""
+        b, tables = self.b, list(dict.fromkeys(_input(node, 0) for node in nodes))
+        assert index is not None
+        if len(tables) == 1:
+            return [tables[0], index]
+        starts = dict(zip(tables, np.cumsum([0] + [self.sizes[table].shape[0] for table in tables]), strict=False))
+        size = self.sizes[index]
+        kind = np.int64 if size.dtype == ir.DataType.INT64 else np.int32
+        limits = np.cumsum([self.sizes[_input(node, 1)].shape[0] for node in nodes])[:-1]
+        steps = np.diff([starts[_input(node, 0)] for node in nodes]).astype(kind)
+        n = size.shape[0]
+        none = self._noted(b.op("Expand", b.constant(np.zeros(1, kind)), b.integers(n)), Size(size.dtype, (n,)))
+        here = b.op("ScatterElements", none, b.constant(limits.astype(np.int64)), b.constant(steps), axis=0)
+        passed = b.op("CumSum", self._noted(here, Size(size.dtype, (n,))), b.constant(np.array(0, np.int64)))
+        self._noted(passed, Size(size.dtype, (n,)))
+        column = Size(size.dtype, (n, *[1] * (len(size.shape) - 1)))
+        offsets = self._noted(b.reshape(passed, *column.shape), column)
+        return [self.stacked(tables), self._noted(b.op("Add", index, offsets), size)]
 
-    def _stackable(self, one: ir.Value | None, other: ir.Value | None) -> bool:
-        if one is None or other is None:
-            return False
-        a, b = self.sizes[one], self.sizes[other]
-        return (a.dtype, a.shape[1:]) == (b.dtype, b.shape[1:])
+    def share(self, joined: ir.Value, values: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        """Puts the rows of `joined` in the place of values, which come in turn; what is there now."""
+        counts, old = [self.sizes[value].shape[0] for value in values], [_maker(value) for value in values]
+        pieces = [joined]
+        if len(values) > 1:
+            pieces = self.b.ops("Split", joined, self.b.integers(*counts), outputs=len(values), axis=0)
+        for value, piece in zip(values, pieces, strict=True):
+            self._noted(piece, self.sizes[value])
+            value.replace_all_uses_with(piece)
+        for node in old:
+            _remove_unused(self.b.graph, node)
+        return pieces
 
     def _again(self, node: ir.Node, inputs: list[ir.Value | None], rows: int) -> ir.Value:
         """What a node gives for other inputs, so many rows of them."""
@@ -139,16 +171,25 @@ class Rows:
             inputs[1] = self.b.integers(rows, *self.sizes[node.outputs[0]].shape[1:])
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         made = self.b.op(node.op_type, *inputs, domain=node.domain, **attributes)
-        return self._noted(made, node.outputs[0], rows)
+        return self._noted(made, self._rows_of(node.outputs[0], rows))
 
-    def _stacked(self, values: Sequence[ir.Value]) -> ir.Value:
-        rows = sum(self.sizes[value].shape[0] for value in values)
-        return self._noted(self.b.op("Concat", *values, axis=0), values[0], rows)
+    def stacked(self, values: Sequence[ir.Value]) -> ir.Value:
+        """Values one after another: where they lie so in their file, as one; else by a node."""
+        if len(values) == 1:
+            return values[0]
+        size = self._rows_of(values[0], sum(self.sizes[value].shape[0] for value in values))
+        stored = [value.const_value for value in values]
+        first = stored[0]
+        if isinstance(first, ir.ExternalTensor) and _follow_each_other(stored):
+            return self._view(values[0], first, first.offset or 0, size)
+        return self._noted(self.b.op("Concat", *values, axis=0), size)
 
-    def _noted(self, made: ir.Value, like: ir.Value, rows: int) -> ir.Value:
-        """`made`, which is like another value but for its rows."""
+    def _rows_of(self, like: ir.Value, rows: int) -> Size:
         size = self.sizes[like]
-        self.sizes.note(made, Size(size.dtype, (rows, *size.shape[1:])))
+        return Size(size.dtype, (rows, *size.shape[1:]))
+
+    def _noted(self, made: ir.Value, size: Size) -> ir.Value:
+        self.sizes.note(made, size)
         return made
 
     def _needed(self, node: ir.Node) -> list[int] | None:
@@ -192,7 +233,7 @@ class Rows:
         needed = None if node is None else self._needed(node)
         if node is None or needed is None:
             some = self.b.op("Slice", value, *(self.b.integers(number) for number in (start, stop, 0)))
-            return self._noted(some, value, stop - start)
+            return self._noted(some, self._rows_of(value, stop - start))
         inputs = [
             self._piece(given, start, stop) if at in needed and given is not None else given
             for at, given in enumerate(node.inputs)
@@ -200,12 +241,29 @@ class Rows:
         return self._again(node, inputs, stop - start)
 
     def _stored(self, value: ir.Value, stored: ir.ExternalTensor, start: int, stop: int) -> ir.Value:
-        shape, nbytes = self.sizes[value].shape, self.sizes[value].nbytes
-        row = nbytes // shape[0]
-        offset, some = (stored.offset or 0) + start * row, (stop - start, *shape[1:])
-        stem = str(value.name).partition("@")[0]
-        label = f"{stem}@{offset}:{stored.dtype.name.lower()}{'x'.join(map(str, some))}"
-        return self.b.external(label, str(stored.location), offset, (stop - start) * row, stored.dtype, some)
+        row = self.sizes[value].nbytes // self.sizes[value].shape[0]
+        return self._view(value, stored, (stored.offset or 0) + start * row, self._rows_of(value, stop - start))
+
+    def _view(self, like: ir.Value, stored: ir.ExternalTensor, offset: int, size: Size) -> ir.Value:
+        """What is stored from `offset` on, named as parts of tensors are."""
+        stem = str(like.name).partition("@")[0]
+        label = f"{stem}@{offset}:{size.dtype.name.lower()}{'x'.join(map(str, size.shape))}"
+        return self.b.external(label, str(stored.location), offset, size.nbytes, size.dtype, size.shape)
+
+
+def _follow_each_other(stored: Sequence[ir.TensorProtocol | None]) -> bool:
+    """Whether tensors lie in one file, each where the one before ends."""
+    at = None
+    for each in stored:
+        if not isinstance(each, ir.ExternalTensor) or at not in (None, (each.location, each.offset)):
+            return False
+        at = each.location, (each.offset or 0) + (each.length or 0)
+    return True
+
+
+def _looks_up(node: ir.Node) -> bool:
+    """Whether rows of a table are found by number."""
+    return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
 
 
 def _maker(value: ir.Value) -> ir.Node:
@@ -227,14 +285,11 @@ def _numbers(node: ir.Node, at: int) -> np.ndarray | None:
 
 
 def _remove_unused(graph: ir.Graph, node: ir.Node) -> None:
-    """Removes a node that nobody uses, and what was there for it alone."""
+    """Removes a node that nobody uses, and the nodes that were there for it alone."""
     if any(value.uses() for value in node.outputs):
         return
-    inputs = [value for value in node.inputs if value is not None]
+    makers = [value.producer() for value in node.inputs if value is not None]
     graph.remove(node, safe=True)
-    for value in inputs:
-        producer = value.producer()
-        if producer is not None:
-            _remove_unused(graph, producer)
-        elif not value.uses() and value.name in graph.initializers:
-            del graph.initializers[value.name]
+    for maker in makers:
+        if maker is not None and maker.graph is not None:
+            _remove_unused(graph, maker)

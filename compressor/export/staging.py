@@ -16,7 +16,7 @@ stage's share is cut by rows, each piece in a stage of its own, and joined at la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx
@@ -30,6 +30,7 @@ STAGES = 9
 """onnxruntime makes ten passes; the last is for what hangs on the gates."""
 WORTH_IT = 24_000_000
 """Bytes made by folding below which a graph gets no gates."""
+_TOGETHER = 1 << 28
 _LEFT = 0.01
 _SMALL = 50
 ENOUGH = 1.25
@@ -46,6 +47,7 @@ class Unit:
     order    when what uses it runs
     nodes    the last one first
     made     bytes of all their outputs
+    kept     bytes of the exit
     final    whether a node that does not fold uses the exit, which then stays
     before   the units that it needs
     stage    when it folds
@@ -83,25 +85,67 @@ def staged(model: ir.Model, mode: Mode) -> Folding:
     old = graph.opset_imports.get("", 0) < _OLDEST_OPSET
     if mode == "standard" or sum(unit.made for unit in units) < WORTH_IT or old or source is None:
         return folding_of(units)
-    builder = GraphBuilder(graph, stem=_STEM)
+    builder = GraphBuilder(graph, before=graph[0], stem=_STEM)
     rows = Rows(builder, sizes)
-    for node in [node for node in _folded(graph, sizes) if _joins_rows(node)]:
-        rows.join(node)
-    units = units_of(graph, sizes)
     share = sum(unit.made for unit in units) // STAGES
     for unit in units:
         pieces = -(-unit.made // share)
         if pieces > 1 and rows.cuttable(unit.exit):
             rows.cut(unit.exit, pieces)
     graph.sort()
-    units = units_of(graph, sizes)
-    share_out(units, sizes)
+    units = units_of(graph, sizes, rows.cuts)
+    share_out(units)
+    together = _together(units, rows)
+    graph.sort()
+    units = units_of(graph, sizes, rows.cuts, together)
     _Gates(builder, source, sizes).shut(units)
     graph.sort()
+    for name in [name for name, value in graph.initializers.items() if not value.uses() and value not in graph.outputs]:
+        del graph.initializers[name]
     for node in graph:
         if str(node.name).startswith(f"node_{_STEM}"):
             node.name = None
     return folding_of(units)
+
+
+def _together(units: list[Unit], rows: Rows) -> dict[ir.Value, int]:
+    """Makes at once what is made alike in a stage; the stages of all values that units end in."""
+    stages = {unit.exit: unit.stage for unit in units}
+    alike: dict[Hashable, list[tuple[Unit, list[ir.Value]]]] = {}
+    for unit in units:
+        values = _parts(unit)
+        kinds = {rows.kind(value) for value in values}
+        if len(kinds) == 1 and None not in kinds:
+            alike.setdefault((unit.stage, *kinds), []).append((unit, values))
+    for (stage, *_), found in alike.items():
+        for some in _batches(found):
+            values = [value for _, each in some for value in each]
+            if len(values) == 1:
+                continue
+            rows.b.before = rows.b.graph[0]
+            joined, exits = rows.join(values), [unit.exit for unit, _ in some]
+            stages |= dict.fromkeys(rows.share(joined, exits), stage)
+    return stages
+
+
+def _parts(unit: Unit) -> list[ir.Value]:
+    """What a unit puts together, row by row; itself where it does not."""
+    last = unit.nodes[0]
+    inner = {value for node in unit.nodes for value in node.outputs}
+    values = [value for value in last.inputs if value is not None]
+    return values if _joins_rows(last) and inner.issuperset(values) else [unit.exit]
+
+
+def _batches(found: list[tuple[Unit, list[ir.Value]]]) -> Iterator[list[tuple[Unit, list[ir.Value]]]]:
+    """In turn, so that none makes more than `_TOGETHER` bytes, but for those that do by themselves."""
+    some, made = [], 0
+    for unit, values in found:
+        if some and made + unit.made > _TOGETHER:
+            yield some
+            some, made = [], 0
+        some.append((unit, values))
+        made += unit.made
+    yield some
 
 
 def sizes_of(model: ir.Model) -> Sizes:
@@ -115,15 +159,21 @@ def sizes_of(model: ir.Model) -> Sizes:
     return Sizes(found)
 
 
-def units_of(graph: ir.Graph, sizes: Sizes) -> list[Unit]:
-    """What folds, in the order in which it is used."""
+def units_of(
+    graph: ir.Graph, sizes: Sizes, cuts: Container[ir.Node] = (), stages: Mapping[ir.Value, int] | None = None
+) -> list[Unit]:
+    """What folds, in the order in which it is used; what is joined of cut values in units of its own.
+
+    Args:
+        stages: Of the units that end in these values; of others it is the first.
+    """
     position = {node: at for at, node in enumerate(graph)}
     folded = _folded(graph, sizes)
     known, of = set(folded), dict[ir.Node, Unit]()
     for node in reversed(folded):
         users = [user for value in node.outputs for user, _ in value.uses()]
         owners = {of[user] for user in users if user in known}
-        inner = len(owners) == 1 and all(user in known and not _joins_rows(user) for user in users)
+        inner = len(owners) == 1 and all(user in known and user not in cuts for user in users)
         if not inner:
             order = min((of[user].order if user in known else position.get(user, 0) for user in users), default=0)
             of[node] = Unit(node.outputs[0], order, any(user not in known for user in users))
@@ -135,6 +185,8 @@ def units_of(graph: ir.Graph, sizes: Sizes) -> list[Unit]:
         of[node].nodes.append(node)
         of[node].made += made
         of[node].kept += 0 if inner else made
+        if stages is not None and not inner:
+            of[node].stage = max(stages.get(value, 0) for value in node.outputs)
     return sorted(dict.fromkeys(of[node] for node in folded), key=lambda unit: unit.order)
 
 
@@ -155,7 +207,7 @@ def _joins_rows(node: ir.Node) -> bool:
     return node.op_type == "Concat" and node.attributes.get_int("axis", 0) == 0
 
 
-def share_out(units: list[Unit], sizes: Sizes) -> None:
+def share_out(units: list[Unit]) -> None:
     """Gives units stages, so that the most that there is at once is as little as it can be, within as few stages."""
     spare, small = _LEFT * sum(unit.made for unit in units), set[Unit]()
     for unit in sorted(units, key=lambda unit: unit.made):
@@ -233,7 +285,7 @@ class _Gates:
     def _leaves(self, unit: Unit) -> Iterator[ir.Node]:
         """The nodes that would fold at once, but for small ones."""
         inner, small = {value for node in unit.nodes for value in node.outputs}, unit.made // _SMALL
-        inner |= {each.exit for each in unit.before}
+        inner |= {value for each in unit.before for value in each.nodes[0].outputs}
         for node in unit.nodes:
             waits = any(value in inner and self.sizes[value].nbytes > small for value in node.inputs if value)
             made = sum(self.sizes[value].nbytes for value in node.outputs)
