@@ -87,7 +87,7 @@ class Rows:
         self.b.before = last
         bounds = [n * at // pieces for at in range(pieces + 1)]
         made = [self._piece(value, *some) for some in zip(bounds, bounds[1:], strict=False)]
-        joined = self.stacked(made)
+        joined = self._stacked(made)
         self.cuts.add(_maker(joined))
         value.replace_all_uses_with(joined)
         _remove_unused(self.b.graph, last)
@@ -123,7 +123,7 @@ class Rows:
 
     def _joined(self, values: Sequence[ir.Value], top: bool = False) -> ir.Value:
         if self._maker_of_rows(values[0], top) is None:
-            return self.stacked(values)
+            return self._stacked(values)
         nodes = [_maker(value) for value in values]
         inputs = list(nodes[0].inputs)
         for at in self._needed(nodes[0]) or []:
@@ -150,7 +150,7 @@ class Rows:
         self._noted(passed, Size(size.dtype, (n,)))
         column = Size(size.dtype, (n, *[1] * (len(size.shape) - 1)))
         offsets = self._noted(b.reshape(passed, *column.shape), column)
-        return [self.stacked(tables), self._noted(b.op("Add", index, offsets), size)]
+        return [self._stacked(tables), self._noted(b.op("Add", index, offsets), size)]
 
     def share(self, joined: ir.Value, values: Sequence[ir.Value]) -> Sequence[ir.Value]:
         """Puts the rows of `joined` in the place of values, which come in turn; what is there now."""
@@ -173,16 +173,9 @@ class Rows:
         made = self.b.op(node.op_type, *inputs, domain=node.domain, **attributes)
         return self._noted(made, self._rows_of(node.outputs[0], rows))
 
-    def stacked(self, values: Sequence[ir.Value]) -> ir.Value:
-        """Values one after another: where they lie so in their file, as one; else by a node."""
-        if len(values) == 1:
-            return values[0]
-        size = self._rows_of(values[0], sum(self.sizes[value].shape[0] for value in values))
-        stored = [value.const_value for value in values]
-        first = stored[0]
-        if isinstance(first, ir.ExternalTensor) and _follow_each_other(stored):
-            return self._view(values[0], first, first.offset or 0, size)
-        return self._noted(self.b.op("Concat", *values, axis=0), size)
+    def _stacked(self, values: Sequence[ir.Value]) -> ir.Value:
+        made = self.b.stacked(values)
+        return self._noted(made, self._rows_of(values[0], sum(self.sizes[value].shape[0] for value in values)))
 
     def _rows_of(self, like: ir.Value, rows: int) -> Size:
         size = self.sizes[like]
@@ -241,24 +234,8 @@ class Rows:
         return self._again(node, inputs, stop - start)
 
     def _stored(self, value: ir.Value, stored: ir.ExternalTensor, start: int, stop: int) -> ir.Value:
-        row = self.sizes[value].nbytes // self.sizes[value].shape[0]
-        return self._view(value, stored, (stored.offset or 0) + start * row, self._rows_of(value, stop - start))
-
-    def _view(self, like: ir.Value, stored: ir.ExternalTensor, offset: int, size: Size) -> ir.Value:
-        """What is stored from `offset` on, named as parts of tensors are."""
-        stem = str(like.name).partition("@")[0]
-        label = f"{stem}@{offset}:{size.dtype.name.lower()}{'x'.join(map(str, size.shape))}"
-        return self.b.external(label, str(stored.location), offset, size.nbytes, size.dtype, size.shape)
-
-
-def _follow_each_other(stored: Sequence[ir.TensorProtocol | None]) -> bool:
-    """Whether tensors lie in one file, each where the one before ends."""
-    at = None
-    for each in stored:
-        if not isinstance(each, ir.ExternalTensor) or at not in (None, (each.location, each.offset)):
-            return False
-        at = each.location, (each.offset or 0) + (each.length or 0)
-    return True
+        some, row = self._rows_of(value, stop - start), self.sizes[value].nbytes // self.sizes[value].shape[0]
+        return self.b.view(value, stored, (stored.offset or 0) + start * row, some.nbytes, some.shape)
 
 
 def _looks_up(node: ir.Node) -> bool:
