@@ -79,7 +79,11 @@ def kernel_shifts(parts: Parts) -> ir.Value:
     """What a group's inputs are multiplied by, beside the product with whole zero points: float32 (rows, groups)."""
     b = parts.builder
     between = b.constant(_whole(parts) - _points(parts))
-    return b.op("Mul", parts.scales(), b.op("Gather", between, parts.plane_index("zeros", Plane.of_bits(FINE_BITS), parts.groups)))
+    return b.op(
+        "Mul",
+        parts.scales(),
+        b.op("Gather", between, parts.plane_index("zeros", Plane.of_bits(FINE_BITS), parts.groups)),
+    )
 
 
 def _points(parts: Parts) -> np.ndarray:
@@ -122,7 +126,7 @@ def _packed(parts: Parts, values: ir.Value, n: int, bits: int) -> ir.Value:
 def _ored_planes(
     parts: Parts, values: tuple[int, ...], kernel_bits: int, stem: str, n_codes: int, flat: bool = True
 ) -> ir.Value:
-    """Each plane's bytes looked up; planes hold separate bits of the values, so OR joins them. (rows, bytes) if `flat`."""
+    """Each plane's bytes looked up; they hold separate bits, so OR joins them. (rows, bytes) if `flat`."""
     b, step, joined = parts.builder, 1, None
     needed, planes, tables = packed_columns(n_codes, kernel_bits), parts.planes(stem), []
     for _, plane in planes:

@@ -1,4 +1,4 @@
-"""Look-ups of two bytes at a time: half as many indices as bytes, which take four times an index's bytes while they fold.
+"""Look-ups of two bytes at a time: half as many indices, each of which takes four bytes or eight while it folds.
 
 A table of all pairs is made of the bytes' own by nodes, once for a graph, since the file should not hold it.
 """
@@ -18,9 +18,7 @@ _WORTH_IT = 1 << 17
 """Bytes of a part from which a table of pairs pays."""
 
 
-def planes_in_pairs(
-    parts: Parts, stem: str, n_codes: int, tables: list[np.ndarray], needed: int
-) -> ir.Value | None:
+def planes_in_pairs(parts: Parts, stem: str, n_codes: int, tables: list[np.ndarray], needed: int) -> ir.Value | None:
     """The bytes that each plane's become by its table, uint8 (256, bytes), joined by OR: (rows, …), `needed` a row.
 
     None where the rows of a plane end within a pair or the parts are small.

@@ -195,7 +195,9 @@ def _folded(graph: ir.Graph, sizes: Sizes) -> list[ir.Node]:
     constant, outputs = set(graph.initializers.values()), set(graph.outputs)
     found = []
     for node in graph:
-        nested = any(entry.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for entry in node.attributes.values())
+        nested = any(
+            entry.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for entry in node.attributes.values()
+        )
         known = all(value in sizes and value not in outputs for value in node.outputs)
         if node.inputs and known and not nested and all(value is None or value in constant for value in node.inputs):
             constant.update(node.outputs)
