@@ -19,6 +19,9 @@ PAGE = "report.html"
 WEIGHTS = "model.safetensors"
 NOT_NEEDED = (REPORT, PAGE)
 """Files of an artifact that say what it is; it runs without them."""
+INSTALLED_RECORD, INSTALLED_GRAPH = "model.installed.json", "model.installed.onnx"
+INSTALLED = (INSTALLED_RECORD, INSTALLED_GRAPH, "model.installed.data")
+"""Files that `compress install` makes of an artifact for one machine, the one that says so first; not of it."""
 SEAL = "seal"
 """Key of compression.json with the SHA-256 of the page, and of all else that compression.json says."""
 _WRITTEN = (
@@ -125,6 +128,11 @@ def file_digest(path: Path) -> str:
     refuse_special(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_installed(directory: Path) -> bool:
+    """Whether anything lies there that `compress install` makes."""
+    return any((directory / name).exists() for name in INSTALLED)
 
 
 def is_artifact(directory: Path) -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor
 from compressor.core.encoding import Dense, Encoding, Layout, describe, parts_under, restore
 from compressor.core.errors import CheckpointError
 from compressor.core.files import whole
+from compressor.core.packed import METADATA_KEY, part_name, spans
 
-METADATA_KEY = "compressor"
 _DTYPES = {
     torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int32: "I32", torch.int64: "I64",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.bool: "BOOL",
@@ -54,10 +54,6 @@ class Place:
     file: str
     offset: int
     nbytes: int
-
-
-def part_name(tensor: str, part: str) -> str:
-    return tensor if part == "weight" else f"{tensor}.{part}"
 
 
 def _description(tensor: EncodedTensor) -> dict:
@@ -137,8 +133,8 @@ def _places(path: Path) -> dict[str, Place]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-    return {name: Place(path.name, 8 + length + begin, end - begin) for name, (begin, end) in spans.items()}
+    found = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: Place(path.name, 8 + length + begin, end - begin) for name, (begin, end) in found.items()}
 
 
 def _open(path: Path):
@@ -156,18 +152,17 @@ def write_tensors(path: Path, tensors: Mapping[str, EncodedTensor], tied: Mappin
     The file appears whole or not at all. The same tensors give the same bytes. `tied` are names that stand for another
     tensor's: alias to name.
     """
-    header, descriptions, position = {}, {}, 0
+    header, descriptions, sizes = {}, {}, {}
     for name in tensors:
         tensor = tensors[name]
         parts = tensor.encoding.parts()
         descriptions[name] = {**_description(tensor), "parts": sorted(parts)}
         for part in sorted(parts):
-            size = parts[part].numel() * parts[part].element_size()
-            header[part_name(name, part)] = {
-                "dtype": _DTYPES[parts[part].dtype], "shape": list(parts[part].shape),
-                "data_offsets": [position, position + size],
-            }  # fmt: skip
-            position += size
+            sizes[name, part] = parts[part].numel() * parts[part].element_size()
+            header[part_name(name, part)] = {"dtype": _DTYPES[parts[part].dtype], "shape": list(parts[part].shape)}
+    places = spans(sizes)
+    for (name, part), span in places.items():
+        header[part_name(name, part)]["data_offsets"] = list(span)
     metadata = json.dumps({"tensors": descriptions, "tied": dict(tied or {})}, separators=(",", ":"))
     text = json.dumps({"__metadata__": {METADATA_KEY: metadata}, **header}, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
@@ -176,4 +171,5 @@ def write_tensors(path: Path, tensors: Mapping[str, EncodedTensor], tied: Mappin
         for name in tensors:
             parts = tensors[name].encoding.parts()
             for part in sorted(parts):
+                file.seek(8 + len(text) + places[name, part][0])
                 file.write(parts[part].contiguous().flatten().view(torch.uint8).numpy().tobytes())

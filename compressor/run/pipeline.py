@@ -19,7 +19,7 @@ from compressor.core.artifact import Artifact, beside
 from compressor.core.errors import ChangedError, GateFailed, UsageError
 from compressor.core.identity import Identity
 from compressor.core.log import LOGGER, LoggedProgress
-from compressor.core.memory import keep_freed, quick_collections
+from compressor.core.memory import freed_is_kept, quick_collections
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
 from compressor.core.report import Gates, Proof, Quality
@@ -51,8 +51,7 @@ def run(options: RunOptions) -> Artifact:
         CompressorError: Of the kind that `compressor.core.errors` lists. What `prepare` refuses is refused before
             anything is done; GateFailed comes after the artifact is written.
     """
-    keep_freed()
-    with process_group():
+    with freed_is_kept(), process_group():
         if rank():
             return _assist(options)
         progress = options.progress or LoggedProgress()
