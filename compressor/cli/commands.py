@@ -506,19 +506,26 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="TEXT is what a user says, in the tokenizer's template of a chat; only the answer is written.",
+        ),
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write text with the artifact of a language model."""
     from compressor.evaluate.generation import generate_text
 
-    pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed)
+    pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed, chat)
     if json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})
         return
     shown = printable if sys.stdout.isatty() else str  # into a file go the letters that were written
     for i, piece in enumerate(pieces):
-        sys.stdout.write(shown(prompt + piece if i == 0 else piece))
+        sys.stdout.write(shown(prompt + piece if i == 0 and not chat else piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
 

@@ -79,7 +79,10 @@ class EncoderSession(ModuleSession):
 
 
 class DecoderSession(ModuleSession):
-    """A causal language model: input_ids, attention_mask, past_key_values.{i}.key and .value → logits, present.…"""
+    """A causal language model: input_ids, attention_mask, past_key_values.{i}.key and .value → logits, present.…
+
+    Without a KV cache, of inputs and outputs that have none, it reads the whole text for each token.
+    """
 
     def __init__(
         self, path: str | Path, threads: int | None = None, exact: bool = False, apart: bool = False,
@@ -108,7 +111,7 @@ class DecoderSession(ModuleSession):
         self, ids: np.ndarray, n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
         stop: Container[int] | None = None,
     ) -> Iterator[int]:  # fmt: skip
-        """Up to `n` further tokens of one sequence `ids` (length,), with the KV cache.
+        """Up to `n` further tokens of one sequence `ids` (length,), with the KV cache where there is one.
 
         Args:
             temperature: 0 takes the likeliest token each time.
@@ -124,12 +127,15 @@ class DecoderSession(ModuleSession):
             feed = {name: _value(array) for name, array in self._feed(step, seen).items()} | past
             logits, *present = self.session.run_with_ort_values(["logits", *self.present], feed)
             past = dict(zip(self.past, present, strict=True))
-            seen += step.shape[1]
             token = sample(logits.numpy()[0, -1], temperature, top_p, generator)
             if token in stop:
                 return
             yield token
-            step = np.array([[token]], dtype=np.int64)
+            if self.past:
+                seen += step.shape[1]
+                step = np.array([[token]], dtype=np.int64)
+            else:
+                step = np.append(step, [[token]], axis=1)
 
     @property
     def stop_tokens(self) -> set[int]:

@@ -18,6 +18,7 @@ from compressor.core.artifact import refuse_target
 from compressor.core.errors import CheckpointError, DataError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.training import Training, unlabelled
+from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
@@ -100,7 +101,7 @@ def prepare(asked: RunOptions) -> Prepared:
     options, recipe = aimed(asked, loaded, checkpoint)
     recipe, notes = within_positions(recipe, checkpoint)
     plan = make_plan(checkpoint, recipe, options.format)
-    plan = replace(plan, notes=(*plan.notes, *notes))
+    plan = replace(plan, notes=(*plan.notes, *notes, *_without_cache(checkpoint, options)))
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     refuse_unwritable(plan, options, recipe)
@@ -131,6 +132,14 @@ def within_positions(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tu
         recipe = recipe.model_copy(update={name: section})
     where = " and ".join(f"{name}.window" for name in long)
     return recipe, (f"{where}: {longest} tokens, as many as the network has positions for",) if long else ()
+
+
+def _without_cache(checkpoint: Checkpoint, options: RunOptions) -> tuple[str, ...]:
+    """A note where the graph of a language model will not keep what it has read."""
+    if options.format != "onnx" or checkpoint.kind == "onnx" or checkpoint.family != "decoder":
+        return ()
+    reason = decoder_refusal(checkpoint.config or {})
+    return (f"no KV cache: the graph reads the whole text again for each token; {reason}",) if reason else ()
 
 
 def ladder_of(plan: Plan, recipe: Recipe, options: RunOptions) -> Ladder | None:
