@@ -79,7 +79,11 @@ def kernel_shifts(parts: Parts) -> ir.Value:
     """What a group's inputs are multiplied by, beside the product with whole zero points: float32 (rows, groups)."""
     b = parts.builder
     between = b.constant(_whole(parts) - _points(parts))
-    return b.op("Mul", parts.scales(), b.op("Gather", between, parts.plane_index("zeros", Plane.of_bits(FINE_BITS), parts.groups)))
+    return b.op(
+        "Mul",
+        parts.scales(),
+        b.op("Gather", between, parts.plane_index("zeros", Plane.of_bits(FINE_BITS), parts.groups)),
+    )
 
 
 def _points(parts: Parts) -> np.ndarray:

@@ -18,9 +18,7 @@ _WORTH_IT = 1 << 17
 """Bytes of a part from which a table of pairs pays."""
 
 
-def planes_in_pairs(
-    parts: Parts, stem: str, n_codes: int, tables: list[np.ndarray], needed: int
-) -> ir.Value | None:
+def planes_in_pairs(parts: Parts, stem: str, n_codes: int, tables: list[np.ndarray], needed: int) -> ir.Value | None:
     """The bytes that each plane's become by its table, uint8 (256, bytes), joined by OR: (rows, …), `needed` a row.
 
     None where the rows of a plane end within a pair or the parts are small.

@@ -90,11 +90,14 @@ def staged(model: ir.Model, mode: Mode) -> Folding:
     share = sum(unit.made for unit in units) // STAGES
     for unit in units:
         pieces = -(-unit.made // share)
-        if pieces > 1 and rows.cuttable(unit.exit):
+        gains = unit.made > 2 * unit.kept  # the pieces and what they are joined to are there together
+        if pieces > 1 and gains and rows.cuttable(unit.exit):
             rows.cut(unit.exit, pieces)
     graph.sort()
     units = units_of(graph, sizes, rows.cuts)
     share_out(units)
+    if not any(unit.stage for unit in units):
+        return folding_of(units)
     together = _together(units, rows)
     graph.sort()
     units = units_of(graph, sizes, rows.cuts, together)
@@ -195,7 +198,9 @@ def _folded(graph: ir.Graph, sizes: Sizes) -> list[ir.Node]:
     constant, outputs = set(graph.initializers.values()), set(graph.outputs)
     found = []
     for node in graph:
-        nested = any(entry.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for entry in node.attributes.values())
+        nested = any(
+            entry.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for entry in node.attributes.values()
+        )
         known = all(value in sizes and value not in outputs for value in node.outputs)
         if node.inputs and known and not nested and all(value is None or value in constant for value in node.inputs):
             constant.update(node.outputs)
