@@ -62,7 +62,7 @@ def _turn(directory: Path, prompt: str) -> str:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         asked = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     except (OSError, ValueError, TemplateError) as error:

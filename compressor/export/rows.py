@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -69,7 +68,13 @@ class Rows:
         self._pieces: dict[tuple[ir.Value, int, int], ir.Value] = {}
 
     def cuttable(self, value: ir.Value) -> bool:
-        """Whether no node on the way to the value would have to be run as a whole, but for small ones."""
+        """Whether a node makes the value, some rows by themselves, and nothing on the way to it but what is small would
+        have to be made as a whole."""
+        node = value.producer()
+        return node is not None and self._needed(node) is not None and self._has_rows(value)
+
+    def _has_rows(self, value: ir.Value) -> bool:
+        """Whether some rows of a value can be had: made, read, or sliced off a small one."""
         size = self.sizes[value]
         if not size.shape or size.shape[0] < 2:
             return False
@@ -77,7 +82,7 @@ class Rows:
         if node is None:
             return size.nbytes <= _SMALL or isinstance(value.const_value, ir.ExternalTensor)
         needed = self._needed(node)
-        return size.nbytes <= _SMALL or (needed is not None and all(self.cuttable(_input(node, at)) for at in needed))
+        return size.nbytes <= _SMALL or (needed is not None and all(self._has_rows(_input(node, at)) for at in needed))
 
     def cut(self, value: ir.Value, pieces: int) -> None:
         """Replaces a value that is `cuttable` by `pieces` joined ones."""
@@ -85,7 +90,7 @@ class Rows:
         assert last is not None
         self.b.before = last
         bounds = [n * at // pieces for at in range(pieces + 1)]
-        made = [self._piece(value, *some) for some in pairwise(bounds)]
+        made = [self._piece(value, *some) for some in zip(bounds, bounds[1:], strict=False)]
         joined = self._stacked(made)
         self.cuts.add(_maker(joined))
         value.replace_all_uses_with(joined)

@@ -90,11 +90,14 @@ def staged(model: ir.Model, mode: Mode) -> Folding:
     share = sum(unit.made for unit in units) // STAGES
     for unit in units:
         pieces = -(-unit.made // share)
-        if pieces > 1 and rows.cuttable(unit.exit):
+        gains = unit.made > 2 * unit.kept  # the pieces and what they are joined to are there together
+        if pieces > 1 and gains and rows.cuttable(unit.exit):
             rows.cut(unit.exit, pieces)
     graph.sort()
     units = units_of(graph, sizes, rows.cuts)
     share_out(units)
+    if not any(unit.stage for unit in units):
+        return folding_of(units)
     together = _together(units, rows)
     graph.sort()
     units = units_of(graph, sizes, rows.cuts, together)
