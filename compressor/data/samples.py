@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from compressor.core.errors import DataError
 from compressor.core.options import RunOptions
 from compressor.data.arrays import Arrays
 from compressor.data.disjoint import check_disjoint
+from compressor.data.fit import fitted, refuse_foreign_tokens
 from compressor.data.text import Text
 from compressor.data.tokens import encode_sentences, tokenize, windows
 from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, learning_window
@@ -51,27 +53,54 @@ def _digest(source: Text | Arrays | None) -> str | None:
 
 
 def load_samples(checkpoint: Any, recipe: Recipe, options: RunOptions) -> Samples:
-    """The data of a run, checked to be disjoint.
+    """The data of a run, checked to be disjoint and, where they are arrays, to fit the network.
 
     Raises:
-        DataError: A network that is no language model has no built-in data; or the two overlap.
+        DataError: A network that is no language model has no built-in data; or the two overlap; or do not fit.
     """
     reads_text = checkpoint.family in ("decoder", "encoder")
     if options.data is None and not reads_text:
-        if "data" in recipe.required:
+        if "data" in recipe.required or _is_traced(checkpoint, options):
+            why = (
+                f"recipe '{recipe.name}' calibrates" if "data" in recipe.required else "an ONNX graph is traced on some"
+            )
             raise DataError(
-                f"{checkpoint.path}: recipe '{recipe.name}' calibrates, and only language models have built-in data; "
+                f"{checkpoint.path}: {why}, and only language models have built-in data; "
                 "give --data with a few hundred inputs (.npz, .safetensors or module:callable)"
             )
-        return Samples(None, None if options.eval is None else data.load(options.eval))
-    calibration = data.load(options.data, "calibration")
-    if options.eval is not None or (options.data is None and reads_text):
-        evaluation = data.load(options.eval, "evaluation")
-    else:
+        return Samples(None, *_fitting(checkpoint, [None if options.eval is None else data.load(options.eval)]))
+    split = options.eval is None and not (options.data is None and reads_text)
+    loaded = [data.load(options.data, "calibration"), None if split else data.load(options.eval, "evaluation")]
+    text = next((each for each in loaded if isinstance(each, Text)), None)
+    if text is not None and not reads_text:
+        raise DataError(f"{text.source}: is text, but {checkpoint.architecture} reads arrays; give .npz or such")
+    calibration, evaluation = _fitting(checkpoint, loaded)
+    if split and calibration is not None:
         calibration, evaluation = calibration.split()
-    if isinstance(calibration, Text) and not reads_text:
-        raise DataError(f"{calibration.source}: is text, but {checkpoint.architecture} reads arrays; give .npz or such")
+    assert calibration is not None and evaluation is not None
     return Samples(calibration, evaluation, check_disjoint(calibration, evaluation))
+
+
+def _is_traced(checkpoint: Any, options: RunOptions) -> bool:
+    """Whether the artifact's graph comes from running the network on examples."""
+    return options.format == "onnx" and checkpoint.kind != "onnx"
+
+
+def _fitting(checkpoint: Any, sources: Sequence[Text | Arrays | None]) -> list[Text | Arrays | None]:
+    """The sources, arrays among them as the network takes them."""
+    arrays = fitted(checkpoint, [each if isinstance(each, Arrays) else None for each in sources])
+    return [each if isinstance(each, Text) else found for each, found in zip(sources, arrays, strict=True)]
+
+
+def refuse_foreign_text(checkpoint: Any, samples: Samples, tokenizer: Path) -> None:
+    """Refuses texts whose tokens the network has no rows for, before any work.
+
+    Raises:
+        CheckpointError: The tokenizer is another network's.
+    """
+    for source in (samples.calibration, samples.evaluation):
+        if isinstance(source, Text):
+            refuse_foreign_tokens(checkpoint, tokenize(source, tokenizer), source.source)
 
 
 def n_generated(recipe: Recipe) -> int:

@@ -141,7 +141,9 @@ def _samples_again(checkpoint: Checkpoint, recipe: Recipe, arguments: dict[str, 
     calibration = arguments.get("data")
     if data is not None and calibration is not None and ":" not in calibration and not Path(calibration).exists():
         return Samples(None, load_data(data, "evaluation"))
-    options = RunOptions(model=str(checkpoint.path), data=calibration, eval=data or arguments.get("eval"))
+    options = RunOptions(
+        model=str(checkpoint.path), format="safetensors", data=calibration, eval=data or arguments.get("eval")
+    )
     return load_samples(checkpoint, recipe, options)
 
 

@@ -41,6 +41,7 @@ from compressor.data.samples import (
     learning_batches,
     load_samples,
     n_generated,
+    refuse_foreign_text,
     training_examples,
 )
 from compressor.evaluate.judge import judge, prove
@@ -132,6 +133,7 @@ def _run(options: RunOptions) -> Artifact:
     with workplace(partial), quick_collections():
         work = open_work(partial, recipe, checkpoint, samples, options)
         checkpoint.write_tokenizer(partial)
+        refuse_foreign_text(checkpoint, samples, partial)
         wait()
         original, shrunk, asked = checkpoint, [], recipe
         if recipe.early:
