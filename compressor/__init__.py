@@ -3,9 +3,8 @@
     artifact = compressor.compress("model", "llm-2bit", output="small")
     module = compressor.load("small")
 
-Importing this costs nothing; torch comes with the first use. Progress and warnings go to the logger "compressor":
-
-    logging.basicConfig(level="INFO")
+Importing this costs nothing; torch comes with the first use. Progress and warnings go to the logger "compressor" of the
+standard library: after `logging.basicConfig(level="INFO")` they are shown (`compressor.core.log`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,15 @@
-"""`python -m compressor` and `compress`: the command, in a process that is watched."""
+"""`python -m compressor` and `compress`: the command, in a process that is watched.
+
+Without -P, Python puts the folder that it runs in first on the path of `python -m`; that goes before all imports.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+
+if not sys.flags.safe_path and sys.path and sys.path[0] == os.getcwd():
+    del sys.path[0]
 
 from compressor.runtime.supervisor import RESOURCES, end_with_stdin, supervised
 

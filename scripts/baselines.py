@@ -27,7 +27,7 @@ from compressor.core.encoding import Dense
 from compressor.core.spec import group_columns
 from compressor.core.tensors import EncodedTensors
 from compressor.core.work import Work
-from compressor.data.samples import calibration_batches
+from compressor.data.batches import calibration_batches
 from compressor.export.loading import decoded_checkpoint
 from compressor.ops.grids import code, search_scale
 from compressor.passes.affine import Affine, hqq_zero

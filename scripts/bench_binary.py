@@ -115,9 +115,9 @@ def flat_share(weights: Path) -> float:
     return round(float((values <= FLAT).float().mean()), 4)
 
 
-def torch_accuracy(directory: Path, images: np.ndarray, labels: np.ndarray) -> float:
+def torch_accuracy(directory: Path, arch: str, images: np.ndarray, labels: np.ndarray) -> float:
     """Of the decoded weights."""
-    module = compressor.load(directory)
+    module = compressor.load(directory, arch=arch)
     with torch.no_grad():
         found = torch.cat([module(part).argmax(1) for part in torch.from_numpy(images).split(100)])
     return round(float((found.numpy() == labels).mean()), 4)
@@ -131,7 +131,8 @@ def measured(directory: Path, images: np.ndarray, labels: np.ndarray) -> dict[st
     report = json.loads((directory / "compression.json").read_text())
     binary = report["binary"]
     found = {
-        "accuracy": accuracy(directory, images, labels), "torch_accuracy": torch_accuracy(directory, images, labels),
+        "accuracy": accuracy(directory, images, labels),
+        "torch_accuracy": torch_accuracy(directory, report["source"]["arch"], images, labels),
         "bytes": size(directory)["bytes"], "weights_file": (directory / "model.safetensors").stat().st_size,
         "binary_bytes": binary["bytes"], "float_bytes": binary["float_bytes"], "runs_as": binary["runs_as"],
         "losses": [entry["loss"] for entry in report["structure"][0]["training"]],

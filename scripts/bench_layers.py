@@ -23,10 +23,12 @@ from torch import Tensor
 
 from compressor import data
 from compressor.checkpoints import open_checkpoint
+from compressor.core.contract import Statistics
 from compressor.core.encoding import Codebook
-from compressor.data.samples import calibration_batches
+from compressor.core.passes import Moves, Rates
+from compressor.data.batches import calibration_batches
 from compressor.graph.blocks import layers
-from compressor.learning.distillation import LearnedMatrix, Rates
+from compressor.learning.learned import learnable
 from compressor.passes.jlcm import Jlcm
 from compressor.plan.recipe_file import load_recipe
 from compressor.sweeps.network import Network, layer_stages, second_moments
@@ -40,7 +42,7 @@ def learned(mapping_rate: float) -> Callable[[Tensor, Tensor, Codebook], Codeboo
     """100 steps of Adam on the layer's output error: codewords, scales and, at a rate above 0, codes."""
 
     def learn(weight: Tensor, hessian: Tensor, start: Codebook) -> Codebook:
-        matrix = LearnedMatrix(start, mapping_rate, Jlcm().neighbours, Jlcm().delta)
+        matrix = learnable(start, Moves(mapping_rate, Jlcm().neighbours, Jlcm().delta))
         optimiser = torch.optim.Adam(matrix.parameter_groups(Rates(0.03, 0.01, 1e-3)), betas=(0.9, 0.95))
         initial = [group["lr"] for group in optimiser.param_groups]
         size = (weight @ hessian * weight).sum()
@@ -96,13 +98,13 @@ def matrices() -> Iterator[tuple[Tensor, Tensor]]:
 def measure() -> dict[str, Any]:
     """Row -> the mean error, and the CPU-seconds of all matrices."""
     logs, seconds = dict.fromkeys(ROWS, 0.0), dict.fromkeys(ROWS, 0.0)
-    Jlcm().encode(torch.randn(8, 64), torch.eye(64), torch.Generator())  # the shared start is not anyone's cost
+    Jlcm().encode(torch.randn(8, 64), Statistics(), torch.Generator())  # the shared start is not anyone's cost
     n = 0
     for weight, hessian in matrices():
         size = float((weight @ hessian * weight).sum())
         for name, (settings, then) in ROWS.items():
             began = time.process_time()
-            encoding = Jlcm(**settings).encode(weight, hessian, torch.Generator().manual_seed(0))
+            encoding = Jlcm(**settings).encode(weight, Statistics(hessian), torch.Generator().manual_seed(0))
             encoding = then(weight, hessian, encoding) if then else encoding
             seconds[name] += time.process_time() - began
             error = encoding.decode() - weight

@@ -204,12 +204,14 @@ def teacher_accuracy(folder: Path, width: int) -> float:
 def searched(folder: Path, name: str, width: int, step: dict[str, Any], seed: int) -> dict[str, Any]:
     """One whole run of `compress` with a recipe of its own, resumed where it was interrupted; what came of it."""
     output, recipe = folder / name, folder / f"{name}.yaml"
+    step = dict(step)
+    sets = [f"n2n.{key}={step.pop(key)}" for key in ("policy_out",) if key in step]  # no recipe names files to write
     if not output.is_dir():
         recipe.write_text(json.dumps({"passes": [SEARCH | step], "evaluation": {"tokens": 0}}))
         partial = output.with_name(f"{output.name}.partial")
         run(RunOptions(model=str(folder / f"teacher-{width}.pt"), recipe=str(recipe), data=str(folder / "train.npz"),
                        eval=str(folder / "test.npz"), arch=ARCH.format(width), output=output, resume=partial.is_dir(),
-                       seed=seed, progress=make_progress()))  # fmt: skip
+                       sets=tuple(sets), seed=seed, progress=make_progress()))  # fmt: skip
     report = json.loads((output / "compression.json").read_text())
     found, (structure,) = report["structure"][0]["search"], report["structure"]
     curve, seen = [], set()

@@ -36,7 +36,7 @@ from compressor.evaluate.original import export_original
 from compressor.evaluate.session import open_session
 from compressor.learning.trainer import Fitting
 from compressor.passes.settings.hesso import HessoSettings
-from compressor.passes.settings.training import TrainingPass
+from compressor.passes.settings.training import TrainingSettings
 from compressor.run.pipeline import run
 
 MEAN, STD, SEED = 0.2860, 0.3530, 0
@@ -62,7 +62,7 @@ def fashion(part: str, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     return images, found[1][:n].astype(np.int64)
 
 
-def train_dense(folder: Path, start: Path, settings: TrainingPass, images: np.ndarray, labels: np.ndarray) -> Path:
+def train_dense(folder: Path, start: Path, settings: TrainingSettings, images: np.ndarray, labels: np.ndarray) -> Path:
     """The artifact of the dense network; it and what it took, once."""
     target = folder / "dense"
     if target.is_dir():

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from compressor import data
 from compressor.checkpoints import open_checkpoint
 from compressor.core.batch import Batch
-from compressor.core.passes import Statistics
+from compressor.core.contract import Statistics
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.data.text import Text
 from compressor.data.tokens import tokenize, windows

@@ -30,7 +30,8 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.batch import as_batch
 from compressor.core.options import RunOptions
 from compressor.core.work import Work
-from compressor.data.samples import calibration_batches, load_samples, sentence_batches
+from compressor.data.batches import calibration_batches, sentence_batches
+from compressor.data.samples import load_samples
 from compressor.evaluate.embedding import cosine, masked_mean
 from compressor.evaluate.reference import original_outputs
 from compressor.export.loading import decoded_checkpoint

@@ -25,6 +25,7 @@ from measured import markdown, number, read_results, write_results
 from torch import Tensor
 
 from compressor.checkpoints import open_checkpoint
+from compressor.core.contract import Statistics
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.evaluate.reference import original_logits
 from compressor.export.loading import decoded_checkpoint
@@ -49,7 +50,7 @@ def measure(name: str, zero: str) -> dict[str, Any]:
             continue
         layout = layout_of(linears[tensor])
         matrix = layout.matrix(values.float())
-        encoding = own.encode(matrix, None, torch.Generator())
+        encoding = own.encode(matrix, Statistics(), torch.Generator())
         lost += float((encoding.decode() - matrix).double().pow(2).sum())
         total, count, bits = total + float(matrix.double().pow(2).sum()), count + matrix.numel(), bits + encoding.nbytes
         kept[tensor] = EncodedTensor(encoding, layout)

@@ -38,7 +38,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "cnn": ("resnet.pt", "-r", "cnn-int8", *ARRAYS),
     "onnx": ("images.onnx", "-r", "cnn-4bit", "--data", "images.npz", "--eval", "images-evaluation.npz"),
     "structure": ("resnet.pt", "-r", "cnn-explain", *ARRAYS),
-    "training": ("resnet.pt", "-r", "cnn-once", *LABELLED, "--set", "hesso.epochs=2"),
+    "training": ("resnet.pt", "-r", "cnn-once", *LABELLED, "--set", "hesso.epochs=2", "--set", "hesso.batch=16",
+                 "--set", "hesso.periods=4"),
 }  # fmt: skip
 OF_THE_RUN = ("cost", "speed", "original_speed", "identity", "versions", "compressor")
 

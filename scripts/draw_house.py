@@ -64,11 +64,11 @@ def room_of(module: str) -> str:
 
 
 @cache
-def modules() -> dict[str, Module]:
+def modules(package: Path = PACKAGE) -> dict[str, Module]:
     """Every file of the package, by its name without `compressor.`; the package itself is `__init__`."""
     paths = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
         paths[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
     return {name: _read(path, set(paths)) for name, path in paths.items()}
 

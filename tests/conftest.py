@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 # Read when huggingface_hub is imported, which test modules do: no test asks the network.
@@ -79,6 +80,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def module_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of all tests of a module, which is the working directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("module")
+        patch.chdir(folder)
+        yield folder
+
+
 @pytest.fixture
 def texts(here: Path) -> Path:
     """The working directory, with calibration.txt and evaluation.txt in it."""
@@ -87,6 +97,19 @@ def texts(here: Path) -> Path:
     (here / "calibration.txt").write_text(pico.text(1))
     (here / "evaluation.txt").write_text(pico.text(2))
     return here
+
+
+@pytest.fixture
+def started() -> Callable[[], list[psutil.Process]]:
+    """Tells which processes this one has started since the test began, as far as they still run."""
+    this = psutil.Process()
+    before = set(this.children())
+
+    def running() -> list[psutil.Process]:
+        new = [process for process in this.children() if process not in before]
+        return [process for process in new if process.status() != psutil.STATUS_ZOMBIE]
+
+    return running
 
 
 @pytest.fixture

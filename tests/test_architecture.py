@@ -51,7 +51,7 @@ def test_a_pass_stands_on_core_ops_its_settings_and_shared_parts(module):
 WITHOUT_TORCH = (
     "cli.commands", "cli.exit_status", "plan.recipe", "plan.recipe_file", "plan.planning", "evaluate.inspection",
     "core.progress", "core.passes", "core.training", "core.spec", "core.roles", "core.errors", "core.options",
-    "core.artifact", "passes.registry", "ops.widths", "ops.schedules",
+    "core.artifact", "core.report", "passes.registry", "ops.widths", "ops.schedules", "run.prepare",
 )  # fmt: skip
 
 

@@ -22,9 +22,8 @@ EMBEDDINGS = f"Known: {', '.join(sorted(SECTIONS['embeddings'].model_fields))}."
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(here):
+    return here
 
 
 def write(folder, text: str, name: str = "recipe.yaml") -> None:
@@ -109,6 +108,7 @@ def test_to_dict_spells_out_what_writing_it_again_would_read(folder):
 
 
 WRONG = {
+    "passes: [{pass: registry}]": f"{STEP_1}: no pass named 'registry'. Did you mean 'reste'? {KNOWN}",
     "passes: [{pass: jlmc}]": f"{STEP_1}: no pass named 'jlmc'. Did you mean 'jlcm'? {KNOWN}",
     "passes: [{pass: jlcm, grup: 2}]": f"{STEP_1} (jlcm): no setting 'grup'. Did you mean 'group'? {JLCM}",
     "passes: [{pass: jlcm, width: 99}]": f"{STEP_1} (jlcm): width is 99; it should be less than or equal to 12",
@@ -180,13 +180,9 @@ def test_a_pass_of_an_earlier_stage_cannot_follow(folder, monkeypatch):
         stage = "rewrite"
 
     monkeypatch.setitem(SETTINGS, "rotate", Rotate)
-    known_passes.cache_clear()
     write(folder, "passes: [{pass: affine}, {pass: rotate}]")
-    try:
-        with pytest.raises(RecipeError) as caught:
-            load_recipe("recipe.yaml")
-    finally:
-        known_passes.cache_clear()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("recipe.yaml")
     assert str(caught.value) == (
         "recipe.yaml, step 2 (rotate): a rewrite pass cannot follow the weight pass 'affine'; write the steps in the "
         "order structure → rewrite → weight"

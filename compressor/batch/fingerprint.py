@@ -1,46 +1,59 @@
-"""What a job of a batch depends on, as one digest: content of the model and the data, recipe, settings, versions."""
+"""What a job of a batch depends on, as one digest: the identity of its run, found without reading what data hold."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from importlib import metadata
 from pathlib import Path
 
 from compressor.batch.manifest import Job
-from compressor.checkpoints.opening import locate, open_source, parse_arch
-from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.artifact import file_digest
+from compressor.core.options import RunOptions
+from compressor.core.quantities import parse_share, parse_size
 from compressor.plan.recipe_file import load_recipe
-
-VERSIONS = ("compressor", "torch", "onnxruntime", "transformers", "numpy")
+from compressor.run.identity import identity_of
+from compressor.runtime.workers import environment
 
 
 def fingerprint(job: Job) -> str:
-    """SHA-256 over everything that the artifact's bytes come from.
+    """SHA-256 over everything that the artifact's bytes come from; of data over their files.
 
     Raises:
         CheckpointError: The model is not there, or is none.
         OSError: A file of the model or the data cannot be read.
     """
-    found = locate(job.model)
-    arch = job.options[job.options.index("--arch") + 1] if "--arch" in job.options else None
-    beside = parse_arch(arch)[0] or (found.path if found.path.is_dir() else found.path.parent)
-    files = found.files
-    if files[0].suffix == ".onnx":  # which alone knows what other files its weights lie in
-        files = open_source(files, None, False).files
-    model = [*files, *([found.config] if found.config else []), *find_tokenizer(beside)]
-    content = {
-        "model": {path.name: file_digest(path) for path in model},
-        "data": {path.name: file_digest(path) for each in job.inputs for path in _files(Path(each))},
-        "recipe": load_recipe(job.recipe, job.sets()).to_dict(),
-        "options": list(job.options),
-        "versions": {name: metadata.version(name) for name in VERSIONS},
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    options = options_of(job)
+    data = {"calibration": _content(options.data), "evaluation": _content(options.eval)}
+    threads = int(environment()["OMP_NUM_THREADS"].split(",")[0])
+    return identity_of(options, load_recipe(options.recipe, options.sets), data, threads).digest()
 
 
-def _files(path: Path) -> list[Path]:
-    return [each for each in sorted(path.rglob("*")) if each.is_file()] if path.is_dir() else [path]
+def options_of(job: Job) -> RunOptions:
+    """What its command asks for."""
+    words = dict(zip(job.options, job.options[1:], strict=False))  # what follows a word; of --set the last
+    size, flops, loss = (words.get(f"--{name}") for name in ("target-size", "target-flops", "max-loss"))
+    return RunOptions(
+        model=job.model,
+        recipe=job.recipe,
+        data=words.get("--data"),
+        eval=words.get("--eval"),
+        arch=words.get("--arch"),
+        format="safetensors" if words.get("--format") == "safetensors" else "onnx",
+        sets=tuple(job.sets()),
+        mode="standard" if "--standard" in job.options else "compat" if "--compat" in job.options else "default",
+        seed=int(words.get("--seed", 0)),
+        target_size=None if size is None else parse_size(size, "--target-size"),
+        target_flops=None if flops is None else parse_share(flops, "--target-flops"),
+        max_loss=None if loss is None else parse_share(loss, "--max-loss"),
+    )
+
+
+def _content(argument: str | None) -> str | None:
+    """A digest of the files of a path, in order, with their names; of what is no path its name."""
+    if argument is None or not Path(argument).exists():
+        return argument
+    path = Path(argument)
+    files = [each for each in sorted(path.rglob("*")) if each.is_file()] if path.is_dir() else [path]
+    found = hashlib.sha256()
+    for each in files:
+        found.update(f"{each.relative_to(path)}\0{file_digest(each)}\0".encode())
+    return found.hexdigest()

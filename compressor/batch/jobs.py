@@ -90,6 +90,9 @@ class Batch:
                 self.engine.stop()
 
     def _refuse_existing(self) -> None:
+        links = [self.output / name for name in (JOURNAL, "logs") if (self.output / name).is_symlink()]
+        if links:
+            raise UsageError(f"{links[0]}: is a link, and nothing is written through one; remove it")
         there = [job.name for job in self.jobs if is_artifact(self.output / job.name)]
         if there and not (self.resume or self.force):
             raise UsageError(

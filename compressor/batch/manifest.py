@@ -15,8 +15,8 @@ Paths are relative to the manifest. What stands at a model goes over what stands
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from compressor.core.errors import UsageError, suggestion
 from compressor.core.files import short_name
 from compressor.core.quantities import parse_share, parse_size
 from compressor.core.reading import read_text
-from compressor.plan.recipe_file import load_recipe, parse_yaml
+from compressor.data import is_reference
+from compressor.passes.registry import SETTINGS
+from compressor.plan.recipe_file import load_recipe, parse_yaml, reaches_of
 
 KEYS = (
     "recipe", "recipes", "data", "eval", "arch", "format", "mode", "seed", "trust_pickle", "target_size",
@@ -39,17 +41,22 @@ MOST_JOBS = 100_000
 
 @dataclass(frozen=True)
 class Job:
-    """One compression of a batch; `options` are the words of its command after model, recipe and output."""
+    """One compression of a batch; `options` are the words of its command after model, recipe and output.
+
+    `code` is what a manifest, or a recipe that it names, says that runs code or leads out of the process.
+    """
 
     name: str
     model: str
     recipe: str
     options: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
 
     def command(self, output: Path, *more: str) -> list[str]:
         """The words after `compress` that do it."""
-        return ["run", self.model, "--recipe", self.recipe, "-o", str(output), *self.options, *more]
+        model = f"./{self.model}" if self.model.startswith("-") else self.model  # a name is no option
+        return ["run", model, "--recipe", self.recipe, "-o", str(output), *self.options, *more]
 
     def sets(self) -> list[str]:
         """The settings that its recipe gets."""
@@ -91,6 +98,11 @@ def jobs_of_line(models: Iterable[str], settings: Mapping[str, Any], sets: Itera
     return _told_apart(jobs, "the line")
 
 
+def trusting(jobs: Iterable[Job], trusted: bool) -> list[Job]:
+    """The jobs; where recipes are trusted, their commands say so."""
+    return [replace(job, options=(*job.options, "--trust-recipe")) if trusted else job for job in jobs]
+
+
 def _content(path: Path) -> dict[str, Any]:
     return parse_yaml(read_text(path, MOST_BYTES, UsageError), str(path))
 
@@ -124,6 +136,7 @@ def _jobs(settings: dict[str, Any], where: str, folder: Path, further: tuple[str
         place = str(folder / recipe) if recipe.endswith((".yaml", ".yml")) else recipe
         try:
             load_recipe(place, sets)
+            code = (*_code(settings, options, where), *reaches_of(place))
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
         words = (*options, *(word for assignment in sets for word in ("--set", assignment)))
@@ -134,7 +147,27 @@ def _jobs(settings: dict[str, Any], where: str, folder: Path, further: tuple[str
         for path in paths:
             stem = str(name) if name else _stem(path)
             job = short_name(f"{stem}-{Path(recipe).stem}")
-            found.append(Job(job, str(path), place, words, tuple(inputs)))
+            found.append(Job(job, str(path), place, words, tuple(inputs), code))
+    return found
+
+
+def _code(settings: Mapping[str, Any], options: Sequence[str], where: str) -> list[str]:
+    """What the settings of a model name that runs code, or leads out of the process.
+
+    Raises:
+        UsageError: A file is named to be written, which is for the command line alone.
+    """
+    found = ["trust_pickle"] if "--trust-pickle" in options else []
+    for key in ("arch", "data", "eval"):
+        if f"--{key}" in options and is_reference(value := options[list(options).index(f"--{key}") + 1]):
+            found.append(f"{key} {value}")
+    for name, value in settings.get("set", {}).items():
+        owner, _, key = str(name).partition(".")
+        kind = SETTINGS.get(owner)
+        if kind is not None and key in kind.writes:
+            raise UsageError(f"{where}: set {name} names a file to be written, which no manifest says; leave it out")
+        if kind is not None and key in kind.reaches and value != kind.model_fields[key].default:
+            found.append(f"{name} {value}")
     return found
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.checkpoints.reach import offline, to_build
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.checkpoints.ties import architecture_of
-from compressor.core.errors import CheckpointError, suggestion
+from compressor.core.errors import CheckpointError, is_out_of_memory
+from compressor.core.references import call
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,7 +93,7 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
             f"{path}: config.json has model_type {model_type!r}, which transformers "
@@ -101,6 +101,7 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
             "--arch module:callable"
         )
     _refuse_implausible(path, config)
+    described = to_build(path, config)
     name = architecture_of(config)
     model_class = getattr(transformers, name, None) if name else None
     if name and not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)):
@@ -109,12 +110,29 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
             "does not have; code inside of checkpoints is never run; give --arch module:callable"
         )
     try:
-        settings = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
-        return model_class(settings) if model_class else transformers.AutoModel.from_config(settings)
+        with offline():
+            settings = transformers.CONFIG_MAPPING[model_type].from_dict(described)
+            if model_class:
+                return model_class(settings)
+            return transformers.AutoModel.from_config(settings, trust_remote_code=False)
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path}: config.json asks for something that is not in the folder, and nothing is ever fetched for a "
+            f"config; {str(error).splitlines()[0]}; write out what it names{_named_backbone(config)}, or give --arch "
+            "module:callable"
+        ) from error
     except (*_MISCONFIGURED, StrictDataclassError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path}: config.json does not describe a {name or model_type}; {error}; correct the config"
         ) from error
+
+
+def _named_backbone(config: dict[str, Any]) -> str:
+    return f", as backbone '{config['backbone']}'" if isinstance(config.get("backbone"), str) else ""
 
 
 def _refuse_implausible(path: Path, config: dict[str, Any]) -> None:
@@ -131,37 +149,13 @@ def call_reference(reference: str) -> nn.Module:
     """The network that `module:callable` returns, found from the working directory and PYTHONPATH."""
     from torch import nn
 
-    module_name, _, attribute = reference.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise CheckpointError(
-            f"--arch {reference}: no module named '{error.name}'; looked in {Path.cwd()} and PYTHONPATH; "
-            "write module:callable, or a folder with config.json"
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [name for name in vars(found) if not name.startswith("_") and callable(vars(found)[name])]
-            raise CheckpointError(f"--arch {reference}: '{part}' is not there. {suggestion(part, public)}")
-        found = getattr(found, part)
-    _needs_no_arguments(reference, found)
-    try:
-        module = found()
-    # Somebody else's code: whatever it raises means that this architecture cannot be had.
-    except Exception as error:
-        raise CheckpointError(
-            f"--arch {reference}: the call failed; {type(error).__name__}: {error}; make it return the module"
-        ) from error
+    module = call(reference, "--arch", CheckpointError, lambda found: _needs_no_arguments(reference, found))
     if not isinstance(module, nn.Module):
         raise CheckpointError(f"--arch {reference}: returned a {type(module).__name__}; a torch.nn.Module was expected")
     return module
 
 
 def _needs_no_arguments(reference: str, found: Any) -> None:
-    if not callable(found):
-        raise CheckpointError(f"--arch {reference}: is a {type(found).__name__}; name a function or a class")
     try:
         inspect.signature(found).bind()
     except TypeError as error:

@@ -6,17 +6,19 @@ Nothing here imports torch; methods that need it do so when they are called.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoints.architecture import Architecture
-from compressor.checkpoints.source import Source, TensorInfo
+from compressor.checkpoints.expected import COMPUTED, expected_tensors
+from compressor.checkpoints.positions import positions_of
+from compressor.checkpoints.source import Source, TensorInfo, digest_of
 from compressor.checkpoints.ties import declared_ties, prefixed
 from compressor.checkpoints.tokenizer import copy_tokenizer
 from compressor.core.errors import CheckpointError
+from compressor.core.snapshot import Snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +47,7 @@ class Checkpoint:
         *,
         config: dict[str, Any] | None = None,
         tokenizer_files: Iterable[Path] = (),
+        seen: Snapshot | None = None,
     ):
         self.path = path
         self.kind = "huggingface" if config is not None and source.kind != "gguf" else source.kind
@@ -52,8 +55,10 @@ class Checkpoint:
         self.family = architecture.family
         self.config = copy.deepcopy(config)
         self.tokenizer_files = list(tokenizer_files)
+        self.seen = seen or Snapshot({})  # its files as they were before any was read
         self.skipped: list[str] = []
         self.source = source
+        self.positions = positions_of(config)  # of tokens in a row; None where nothing says how many
         self.reshaping: Reshaping | None = None  # of a network that became smaller in a way no config can say
         self.blueprint = architecture
         self.aligned = False
@@ -151,12 +156,27 @@ class Checkpoint:
     def check(self) -> None:
         """Compare names and shapes with the module's; what the module does not use goes to `skipped`.
 
+        The module is built for it, but for common kinds of networks whose tensors a config tells by itself.
+
         Raises:
             CheckpointError: A tensor is missing, or has the wrong shape.
         """
+        if self.kind == "onnx" or (self.reshaping is None and self._is_as_expected()):
+            return  # a graph is its own module
         from compressor.checkpoints import skeleton
 
         skeleton.check(self, skeleton.construct(self.blueprint, self.config))
+
+    def _is_as_expected(self) -> bool:
+        """Whether names and shapes are those that the config is known to lead to; computed buffers are dropped then."""
+        expected = expected_tensors(self.config)
+        if expected is None:
+            return False
+        needed = {name: info for name, info in self.tensors.items() if name in expected or not COMPUTED.search(name)}
+        if {name: info.shape for name, info in needed.items()} != expected:
+            return False
+        self._stored, self.tensors = {name: self._stored[name] for name in needed}, needed
+        return True
 
     def write_tokenizer(self, directory: Path) -> list[Path]:
         """Write the tokenizer's files into a directory, tokenizer.json without spaces; returns the paths."""
@@ -168,12 +188,7 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 of the weight files' bytes, in the order of their names."""
-        digest = hashlib.sha256()
-        for path in sorted(self.source.files):
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        return digest_of(self.source.files)
 
     def describe(self) -> dict[str, Any]:
         """A summary for people and JSON."""

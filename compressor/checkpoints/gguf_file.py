@@ -8,6 +8,7 @@ families are stored as they are.
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,19 +240,24 @@ def _refuse_per_layer(path: Path, config: dict[str, Any]) -> None:
 
 
 def write_gguf_tokenizer(path: Path, directory: Path) -> list[Path]:
-    """The tokenizer of a GGUF file, in Hugging Face's files."""
+    """The tokenizer of a GGUF file, in Hugging Face's files. What lies beside the file is not looked at."""
     from transformers import AutoTokenizer
 
+    from compressor.checkpoints.reach import offline
     from compressor.checkpoints.tokenizer import find_tokenizer, write_compact
     from compressor.core.reading import read_json
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        with offline(), tempfile.TemporaryDirectory(prefix="compressor-") as alone:
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            tokenizer = AutoTokenizer.from_pretrained(
+                alone, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
+            directory.mkdir(parents=True, exist_ok=True)
+            tokenizer.save_pretrained(directory)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{path}: its tokenizer cannot be read; {error}; give --arch DIR with tokenizer.json"
         ) from error
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(directory)
     write_compact(read_json(directory / "tokenizer.json"), directory / "tokenizer.json")
     return find_tokenizer(directory)

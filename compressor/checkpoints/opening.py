@@ -11,10 +11,14 @@ from typing import Any
 from compressor.checkpoints.architecture import resolve
 from compressor.checkpoints.archive import is_archive
 from compressor.checkpoints.checkpoint import Checkpoint
-from compressor.checkpoints.source import Source
+from compressor.checkpoints.positions import positions_of
+from compressor.checkpoints.reach import refuse_outside, without_code
+from compressor.checkpoints.source import Source, digest_of
 from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.errors import CheckpointError
 from compressor.core.reading import read_json
+from compressor.core.references import code_of
+from compressor.core.snapshot import Snapshot
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".th")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".gguf", ".pt2", ".onnx")
@@ -57,7 +61,12 @@ def locate(path: str | PathLike[str]) -> Location:
             f"{unknown[0]}: files ending in '{unknown[0].suffix}' are not supported; supported are "
             f"{', '.join(SUFFIXES)} and Hugging Face directories"
         )
-    return Location(path, files, config if config.is_file() else None)
+    if not path.is_dir() and not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file; give a Hugging Face directory or a file of weights")
+    for file in files:
+        if file != path:  # which the user has named
+            refuse_outside(file, directory)
+    return Location(path, files, refuse_outside(config, directory) if config.exists() else None)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -97,12 +106,42 @@ def indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def model_digests(path: str | PathLike[str], arch: str | None = None) -> dict[str, str]:
+    """SHA-256 of all that a model consists of: "weights", config.json and the tokenizer's files.
+
+    Raises:
+        CheckpointError: It is not there, or is none.
+        OSError: A file cannot be read.
+    """
+    found = locate(path)
+    config, beside = _companions(found, arch)
+    files = found.files
+    if files[0].suffix == ".onnx":  # which alone knows what other files its weights lie in
+        files = open_source(files, None, False).files
+    others = {*([config] if config else []), *(find_tokenizer(beside) if beside else [])}
+    return {"weights": digest_of(files)} | {each.name: digest_of([each]) for each in sorted(others)}
+
+
+def _companions(found: Location, arch: str | None) -> tuple[Path | None, Path | None]:
+    """The config.json that goes with weights, and the folder of their tokenizer; None where there is none."""
+    folder, reference = parse_arch(arch)
+    suffix = found.files[0].suffix
+    if suffix == ".onnx":
+        beside = folder or found.files[0].parent
+        config = refuse_outside(beside / "config.json", beside) if (beside / "config.json").exists() else None
+        return config, beside
+    config = refuse_outside(folder / "config.json", folder) if folder else (None if reference else found.config)
+    return config, folder or (found.config.parent if found.config and suffix != ".gguf" else None)
+
+
 def open_located(found: Location, *, arch: str | None, trust_pickle: bool) -> Checkpoint:
     """Open the weights, and put config, tokenizer and architecture with them."""
+    seen = Snapshot.of([*found.files, *([found.config] if found.config else [])])
     folder, reference = parse_arch(arch)
+    config_file, beside = _companions(found, arch)
+    seen = seen | Snapshot.of([config_file] if config_file else [])
     if found.files[0].suffix == ".onnx":
-        return _open_onnx(found, folder or found.files[0].parent, reference)
-    config_file = folder / "config.json" if folder else (None if reference else found.config)
+        return _open_onnx(found, folder or found.files[0].parent, config_file, reference, seen)
     config = read_config(config_file) if config_file else None
     gguf = found.files[0].suffix == ".gguf"
     if gguf and folder is None:
@@ -114,12 +153,12 @@ def open_located(found: Location, *, arch: str | None, trust_pickle: bool) -> Ch
         config = None
     _refuse_scripted(found, source, arch, config)
     architecture = resolve(found.path, source, config, reference)
-    beside = folder or (found.config.parent if found.config and not gguf else None)
     tokenizer_files = find_tokenizer(beside) if beside else []
-    return Checkpoint(found.path, source, architecture, config=config, tokenizer_files=tokenizer_files)
+    seen = seen | Snapshot.of(tokenizer_files) | Snapshot.of(code_of(reference) if reference else [])
+    return Checkpoint(found.path, source, architecture, config=config, tokenizer_files=tokenizer_files, seen=seen)
 
 
-def _open_onnx(found: Location, beside: Path, reference: str | None) -> Checkpoint:
+def _open_onnx(found: Location, beside: Path, config: Path | None, reference: str | None, seen: Snapshot) -> Checkpoint:
     """A graph is its own architecture; a folder gives the tokenizer of a language model."""
     from compressor.onnx.file import OnnxSource
     from compressor.onnx.kind import onnx_architecture
@@ -133,11 +172,15 @@ def _open_onnx(found: Location, beside: Path, reference: str | None) -> Checkpoi
     assert isinstance(source, OnnxSource)
     tokenizer_files = find_tokenizer(beside)
     architecture = onnx_architecture(source, bool(tokenizer_files))
-    config = beside / "config.json"
-    if architecture.family == "decoder" and config.is_file():
-        read_json(config)  # onnxruntime's sessions read it beside the artifact
-        tokenizer_files.append(config)
-    return Checkpoint(found.path, source, architecture, tokenizer_files=tokenizer_files)
+    settings: dict[str, Any] = {}
+    if architecture.family in ("decoder", "encoder") and config is not None:
+        settings = read_json(config)
+        if architecture.family == "decoder":
+            tokenizer_files.append(config)  # onnxruntime's sessions read it beside the artifact
+    seen = seen | Snapshot.of([*source.files[1:], *tokenizer_files])
+    checkpoint = Checkpoint(found.path, source, architecture, tokenizer_files=tokenizer_files, seen=seen)
+    checkpoint.positions = positions_of(settings)
+    return checkpoint
 
 
 def open_source(files: list[Path], config: dict[str, Any] | None, trust_pickle: bool) -> Source:
@@ -184,8 +227,8 @@ def parse_arch(arch: str | None) -> tuple[Path | None, str | None]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json, without the record of an earlier quantisation."""
-    config = read_json(path)
+    """A config.json, without the record of an earlier quantisation and without what names code."""
+    config = without_code(read_json(path))
     config.pop("quantization_config", None)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: has no 'model_type'; give the config.json of a transformers model")

@@ -107,7 +107,7 @@ def _following(original: Checkpoint, module: nn.Module, reshaping: Reshaping) ->
         found.update({name: value for name, value in values.items() if name in found})
         if "num_heads" in values and "num_attention_heads" in found:
             found["num_attention_heads"] = values["num_heads"]
-    size = {getattr(child, "head_dim", None) for child in module.modules()} - {None}
+    size = {each for child in module.modules() if isinstance(each := getattr(child, "head_dim", None), int)}
     for name, key in HEAD_KEYS.items() if len(size) == 1 else ():
         counts = {new[0] // min(size) for tensor, (_, new) in reshaping.shapes.items() if tensor.endswith(name)}
         found.update({key: counts.pop()} if len(counts) == 1 and key in found else {})

@@ -7,7 +7,9 @@ layers binarise their inputs. It is applied to the module that the original's ar
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +102,8 @@ class Reshaping:
         known = set(cls.__dataclass_fields__)
         if not {"shapes", "attributes"} <= set(content) <= known:
             raise CheckpointError(f"{file}: has keys {sorted(content)}; expected {sorted(known)}; compress again")
-        return cls(**content | {"signed": tuple(content.get("signed", ()))})
+        content["signed"] = tuple(content.get("signed", ()))
+        return cls(**content)
 
     def text(self) -> str:
         content = asdict(self)
@@ -128,10 +131,11 @@ class Reshaping:
 
         from compressor.core.signing import sign_inputs
 
-        apply_cuts(module, self.lists, self.absent)
-        for path, values in self.attributes.items():
-            for name, value in values.items():
-                setattr(module.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
+        with _refusing():
+            apply_cuts(module, self.lists, self.absent)
+            for path, values in self.attributes.items():
+                for name, value in values.items():
+                    _set_size(module.get_submodule(path), name, value)
         names: dict[int, list[str]] = {}
         for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
             names.setdefault(id(tensor), []).append(name)
@@ -148,19 +152,40 @@ class Reshaping:
             for alias in names[id(tensors[name])]:
                 owner, _, attribute = alias.rpartition(".")
                 setattr(module.get_submodule(owner), attribute, fresh)
-        for path in self.signed:
-            sign_inputs(module.get_submodule(path))
-        for name, length in self.biases.items():
-            owner = module.get_submodule(name.rpartition(".")[0])
-            weight = next(owner.parameters())
-            owner.register_parameter(
-                "bias", nn.Parameter(torch.empty(length, dtype=weight.dtype, device=weight.device))
-            )
+        with _refusing():
+            for path in self.signed:
+                sign_inputs(module.get_submodule(path))
+            for name, length in self.biases.items():
+                owner = module.get_submodule(name.rpartition(".")[0])
+                weight = next(owner.parameters())
+                owner.register_parameter(
+                    "bias", nn.Parameter(torch.empty(length, dtype=weight.dtype, device=weight.device))
+                )
         return module
 
     def architecture(self, original: Architecture) -> Architecture:
         """The original's architecture, which then builds the smaller module."""
         return replace(original, construct=lambda config: self.apply(original.construct(self.config or config)))
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever a record leads to that is not of this network becomes a refusal."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+        raise CheckpointError(
+            f"{RECORD}: does not fit the architecture; {type(error).__name__}: {error}; give the "
+            "original's with --arch module:callable, or arch= in Python"
+        ) from error
+
+
+def _set_size(module: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute that tells a size, and no other: a record says nothing else of a module."""
+    new = tuple(value) if isinstance(value, list) else value
+    if not _tells_sizes(getattr(module, name, None)) or not _tells_sizes(new):
+        raise ValueError(f"'{name}' of {type(module).__name__} is no size")
+    setattr(module, name, new)
 
 
 def _tells_sizes(value: Any) -> bool:

@@ -56,7 +56,7 @@ class SafetensorsSource(Source):
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         with self.homes[name].open("rb") as file:
             file.seek(self.starts[name])
-            present = file.readinto(raw.numpy()) if info.nbytes else 0
+            present = file.readinto(raw.numpy().data) if info.nbytes else 0
         if present != info.nbytes:
             raise CheckpointError(f"{self.homes[name]}: changed while it was read, at tensor '{name}'")
         return raw.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(info.shape)
@@ -102,12 +102,21 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header is corrupt; {error}; fetch it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is corrupt; not an object; fetch it again")
     return header
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, each of whose names is there once: readers differ in which of two they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' is in it twice")
+    return found
 
 
 def _info(path: Path, name: str, entry: Any) -> TensorInfo:

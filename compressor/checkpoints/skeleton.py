@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from compressor.checkpoints.architecture import Architecture
+from compressor.checkpoints.expected import COMPUTED
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.errors import CheckpointError
 
@@ -39,11 +40,6 @@ RANDOM_INIT = (
     "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
     "kaiming_normal_", "orthogonal_",
 )  # fmt: skip
-# Buffers that older files hold and that modules compute themselves.
-COMPUTED = re.compile(
-    r"(^|\.)(position_ids|token_type_ids|inv_freq|cos_cached|sin_cached|masked_bias|num_batches_tracked"
-    r"|(attn|attention)\.bias)$"
-)
 LEGACY = (
     (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
     (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
@@ -59,10 +55,10 @@ def empty_parameters() -> Iterator[None]:
     register = nn.Module.register_parameter
     init = {name: getattr(nn.init, name) for name in RANDOM_INIT}
 
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and parameter.device.type != "meta":
-            module._parameters[name] = _on_meta(parameter)
+    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and param.device.type != "meta":
+            self._parameters[name] = _on_meta(param)
 
     nn.Module.register_parameter = register_empty
     for name in RANDOM_INIT:

@@ -1,24 +1,37 @@
 """torch.save files: a state dict, alone or under a usual key; loaded with `weights_only` unless trusted.
 
-A zip archive is opened on the meta device, which yields every tensor's place in the file: only the index is
-in memory, and a tensor is read by its offset. The older pickle format has no index and is loaded whole.
+Of a zip archive only what describes the tensors is loaded, on the meta device, from a copy of the archive in which
+every record of values is empty. The place of such a record in the copy tells which one a tensor's values are, and they
+are read from the file when they are wanted. The older pickle format has no index and is loaded whole.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import struct
+import sys
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
-from compressor.checkpoints.archive import is_archive, opened_archive
+from compressor.checkpoints.archive import (
+    BROKEN,
+    Record,
+    has_directory,
+    is_archive,
+    opened_archive,
+    read_record,
+    records,
+)
 from compressor.checkpoints.safetensors_file import TORCH_NAMES
 from compressor.checkpoints.source import Source, TensorInfo, merge_shards, refuse_empty
 from compressor.core.errors import CheckpointError
@@ -42,10 +55,12 @@ class StateDictSource(Source):
 
     homes: dict[str, Path] = field(default_factory=dict)
     loaded: dict[str, torch.Tensor] = field(default_factory=dict)
+    archives: dict[Path, Archive] = field(default_factory=dict)
 
     @classmethod
     def open(cls, files: list[Path], *, trust_pickle: bool = False) -> StateDictSource:
-        contents = {path: load_file(path, trust_pickle) for path in files}
+        archives: dict[Path, Archive] = {}
+        contents = {path: load_file(path, trust_pickle, archives) for path in files}
         modules = [found for content in contents.values() if (found := find_module(content)) is not None]
         dicts = {path: find_state_dict(path, content) for path, content in contents.items()}
         infos = {path: {n: _info(path, n, t) for n, t in tensors.items()} for path, tensors in dicts.items()}
@@ -53,27 +68,42 @@ class StateDictSource(Source):
         loaded = {name: tensor for found in dicts.values() for name, tensor in found.items()}
         shared = find_shared(loaded, homes)
         kind = "pickle" if modules else "state_dict"
-        return cls(kind, files, tensors, shared, modules[0] if len(modules) == 1 else None, homes, loaded)
+        module = modules[0] if len(modules) == 1 else None
+        return cls(kind, files, tensors, shared, module, homes, loaded, archives)
 
     def file_of(self, name: str) -> Path:
         return self.homes[name]
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self.loaded[name]
-        return tensor.clone() if tensor.device.type != "meta" else read_at_offset(self.homes[name], name, tensor)
+        if tensor.device.type != "meta":
+            return tensor.clone()
+        return self.archives[self.homes[name]].read(self.homes[name], name, tensor)
 
 
-def read_at_offset(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor that was opened on meta, whose storage knows its place in the file."""
-    storage = tensor.untyped_storage()
-    raw = torch.empty(storage.nbytes(), dtype=torch.uint8)
-    with path.open("rb") as file:
-        file.seek(storage._checkpoint_offset)
-        present = file.readinto(raw.numpy()) if raw.numel() else 0
-    if present != raw.numel():
-        raise CheckpointError(f"{path}: is truncated inside of tensor '{name}'; fetch it again")
-    flat = raw.view(tensor.dtype)
-    return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).clone()
+@dataclass
+class Archive:
+    """Where values lie: the place of an empty record in the copy -> the record of the file.
+
+    `swapped` says that their bytes are in the other order than this machine's.
+    """
+
+    places: dict[int, Record]
+    swapped: bool
+
+    def read(self, path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The values of a tensor that was opened on meta."""
+        storage = tensor.untyped_storage()
+        raw = torch.empty(storage.nbytes(), dtype=torch.uint8)
+        offset = storage._checkpoint_offset
+        record = None if offset is None else self.places.get(offset)
+        present = read_record(path, record, raw.numpy().data) if record is not None and raw.numel() else 0
+        if present != raw.numel():
+            raise CheckpointError(f"{path}: is truncated inside of tensor '{name}'; fetch it again")
+        size = tensor.element_size() // (2 if tensor.is_complex() else 1)
+        if self.swapped and size > 1:
+            raw = torch.from_numpy(raw.numpy().view(numpy.dtype(f"u{size}")).byteswap().view(numpy.uint8))
+        return raw.view(tensor.dtype).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).clone()
 
 
 def find_shared(tensors: Mapping[str, torch.Tensor], homes: Mapping[str, Path]) -> dict[str, str]:
@@ -96,13 +126,16 @@ def find_shared(tensors: Mapping[str, torch.Tensor], homes: Mapping[str, Path]) 
     return shared
 
 
-def load_file(path: Path, trust_pickle: bool) -> Any:
-    """The content of a torch.save file; without trust, nothing of it is executed."""
+def load_file(path: Path, trust_pickle: bool, archives: dict[Path, Archive]) -> Any:
+    """The content of a torch.save file; without trust, nothing of it is executed.
+
+    Tensors are on meta where `archives` then says where their values lie.
+    """
     refuse_empty(path)
     zipped = is_archive(path)
     with path.open("rb") as file:
         start = file.read(4)
-    if start == b"PK\x03\x04" and not zipped:
+    if zipped and not has_directory(path):
         raise CheckpointError(
             f"{path}: is truncated; it has {path.stat().st_size} bytes and the index at its end is missing; "
             "fetch it again"
@@ -115,7 +148,43 @@ def load_file(path: Path, trust_pickle: bool) -> Any:
         from compressor.checkpoints.torchscript import load_torchscript
 
         return load_torchscript(path)
-    return _load_trusted(path) if trust_pickle else _load_weights(path, "meta" if zipped else "cpu")
+    if trust_pickle:
+        return _load_trusted(path)
+    if not zipped:
+        return _load_weights(path, path, "cpu")
+    copy, archives[path] = without_values(path)
+    return _load_weights(path, copy, "meta")
+
+
+def without_values(path: Path) -> tuple[io.BytesIO, Archive]:
+    """A copy of an archive in which records of values are empty, and where those lie in the file."""
+    copy = io.BytesIO()
+    try:
+        with opened_archive(path) as archive, path.open("rb") as file, zipfile.ZipFile(copy, "w") as made:
+            found = records(path, archive, file)
+            keys = [name for name in found if name.startswith("data/")]
+            for name in ("data.pkl", *(name for name in ("version", ".data/version") if name in found)):
+                if name not in found:
+                    raise CheckpointError(f"{path}: is not a torch.save file; it has no {name}; give one of torch.save")
+                made.writestr(f"archive/{name}", _content(path, found[name]))
+            for name in keys:
+                made.writestr(f"archive/{name}", b"")
+            order = _content(path, found["byteorder"]) if "byteorder" in found else sys.byteorder.encode()
+    except BROKEN as error:
+        raise CheckpointError(f"{path}: is a damaged archive; {error}; fetch it again") from error
+    with zipfile.ZipFile(copy) as made:
+        empty = records(path, made, copy)
+    places = {empty[name].offset: found[name] for name in keys}
+    copy.seek(0)
+    return copy, Archive(places, order.decode("ascii", "replace") != sys.byteorder)
+
+
+def _content(path: Path, record: Record) -> bytes:
+    """A record that is no values, whole."""
+    content = bytearray(record.n_bytes)
+    if read_record(path, record, memoryview(content)) != record.n_bytes:
+        raise CheckpointError(f"{path}: is truncated or corrupt inside of its description; fetch it again")
+    return bytes(content)
 
 
 def is_torchscript(path: Path) -> bool:
@@ -123,11 +192,11 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
 
 
-def _load_weights(path: Path, device: str) -> Any:
+def _load_weights(path: Path, file: Path | io.BytesIO, device: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
     except READ_ERRORS as error:
         message = str(error)
         refused = REFUSED_GLOBAL.search(message)

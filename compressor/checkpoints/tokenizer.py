@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoints.reach import refuse_outside, without_code
 from compressor.core.reading import read_json
 
 COMPACTED = "tokenizer.json"
+CONFIGS = ("tokenizer_config.json", "generation_config.json")
 PATTERNS = (
     COMPACTED,
     "tokenizer_config.json",
@@ -24,16 +26,26 @@ PATTERNS = (
 
 
 def find_tokenizer(directory: Path) -> list[Path]:
-    """The tokenizer's files in a directory, sorted."""
-    return sorted({path for pattern in PATTERNS for path in directory.glob(pattern) if path.is_file()})
+    """The tokenizer's files in a directory, sorted.
+
+    Raises:
+        CheckpointError: One is a link to elsewhere: what it points to would become part of an artifact.
+    """
+    found = {path for pattern in PATTERNS for path in directory.glob(pattern) if path.is_file() or path.is_symlink()}
+    return [refuse_outside(path, directory) for path in sorted(found)]
 
 
 def copy_tokenizer(files: list[Path], directory: Path) -> list[Path]:
-    """Copy the files; tokenizer.json is written compactly, since every byte counts in an artifact."""
+    """Copy the files; tokenizer.json is written compactly, since every byte counts in an artifact.
+
+    What a config of theirs says of code that would be run with them is left out.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for path in files:
         if path.name == COMPACTED:
             write_compact(read_json(path), directory / path.name)
+        elif path.name in CONFIGS and _names_code(path):
+            (directory / path.name).write_text(json.dumps(without_code(read_json(path)), indent=2) + "\n")
         else:
             shutil.copyfile(path, directory / path.name)
     return [directory / path.name for path in files]
@@ -42,6 +54,11 @@ def copy_tokenizer(files: list[Path], directory: Path) -> list[Path]:
 def copied_size(path: Path) -> int:
     """Bytes that `copy_tokenizer` will write for a file."""
     return len(_compact(read_json(path))) if path.name == COMPACTED else path.stat().st_size
+
+
+def _names_code(path: Path) -> bool:
+    content = read_json(path)
+    return without_code(content) != content
 
 
 def write_compact(content: dict, path: Path) -> None:

@@ -92,7 +92,7 @@ def load_torchscript(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the archive by its attribute path."""
     try:
         with opened_archive(path) as archive:
-            root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
+            root = archive.namelist()[0].partition("/")[0]  # as torch finds it
             content = Unpickler(path, archive, root).load()
     except (*BROKEN, pickle.UnpicklingError, StopIteration, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(

@@ -16,6 +16,7 @@ class Residual(nn.Module):
 
     def __init__(self, n_in: int, width: int, stride: int, bottleneck: bool):
         super().__init__()
+        self.bottleneck = bottleneck
         n_out = 4 * width if bottleneck else width
         self.conv1 = conv(n_in, width, 1) if bottleneck else conv(n_in, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
@@ -30,7 +31,7 @@ class Residual(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        if hasattr(self, "conv3"):
+        if self.bottleneck:
             y = self.bn3(self.conv3(self.relu(y)))
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
@@ -44,14 +45,15 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        n_in = 64
+        n_in, made = 64, list[nn.Sequential]()
         for index, n_blocks in enumerate(stages):
             width, blocks = 64 << index, []
             for block in range(n_blocks):
                 stride = 2 if index and block == 0 else 1
                 blocks.append(Residual(n_in, width, stride, bottleneck))
                 n_in = 4 * width if bottleneck else width
-            self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
+            made.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = made
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(n_in, n_classes)
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -18,11 +19,14 @@ from typer.core import TyperGroup
 
 from compressor.cli.exit_status import INTERRUPTED, explained
 from compressor.cli.help_examples import COMMANDS, epilog
-from compressor.core.artifact import Artifact, failed_directory, is_artifact, refuse_target
+from compressor.core.artifact import Artifact, failed_directory, is_artifact
 from compressor.core.errors import GateFailed, ResourceError, UsageError, suggestion
 from compressor.core.failures import RESOURCES
+from compressor.core.options import RunOptions
 from compressor.core.terminal import failure_of, open_streams, printable
 
+_RESUMABLE: list[Callable[[], bool]] = []
+"""Tell whether the command that is running has work that --resume would go on from."""
 HELP_OPTIONS = ("--help", "-h", "--version")
 
 
@@ -61,8 +65,20 @@ Arch = Annotated[
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Let code inside of the file run. Only for files that you trust.")
 ]
+TrustRecipe = Annotated[
+    bool, typer.Option("--trust-recipe", help="Let a recipe or manifest that somebody else wrote name code that is run "
+                       "(module:callable, trust_pickle) or a Ray cluster.")
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and no progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ArchAgain = Annotated[
+    str | None,
+    typer.Option("--arch", metavar="DIR|MODULE:CALLABLE", help="As in the run. What the artifact names is not run."),
+]
+Original = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", show_default="where it was", help="The network that it was made from."),
+]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that compress wrote.")]
 
 
@@ -87,6 +103,7 @@ def run(
                     "kinds; disjoint from the calibration data.")] = None,
     arch: Arch = None,
     trust_pickle: TrustPickle = False,
+    trust_recipe: TrustRecipe = False,
     format: Annotated[Format, typer.Option(help="onnx, or only the packed weights.")] = Format.onnx,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="PASS.KEY=VALUE", help="Change a setting of the "
                     "recipe; also calibration.KEY, embeddings.KEY, and so on. Repeatable.")] = None,
@@ -111,14 +128,14 @@ def run(
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, from headers.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, or why it "
+                          "cannot be.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compress MODEL by a recipe."""
-    from compressor.core.options import RunOptions
     from compressor.core.quantities import parse_share, parse_size
-    from compressor.plan.recipe_file import load_recipe, shipped_recipes
+    from compressor.plan.recipe_file import shipped_recipes
 
     if standard and compat:
         raise UsageError("--standard and --compat exclude each other; give one of them")
@@ -128,11 +145,14 @@ def run(
     }  # fmt: skip
     sets = [*(set_ or ()), *(f"gates.{name}={limit}" for name, limit in gates.items() if limit is not None)]
     if policy is not None:
+        from compressor.passes.settings.n2n import refuse_overwriting
+
+        refuse_overwriting(policy)
         sets += [f"n2n.policy_in={policy}"] * policy.exists() + [f"n2n.policy_out={policy}"]
     options = RunOptions(
         model=model, recipe=recipe, output=output, data=data, eval=eval, arch=arch, trust_pickle=trust_pickle,
-        format=format.value, sets=tuple(sets), mode="standard" if standard else "compat" if compat else "default",
-        seed=seed, resume=resume, force=force,
+        trust_recipe=trust_recipe, format=format.value, sets=tuple(sets),
+        mode="standard" if standard else "compat" if compat else "default", seed=seed, resume=resume, force=force,
         target_size=None if target_size is None else parse_size(target_size, "--target-size"),
         target_flops=None if target_flops is None else parse_share(target_flops, "--target-flops"),
         max_loss=None if max_loss is None else parse_share(max_loss, "--max-loss"),
@@ -141,13 +161,17 @@ def run(
     _refuse_misspelt_command(model)
     if not recipe:
         raise UsageError(f"no recipe; write --recipe NAME. {suggestion('', shipped_recipes())}")
-    loaded = load_recipe(recipe, options.sets)
     if dry_run:
-        _dry_run(options, loaded, json)
+        _dry_run(options, json)
         return
-    refuse_target(options.directory, force)
+    from compressor.run.prepare import first_recipe
+
+    first_recipe(options)  # before torch is imported
 
     from compressor.core.progress import make_progress
+    from compressor.run.place import resumable
+
+    _RESUMABLE.append(lambda: resumable(options.directory))
     from compressor.run.pipeline import run as compress
     from compressor.runtime.torchrun import is_first
 
@@ -172,34 +196,17 @@ def _print_outcome(artifact: Artifact, json: bool) -> None:
     show(*run_tables(artifact.report, str(artifact.directory)))
 
 
-def _dry_run(options: Any, recipe: Any, json: bool) -> None:
-    from compressor.checkpoints import open_checkpoint
-    from compressor.plan.memory import refuse_beyond
-    from compressor.plan.planning import make_plan
-    from compressor.plan.targets import aimed
+def _dry_run(options: RunOptions, json: bool) -> None:
+    from compressor.run.prepare import prepare
 
-    checkpoint = open_checkpoint(options.model, arch=options.arch, trust_pickle=options.trust_pickle)
-    options, recipe = aimed(options, recipe, checkpoint)
-    plan = make_plan(checkpoint, recipe, options.format)
-    if options.max_ram is not None:
-        refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
-    reach = _reach(plan, recipe, options) if options.allocates else None
+    start = prepare(options)
+    reach = start.ladder.reach() if start.ladder else None
     if json:
-        _print_json(plan.as_json() | ({"reach": reach} if reach else {}))
+        _print_json(start.plan.as_json() | ({"reach": reach} if reach else {}))
         return
     from compressor.report.tables import plan_tables, reach_line, show
 
-    show(*plan_tables(plan), *([reach_line(*reach, options.target_size)] if reach else []))
-
-
-def _reach(plan: Any, recipe: Any, options: Any) -> tuple[int, int]:
-    """Bytes of the smallest and the largest artifact that widths per tensor allow."""
-    from compressor.widths.ladder import Ladder
-
-    ladder = Ladder.of(plan, recipe, options.format, options.mode)
-    if options.target_size is not None:
-        ladder.refuse_unreachable(options.target_size)
-    return ladder.reach()
+    show(*plan_tables(start.plan), *([reach_line(*reach, options.target_size)] if reach else []))
 
 
 def _refuse_misspelt_command(word: str) -> None:
@@ -221,6 +228,7 @@ def batch(
     data: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Calibration data of models on the "
                     "line.")] = None,
     arch: Arch = None,
+    trust_recipe: TrustRecipe = False,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="PASS.KEY=VALUE", help="A setting of their "
                     "recipes, gates.max_loss=5% for example. Repeatable.")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, show_default="cores", help="At most so many at a "
@@ -241,17 +249,18 @@ def batch(
 
     By a manifest, or by the same recipes. One that fails stops none of the others.
     """
-    from compressor.batch.jobs import Batch, worst
+    from compressor.batch.jobs import JOURNAL, Batch, worst
     from compressor.batch.summary import Board, summary_table, totals
     from compressor.core.machine import available_memory, cores
     from compressor.core.quantities import parse_duration, parse_size
     from compressor.runtime.workers import Budget, LocalEngine, RayEngine
 
-    planned = _batch_jobs(models, {"recipes": recipe, "data": data, "arch": arch}, set_ or [])
+    planned = _batch_jobs(models, {"recipes": recipe, "data": data, "arch": arch}, set_ or [], trust_recipe)
     directory = output or Path(Path(models[0]).stem if models[0].endswith((".yaml", ".yml")) else "artifacts")
     budget = Budget(available_memory() if max_ram is None else parse_size(max_ram, "--max-ram"))
     limit = None if timeout is None else parse_duration(timeout, "--timeout")
     running = LocalEngine(limit) if engine is EngineName.local else RayEngine(address, limit)
+    _RESUMABLE.append(lambda: (directory / JOURNAL).exists())
     many = Batch(planned, directory, running, jobs or cores(), budget, resume, force, retries)
     outcomes = many.run(Board(len(planned), silent=json))
     if json:
@@ -265,15 +274,24 @@ def batch(
     raise typer.Exit(worst(outcomes))
 
 
-def _batch_jobs(models: list[str], settings: dict[str, Any], sets: list[str]) -> Any:
-    from compressor.batch.manifest import jobs_of_line, read_manifest
+def _batch_jobs(models: list[str], settings: dict[str, Any], sets: list[str], trusted: bool) -> Any:
+    from compressor.batch.manifest import jobs_of_line, read_manifest, trusting
 
     given = {key: value for key, value in settings.items() if value}
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         if given or sets:
             raise UsageError(f"{models[0]}: is a manifest; write --{next(iter(given), 'set').rstrip('s')} in it")
-        return read_manifest(Path(models[0]))
-    return jobs_of_line(models, given, sets)
+        planned = read_manifest(Path(models[0]))
+        code = list(dict.fromkeys(each for job in planned for each in job.code))
+        if code and not trusted:
+            raise UsageError(
+                f"{models[0]}: names what runs code or leads out of this process: {', '.join(code[:5])}; nothing was "
+                "run; give --trust-recipe if you trust whoever wrote it"
+            )
+        for each in code:
+            print(f"{models[0]}: runs {each}", file=sys.stderr)
+        return trusting(planned, trusted)
+    return trusting(jobs_of_line(models, given, sets), trusted)
 
 
 @app.command(epilog=epilog("recipes"))
@@ -322,6 +340,10 @@ def evaluate(
     artifact: ArtifactPath,
     data: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Evaluation data; by default that "
                     "of the run.")] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="--data of the run, where it "
+                           "was a module:callable and a part of it is evaluated on.")] = None,
+    arch: ArchAgain = None,
+    original: Original = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -329,9 +351,14 @@ def evaluate(
 
     Of the artifact in onnxruntime.
     """
+    from compressor.evaluate.again import Given, named_paths
     from compressor.evaluate.judge import evaluate as measure
 
-    _print(measure(artifact, data), json, str(artifact))
+    given = Given(original, arch, calibration, data)
+    found = measure(artifact, given)
+    for path in named_paths(Artifact.open(artifact), given):
+        print(f"read as {artifact}/compression.json names it: {path}", file=sys.stderr)
+    _print(found, json, str(artifact))
 
 
 @app.command(epilog=epilog("bench"))
@@ -355,19 +382,38 @@ def bench(
 @app.command(epilog=epilog("verify"))
 def verify(
     artifact: ArtifactPath,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes long: measuring quality again.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Leave out what takes long and needs the original: whether "
+            "weights and quality are still as far from it.",
+        ),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|MODULE:CALLABLE", help="As in the run, where it was a module:callable or is elsewhere now."
+        ),
+    ] = None,
+    eval: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Likewise.")] = None,
+    arch: ArchAgain = None,
+    original: Original = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check an artifact.
 
-    Hashes, provenance, that onnxruntime opens it, and quality again. Status 5 where something does not hold.
+    Files, figures, provenance, that onnxruntime opens it, and how far its weights and its quality are from the
+    original's. Status 5 where something does not hold, or nothing could be held against the original. What the artifact
+    names as code is not run: give it anew.
     """
     from compressor.core.errors import VerificationError
+    from compressor.evaluate.again import Given
     from compressor.evaluate.verification import failures
     from compressor.evaluate.verification import verify as check
 
-    checks = check(artifact, measure=not quick)
+    checks = check(artifact, not quick, Given(original, arch, data, eval))
     if json:
         _print_json([each.as_json() for each in checks])
     else:
@@ -411,14 +457,19 @@ def report(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show a run as one HTML page with pictures."""
-    from compressor.core.artifact import PAGE
+    from compressor.core.artifact import PAGE, refuse_unsealed, reseal
     from compressor.report.facts import siblings
     from compressor.report.page import write_page
 
     opened = Artifact.open(artifact)
     beside = others or [other.directory for other in siblings(opened)]
     target = output or artifact / PAGE
+    own = target.name == PAGE and target.parent.resolve() == artifact.resolve()
+    if own:
+        refuse_unsealed(opened)
     write_page([artifact, *beside], target)
+    if own:
+        reseal(opened)
     print(printable(str(target)))
 
 
@@ -517,6 +568,7 @@ def _status(args: list[str]) -> int:
         except PackageNotFoundError:
             print("compressor, not installed")
         return 0
+    _RESUMABLE.clear()
     try:
         # Outside of its standalone mode typer returns the status of an early exit, and commands return None.
         status = app(args, prog_name="compress", standalone_mode=False) or 0
@@ -528,6 +580,6 @@ def _status(args: list[str]) -> int:
         status, message = explained(error)
         _say(f"Error: {message}")
     if status == INTERRUPTED:
-        resumable = args[0] in ("run", "batch") or args[0] not in COMMANDS
-        _say(f"Interrupted{'; the same command with --resume goes on from here' * resumable}.")
+        goes_on = any(resumable() for resumable in _RESUMABLE)
+        _say(f"Interrupted{'; the same command with --resume goes on from here' * goes_on}.")
     return status

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import CheckpointError, UsageError
+from compressor.core.files import write_text
 from compressor.core.reading import read_json, refuse_special
 
 REPORT = "compression.json"
@@ -15,6 +19,13 @@ PAGE = "report.html"
 WEIGHTS = "model.safetensors"
 NOT_NEEDED = (REPORT, PAGE)
 """Files of an artifact that say what it is; it runs without them."""
+SEAL = "seal"
+"""Key of compression.json with the SHA-256 of the page, and of all else that compression.json says."""
+_WRITTEN = (
+    "model.*", "config.json", "genai_config.json", "generation_config.json", "structure.json", "tokenizer*", "vocab*",
+    "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+"""Names of files that an artifact may have."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Artifact:
                 f"{directory}: is no artifact, it has no {REPORT}; give a directory that compress wrote"
             )
         report = read_json(path, measured=True)
-        from compressor.core.report_shape import misshapen
+        from compressor.core.report import misshapen
 
         wrong = misshapen(report)
         if wrong:
@@ -59,7 +70,53 @@ def damaged_files(artifact: Artifact) -> list[str]:
             found.append(f"{name} is gone")
         elif file_digest(path) != digest:
             found.append(f"{name} has changed")
-    return found
+    return found + _unsealed(artifact)
+
+
+def _unsealed(artifact: Artifact) -> list[str]:
+    """Of the two files that say what the artifact is; older artifacts have no seal."""
+    seal = artifact.report.get(SEAL)
+    if not isinstance(seal, dict):
+        return []
+    page = artifact.directory / PAGE
+    found = [f"{PAGE} has changed"] if page.is_file() and file_digest(page) != seal.get(PAGE) else []
+    return found + ([f"{REPORT} has changed"] if _content_digest(artifact.report) != seal.get(REPORT) else [])
+
+
+def sealed(report: dict[str, Any], page: str) -> dict[str, Any]:
+    """What compression.json will hold, with the digests of the page and of all else in it."""
+    found = {key: value for key, value in report.items() if key != SEAL} | {SEAL: {PAGE: page}}
+    return found | {SEAL: {PAGE: page, REPORT: _content_digest(found)}}
+
+
+def refuse_unsealed(artifact: Artifact) -> None:
+    """Refuses to seal again what is not what was written: that must not be covered up.
+
+    Raises:
+        CheckpointError: compression.json has changed.
+    """
+    seal = artifact.report.get(SEAL)
+    if isinstance(seal, dict) and _content_digest(artifact.report) != seal.get(REPORT):
+        raise CheckpointError(f"{artifact.directory / REPORT}: has changed since it was written; see `compress verify`")
+
+
+def reseal(artifact: Artifact) -> None:
+    """Notes a page that was made again; an artifact of before there were seals stays without one."""
+    if not isinstance(artifact.report.get(SEAL), dict):
+        return
+    report = sealed(artifact.report, file_digest(artifact.directory / PAGE))
+    write_text(artifact.directory / REPORT, text_of(report))
+
+
+def text_of(report: dict[str, Any]) -> str:
+    """compression.json's text."""
+    return json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n"
+
+
+def _content_digest(report: dict[str, Any]) -> str:
+    """Of all that a report says, but for this digest."""
+    seal = {key: value for key, value in report[SEAL].items() if key != REPORT}
+    return hashlib.sha256(json.dumps(report | {SEAL: seal}, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -85,20 +142,61 @@ def beside(directory: Path, suffix: str) -> Path:
     return named.with_name(named.name + suffix)
 
 
-def refuse_target(directory: Path, force: bool = False) -> None:
+def refuse_target(directory: Path, force: bool = False, resume: bool = False) -> None:
     """Refuses to write over anything but an artifact, and over an artifact only by `force`.
 
+    With `resume` it may be the very artifact that was to be made, which is told later.
+
     Raises:
-        UsageError: Something stands there.
+        UsageError: Something stands there, or it cannot get its name by a rename.
     """
+    failed = failed_directory(directory)
+    for path in (directory, failed):
+        if path.is_symlink():
+            raise UsageError(f"{path}: is a link, and nothing is written through one; give the folder itself with -o")
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: is a file; give a directory with -o")
-    failed = failed_directory(directory)
-    if failed.exists() and not is_artifact(failed):
+    if directory.name == ".." or (directory.exists() and _holds_this_process(directory)):
+        raise UsageError(f"{directory}: is the folder that you are in; give another directory with -o")
+    if os.path.ismount(directory):
+        raise UsageError(
+            f"{directory}: is a disk of its own, and artifacts are renamed; give a directory on it with -o"
+        )
+    if failed.exists() and (not is_artifact(failed) or foreign_files(failed)):
         raise UsageError(f"{failed}: is in the way and not ours; move it, or give another directory with -o")
     if not directory.exists() or not any(directory.iterdir()):
         return
     if not is_artifact(directory):
         raise UsageError(f"{directory}: is not empty and no artifact of ours; give another directory with -o")
-    if not force:
+    if not (force or resume):
         raise UsageError(f"{directory}: holds an artifact already; replace it with --force, or give another with -o")
+    others = foreign_files(directory) if force else []
+    if others:
+        raise UsageError(
+            f"{directory}: holds {others[0]}, which is not of the artifact and would be lost; move it, or give another "
+            "directory with -o"
+        )
+
+
+def foreign_files(directory: Path) -> list[str]:
+    """What is in an artifact's folder and not of it: other files, folders and links."""
+    try:
+        report = Artifact.open(directory).report
+    except CheckpointError:
+        report = {}
+    known = {*(report.get("sha256") or {}), *((report.get("size") or {}).get("files") or {}), *NOT_NEEDED}
+    found = []
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        of_it = name in known or any(fnmatch(name, pattern) and "/" not in name for pattern in _WRITTEN)
+        if path.is_symlink() or not of_it or not path.is_file():
+            found.append(name)
+    return found
+
+
+def _holds_this_process(directory: Path) -> bool:
+    """Whether the working folder is this one, or within it."""
+    try:
+        return Path.cwd().is_relative_to(directory.resolve())
+    except OSError:  # the working folder is gone
+        return False

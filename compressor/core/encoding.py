@@ -5,9 +5,10 @@ and count its `nbytes`; it knows nothing of files, graphs or papers. `Layout` sa
 of the network again. The arrays in `parts()` are what the artifact stores, byte for byte.
 
     Dense      the values, in float32 or float16
-    Affine     ŵ = scale · (code − zero)             2, 3, 4, 8 bits in groups of columns
+    Scaled     ŵ = scale · level of a code, in groups of columns
+      Affine     scale · (code − zero)               2, 3, 4, 8 bits
+      Binary     scale · (±1)                        one group
     Codebook   ŵ = scale · table[codebook of row, code]   a code stands for `dim` neighbouring columns
-    Binary     ŵ = scale · (±1)
     Sparse     a mask, and codes or values only where it is set
     Refined    a grid for all rows, and a second one for what it leaves of some of them
 """
@@ -135,12 +136,6 @@ class Scales:
         return cls(parts["scales"], parts.get("row_scales"))
 
 
-def _grouped(matrix: Tensor, group: int) -> Tensor:
-    """(rows, columns) to (rows, n_groups, group), zero-padded."""
-    rows, columns = matrix.shape
-    return torch.nn.functional.pad(matrix, (0, -columns % group)).view(rows, -1, group)
-
-
 def _plane_parts(codes: Tensor, bits: int) -> dict[str, Tensor]:
     planes = pack(codes, bits)
     if len(planes) == 1:
@@ -155,31 +150,48 @@ def _planes(parts: dict[str, Tensor], bits: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Affine(Encoding):
+class Scaled(Encoding):
+    """A code for every weight, and a scale for each group of columns: ŵ = s·level(q).
+
+    codes (rows, n_groups·group) int, where padding columns may hold any; scales (rows, n_groups), or one row for all.
+    Gradient steps learn the scales of any such encoding.
+    """
+
+    group: int
+    codes: Tensor
+    scales: Scales
+
+    @abstractmethod
+    def levels(self, rows: slice = slice(None)) -> Tensor:
+        """What the scales multiply: a new float32 tensor (rows, n_groups, group), of some rows."""
+
+    def decode(self) -> Tensor:
+        matrix = torch.empty(self.shape)
+        scales = self.scales.decode().unsqueeze(-1).expand(self.shape[0], -1, -1)
+        for start in range(0, self.shape[0], _ROWS):  # tables have many rows, and each step copies them
+            rows = slice(start, start + _ROWS)
+            matrix[rows] = self.levels(rows).mul_(scales[rows]).flatten(1)[:, : self.shape[1]]
+        return matrix
+
+
+@dataclass(frozen=True)
+class Affine(Scaled):
     """A uniform grid per group of columns: ŵ = s·(q − z), q in 0 … 2**bits − 1.
 
-    codes (rows, n_groups·group) int; padding columns hold the code nearest zero. `zero` is a float (the same for all
-    groups: 2**(bits−1), or that minus a half for levels ±½, ±1½, …) or a tensor (rows, n_groups) of multiples of
-    1/`zero_steps`: whole numbers, or in finer steps, of 8 bits.
+    Padding columns hold the code nearest zero. `zero` is a float (the same for all groups: 2**(bits−1), or that minus
+    a half for levels ±½, ±1½, …) or a tensor (rows, n_groups) of multiples of 1/`zero_steps`: whole numbers, or in
+    finer steps, of 8 bits.
     """
 
     kind = "affine"
     bits: int
-    group: int
-    codes: Tensor
-    scales: Scales
     zero: float | Tensor
     zero_steps: int = 1
 
-    def decode(self) -> Tensor:
-        matrix = torch.empty(self.shape)
-        scales = self.scales.decode().unsqueeze(-1)
-        for start in range(0, self.shape[0], _ROWS):  # tables have many rows, and each step copies them
-            rows = slice(start, start + _ROWS)
-            zero = self.zero[rows].float().unsqueeze(-1) if isinstance(self.zero, Tensor) else self.zero
-            grouped = self.codes[rows].view(-1, scales.shape[1], self.group).float()
-            matrix[rows] = grouped.sub_(zero).mul_(scales[rows]).flatten(1)[:, : self.shape[1]]
-        return matrix
+    def levels(self, rows: slice = slice(None)) -> Tensor:
+        zero = self.zero[rows].float().unsqueeze(-1) if isinstance(self.zero, Tensor) else self.zero
+        codes = self.codes[rows]
+        return codes.view(len(codes), -1, self.group).float().sub_(zero)
 
     @property
     def code_bits(self) -> int:
@@ -213,7 +225,7 @@ class Affine(Encoding):
             zero = unpack(_planes(zeros, width), width, groups).int()
             zero = zero if steps == 1 else zero / steps
         codes = unpack(_planes(parts, bits), bits, groups * group)
-        return cls(shape, bits, group, codes, Scales.rebuild(parts), zero, steps)
+        return cls(shape, group, codes, Scales.rebuild(parts), bits, zero, steps)
 
 
 @dataclass(frozen=True)
@@ -296,25 +308,29 @@ class Codebook(Encoding):
 
 
 @dataclass(frozen=True)
-class Binary(Encoding):
-    """One bit per weight: ŵ = scale·(+1 where the bit is set, else −1); scale (rows, 1) or (1, 1) float16."""
+class Binary(Scaled):
+    """One bit per weight: ŵ = s·(+1 where the bit is set, else −1), in one group; scales (rows, 1) or (1, 1)."""
 
     kind = "binary"
-    signs: Tensor
-    scale: Tensor
 
-    def decode(self) -> Tensor:
-        return (2.0 * self.signs.float() - 1.0) * self.scale.float()
+    @classmethod
+    def of(cls, signs: Tensor, scale: Tensor) -> Binary:
+        """Signs (rows, columns) bool, and a scale (rows, 1) or (1, 1)."""
+        rows, columns = signs.shape
+        return cls((rows, columns), columns, signs, Scales(scale.half()))
+
+    def levels(self, rows: slice = slice(None)) -> Tensor:
+        return self.codes[rows].float().mul_(2).sub_(1).unsqueeze(1)
 
     def parts(self) -> dict[str, Tensor]:
-        return {"codes": pack_plane(self.signs.to(torch.uint8), 1), "scales": self.scale.half()}
+        return {"codes": pack_plane(self.codes.to(torch.uint8), 1), **self.scales.parts()}
 
     def settings(self) -> dict[str, Any]:
         return {}
 
     @classmethod
     def rebuild(cls, shape, settings, parts):
-        return cls(shape, unpack_plane(parts["codes"], 1, shape[1]).bool(), parts["scales"])
+        return cls.of(unpack_plane(parts["codes"], 1, shape[1]).bool(), parts["scales"])
 
 
 @dataclass(frozen=True)
@@ -361,6 +377,8 @@ class Sparse(Encoding):
         hollow = {name: part for name, part in parts.items() if name != "mask" and not name.startswith("codes")}
         hollow |= _plane_parts(torch.zeros(shape[0], columns, dtype=kept.dtype), bits)
         whole = restore(inner, hollow)
+        if not isinstance(whole, (Affine, Codebook)):
+            raise ValueError(f"sparse codes of '{whole.kind}', which has none")
         codes = whole.zero_codes()
         codes[:, : shape[1]][mask] = kept
         return cls(shape, dataclasses.replace(whole, codes=codes))
@@ -392,6 +410,8 @@ class Refined(Encoding):
     @classmethod
     def rebuild(cls, shape, settings, parts):
         inner, extra = (restore(settings[half], parts_under(half, parts)) for half in ("inner", "extra"))
+        if not (isinstance(inner, Affine) and isinstance(extra, Affine)):
+            raise ValueError(f"grids of kinds '{inner.kind}' and '{extra.kind}', where both are affine")
         return cls(shape, inner, extra, parts["rows"])
 
 
@@ -400,7 +420,15 @@ def parts_under(prefix: str, parts: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(f"{prefix}."): part for name, part in parts.items() if name.startswith(f"{prefix}.")}
 
 
-KINDS: dict[str, type[Encoding]] = {kind.kind: kind for kind in (Dense, Affine, Codebook, Binary, Sparse, Refined)}
+ENCODINGS: tuple[type[Encoding], ...] = (
+    Dense,
+    Affine,
+    Codebook,
+    Binary,
+    Sparse,
+    Refined,
+)
+KINDS: dict[str, type[Encoding]] = {encoding.kind: encoding for encoding in ENCODINGS}
 
 
 def describe(encoding: Encoding) -> dict[str, Any]:

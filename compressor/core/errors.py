@@ -5,6 +5,7 @@ CompressorError
 │   └── RecipeError     2   a recipe that cannot be run as written
 ├── CheckpointError     3   a model that cannot be read, or is refused
 ├── DataError           3   calibration or evaluation data that cannot be read, or overlaps
+├── ChangedError        3   what a run reads or replaces changed while it went on
 ├── ResourceError       4   out of disk or memory
 ├── PassError           5   a pass broke its own contract: our bug
 ├── ExportError         5   an artifact could not be written as planned
@@ -42,6 +43,10 @@ class DataError(CompressorError):
     exit_status = 3
 
 
+class ChangedError(CompressorError):
+    exit_status = 3
+
+
 class ResourceError(CompressorError):
     exit_status = 4
 
@@ -60,6 +65,21 @@ class VerificationError(CompressorError):
 
 class GateFailed(CompressorError):
     exit_status = 1
+
+
+_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Failed to allocate memory", "Cannot allocate memory")
+"""What libraries say where Python would raise a MemoryError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that there was no memory left."""
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__ or error
+    return False
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

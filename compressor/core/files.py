@@ -1,12 +1,23 @@
-"""Files that appear whole or not at all, whenever the process or the machine ends."""
+"""Files that appear whole or not at all, whenever a process or the machine ends; none is written through a link."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import functools
 import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+_AT_CWD, _EXCHANGE = -100, 2
+"""Of renameat2(2); macOS' renamex_np takes the same flag for a swap."""
+_NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -14,7 +25,7 @@ def whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; what was written there takes the name at the end, in one step and synced.
 
     Where the block raises, nothing is left of it and what `path` was stays. A crash can leave the file beside it,
-    `.<name>.partial`, which the next write replaces. The file may be a link's target: the link itself is replaced.
+    `.<name>.partial`, which the next write replaces. A link at `path` is itself replaced: what it points to stays.
     """
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
@@ -32,6 +43,15 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """A text in UTF-8."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
+
+
+def open_to_append(path: Path) -> int:
+    """The descriptor of a file to append to, made where it is not there.
+
+    Raises:
+        OSError: ELOOP: there is a link.
+    """
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS, 0o644)
 
 
 LONGEST_NAME = 200
@@ -60,3 +80,58 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Every file and every name in a folder, and the folder's own."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            sync(path)
+    sync(folder)
+    sync(folder.parent)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Gives two files or folders each the other's name, in one step; whether the system can."""
+    swap = _exchanging()
+    if swap is None:
+        return False
+    ctypes.set_errno(0)
+    if swap(os.fsencode(first), os.fsencode(second)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_SUCH_CALL:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+@functools.cache
+def _exchanging() -> Callable[[bytes, bytes], int] | None:
+    """The system's call, which Linux has since 3.15 and macOS since 10.12; not every kind of disk knows it."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            call = library.renamex_np
+            return lambda first, second: call(first, second, ctypes.c_uint(_EXCHANGE))
+        call = library.renameat2
+        return lambda first, second: call(_AT_CWD, first, _AT_CWD, second, ctypes.c_uint(_EXCHANGE))
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a folder with all that is in it; a link's target stays. What is not there is none."""
+    try:
+        is_folder = stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if is_folder:
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def links_in(folder: Path) -> list[Path]:
+    """The symbolic links in a folder, at any depth; they are not followed."""
+    found = [Path(root) / name for root, folders, files in os.walk(folder) for name in (*folders, *files)]
+    return sorted(path for path in found if path.is_symlink())

@@ -50,6 +50,6 @@ class Trainer(Protocol):
 
     n_steps: int
 
-    def train(self, follower: Follower) -> list[dict[str, float]]:
+    def train(self, follower: Follower | None = None) -> list[dict[str, float]]:
         """All steps, or those that an interrupted run has left; what each epoch came to."""
         ...

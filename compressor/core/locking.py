@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from compressor.core.errors import UsageError
+from compressor.core.files import NO_LINKS
+
+try:
+    import fcntl
+except ImportError:  # no POSIX
+    fcntl = None
 
 LOCK = ".lock"
 
@@ -40,12 +46,14 @@ def locked(directory: Path, writer: str) -> Iterator[None]:
     """Makes the directory and holds its lock; a directory that is left empty is removed.
 
     Raises:
-        UsageError: Another process holds it, or the directory cannot be written; `writer` names who it may be.
+        UsageError: Another process holds it, the directory is a link or cannot be written; `writer` names who it may
+            be.
     """
-    lock = FileLock(directory / LOCK, timeout=0)
+    if directory.is_symlink() or (directory / LOCK).is_symlink():
+        link = directory if directory.is_symlink() else directory / LOCK
+        raise UsageError(f"{link}: is a link, and nothing is written through one; remove it, or give another with -o")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        release = _acquired(directory)
         (directory / LOCK).write_text(str(os.getpid()), encoding="ascii")
     except Timeout as error:
         raise UsageError(
@@ -55,13 +63,50 @@ def locked(directory: Path, writer: str) -> Iterator[None]:
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"{directory}: cannot be written; {error.strerror}; give another directory with -o") from error
     except OSError as error:
-        if error.errno != errno.EROFS:
+        if error.errno not in (errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG):
             raise
-        raise UsageError(f"{directory}: is on a read-only disk; give another directory with -o") from error
+        reasons = {errno.EROFS: "is on a read-only disk", errno.ELOOP: "is a link, and nothing is written through one"}
+        reason = reasons.get(error.errno, f"cannot be written; {error.strerror}")
+        raise UsageError(f"{directory}: {reason}; give another directory with -o") from error
     try:
         yield
     finally:
-        lock.release()
+        # The file goes while it is held: whoever opened it before finds that it is no longer the one of this name.
         (directory / LOCK).unlink(missing_ok=True)
+        release()
         with contextlib.suppress(OSError):  # gone, or something is in it
             directory.rmdir()
+
+
+def _acquired(directory: Path) -> Callable[[], None]:
+    """Holds the lock of a directory that is made for it; what lets it go."""
+    if fcntl is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK, timeout=0)
+        lock.acquire()
+        return lock.release
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o644)
+        except FileNotFoundError:  # its last holder has just removed it
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_named(descriptor, directory / LOCK):
+                return lambda: os.close(descriptor)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise Timeout(str(directory / LOCK)) from error
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False

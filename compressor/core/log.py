@@ -3,7 +3,8 @@
     logging.basicConfig(level="INFO")  # each stage with its time and memory, long ones every 15 seconds
     compressor.compress("smollm2", "llm-2bit", output="small")
 
-To hear of this package alone: `logging.basicConfig()` and `logging.getLogger("compressor").setLevel("INFO")`.
+The libraries that a run uses tell much at that level. To hear of this package alone: `logging.basicConfig()`, and
+`logging.getLogger("compressor").setLevel("INFO")`.
 
 At the level WARNING only what a caller may have missed: that no quality was measured, for example. Without a handler of
 one's own nothing is printed, as of any library. The command logs nothing that it shows by itself: it hands a run its

@@ -33,6 +33,7 @@ class RunOptions:
     max_ram       bytes of memory; a plan that needs more is refused
     resume    go on with the blocks of an interrupted run
     force     replace an artifact that is already there
+    trust_recipe  let a recipe that is not shipped lead out of the process, as to a Ray cluster
     """
 
     model: str
@@ -52,6 +53,7 @@ class RunOptions:
     max_ram: int | None = None
     resume: bool = False
     force: bool = False
+    trust_recipe: bool = False
     progress: Progress | None = None
 
     def with_progress(self, progress: Progress) -> RunOptions:

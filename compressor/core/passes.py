@@ -1,22 +1,26 @@
-"""What every pass is: a frozen description. Its fields are its settings, checked when the recipe is read.
+"""What a recipe knows of a pass: a frozen description, whose fields are its settings, checked when the recipe is read.
 
-A pass has two layers, so that recipes are checked and planned without torch: its settings
-(`compressor.core.settings`, one class per pass) and, in `compressor/passes/<name>.py`, a subclass of them that does
-the work.
+A pass has two layers, so that recipes are checked and planned without torch: its settings, in
+`compressor/passes/settings/<name>.py`, and in `compressor/passes/<name>.py` a subclass of them that does the work, as
+`compressor.core.contract` says:
+
+    settings            work
+    WeightSettings      WeightPass      how the weights of a matrix are stored
+    PruningSettings     PruningPass     which weights of a matrix stay, before another pass stores them
+    StructureSettings   StructurePass   a smaller network
+
+What a pass can do besides is declared here, as a property with a default, and nothing else is asked of it.
 """
 
 from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from compressor.core.spec import Spec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Need = Literal["data", "labels", "gradients", "training"]
 Stage = Literal["structure", "rewrite", "weight"]
@@ -26,20 +30,33 @@ STAGES: tuple[Stage, ...] = ("structure", "rewrite", "weight")
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What a pass that drops weights may know of a matrix (out, in).
+class Rates:
+    """Adam's learning rates: of codewords in grid steps, of scales relative to their mean, of norms and biases."""
 
-    hessian       (in, in): mean over tokens of t·xxᵀ, t the importance of a token, or 1
-    gradient      (out, in): Σ|g| or √Σg² over sequences, by the pass's `gradient_norm`
-    n_sequences   that were seen, of `window` tokens (or positions) each
-    sparsity      the share to drop of this very matrix, where shares are allocated; None: the pass's own
+    codebook: float
+    scale: float
+    dense: float
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How gradient steps move codes to other codewords: the proximal search of JLCM, on the `neighbours` nearest.
+
+    A `rate` of 0 leaves codes where they are; φ(d) = 1 / (d + delta) is the pull of a codeword at distance d.
     """
 
-    hessian: Tensor | None = None
-    gradient: Tensor | None = None
-    n_sequences: int = 1
-    window: int = 1
-    sparsity: float | None = None
+    rate: float = 0.0
+    neighbours: int = 4
+    delta: float = 0.1
+
+
+@dataclass(frozen=True)
+class BlockLearning:
+    """Gradient steps on the output of each block of the network, after its layers are encoded."""
+
+    steps: int
+    rates: Rates
+    moves: Moves = Moves()
 
 
 class Pass(BaseModel, ABC):
@@ -48,44 +65,88 @@ class Pass(BaseModel, ABC):
     name    in recipes; the file name of the pass
     stage   structure: a smaller network · rewrite: the same function, other weights · weight: an encoding per tensor
     paper   authors, title, link
-    prunes  a weight pass that says which weights are kept, before another says how these are stored
+    reaches  settings that lead out of the process, as to a cluster: not for a recipe of somebody else to say
+    writes   settings that name files to be written: for the command line alone to say
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str]
     stage: ClassVar[Stage]
     paper: ClassVar[str]
-    prunes: ClassVar[bool] = False
+    reaches: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[dict[str, str]] = {}
+    """Setting -> the option of the command."""
 
     @property
     def needs(self) -> frozenset[Need]:
         """What the pass, as it is set, cannot do without."""
         return frozenset()
 
-    def spec_for(self, name: str, shape: tuple[int, int], role: Role) -> Spec | None:
-        """How the pass will store the matrix (rows, columns) of a tensor; None where it leaves it alone."""
-        return None
-
     def cost(self, tokens: int) -> float:
         """Forward passes over the calibration tokens that the pass takes, about; a backward pass counts as two."""
         return 0.0
 
-    def ladder(self) -> tuple[Pass, ...]:
+    @property
+    def trains(self) -> bool:
+        """Of a weight pass, whether the network is trained before it is encoded: then it is a `TrainedPass`."""
+        return False
+
+    @property
+    def signs_inputs(self) -> bool:
+        """Whether layers are given signs, so that no gradient of the result tells about their inputs."""
+        return False
+
+    @property
+    def refuses_decoders(self) -> str | None:
+        """Why the graph of decoders cannot hold its result, and what to write instead; None where it can."""
+        return None
+
+    @property
+    def refuses_others(self) -> str | None:
+        """Why a network that is no decoder cannot go through it, and what to write instead; None where it can."""
+        return None
+
+
+class WeightSettings(Pass):
+    """Settings of a pass that says how the weights of a matrix are stored."""
+
+    stage = "weight"
+
+    def spec_for(self, name: str, shape: tuple[int, int], role: Role) -> Spec | None:
+        """How the pass will store the matrix (rows, columns) of a tensor; None where it leaves it alone."""
+        return None
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether what a pass before has dropped is exactly zero in its encoding; without, it cannot follow one."""
+        return False
+
+    def ladder(self) -> tuple[WeightSettings, ...]:
         """The same pass at other widths, of which an allocation chooses one per tensor; itself among them."""
         return (self,)
 
-    def quick(self) -> Pass:
+    def quick(self) -> WeightSettings:
         """A faster pass whose errors rise and fall with the width as its own do."""
         return self
 
     @property
-    def trains(self) -> bool:
-        """Of a weight pass, whether the network is trained before it is encoded: its `fit` takes a
-        `core.structure.Subject`."""
-        return False
+    def block_learning(self) -> BlockLearning | None:
+        """The gradient steps on blocks that it asks for."""
+        return None
+
+    @property
+    def refuses_single_block(self) -> str | None:
+        """Why it cannot do with a network that has no repeated blocks, and what to write; None where it can."""
+        return None
+
+
+class PruningSettings(Pass):
+    """Settings of a pass that says which weights of a matrix stay."""
+
+    stage = "weight"
 
     def kept(self, rows: int, columns: int) -> int:
-        """How many weights of such a matrix stay; of a pass that prunes."""
+        """How many weights of such a matrix stay."""
         return rows * columns
 
     @property
@@ -98,24 +159,9 @@ class Pass(BaseModel, ABC):
         """Whether matrices lose different shares, as its `allocate` says once gradients are known."""
         return False
 
-    @property
-    def keeps_zeros(self) -> bool:
-        """Whether its encoding holds exact zeros, so that what a pass before has dropped stays dropped."""
-        return True
 
-    @property
-    def signs_inputs(self) -> bool:
-        """Whether layers are given signs, so that no gradient of the result tells about their inputs."""
-        return False
-
-    @property
-    def refuses_decoders(self) -> str | None:
-        """Why the graph of decoders cannot hold its result, and what to write instead; None where it can."""
-        return None
-
-
-class StructurePass(Pass):
-    """A pass that returns a smaller network; its `restructure` takes a `core.structure.Subject`."""
+class StructureSettings(Pass):
+    """Settings of a pass that makes the network smaller."""
 
     stage = "structure"
 
@@ -130,11 +176,21 @@ class StructurePass(Pass):
         return 0.0
 
     @property
+    def counts(self) -> Literal["parameters", "units", "flops"]:
+        """What `removes` is a share of."""
+        return "units"
+
+    @property
+    def removes_evenly(self) -> bool:
+        """Whether every kind of unit loses that share."""
+        return False
+
+    @property
     def removes_exactly(self) -> bool:
         """Whether that is a share of the parameters, so that sizes can be told before."""
         return False
 
     @property
-    def removes_evenly(self) -> bool:
-        """Whether every kind of unit loses that share."""
+    def measures_norms(self) -> bool:
+        """Whether batch norms of the smaller network take their statistics anew."""
         return False

@@ -42,9 +42,12 @@ def matrix_shape(name: str, shape: tuple[int, ...], config: dict[str, Any] | Non
     return (matrix[1], matrix[0]) if is_transposed(name, config) else matrix
 
 
-def block_of(name: str) -> str:
-    """The repeated block that a tensor belongs to: `model.layers.3`; empty outside of blocks."""
-    match = _BLOCK.match(name)
+def block_of(name: str, config: dict[str, Any] | None = None) -> str:
+    """The repeated block that a tensor belongs to: `model.layers.3`; empty outside of blocks.
+
+    An encoder and a decoder, where a config says that there are both, are one block: `graph.blocks.block_names`.
+    """
+    match = None if (config or {}).get("is_encoder_decoder") else _BLOCK.match(name)
     return match.group(1) if match else ""
 
 

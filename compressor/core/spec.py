@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -51,19 +51,31 @@ class Spec(BaseModel, ABC):
     def label(self) -> str:
         """A few words for tables."""
 
+    @property
+    @abstractmethod
+    def code_bits(self) -> float:
+        """Bits of a code, per weight: what widths are told apart by, scales and tables not counted."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether gradient steps can improve the encoding; what cannot is refused where a recipe asks for some."""
+        return False
+
     def nbytes(self, rows: int, columns: int) -> int:
         """The bytes of all parts."""
         return sum(ITEM_SIZE[dtype] * math.prod(shape) for dtype, shape in self.parts(rows, columns).values())
 
 
-def _codes(name: str, rows: int, n_codes: int, bits: int) -> Parts:
+def code_parts(name: str, rows: int, n_codes: int, bits: int) -> Parts:
+    """Codes of `bits` bits, packed row by row, in planes where the width is no power of two."""
     widths = plane_widths(bits)
     names = [name] if len(widths) == 1 else [f"{name}.{i}" for i in range(len(widths))]
     packed = [(rows, packed_columns(n_codes, width)) for width in widths]
     return {name: ("U8", shape) for name, shape in zip(names, packed, strict=True)}
 
 
-def _scales(rows: int, groups: int, bits: int) -> Parts:
+def scale_parts(rows: int, groups: int, bits: int) -> Parts:
+    """Of `core.encoding.Scales`: one of 16 bits a group, or a byte a group beside 16 bits a row."""
     if bits == 16:
         return {"scales": ("F16", (rows, groups))}
     return {"scales": ("U8", (rows, groups)), "row_scales": ("F16", (rows, 1))}
@@ -91,6 +103,10 @@ class DenseSpec(Spec):
     def label(self) -> str:
         return f"dense {self.dtype.lower()}"
 
+    @property
+    def code_bits(self) -> float:
+        return 8 * ITEM_SIZE[self.dtype]
+
 
 class AffineSpec(Spec):
     """A uniform grid per group.
@@ -100,7 +116,7 @@ class AffineSpec(Spec):
     """
 
     kind = "affine"
-    bits: int = Field(4, ge=1, le=8)
+    bits: Annotated[int, Field(ge=1, le=8)] = 4
     group: Group = 64
     zero: Literal["middle", "half", "learned", "fine"] = "middle"
     scale_bits: Literal[8, 16] = 16
@@ -109,8 +125,12 @@ class AffineSpec(Spec):
         group = group_columns(self.group, columns)
         groups = n_groups(columns, group)
         width = zero_bits(self.bits, zero_steps(self.zero, self.bits))
-        zeros = {} if self.zero in ZEROS else _codes("zeros", rows, groups, width)
-        return {**_codes("codes", rows, groups * group, self.bits), **_scales(rows, groups, self.scale_bits), **zeros}
+        zeros = {} if self.zero in ZEROS else code_parts("zeros", rows, groups, width)
+        return {
+            **code_parts("codes", rows, groups * group, self.bits),
+            **scale_parts(rows, groups, self.scale_bits),
+            **zeros,
+        }
 
     def describe(self, rows: int, columns: int) -> dict[str, Any]:
         zero = ZEROS[self.zero](self.bits) if self.zero in ZEROS else None
@@ -121,16 +141,24 @@ class AffineSpec(Spec):
 
     @property
     def label(self) -> str:
-        return f"affine {self.bits} bit, {_group_label(self.group)}"
+        return f"affine {self.bits} bit, {group_label(self.group)}"
+
+    @property
+    def code_bits(self) -> float:
+        return self.bits
+
+    @property
+    def learns(self) -> bool:
+        return True
 
 
 class CodebookSpec(Spec):
     """Learned codewords: a code of `width` bits for `dim` neighbouring weights; rows share `codebooks` tables."""
 
     kind = "codebook"
-    width: int = Field(8, ge=1, le=16)
+    width: Annotated[int, Field(ge=1, le=16)] = 8
     dim: Literal[1, 2, 4, 8] = 1
-    codebooks: int = Field(1, ge=1)
+    codebooks: Annotated[int, Field(ge=1)] = 1
     group: Group = 64
     scale_bits: Literal[8, 16] = 16
     grid: Literal["int4", "free"] = "int4"
@@ -145,8 +173,8 @@ class CodebookSpec(Spec):
         groups, width = n_groups(columns, group), self.width
         books = self.n_codebooks(rows)
         parts = {
-            **_codes("codes", rows, groups * group // self.dim, width),
-            **_scales(rows, groups, self.scale_bits),
+            **code_parts("codes", rows, groups * group // self.dim, width),
+            **scale_parts(rows, groups, self.scale_bits),
             "table": ("F16", (books, 2**width, self.dim)),
         }
         if self.grid == "int4":
@@ -167,7 +195,15 @@ class CodebookSpec(Spec):
     @property
     def label(self) -> str:
         books = "" if self.codebooks == 1 else f"{self.codebooks} × "
-        return f"codebook {self.width / self.dim:g} bit, {books}dim {self.dim}, {_group_label(self.group)}"
+        return f"codebook {self.width / self.dim:g} bit, {books}dim {self.dim}, {group_label(self.group)}"
+
+    @property
+    def code_bits(self) -> float:
+        return self.width / self.dim
+
+    @property
+    def learns(self) -> bool:
+        return True
 
 
 class BinarySpec(Spec):
@@ -187,6 +223,14 @@ class BinarySpec(Spec):
     def label(self) -> str:
         return "binary"
 
+    @property
+    def code_bits(self) -> float:
+        return 1
+
+    @property
+    def learns(self) -> bool:
+        return True
+
 
 class SparseSpec(Spec):
     """A bit per weight for what is not zero, and the inner encoding's codes of these `kept` weights only."""
@@ -202,7 +246,7 @@ class SparseSpec(Spec):
             return parts | {"weight": (inner.dtype, (1, self.kept))}
         others = {name: part for name, part in inner.parts(rows, columns).items() if not name.startswith("codes")}
         bits = inner.bits if isinstance(inner, AffineSpec) else inner.width
-        return parts | others | _codes("codes", 1, self.kept, bits)
+        return parts | others | code_parts("codes", 1, self.kept, bits)
 
     def describe(self, rows: int, columns: int) -> dict[str, Any]:
         return {"kind": self.kind, "shape": [rows, columns], "inner": self.inner.describe(rows, columns)}
@@ -210,6 +254,14 @@ class SparseSpec(Spec):
     @property
     def label(self) -> str:
         return f"mask, {self.inner.label}"
+
+    @property
+    def code_bits(self) -> float:
+        return self.inner.code_bits
+
+    @property
+    def learns(self) -> bool:
+        return self.inner.learns
 
 
 class RefinedSpec(Spec):
@@ -235,17 +287,25 @@ class RefinedSpec(Spec):
     def label(self) -> str:
         return f"{self.inner.label}; {self.n:,} rows + {self.extra.bits} bit"
 
+    @property
+    def code_bits(self) -> float:
+        return self.inner.code_bits
+
+    @property
+    def learns(self) -> bool:
+        return True
+
 
 def sparse_spec(spec: Spec, rows: int, columns: int, kept: int) -> Spec:
     """The smaller of `spec` and its sparse form, for a matrix of which `kept` weights are not zero."""
-    one_by_one = isinstance(spec, (DenseSpec, AffineSpec)) or (
-        isinstance(spec, CodebookSpec) and spec.dim == 1 and not spec.reorder
-    )
-    if not one_by_one:
+    if isinstance(spec, CodebookSpec) and (spec.dim > 1 or spec.reorder):
+        return spec
+    if not isinstance(spec, (DenseSpec, AffineSpec, CodebookSpec)):
         return spec
     sparse = SparseSpec(inner=spec, kept=kept)
     return sparse if sparse.nbytes(rows, columns) < spec.nbytes(rows, columns) else spec
 
 
-def _group_label(group: Group) -> str:
+def group_label(group: Group) -> str:
+    """For tables."""
     return "per row" if group == "row" else f"group {group}"

@@ -15,7 +15,7 @@ from compressor.core.groups import Branches, Group
 
 if TYPE_CHECKING:
     from compressor.core.follower import Trainer
-    from compressor.core.passes import StructurePass
+    from compressor.core.passes import StructureSettings
     from compressor.core.students import Students
     from compressor.core.training import Training
 
@@ -102,7 +102,7 @@ class Subject:
     advance: Callable[[float, str], None]
     trainer: MakesTrainer
     layers: Callable[[], list[Layer]] = list
-    students: Callable[[StructurePass], Students] | None = None
+    students: Callable[[StructureSettings], Students] | None = None
 
     def call(self, batch: Batch) -> Any:
         """The forward of a batch; {"": tensor} is one argument by position."""

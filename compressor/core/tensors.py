@@ -43,7 +43,8 @@ class EncodedTensor:
         """Stores `tensor` as it is, in `dtype`."""
         layout = Layout(tuple(tensor.shape))
         matrix = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1).to(dtype)
-        return cls(Dense(tuple(matrix.shape), matrix), layout)
+        rows, columns = matrix.shape
+        return cls(Dense((rows, columns), matrix), layout)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ def make_console(stderr: bool = False, width: int | None = None) -> Console:
 
     class PlainConsole(Console):
         def render_str(self, text: str, **settings: Any) -> Text:  # every text in a table comes by here
-            return super().render_str(printable(text), **(settings | {"markup": False, "emoji": False}))
+            settings |= {"markup": False, "emoji": False}
+            return super().render_str(printable(text), **settings)
 
         def on_broken_pipe(self) -> None:
             """Nobody reads on: that ends nothing."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from compressor.core.passes import Need, Pass, StructurePass
+from compressor.core.passes import Need, Pass, StructureSettings
 from compressor.ops.schedules import Schedule
 
 Positive = Annotated[int, Field(ge=1)]
@@ -44,10 +44,16 @@ class Training(Pass):
     @property
     def needs(self) -> frozenset[Need]:
         labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
-        return frozenset({"data", "gradients", "training"}) | labels if self.epochs else frozenset()
+        always: frozenset[Need] = frozenset({"data", "gradients", "training"})
+        return always | labels if self.epochs else frozenset()
 
 
-class FittedPass(Training, StructurePass):
-    """Structure passes that train the network, on the way or at the end; 0 epochs are none."""
+def unlabelled(settings: Training, loss: str) -> str:
+    """What is wrong where labels are learned, and the data has none."""
+    return f"{settings.name}: loss {loss} needs labels, and the data has none; write loss: teacher"
+
+
+class FittedSettings(Training, StructureSettings):
+    """Of structure passes that train the network, on the way or at the end; 0 epochs are none."""
 
     epochs: Count = 10

@@ -22,7 +22,7 @@ def kind_of(source: str | Path | None) -> str:
     if source is None:
         return "text"
     path = Path(source)
-    if path.suffix.lower() in ARRAY_SUFFIXES or _is_reference(source):
+    if path.suffix.lower() in ARRAY_SUFFIXES or is_reference(source):
         return "arrays"
     return "images" if path.is_dir() and is_image_folder(path) else "text"
 
@@ -51,7 +51,8 @@ def load(source: str | Path | None, part: str = "calibration") -> Text | Arrays:
     return load_text(source, part)
 
 
-def _is_reference(source: str | Path) -> bool:
+def is_reference(source: str | Path) -> bool:
+    """Whether a source is `module:callable`, which is code."""
     module, colon, attribute = str(source).partition(":")
     names = (*module.split("."), *attribute.split("."))
     return bool(colon) and all(name.isidentifier() for name in names) and not Path(source).exists()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from compressor.core.errors import DataError, suggestion
+from compressor.checkpoints.archive import BROKEN
+from compressor.core.errors import DataError
+from compressor.core.references import call, refusing
 
 LABELS = ("labels", "label", "y")
 MAX_BATCHES = 1024
@@ -85,10 +84,7 @@ def named_arrays(source: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
     return Arrays(source, inputs, None if label is None else np.asarray(arrays[label]))
 
 
-_UNREADABLE = (
-    OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError,
-    zlib.error, OverflowError, MemoryError,
-)  # fmt: skip
+_UNREADABLE = (*BROKEN, TypeError, KeyError, MemoryError)
 _MOST_INFLATED = 200
 """Times its size that compressed numbers may come to; ones that were measured seldom exceed ten."""
 
@@ -121,13 +117,17 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _from_callable(reference: str) -> Arrays:
-    batches = _resolve(reference)()
+    module, colon, attribute = reference.partition(":")
+    if not (module and colon and attribute):
+        raise DataError(f"--data {reference}: is neither a file nor module:callable; write e.g. --data mydata:batches")
+    batches = call(reference, "--data", DataError, lambda _: None)
     if isinstance(batches, Mapping) or _is_array(batches):
         batches = [batches]
     collected: dict[str, list[np.ndarray]] = {}
-    for number, batch in enumerate(islice(batches, MAX_BATCHES)):
-        for name, array in _named(batch, f"--data {reference}, batch {number}").items():
-            collected.setdefault(name, []).append(array)
+    with refusing(f"--data {reference}: could not be gone through", DataError):
+        for number, batch in enumerate(islice(batches, MAX_BATCHES)):
+            for name, array in _named(batch, f"--data {reference}, batch {number}").items():
+                collected.setdefault(name, []).append(array)
     if not collected:
         raise DataError(f"--data {reference}: yielded no batches; expected arrays, pairs or mappings")
     try:
@@ -135,24 +135,6 @@ def _from_callable(reference: str) -> Arrays:
     except ValueError as error:
         raise DataError(f"--data {reference}: batches do not fit together; {error}; pad to one shape") from error
     return named_arrays(reference, joined)
-
-
-def _resolve(reference: str) -> Any:
-    module_name, colon, attribute = reference.partition(":")
-    if not (module_name and colon and attribute):
-        raise DataError(f"--data {reference}: is neither a file nor module:callable; write e.g. --data mydata:batches")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"--data {reference}: no module named '{error.name}'; looked in {Path.cwd()} and PYTHONPATH"
-        ) from error
-    if not callable(getattr(found, attribute, None)):
-        public = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
-        raise DataError(f"--data {reference}: '{attribute}' is not a function. {suggestion(attribute, public)}")
-    return getattr(found, attribute)
 
 
 def _is_array(value: Any) -> bool:

@@ -1,33 +1,27 @@
-"""What a run learns from and is judged by: batches and windows of the kind that the network takes."""
+"""What a run learns from and is judged by: two sources that share nothing. `data.batches` has batches of them.
+
+Without torch where they are texts; arrays are tried on the network.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from compressor import data
-from compressor.core.batch import Batch, Examples, as_batch
 from compressor.core.errors import DataError
 from compressor.core.options import RunOptions
 from compressor.data.arrays import Arrays
 from compressor.data.disjoint import check_disjoint
-from compressor.data.fit import fitted, refuse_foreign_tokens
 from compressor.data.text import Text
-from compressor.data.tokens import encode_sentences, tokenize, windows
-from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, learning_window
+from compressor.plan.recipe import Recipe
 
-EXAMPLES_PER_BATCH = 32
-VALUES_PER_BATCH = 2**20
-"""Of one input: a few images at a time are several times faster than many, since memory is used again."""
-_SENTENCES = 256
+if TYPE_CHECKING:
+    from compressor.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,162 +41,45 @@ def _digest(source: Text | Arrays | None) -> str | None:
     if source is None or isinstance(source, Text):
         return source.digest if source is not None else None
     found = hashlib.sha256()
-    for name in sorted(source.inputs):
-        found.update(name.encode() + np.ascontiguousarray(source.inputs[name]).tobytes())
+    labels = {} if source.labels is None else {"labels of": source.labels}
+    for name, array in (*sorted(source.inputs.items()), *labels.items()):
+        found.update(name.encode() + np.ascontiguousarray(array).tobytes())
     return found.hexdigest()
 
 
-def load_samples(checkpoint: Any, recipe: Recipe, options: RunOptions) -> Samples:
+def load_samples(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Samples:
     """The data of a run, checked to be disjoint and, where they are arrays, to fit the network.
 
     Raises:
-        DataError: A network that is no language model has no built-in data; or the two overlap; or do not fit.
+        DataError: A network that is no language model has no built-in data; or the two overlap, or do not fit.
     """
     reads_text = checkpoint.family in ("decoder", "encoder")
     if options.data is None and not reads_text:
-        if "data" in recipe.required or _is_traced(checkpoint, options):
-            why = (
-                f"recipe '{recipe.name}' calibrates" if "data" in recipe.required else "an ONNX graph is traced on some"
-            )
+        if "data" in recipe.required:
             raise DataError(
-                f"{checkpoint.path}: {why}, and only language models have built-in data; "
+                f"{checkpoint.path}: recipe '{recipe.name}' calibrates, and only language models have built-in data; "
                 "give --data with a few hundred inputs (.npz, .safetensors or module:callable)"
             )
-        return Samples(None, *_fitting(checkpoint, [None if options.eval is None else data.load(options.eval)]))
-    split = options.eval is None and not (options.data is None and reads_text)
-    loaded = [data.load(options.data, "calibration"), None if split else data.load(options.eval, "evaluation")]
-    text = next((each for each in loaded if isinstance(each, Text)), None)
-    if text is not None and not reads_text:
-        raise DataError(f"{text.source}: is text, but {checkpoint.architecture} reads arrays; give .npz or such")
+        (evaluation,) = _fitting(checkpoint, [None if options.eval is None else data.load(options.eval)])
+        return Samples(None, evaluation)
+    splits = options.eval is None and options.data is not None
+    loaded = [data.load(options.data, "calibration"), None if splits else data.load(options.eval, "evaluation")]
     calibration, evaluation = _fitting(checkpoint, loaded)
-    if split and calibration is not None:
+    assert calibration is not None
+    if evaluation is None:
         calibration, evaluation = calibration.split()
-    assert calibration is not None and evaluation is not None
     return Samples(calibration, evaluation, check_disjoint(calibration, evaluation))
 
 
-def _is_traced(checkpoint: Any, options: RunOptions) -> bool:
-    """Whether the artifact's graph comes from running the network on examples."""
-    return options.format == "onnx" and checkpoint.kind != "onnx"
-
-
-def _fitting(checkpoint: Any, sources: Sequence[Text | Arrays | None]) -> list[Text | Arrays | None]:
+def _fitting(checkpoint: Checkpoint, sources: Sequence[Text | Arrays | None]) -> list[Text | Arrays | None]:
     """The sources, arrays among them as the network takes them."""
-    arrays = fitted(checkpoint, [each if isinstance(each, Arrays) else None for each in sources])
-    return [each if isinstance(each, Text) else found for each, found in zip(sources, arrays, strict=True)]
+    for source in sources:
+        if isinstance(source, Text) and checkpoint.family not in ("decoder", "encoder"):
+            raise DataError(f"{source.source}: is text, but {checkpoint.architecture} reads arrays; give .npz or such")
+    arrays = [each if isinstance(each, Arrays) else None for each in sources]
+    if all(each is None for each in arrays):
+        return list(sources)
+    from compressor.data.fit import fitted
 
-
-def refuse_foreign_text(checkpoint: Any, samples: Samples, tokenizer: Path) -> None:
-    """Refuses texts whose tokens the network has no rows for, before any work.
-
-    Raises:
-        CheckpointError: The tokenizer is another network's.
-    """
-    for source in (samples.calibration, samples.evaluation):
-        if isinstance(source, Text):
-            refuse_foreign_tokens(checkpoint, tokenize(source, tokenizer), source.source)
-
-
-def n_generated(recipe: Recipe) -> int:
-    """How many documents of a learning window's length the original has to write, for calibration and distillation."""
-    calibration, learning = recipe.calibration, recipe.distill
-    tokens = [calibration.tokens * calibration.generated]
-    if learning.steps:
-        tokens.append(min(learning.tokens, learning.steps * TOKENS_PER_BATCH) * learning.generated)
-    return math.ceil(max(tokens) / learning_window(recipe))
-
-
-def learning_batches(
-    source: Text | Arrays | None, recipe: Recipe, tokenizer: Path, seed: int, generated: Tensor | None = None
-) -> list[Batch]:
-    """Windows for gradient steps; `generated` (documents, window) is what the original wrote."""
-    if not isinstance(source, Text):
-        return []
-    settings = recipe.distill
-    share = 0.0 if generated is None else settings.generated
-    return _text_batches(source, tokenizer, settings.tokens, learning_window(recipe), share, generated, seed + 1)
-
-
-def calibration_batches(
-    source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int, generated: Tensor | None = None
-) -> list[Batch]:
-    """The forward's arguments, batch by batch; `generated` (documents, tokens) is what the original wrote."""
-    settings = recipe.calibration
-    if isinstance(source, Text):
-        share = 0.0 if generated is None else settings.generated
-        return _text_batches(source, tokenizer, settings.tokens, settings.window, share, generated, seed)
-    chosen, size = _chosen(source, recipe, seed)
-    return [as_batch(part) for part in chosen.batches(size)]
-
-
-def calibration_labels(source: Text | Arrays | None, recipe: Recipe, seed: int) -> list[Tensor] | None:
-    """The labels of `calibration_batches`, (n,) per batch; None where there are none."""
-    if not isinstance(source, Arrays) or source.labels is None:
-        return None
-    chosen, size = _chosen(source, recipe, seed)
-    assert chosen.labels is not None
-    return list(torch.from_numpy(chosen.labels.astype(np.int64)).split(size))
-
-
-def training_examples(source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int) -> Examples:
-    """All of the calibration data, for passes that train; of a text the windows that it is calibrated on.
-
-    Raises:
-        DataError: Labels are no classes.
-    """
-    if isinstance(source, Text):
-        batches = calibration_batches(source, recipe, tokenizer, seed)
-        return Examples({"input_ids": torch.cat([batch["input_ids"] for batch in batches])})
-    labels = source.labels
-    if labels is None:
-        return Examples(as_batch(source.inputs))
-    if labels.dtype.kind not in "iub":
-        raise DataError(
-            f"{source.source}: labels are {labels.dtype}, and only classes are learned; give integers, or no labels: "
-            "the original's outputs are learned then"
-        )
-    return Examples(as_batch(source.inputs), torch.from_numpy(labels.astype(np.int64)))
-
-
-def _chosen(source: Arrays, recipe: Recipe, seed: int) -> tuple[Arrays, int]:
-    """The examples to calibrate on, and how many make a batch."""
-    order = np.random.default_rng(seed).permutation(len(source))[: recipe.calibration.samples]
-    chosen = source.take(np.sort(order))
-    largest = max(array[0].size for array in chosen.inputs.values())
-    return chosen, max(1, min(EXAMPLES_PER_BATCH, VALUES_PER_BATCH // largest))
-
-
-def _text_batches(
-    source: Text, tokenizer: Path, tokens: int, window: int, share: float, generated: Tensor | None, seed: int
-) -> list[Batch]:
-    """`tokens` in windows, `share` of them generated and spread evenly among those of the text."""
-    n = max(1, tokens // window)
-    written = torch.empty(0, window, dtype=torch.long)
-    if generated is not None and share:
-        ids = generated.flatten()
-        written = ids[: len(ids) // window * window].view(-1, window)[: round(n * share)]
-    parts = [written]
-    if len(written) < n:
-        ids = tokenize(source, tokenizer)
-        n_real = max(1, min(n - len(written), len(ids) // window))
-        parts = [torch.from_numpy(windows(ids, window, n_real, seed)), written]
-    places = torch.cat([(torch.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
-    chosen = torch.cat(parts)[places.argsort(stable=True)]
-    return [{"input_ids": part} for part in chosen.split(max(1, TOKENS_PER_BATCH // window)) if len(part)]
-
-
-def evaluation_windows(source: Text, recipe: Recipe, tokenizer: Path) -> np.ndarray:
-    """The first windows of the evaluation text, as many as the recipe measures."""
-    settings = recipe.evaluation
-    ids = tokenize(source, tokenizer)
-    n = max(1, min(settings.tokens // settings.window, len(ids) // settings.window))
-    return windows(ids, settings.window, n)
-
-
-def sentence_batches(source: Text, tokenizer: Path) -> list[dict[str, np.ndarray]]:
-    """The evaluation text's sentences as an encoder takes them."""
-    parts = [part.strip() for part in source.content.replace("\n", " ").split(". ")]
-    sentences = [part + "." for part in parts if len(part) > 20][:_SENTENCES]
-    if not sentences:
-        raise DataError(f"{source.source}: has no sentences; give running text")
-    return [encode_sentences(sentences[i : i + 16], tokenizer) for i in range(0, len(sentences), 16)]
+    fitting = fitted(checkpoint, arrays)
+    return [each if isinstance(each, Text) else found for each, found in zip(sources, fitting, strict=True)]

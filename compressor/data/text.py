@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import lzma
@@ -42,6 +43,18 @@ class Text:
 
     def __len__(self) -> int:
         return len(self.content)
+
+    def sentences(self) -> list[str]:
+        """The sentences, those of a few words left out.
+
+        Raises:
+            DataError: There is none.
+        """
+        parts = [part.strip() for part in self.content.replace("\n", " ").split(". ")]
+        found = [part + "." for part in parts if len(part) > 20]
+        if not found:
+            raise DataError(f"{self.source}: has no sentences; give running text")
+        return found
 
     def split(self, evaluation_fraction: float = 0.15) -> tuple[Text, Text]:
         """The first part to calibrate on and the last to evaluate on, parted where a document or sentence ends."""
@@ -104,14 +117,18 @@ def _size(path: Path) -> int:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: is not UTF-8; found byte 0x{error.object[error.start]:02x} at offset {error.start}; "
-            f"convert it, for example with `iconv -f latin1 -t utf-8`"
-        ) from error
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read; {error.strerror}") from error
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    name, encoding = ("UTF-16", "utf-16") if utf16 else ("UTF-8", "utf-8-sig")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: is not {name}; found byte 0x{error.object[error.start]:02x} at offset {error.start}; "
+            f"convert it, for example with `iconv -f latin1 -t utf-8`"
+        ) from error
 
 
 def _plain(path: Path) -> Iterable[str]:
@@ -139,9 +156,22 @@ def _document(row: Any, where: str) -> str:
                 return row[field]
         turns = row.get("messages") or row.get("conversations")
         if isinstance(turns, list):
-            return "\n".join(str(turn.get("content", turn.get("value", ""))) for turn in turns)
+            return "\n".join(_said(turn, where) for turn in turns)
     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
     raise DataError(f"{where}: has no text; found {found}; expected a field 'text', or 'messages' with 'content'")
+
+
+def _said(turn: Any, where: str) -> str:
+    """What one turn of a chat says: a string, or a list of parts of which some are text."""
+    content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
+    if content is None:  # a call of a tool
+        return ""
+    if isinstance(content, list):
+        parts = [part.get("text", "") if isinstance(part, dict) else part for part in content]
+        content = "\n".join(part for part in parts if part) if all(isinstance(part, str) for part in parts) else None
+    if not isinstance(content, str):
+        raise DataError(f"{where}: a turn has no text; expected 'content' of a string, or of parts with 'text'")
+    return content
 
 
 def _table(path: Path) -> Iterator[str]:

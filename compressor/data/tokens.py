@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.checkpoints.reach import offline
 from compressor.core.errors import DataError
 from compressor.core.files import whole
 
 if TYPE_CHECKING:
+    from compressor.checkpoints import Checkpoint
     from compressor.data.text import Text
 
+BETWEEN_DOCUMENTS = "<|endoftext|>"
 PIECE = 1 << 24
 """Characters that are tokenised at a time: texts beyond it are cut at line ends or spaces."""
 
@@ -52,7 +56,7 @@ def tokenize(text: Text | str, tokenizer: str | Path, cache_dir: str | Path | No
     return tokens
 
 
-def encode_sentences(sentences: Sequence[str], tokenizer: str | Path, length: int = 128) -> dict[str, np.ndarray]:
+def encode_sentences(sentences: Sequence[str], tokenizer: str | Path, length: int) -> dict[str, np.ndarray]:
     """Sentences as an encoder takes them: special tokens, padded to the longest, at most `length` tokens.
 
     Returns:
@@ -107,6 +111,46 @@ def windows(tokens: np.ndarray, length: int, n: int | None = None, seed: int | N
     return np.stack([np.asarray(tokens[start : start + length], dtype=np.int64) for start in starts])
 
 
+def refuse_tokens(text: Text, tokenizer: str | Path, window: int, vocabulary: int | None) -> None:
+    """Refuses a text of fewer tokens than a window, and one with tokens that the network has no entry for.
+
+    Raises:
+        DataError: It is such a text.
+    """
+    ids = tokenize(text, tokenizer)
+    windows(ids, window, 1)
+    if vocabulary is not None and ids.max() >= vocabulary:
+        raise DataError(
+            f"{text.source}: the tokenizer makes token {ids.max()} of it, and the network's table has {vocabulary} "
+            "entries; put the tokenizer beside the model that belongs to it"
+        )
+
+
+def start_token(checkpoint: Checkpoint, tokenizer: Path) -> int:
+    """What a document begins after: the separator of the pre-training if the tokenizer has it, else the config's bos.
+
+    A chat model's bos opens a turn; after the separator it writes as it was pre-trained.
+
+    Raises:
+        DataError: There is neither, or the network is no decoder.
+    """
+    if checkpoint.family != "decoder":
+        raise DataError(f"{checkpoint.path}: {checkpoint.architecture} writes no text; set generated to 0")
+    file = tokenizer / "tokenizer.json"
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", []) if file.is_file() else []
+    config = checkpoint.config or {}
+    named = [token["id"] for token in added if token["content"] == BETWEEN_DOCUMENTS]
+    ids = [*named, config.get("bos_token_id"), config.get("eos_token_id")]
+    for found in ids:
+        found = found[0] if isinstance(found, list) and found else found
+        if isinstance(found, int) and not isinstance(found, bool) and found < config.get("vocab_size", found + 1):
+            return found
+    raise DataError(
+        f"{checkpoint.path}: names no token that text begins with; write bos_token_id in config.json, or set generated "
+        "to 0"
+    )
+
+
 def _tokenizer_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -157,7 +201,8 @@ def _auto_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with offline():
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"{directory}: its tokenizer cannot be read; {first}; add the tokenizer.json") from error

@@ -18,7 +18,7 @@ from compressor.core.artifact import NOT_NEEDED, Artifact, is_artifact
 from compressor.core.errors import CheckpointError
 from compressor.core.machine import private_memory
 from compressor.evaluate.session import graph_path
-from compressor.runtime.sessions import process_of
+from compressor.runtime.processes import clean_environment, python
 
 POLL_SECONDS = 0.01
 
@@ -54,9 +54,11 @@ def bench(
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "path": str(graph), "threads": threads, "prompt": prompt, "new": new, "prefill": prefill, "repeats": repeats,
     }  # fmt: skip
-    command, environment = process_of("compressor.evaluate.bench_process")
-    command.append(json.dumps(settings))
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = python("-m", "compressor.evaluate.bench_process", json.dumps(settings))
+    process = subprocess.Popen(
+        command, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
     peak = 0
     try:
         while process.poll() is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.checkpoints.positions import positions_of
 from compressor.core.machine import memory_of
 from compressor.evaluate.session import DTYPES, DecoderSession, ModuleSession, open_session
 
@@ -63,8 +64,7 @@ def decoder_speed(session: DecoderSession, settings: dict[str, Any]) -> dict[str
 
 def positions(session: ModuleSession, wanted: int) -> int:
     """`wanted` tokens, or as many as the network has positions for."""
-    known = (session.config.get(key) for key in ("max_position_embeddings", "n_positions"))
-    return min(wanted, *(limit for limit in known if limit), wanted)
+    return min(wanted, positions_of(session.config) or wanted)
 
 
 def decode_seconds(session: DecoderSession, prompt: np.ndarray, n: int) -> float:

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from compressor.checkpoints import Checkpoint, open_checkpoint
-from compressor.core.artifact import REPORT, Artifact
+from compressor.checkpoints import Checkpoint
+from compressor.core.artifact import Artifact
 from compressor.core.batch import Batch
-from compressor.core.errors import CheckpointError, VerificationError
+from compressor.core.errors import VerificationError
 from compressor.core.log import LoggedProgress
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
 from compressor.core.tensors import EncodedTensors
-from compressor.data import load as load_data
 from compressor.data.arrays import Arrays
-from compressor.data.samples import Samples, evaluation_windows, load_samples, sentence_batches
+from compressor.data.batches import evaluation_windows, sentence_batches
+from compressor.data.samples import Samples
 from compressor.data.text import Text
+from compressor.evaluate.again import Given, open_original, recipe_of, samples_again
 from compressor.evaluate.embedding import evaluate_embedding
 from compressor.evaluate.language import evaluate_language
 from compressor.evaluate.modules import evaluate_module
@@ -28,7 +29,6 @@ from compressor.evaluate.proof import compare_logits
 from compressor.evaluate.reference import original_logits, original_outputs
 from compressor.evaluate.session import DecoderSession, ModuleSession, first_output, open_session
 from compressor.plan.recipe import Recipe
-from compressor.plan.recipe_file import restore_recipe
 
 LARGEST_ERROR = 1e-3
 _PROOF_TOKENS = 96
@@ -109,7 +109,7 @@ def judge(
             original = _counted(original_logits(checkpoint, windows), task)
             return evaluate_language(session, original, windows).as_dict()
     if isinstance(source, Text):
-        sentences = sentence_batches(source, directory)
+        sentences = sentence_batches(source, directory, checkpoint.positions)
         wanted = [_accepted(session, batch) for batch in sentences]
         return evaluate_embedding(session, original_outputs(checkpoint, wanted), wanted).as_dict()  # type: ignore[arg-type]
     assert isinstance(source, Arrays)
@@ -117,34 +117,24 @@ def judge(
     return evaluate_module(session, original_outputs(checkpoint, chosen.batches(32)), chosen).as_dict()
 
 
-def evaluate(directory: Path | str, data: str | None = None) -> dict[str, Any]:
+def evaluate(directory: Path | str, given: Given | None = None) -> dict[str, Any]:
     """Measures an artifact's quality again, beside the original's where that is still where it was.
 
+    Nothing is run that only the artifact names; which files were read for it is logged.
+
     Raises:
-        CheckpointError: It is no artifact, or its original is gone.
-        DataError: The data of the run are gone; give others.
+        CheckpointError: It is no artifact, its original is gone, or is built by code that is not `given`.
+        DataError: The data of the run are gone or are code; give others.
     """
-    artifact = Artifact.open(directory)
-    report = artifact.report
-    source = Path(report["source"]["path"])
-    if not source.exists():
-        raise CheckpointError(f"{source}: the original is gone; it is needed to compare with")
-    checkpoint = open_checkpoint(source, arch=report["source"]["arch"])
-    recipe = restore_recipe(report["recipe"], str(artifact.directory / REPORT))
-    samples = _samples_again(checkpoint, recipe, (report.get("data") or {}).get("arguments") or {}, data)
+    artifact, given = Artifact.open(directory), given or Given()
+    checkpoint, recipe = open_original(artifact, given), recipe_of(artifact)
+    return evaluate_on(artifact, checkpoint, samples_again(artifact, checkpoint, recipe, given), recipe)
+
+
+def evaluate_on(artifact: Artifact, checkpoint: Checkpoint, samples: Samples, recipe: Recipe) -> dict[str, Any]:
+    """The quality of an artifact on the evaluation data of samples."""
     format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"
     return judge(checkpoint, samples, recipe, artifact.directory, format, LoggedProgress()) or {}
-
-
-def _samples_again(checkpoint: Checkpoint, recipe: Recipe, arguments: dict[str, Any], data: str | None) -> Samples:
-    """The data of the run, evaluated on `data` if that is given; held against its calibration data if it is there."""
-    calibration = arguments.get("data")
-    if data is not None and calibration is not None and ":" not in calibration and not Path(calibration).exists():
-        return Samples(None, load_data(data, "evaluation"))
-    options = RunOptions(
-        model=str(checkpoint.path), format="safetensors", data=calibration, eval=data or arguments.get("eval")
-    )
-    return load_samples(checkpoint, recipe, options)
 
 
 def _accepted(session: ModuleSession, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+from compressor.checkpoints import Checkpoint
 from compressor.core.batch import Batch
+from compressor.core.report import Speed
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.evaluate.bench import bench
+from compressor.plan.recipe import Evaluation
 
 LARGEST = 4_000_000_000
 """Bytes in float32 up to which the original is run whole: beyond, that would cost more memory than compressing it."""
@@ -22,7 +25,7 @@ LARGEST = 4_000_000_000
 class OriginalTensors(Mapping[str, EncodedTensor]):
     """A checkpoint's tensors as they are, float32, read one at a time."""
 
-    def __init__(self, checkpoint: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
 
     def __getitem__(self, name: str) -> EncodedTensor:
@@ -36,7 +39,7 @@ class OriginalTensors(Mapping[str, EncodedTensor]):
         return len(self.checkpoint.tensors)
 
 
-def export_original(checkpoint: Any, directory: Path, batches: list[Batch]) -> Path:
+def export_original(checkpoint: Checkpoint, directory: Path, batches: list[Batch]) -> Path:
     """Writes the uncompressed artifact into a directory, by the same exporter; returns the graph's path."""
     from compressor.export.writing import export_graph
 
@@ -47,8 +50,23 @@ def export_original(checkpoint: Any, directory: Path, batches: list[Batch]) -> P
     return export_graph(checkpoint, tensors, directory, "default", False, batches)
 
 
+def speeds(
+    directory: Path, checkpoint: Checkpoint, evaluation: Evaluation, batches: list[Batch]
+) -> tuple[Speed, Speed | None]:
+    """Of the artifact and of its original, each in a process of its own, or that they were not measured."""
+    shapes: dict[str, list[int]] = {}
+    if checkpoint.family == "module" and batches:  # axes may be open that are not free
+        shapes = {name: [1, *tensor.shape[1:]] for name, tensor in batches[0].items() if tensor.dim()}
+    if not evaluation.speed:  # `compress bench` can still measure it, with inputs of these shapes
+        return Speed.model_validate({"measured": False} | ({"input_shapes": shapes} if shapes else {})), None
+    batches = [] if evaluation.skipped else batches
+    original = bench_original(checkpoint, directory, batches, shapes) if batches else None
+    found = Speed.model_validate(bench(directory, shapes=shapes))
+    return found, None if original is None else Speed.model_validate(original)
+
+
 def bench_original(
-    checkpoint: Any, beside: Path, batches: list[Batch], shapes: Mapping[str, Sequence[int]] | None = None
+    checkpoint: Checkpoint, beside: Path, batches: list[Batch], shapes: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, Any] | None:
     """What `bench` says of the uncompressed artifact, None where it is too large; `beside` names the disk for it.
 
@@ -57,7 +75,7 @@ def bench_original(
     if 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST:
         return None
     if checkpoint.kind == "onnx":
-        return bench(checkpoint.path, shapes=shapes)
+        return bench(checkpoint.source.files[0], shapes=shapes)
     scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=beside))
     try:
         export_original(checkpoint, scratch, batches)

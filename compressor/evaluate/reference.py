@@ -33,7 +33,7 @@ def original_outputs(checkpoint: Checkpoint, batches: Iterable[dict[str, np.ndar
         batches: Arguments of its forward by name. A single one, unless it is input_ids, is given by position.
     """
     if checkpoint.kind == "onnx":
-        session = open_session(checkpoint.path, apart=True)
+        session = open_session(checkpoint.source.files[0], apart=True)
         yield from (first_output(session, batch) for batch in batches)
         return
     calls = [as_batch(batch) for batch in batches]

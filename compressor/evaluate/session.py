@@ -126,7 +126,7 @@ class DecoderSession(ModuleSession):
     def stop_tokens(self) -> set[int]:
         """The end-of-text tokens of the config."""
         found = self.config.get("eos_token_id")
-        return set(found) if isinstance(found, list) else {found} - {None}
+        return set() if found is None else set(found) if isinstance(found, list) else {found}
 
     def _feed(self, ids: np.ndarray, seen: int) -> dict[str, np.ndarray]:
         batch, n = ids.shape

@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from compressor.export.forms import stored_codes
-from compressor.export.parts import Parts, digits
-from compressor.ops.widths import packed_columns
+from compressor.export.forms import Plane, coded
+from compressor.export.parts import Parts, byte_digits, digits
 
 INT32, FLOAT = ir.DataType.INT32, ir.DataType.FLOAT
 
@@ -68,57 +67,53 @@ def _gathered_scales(parts: Parts, rows: ir.Value) -> ir.Value:
 
 def _values(parts: Parts, rows: ir.Value | None) -> ir.Value:
     """What the scales multiply, float32 (rows, padded columns), before a zero tensor is taken off."""
-    b, description = parts.builder, parts.description
-    n_codes, _ = stored_codes(description)
-    if description["kind"] == "codebook":
+    b, codes = parts.builder, parts.codes
+    levels = coded(parts.description).levels(parts.description)
+    if levels is None:
         return _codewords(parts, rows)
-    if description["kind"] == "binary":
-        return _by_table(parts, 2.0 * digits(1).astype(np.float32) - 1.0, n_codes, rows)
-    zero = description["zero"] or 0.0
-    if description["bits"] in (2, 4):
-        table = digits(description["bits"]).astype(np.float32) - np.float32(zero)
-        return _by_table(parts, table, n_codes, rows)
-    codes = b.cast(unpacked(parts, "codes", n_codes, rows), FLOAT)
-    return b.op("Sub", codes, b.constant(float(zero))) if zero else codes
+    if len(codes.planes) == 1 and codes.planes[0].per > 1:
+        return _by_table(parts, np.array(levels, np.float32), rows)
+    found = b.cast(unpacked(parts, "codes", codes.n, rows), FLOAT)  # such levels are a step apart
+    return b.op("Sub", found, b.constant(-levels[0])) if levels[0] else found
 
 
-def _by_table(parts: Parts, table: np.ndarray, n_codes: int, rows: ir.Value | None) -> ir.Value:
+def _by_table(parts: Parts, levels: np.ndarray, rows: ir.Value | None) -> ir.Value:
     """A single plane's bytes looked up: float32 (rows, n_codes)."""
-    b = parts.builder
-    part, width = parts.planes()[0]
-    index = _index(parts, part, width, n_codes, rows)
-    have = packed_columns(n_codes, width) * 8 // width
-    values = b.reshape(b.op("Gather", b.constant(table), index), -1, have)
+    b, n_codes = parts.builder, parts.codes.n
+    part, plane = parts.planes()[0]
+    index = _index(parts, part, plane, n_codes, rows)
+    have = plane.stored(n_codes) * plane.per
+    values = b.reshape(b.op("Gather", b.constant(levels[byte_digits(plane)]), index), -1, have)
     return b.slice(values, n_codes, 1) if have != n_codes else values
 
 
 def unpacked(parts: Parts, stem: str, n_codes: int, rows: ir.Value | None = None) -> ir.Value:
     """Codes or zeros one by one, int32 (rows, n_codes)."""
-    b, total, shift = parts.builder, None, 0
-    for part, width in parts.planes(stem):
-        index = _index(parts, part, width, n_codes, rows)
-        if width < 8:
-            have = packed_columns(n_codes, width) * 8 // width
-            index = b.reshape(b.op("Gather", b.constant(digits(width) << shift), index), -1, have)
+    b, total, step = parts.builder, None, 1
+    for part, plane in parts.planes(stem):
+        index = _index(parts, part, plane, n_codes, rows)
+        if plane.per > 1:
+            have = plane.stored(n_codes) * plane.per
+            index = b.reshape(b.op("Gather", b.constant(byte_digits(plane) * np.int32(step)), index), -1, have)
             index = b.slice(index, n_codes, 1) if have != n_codes else index
-        elif shift:
-            index = b.op("Mul", index, b.constant(np.array(2**shift, np.int32)))
-        total, shift = index if total is None else b.op("Add", total, index), shift + width
+        elif step > 1:
+            index = b.op("Mul", index, b.constant(np.array(step, np.int32)))
+        total, step = index if total is None else b.op("Add", total, index), step * plane.radix
     assert total is not None
     return total
 
 
-def _index(parts: Parts, part: str, width: int, n_codes: int, rows: ir.Value | None) -> ir.Value:
+def _index(parts: Parts, part: str, plane: Plane, n_codes: int, rows: ir.Value | None) -> ir.Value:
     if rows is None:
-        return parts.plane_index(part, width, n_codes)
-    shape = (ir.DataType.UINT16, n_codes) if width == 16 else (ir.DataType.UINT8, packed_columns(n_codes, width))
-    return parts.builder.cast(parts.builder.op("Gather", parts.by_row(part, *shape), rows, axis=0), INT32)
+        return parts.plane_index(part, plane, n_codes)
+    stored = parts.stored(part, plane, n_codes)
+    return parts.builder.cast(parts.builder.op("Gather", stored, rows, axis=0), INT32)
 
 
 def _codewords(parts: Parts, rows: ir.Value | None) -> ir.Value:
     b, description = parts.builder, parts.description
     dim, books = description["dim"], len(description["counts"])
-    n_codes, width = stored_codes(description)
+    n_codes, width = parts.codes.n, description["width"]
     entries = books * 2**width
     if description["grid"] == "int4":
         packed = b.cast(parts.whole("table", ir.DataType.UINT8, entries * dim // 2), INT32)

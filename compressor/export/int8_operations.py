@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from compressor.export.forms import int8_refusal
+
 IMAGE_CHANNELS = 4
 
 
@@ -70,19 +72,6 @@ def observed(operations: Iterable[Int8Operation]) -> list[ir.Value]:
 def is_int8(description: dict[str, Any] | None) -> bool:
     """Whether a tensor is stored in whole numbers of one scale per output: eight bits, or signs."""
     return description is not None and int8_refusal(description) is None
-
-
-def int8_refusal(description: dict[str, Any]) -> str | None:
-    """Why a convolution with this encoding cannot compute on int8 activations, or None."""
-    wanted = "activations: static_int8 needs convolutions from affine with bits: 8, group: row, zero: middle"
-    if description["kind"] == "binary":
-        return None
-    if description["kind"] != "affine":
-        return f"{wanted}; found {description['kind']}"
-    if description["bits"] != 8 or description["zero"] != 128 or description["group"] < description["shape"][1]:
-        zero = "learned" if description["zero"] is None else f"{description['zero']:g}"
-        return f"{wanted}; found bits {description['bits']}, groups of {description['group']}, zero {zero}"
-    return None
 
 
 def _operation(
@@ -143,8 +132,8 @@ def _followed(
 def _holds_zero(clip: ir.Node) -> bool:
     """Whether 0 lies within constant bounds: then rounding to the observed range clips as well."""
     bounds = [clip.inputs[i] if len(clip.inputs) > i else None for i in (1, 2)]
-    known = [value is None or value.const_value is not None for value in bounds]
-    if not all(known):
+    held = [None if bound is None else bound.const_value for bound in bounds]
+    if any(bound is not None and value is None for bound, value in zip(bounds, held, strict=True)):
         return False
-    low, high = (None if value is None else float(value.const_value.numpy()) for value in bounds)
+    low, high = (None if value is None else float(value.numpy()) for value in held)
     return (low is None or low <= 0) and (high is None or high >= 0)

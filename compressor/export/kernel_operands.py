@@ -6,18 +6,18 @@ import numpy as np
 import onnx_ir as ir
 
 from compressor.export.decoding import unpacked, zero_points
-from compressor.export.forms import Form, stored_codes
-from compressor.export.parts import Parts, digits
+from compressor.export.forms import Form, Plane
+from compressor.export.parts import Parts, byte_digits, digits
 from compressor.export.units import Unit
 from compressor.ops.widths import packed_columns, plane_widths
 
 UINT8 = ir.DataType.UINT8
 
 
-def byte_table(width: int, values: tuple[int, ...], kernel_bits: int) -> np.ndarray:
-    """What each byte of codes becomes: uint8 (256, bytes of 8 / width values of `kernel_bits`)."""
+def byte_table(plane: Plane, values: tuple[int, ...], kernel_bits: int) -> np.ndarray:
+    """What each byte of codes becomes: uint8 (256, bytes of its digits' values of `kernel_bits`)."""
     per = 8 // kernel_bits
-    wide = np.array(values, np.uint8)[digits(width)].reshape(256, -1, per)
+    wide = np.array(values, np.uint8)[byte_digits(plane)].reshape(256, -1, per)
     return np.bitwise_or.reduce(wide << np.arange(0, 8, kernel_bits, dtype=np.uint8), axis=-1).astype(np.uint8)
 
 
@@ -25,17 +25,17 @@ def kernel_codes(parts: Parts, form: Form) -> ir.Value:
     """The operand B: uint8 (rows, blocks, bytes of a block), rows in the order of the matrix."""
     b = parts.builder
     blocks, block_bytes = -(-parts.columns // form.block), form.block * form.bits // 8
-    n_codes, width = stored_codes(parts.description)
-    stored_bytes = packed_columns(n_codes, width)
-    if form.direct and stored_bytes == blocks * block_bytes:
-        return parts.by_row("codes", UINT8, blocks, block_bytes)
+    codes = parts.codes
     if form.direct:
-        rows = parts.by_row("codes", UINT8, stored_bytes)
+        have = codes.planes[0].stored(codes.n)
+        if have == blocks * block_bytes:
+            return parts.by_row("codes", UINT8, blocks, block_bytes)
+        rows = parts.by_row("codes", UINT8, have)
     else:
-        pieces = [_looked_up(piece, form) for piece in parts.pieces()]
+        have = packed_columns(codes.n * parts.description.get("dim", 1), form.bits)
+        pieces = [_looked_up(piece, form, have != blocks * block_bytes) for piece in parts.pieces()]
         rows = pieces[0] if len(pieces) == 1 else b.op("Concat", *pieces, axis=0)
-        stored_bytes = packed_columns(n_codes * parts.description.get("dim", 1), form.bits)
-    shaped = b.reshape(_fitted(parts, rows, stored_bytes, blocks * block_bytes), -1, blocks, block_bytes)
+    shaped = b.reshape(_fitted(parts, rows, have, blocks * block_bytes), -1, blocks, block_bytes)
     return b.op("Gather", shaped, parts.inverse_order(), axis=0) if parts.has("order") else shaped
 
 
@@ -63,11 +63,7 @@ def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
         return parts.by_row("zeros", UINT8, zero_bytes)
     zeros = b.cast(_whole_zeros(parts), ir.DataType.INT32) if form.shifted else unpacked(parts, "zeros", parts.groups)
     spread = _per_block(parts, zeros, form)
-    padded = _padded(parts, spread, blocks, packed_columns(blocks, form.bits) * 8 // form.bits)
-    per = 8 // form.bits
-    weights = b.constant((2 ** np.arange(0, 8, form.bits)).astype(np.int32))
-    grouped = b.op("Mul", b.reshape(padded, parts.n_rows, -1, per), weights)
-    return b.cast(b.op("ReduceSum", grouped, b.integers(2), keepdims=0), UINT8)
+    return _packed(parts, spread, blocks, form.bits)
 
 
 def kernel_shifts(parts: Parts) -> ir.Value:
@@ -82,41 +78,60 @@ def _whole_zeros(parts: Parts) -> ir.Value:
     return b.op("Min", b.op("Round", zero_points(parts)), b.constant(float(2 ** parts.description["bits"] - 1)))
 
 
-def _looked_up(parts: Parts, form: Form) -> ir.Value:
-    """Kernel bytes of the stored rows, uint8 (rows, …), in bytes of a row."""
-    if parts.description["kind"] == "codebook":
-        return _codewords(parts)
-    assert form.values is not None
-    return _ored_planes(parts, form.values, form.bits)
+def _looked_up(parts: Parts, form: Form, flat: bool) -> ir.Value:
+    """Kernel bytes of the stored rows, uint8 (rows, …); (rows, bytes) if `flat`."""
+    if form.values is None:
+        return _codewords(parts, flat)
+    if all(plane.per * form.bits % 8 == 0 for plane in parts.codes.planes):
+        return _ored_planes(parts, form.values, form.bits)
+    return _packed_digits(parts, form.values, form.bits)
+
+
+def _packed_digits(parts: Parts, values: tuple[int, ...], kernel_bits: int) -> ir.Value:
+    """A byte's digits are no whole number of kernel bytes: each is looked up by itself, and then packed."""
+    b, (part, plane), n_codes = parts.builder, parts.planes()[0], parts.codes.n
+    table = np.array(values, np.int32)[byte_digits(plane)]
+    found = b.op("Gather", b.constant(table), parts.plane_index(part, plane, n_codes))
+    have = plane.stored(n_codes) * plane.per
+    return _packed(parts, _shortened(parts, b.reshape(found, -1, have), have, n_codes), n_codes, kernel_bits)
+
+
+def _packed(parts: Parts, values: ir.Value, n: int, bits: int) -> ir.Value:
+    """Numbers of `bits` bits, int32 (rows, n), in bytes: uint8 (rows, bytes)."""
+    b, per = parts.builder, 8 // bits
+    padded = _padded(parts, values, n, packed_columns(n, bits) * per)
+    weights = b.constant((2 ** np.arange(0, 8, bits)).astype(np.int32))
+    grouped = b.op("Mul", b.reshape(padded, parts.rows[1] - parts.rows[0], -1, per), weights)
+    return b.cast(b.op("ReduceSum", grouped, b.integers(2), keepdims=0), UINT8)
 
 
 def _ored_planes(parts: Parts, values: tuple[int, ...], kernel_bits: int) -> ir.Value:
     """Each plane's bytes looked up; planes hold separate bits of the values, so OR joins them."""
-    b, shift, joined = parts.builder, 0, None
-    n_codes = stored_codes(parts.description)[0]
+    b, step, joined = parts.builder, 1, None
+    n_codes = parts.codes.n
     needed = packed_columns(n_codes, kernel_bits)
-    for part, width in parts.planes():
-        base = values[0] if shift else 0
-        table = byte_table(width, tuple(values[i << shift] - base for i in range(2**width)), kernel_bits)
-        rows = b.op("Gather", b.constant(table), parts.plane_index(part, width, n_codes))
-        have = packed_columns(n_codes, width) * table.shape[1]
+    for part, plane in parts.planes():
+        base = values[0] if step > 1 else 0
+        table = byte_table(plane, tuple(values[i * step] - base for i in range(plane.radix)), kernel_bits)
+        rows = b.op("Gather", b.constant(table), parts.plane_index(part, plane, n_codes))
+        have = plane.stored(n_codes) * table.shape[1]
         rows = _fitted(parts, b.reshape(rows, -1, have), have, needed)
-        joined, shift = rows if joined is None else b.op("BitwiseOr", joined, rows), shift + width
+        joined, step = rows if joined is None else b.op("BitwiseOr", joined, rows), step * plane.radix
     assert joined is not None
     return joined
 
 
-def _codewords(parts: Parts) -> ir.Value:
-    """Codewords of a table on the int4 grid, as stored (+8), for every code."""
+def _codewords(parts: Parts, flat: bool) -> ir.Value:
+    """Codewords of a table on the int4 grid, as stored (+8), for every code; (rows, bytes) if `flat`."""
     b, description = parts.builder, parts.description
     dim, books = description["dim"], len(description["counts"])
-    n_codes, width = stored_codes(description)
+    n_codes, width = parts.codes.n, description["width"]
     if dim == 1 and width == 3:
         planes = _ored_planes(parts, tuple(range(8)), 4)
         index, table, entry_bytes, entries = b.cast(planes, ir.DataType.INT32), _byte_codewords(parts, 4), 1, 256
         n_index = packed_columns(n_codes, 4)
     elif width < 8 and len(plane_widths(width)) == 1:
-        index, table = parts.plane_index("codes", width, n_codes), _byte_codewords(parts, width)
+        index, table = parts.plane_index("codes", parts.codes.planes[0], n_codes), _byte_codewords(parts, width)
         entry_bytes, entries, n_index = 8 // width * dim // 2, 256, packed_columns(n_codes, width)
     elif (unit := Unit.of(width, n_codes)) is not None:
         index, table = unit.index(parts), _unit_codewords(parts, unit)
@@ -130,7 +145,7 @@ def _codewords(parts: Parts) -> ir.Value:
         index = b.op("Add", b.reshape(index, -1, n_index), book)
     have, needed = n_index * entry_bytes, packed_columns(n_codes * dim, 4)
     found = b.op("Gather", table, index)
-    return found if have == needed else _fitted(parts, b.reshape(found, -1, have), have, needed)
+    return _fitted(parts, b.reshape(found, -1, have), have, needed) if flat or have != needed else found
 
 
 def _unit_codewords(parts: Parts, unit: Unit) -> ir.Value:

@@ -43,7 +43,8 @@ def load(path: str | PathLike[str], arch: str | None = None) -> nn.Module:
     """The network of an artifact's directory with its decoded weights: float32, in eval mode.
 
     Args:
-        arch: `module:callable` that returns the module, where the artifact's own reference is not the right one.
+        arch: `module:callable` that returns the module, where no config.json and no known architecture tells. The
+            one that the artifact names is not called: it may come from anybody.
 
     Raises:
         CheckpointError: The directory is no artifact, or its network cannot be built.
@@ -55,16 +56,20 @@ def load(path: str | PathLike[str], arch: str | None = None) -> nn.Module:
     source = DecodedSource(weights, EncodedTensors([weights]))
     config_file = artifact.directory / "config.json"
     config = read_config(config_file) if arch is None and config_file.is_file() else None
-    recorded = (artifact.report.get("source") or {}).get("arch")
-    reference = arch or (recorded if config is None else None)
     record = artifact.directory / RECORD
     reshaping = Reshaping.read(record) if record.is_file() else None
     if reshaping is None:
-        architecture = resolve(artifact.directory, source, config, reference)
+        architecture = resolve(artifact.directory, source, config, arch)
     else:
         whole = DecodedSource(weights, source.encoded)
         whole.tensors = reshaping.before(source.tensors)
-        architecture = reshaping.architecture(resolve(artifact.directory, whole, config, reference))
+        architecture = reshaping.architecture(resolve(artifact.directory, whole, config, arch))
+    recorded = (artifact.report.get("source") or {}).get("arch")
+    if architecture.name == "unknown" and recorded:
+        raise CheckpointError(
+            f"{artifact.directory}: its network is built by '{recorded}', which the artifact names; what an artifact "
+            f"names is not run; give arch={recorded!r} if you trust it"
+        )
     return Checkpoint(artifact.directory, source, architecture, config=config).build("cpu").float()
 
 

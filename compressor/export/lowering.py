@@ -20,7 +20,7 @@ import onnx_ir as ir
 from compressor.core.tensors import EncodedTensors
 from compressor.export.builder import GraphBuilder
 from compressor.export.decoding import decoded, unpacked
-from compressor.export.forms import FOLD_LIMIT, Form, Mode, form, least_version, refusal
+from compressor.export.forms import FOLD_LIMIT, Form, Mode, coded, form, least_version, refusal
 from compressor.export.kernel_operands import kernel_codes, kernel_scales, kernel_shifts, kernel_zeros
 from compressor.export.parts import Parts
 from compressor.export.standard import Repacked
@@ -101,8 +101,7 @@ class Lowering:
         if self.tensors.describe(name)["kind"] == "refined":
             return self._refined_embedding(ids, name, tied)
         chosen = form(self.tensors.describe(name), self.mode)
-        blocks = self.mode == "default" and chosen is not None and (chosen.direct or tied)
-        if blocks and not chosen.shifted:
+        if self.mode == "default" and chosen is not None and (chosen.direct or tied) and not chosen.shifted:
             return self._block_embedding(ids, name, chosen)
         b, columns = self.builder, self.tensors.describe(name)["shape"][1]
         rows = decoded(self._parts(name), rows=b.reshape(ids, -1))
@@ -128,13 +127,14 @@ class Lowering:
         return matrix if shape == (parts.n_rows, parts.columns) else self.builder.reshape(matrix, *shape)
 
     def int8_codes(self, name: str) -> ir.Value:
-        """q − 128 of an affine tensor of 8 bits, ±1 of a binary one: int8 in the tensor's shape, folded at load."""
+        """What the scales multiply, of a tensor whose kind is `is_int8`: int8 in its shape, folded at load."""
         b, parts = self.builder, self._parts(name)
-        if parts.description["kind"] == "binary":
-            codes = unpacked(parts, "codes", parts.columns)
-            centred = b.op("Sub", b.op("Add", codes, codes), b.constant(np.array(1, np.int32)))
-        else:
-            centred = b.op("Sub", parts.plane_index("codes", 8, parts.columns), b.constant(np.array(128, np.int32)))
+        levels = coded(parts.description).levels(parts.description)
+        assert levels is not None
+        codes = scaled = unpacked(parts, "codes", parts.columns)
+        for _ in range(round(levels[1] - levels[0]) - 1):
+            scaled = b.op("Add", scaled, codes)
+        centred = b.op("Sub", scaled, b.constant(np.array(-levels[0], np.int32)))
         return b.reshape(b.cast(centred, ir.DataType.INT8), *parts.description["tensor_shape"])
 
     def close(self) -> int:

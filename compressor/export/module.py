@@ -23,7 +23,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from torch import Tensor, nn
 
 from compressor.checkpoints.skeleton import parameter_names
-from compressor.core.errors import ExportError
+from compressor.core.errors import CheckpointError, ExportError
 from compressor.core.tensors import EncodedTensors
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Mode
 from compressor.export.rewriting import Rewriting
@@ -39,10 +39,11 @@ def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: Enco
     Args:
         module: Its parameters may be on meta; their values are not used.
         example: Inputs by the names of forward's arguments; a single one may have any other name, or none ("").
-        path: Of the file that it is for, to be named in errors.
+        path: Of the checkpoint, to be named in errors.
 
     Raises:
-        ExportError: torch cannot trace the module, or a weight is in neither.
+        CheckpointError: torch cannot trace the module.
+        ExportError: There is no example, or a weight is in neither.
     """
     if not example:
         raise ExportError(f"{path}: there is no example of the network's inputs to trace it with; give data")
@@ -181,7 +182,7 @@ def _traced(shell: _Shell, inputs: dict[str, Tensor], path: Path) -> ir.Model:
     except Exception as error:  # torch's tracer runs somebody else's forward; anything may come out of it
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         network = type(shell.network).__name__
-        raise ExportError(
+        raise CheckpointError(
             f"{path}: torch.onnx cannot trace {network}; {reason[0]}; its forward must be free of Python branches on "
             "values, and work for any batch"
         ) from error

@@ -38,7 +38,6 @@ def export_onnx(
     path = out_dir / MODEL_FILE
     model = source.model.clone()
     _set_opset(model, mode, path)
-    assert source.weights is not None
     names = {str(value.name): name for name, value in source.weights.values.items()}
     taken = set(names.values())
     for label, value in list(model.graph.initializers.items()):
@@ -58,7 +57,6 @@ def export_onnx(
 def decoded_graph(source: OnnxSource, tensors: EncodedTensors, path: Path) -> Path:
     """The source's graph with the values that `tensors` decode to, all of them within the file at `path`."""
     model = source.model.clone()
-    assert source.weights is not None
     names = {str(value.name): name for name, value in source.weights.values.items()}
     for label, value in model.graph.initializers.items():
         if label in names:

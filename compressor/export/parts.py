@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from compressor.core.tensors import EncodedTensors, Place, part_name
 from compressor.export.builder import GraphBuilder
-from compressor.export.forms import FOLD_LIMIT, stored_codes
-from compressor.ops.widths import n_groups, packed_columns, plane_widths, zero_bits
+from compressor.export.forms import FOLD_LIMIT, Codes, Plane, coded, planes_of
+from compressor.ops.widths import n_groups, zero_bits
 
 _SIZES = {
     ir.DataType.UINT8: 1,
@@ -23,9 +23,13 @@ _SIZES = {
 
 
 def digits(width: int) -> np.ndarray:
-    """The codes in every byte, int32 (256, 8 / width), lowest bits first."""
-    shifts = np.arange(0, 8, width)
-    return (np.arange(256)[:, None] >> shifts & 2**width - 1).astype(np.int32)
+    """The codes of `width` bits in every byte, int32 (256, 8 / width), lowest bits first."""
+    return byte_digits(Plane.of_bits(width))
+
+
+def byte_digits(plane: Plane) -> np.ndarray:
+    """The digits of every byte, int32 (256, digits)."""
+    return (np.arange(256)[:, None] // plane.radix ** np.arange(plane.per) % plane.radix).astype(np.int32)
 
 
 class Parts:
@@ -81,26 +85,30 @@ class Parts:
 
     @property
     def scale_shape(self) -> tuple[int, int]:
-        """Rows and groups of the stored scales; (1, 1) for a binary tensor with a single one."""
-        if self.description["kind"] == "binary" and self.nbytes("scales") == 2:
+        """Rows and groups of the stored scales; (1, 1) where there is a single one for all."""
+        if not self.has("row_scales") and self.nbytes("scales") == 2:
             return 1, 1
         return self.n_rows, self.groups
 
-    def planes(self, stem: str = "codes") -> list[tuple[str, int]]:
-        """(part, width) of each plane of `codes` or `zeros`, lowest bits first."""
-        if stem == "zeros":
-            width = zero_bits(self.description["bits"], self.zero_steps)
-        else:
-            width = stored_codes(self.description)[1]
-        widths = plane_widths(width)
-        return [(stem if len(widths) == 1 else f"{stem}.{i}", width) for i, width in enumerate(widths)]
+    @property
+    def codes(self) -> Codes:
+        """How the codes of a row lie."""
+        return coded(self.description).codes(self.description)
 
-    def plane_index(self, part: str, width: int, n_codes: int) -> ir.Value:
-        """The bytes (or pairs of bytes, where width is 16) of a plane as int32 (rows, n)."""
-        if width == 16:
-            return self.builder.cast(self.by_row(part, ir.DataType.UINT16, n_codes), ir.DataType.INT32)
-        stored = self.by_row(part, ir.DataType.UINT8, packed_columns(n_codes, width))
-        return self.builder.cast(stored, ir.DataType.INT32)
+    def planes(self, stem: str = "codes") -> list[tuple[str, Plane]]:
+        """(part, plane) of `codes` or `zeros`, lowest digits first."""
+        zeros = stem == "zeros"
+        planes = planes_of(zero_bits(self.description["bits"], self.zero_steps)) if zeros else self.codes.planes
+        return [(stem if len(planes) == 1 else f"{stem}.{i}", plane) for i, plane in enumerate(planes)]
+
+    def stored(self, part: str, plane: Plane, n_codes: int) -> ir.Value:
+        """The bytes (or pairs of bytes) of a plane, (rows, n)."""
+        dtype = ir.DataType.UINT8 if plane.nbytes == 1 else ir.DataType.UINT16
+        return self.by_row(part, dtype, plane.stored(n_codes) // plane.nbytes)
+
+    def plane_index(self, part: str, plane: Plane, n_codes: int) -> ir.Value:
+        """The same as int32."""
+        return self.builder.cast(self.stored(part, plane, n_codes), ir.DataType.INT32)
 
     def scales(self) -> ir.Value:
         """The scales as stored, decoded to float32 (rows, groups)."""
@@ -134,8 +142,8 @@ class Parts:
 
     def pieces(self) -> list[Parts]:
         """Row ranges small enough that no index array passes onnxruntime's limit of folded bytes."""
-        n_codes, width = stored_codes(self.description)
-        per_row = 4 * (n_codes if len(plane_widths(width)) > 1 else packed_columns(n_codes, width))
+        codes = self.codes
+        per_row = 4 * (codes.n if codes.one_by_one else codes.planes[0].stored(codes.n))
         step = max(1, int(0.9 * FOLD_LIMIT) // max(per_row, 1))
         return [self.piece(start, min(start + step, self.n_rows)) for start in range(0, self.n_rows, step)]
 

@@ -31,7 +31,7 @@ def output_ranges(graph: Path, batches: Iterable[Mapping[str, Tensor]], outputs:
     fixed = first.shape[0] if first.shape and isinstance(first.shape[0], int) else None
     total, count = np.zeros((len(outputs), 2)), 0
     for inputs in _examples(batches, first.name):
-        found = in_pieces(inputs, fixed, lambda part: session.run(outputs, part))
+        found = in_pieces(inputs, fixed, lambda part: [np.asarray(values) for values in session.run(outputs, part)])
         total += [example_range(values) for values in found]
         count += 1
     return [(float(low), float(high)) for low, high in total / max(count, 1)]

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from compressor.core.encoding import Affine, Binary, Codebook, Encoding
+from compressor.core.encoding import Affine, Codebook, Encoding, Scaled
 from compressor.core.tensors import EncodedTensors
 from compressor.export.builder import GraphBuilder
 from compressor.export.forms import Form
@@ -27,17 +27,14 @@ def kernel_values(encoding: Encoding, form: Form) -> tuple[torch.Tensor, torch.T
     """(values (rows, columns), scales (rows, blocks), zeros (rows, blocks) or one): v = s · (value − zero)."""
     rows, columns = encoding.shape
     blocks = -(-columns // form.block)
-    if isinstance(encoding, Binary):
-        values = torch.tensor(form.values)[encoding.signs.long()]
-        return values, encoding.scale.float().expand(rows, blocks), 2 ** (form.bits - 1)
-    assert isinstance(encoding, Affine | Codebook)
+    assert isinstance(encoding, Scaled | Codebook)
     per = blocks if encoding.group >= columns else encoding.group // form.block
-    scales = encoding.scales.decode().repeat_interleave(per, 1)[:, :blocks]
+    scales = encoding.scales.decode().expand(rows, -1).repeat_interleave(per, 1)[:, :blocks]
     if isinstance(encoding, Codebook):
         return _codebook_values(encoding, scales)
     values = encoding.codes if form.direct else torch.tensor(form.values)[encoding.codes.long()]
     zeros: torch.Tensor | int = 2 ** (form.bits - 1) if form.zero is None else form.zero
-    if isinstance(encoding.zero, torch.Tensor):
+    if isinstance(encoding, Affine) and isinstance(encoding.zero, torch.Tensor):
         zeros = (encoding.zero * encoding.zero_steps).int().repeat_interleave(per, 1)[:, :blocks]
     return values[:, :columns], scales * form.factor, zeros
 

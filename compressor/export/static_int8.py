@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from compressor.core.encoding import Binary, Encoding
+from compressor.core.encoding import Encoding, Scaled
 from compressor.export.int8_operations import Int8Operation, observed
 from compressor.export.lowering import Lowering
 from compressor.export.ranges import Range
@@ -75,7 +75,7 @@ class StaticInt8:
         scale = enlarged(scale, bias / input_scale)
         codes = np.round(bias / (scale * input_scale)).astype(np.int32)
         weight_scale = b.constant(scale.astype(np.float32))
-        bias_scale = b.op("Mul", weight_scale, b.constant(np.float32(input_scale)))
+        bias_scale = b.op("Mul", weight_scale, b.constant(float(input_scale)))
         return [
             b.op("DequantizeLinear", self.lowering.int8_codes(weight), weight_scale, axis=0),
             b.op("DequantizeLinear", b.constant(codes), bias_scale, axis=0),
@@ -103,7 +103,8 @@ class StaticInt8:
 
 def row_scales(encoding: Encoding) -> np.ndarray:
     """The scale of each output, float64 (out,)."""
-    stored = encoding.scale.float() if isinstance(encoding, Binary) else encoding.scales.decode()  # type: ignore
+    assert isinstance(encoding, Scaled)
+    stored = encoding.scales.decode()
     return np.broadcast_to(stored.numpy()[:, 0].astype(np.float64), encoding.shape[0])
 
 

@@ -40,7 +40,8 @@ def resize(module: Any) -> None:
         if isinstance(module, kind):
             change(module)
     if type(module).__name__ == "Conv1D":  # GPT-2's linear, stored (inputs, outputs)
-        module.nx, module.nf = module.get_parameter("weight").shape
+        for name, size in zip(("nx", "nf"), module.get_parameter("weight").shape, strict=True):
+            setattr(module, name, size)
 
 
 def _count_units(module: nn.Module, before: Mapping[str, torch.Size], group: Group, kept: int) -> None:

@@ -39,7 +39,13 @@ def _is_inputs_first(module: nn.Module) -> bool:
 
 
 def block_names(module: nn.Module) -> list[str]:
-    """Names of the blocks in execution order; [""] where the network is one block."""
+    """Names of the blocks in execution order; [""] where the network is one block.
+
+    An encoder and a decoder are two rows of blocks, and what the second is given of the first is no hidden state: they
+    are one block.
+    """
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return [""]
     best: tuple[int, list[str]] = (0, [])
     for name, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(block) for block in child}) == 1:
@@ -64,13 +70,34 @@ def layout_of(module: nn.Module) -> Layout | None:
     return None
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight: torch types an attribute of a module as one of many things."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a layer that is encoded, as a matrix (outputs, inputs)."""
+    layout = layout_of(module)
+    assert layout is not None
+    return layout.matrix(weight_of(module).data)
+
+
+def without_cache(module: nn.Module) -> None:
+    """A language model's forwards keep nothing for later tokens from now on."""
+    config = getattr(module, "config", None)
+    if config is not None:
+        config.use_cache = False
+
+
 def layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """The encodable layers below `module` by the name of their weight; a shared layer once, by its first name."""
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     for name, child in module.named_modules():
-        if layout_of(child) is not None and id(child.weight) not in seen:
-            seen.add(id(child.weight))
+        if layout_of(child) is not None and id(weight_of(child)) not in seen:
+            seen.add(id(weight_of(child)))
             found[f"{prefix}{name}.weight" if name else f"{prefix}weight"] = child
     return found
 

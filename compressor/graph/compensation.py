@@ -81,7 +81,9 @@ def compensate(smaller: nn.Module, original: nn.Module, removal: Removal, means:
             keep[rows] = False
             bias = bias[keep]
         if new.bias is None:
-            new.bias = nn.Parameter(torch.zeros(len(bias), dtype=new.weight.dtype), requires_grad=False)
+            weight = new.get_parameter("weight")
+            new.bias = nn.Parameter(torch.zeros(len(bias), dtype=weight.dtype), requires_grad=False)
             added.append(f"{path}.bias")
-        new.bias += bias.to(new.bias.dtype)
+        own = new.get_parameter("bias")
+        own += bias.to(own.dtype)
     return added

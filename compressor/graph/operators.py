@@ -101,7 +101,7 @@ def _read(graph: fx.Graph) -> set[fx.Node]:
 
 def _is_sum(node: fx.Node) -> bool:
     name = getattr(getattr(node.target, "_schema", None), "name", "")
-    return name.split("::")[-1] in ("add", "add_") and node.kwargs.get("alpha", 1) == 1
+    return name.split("::")[-1] in ("add", "add_") and bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compressor.core.absent import Absent, replace
 from compressor.core.students import Student
 from compressor.graph.attributes import resize
+from compressor.graph.blocks import weight_of
 from compressor.graph.chain import Chain, Step
 from compressor.graph.tracing import Example, split_example
 
@@ -137,7 +138,7 @@ class _Building:
         if place in self.follows and self.follows[place] >= 0:
             return self._of(self.follows[place])
         n = shrunk_outputs(step.channels, self.shares.get((self.number[place], "outputs"), 1.0))
-        sizes = module.weight.detach().flatten(1).abs().sum(1)
+        sizes = weight_of(module).detach().flatten(1).abs().sum(1)
         return sizes.argsort(descending=True, stable=True)[:n].sort().values
 
     def _shape(self, place: int, step: Step) -> None:

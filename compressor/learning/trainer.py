@@ -25,7 +25,7 @@ from compressor.core.batch import Examples, call
 from compressor.core.errors import DataError, RecipeError
 from compressor.core.files import whole
 from compressor.core.follower import Follower
-from compressor.core.training import Training
+from compressor.core.training import Training, unlabelled
 from compressor.graph.blocks import first_tensor
 from compressor.ops.schedules import rate_share
 from compressor.runtime.torchrun import n_processes, rank, wait
@@ -56,9 +56,7 @@ class Fitting:
         self.folder, self.advance = folder, advance
         self.loss = settings.loss or ("teacher" if examples.labels is None else "labels")
         if self.loss != "teacher" and examples.labels is None:
-            raise DataError(
-                f"{settings.name}: loss {self.loss} needs labels, and the data has none; write loss: teacher"
-            )
+            raise DataError(unlabelled(settings, self.loss))
         self.batch = min(settings.batch, len(examples)) // n_processes() * n_processes()
         if not self.batch:
             raise DataError(f"{settings.name}: {len(examples)} examples in batches of {settings.batch} are fewer than "

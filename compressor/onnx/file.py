@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+from compressor.checkpoints.reach import is_inside
 from compressor.checkpoints.source import Source, refuse_empty
 from compressor.core.errors import CheckpointError
 
@@ -43,13 +44,13 @@ _ERRORS = (
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OnnxSource(Source):
     """One graph and the files of its external data. `model` holds the graph; nobody changes it."""
 
-    path: Path = Path()
-    model: Any = None
-    weights: Weights | None = None
+    path: Path
+    model: ir.Model
+    weights: Weights
     program: Any = field(default=None, repr=False)
     """The graph cut into what runs in onnxruntime and what is a layer, once it was needed."""
 
@@ -71,7 +72,7 @@ class OnnxSource(Source):
                 "float32 model whose layers are not within If or Loop"
             )
         tensors = {info.name: info for info in weights.infos()}
-        return cls("onnx", [path, *files], tensors, path=path, model=model, weights=weights)
+        return cls(kind="onnx", files=[path, *files], tensors=tensors, path=path, model=model, weights=weights)
 
     def file_of(self, name: str) -> Path:
         tensor = self.weights.values[name].const_value
@@ -144,12 +145,12 @@ def external_file(path: Path, tensor: Any) -> Path:
         CheckpointError: The location leads elsewhere, or nothing is there.
     """
     location = str(tensor.location)
-    place = Path(location)
+    place, file, found = Path(location), path.parent, False
     inside = not place.is_absolute() and ".." not in place.parts and "\\" not in location and ":" not in location
     try:
         file = path.parent / place
         found = inside and file.is_file()
-        inside = inside and (not found or file.resolve().is_relative_to(path.parent.resolve()))
+        inside = inside and (not found or is_inside(file, path.parent))
     except (OSError, ValueError):  # names that no system knows, or links in a circle
         inside = False
     if not inside or not location:
@@ -175,7 +176,7 @@ def read_values(path: Path, tensor: Any) -> Any:
     values = np.empty(_shape(path, tensor), tensor.dtype.numpy())
     with file.open("rb") as stream:
         stream.seek(tensor.offset or 0)
-        present = stream.readinto(memoryview(values).cast("B")) if values.size else 0
+        present = stream.readinto(memoryview(values.view(np.uint8).data)) if values.size else 0
     if present != values.nbytes:
         raise CheckpointError(f"{file}: is truncated inside of tensor '{tensor.name}'; fetch it again")
     return values
@@ -209,7 +210,7 @@ def _inner(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _is_external(tensor: Any) -> bool:
+def _is_external(tensor: Any) -> TypeGuard[ir.ExternalTensor]:
     import onnx_ir as ir
 
     return isinstance(tensor, ir.ExternalTensor)

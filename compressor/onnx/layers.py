@@ -89,9 +89,20 @@ class Weights:
             yield describe_info(name, value, role, layer is not None and layer.transposed)
 
 
-def describe_info(name: str, value: ir.Value, role: str, transposed: bool) -> TensorInfo:
+def values_of(value: ir.Value) -> ir.TensorProtocol:
+    """What an initialiser holds."""
+    assert value.const_value is not None
+    return value.const_value
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """An initialiser's shape."""
+    return tuple(values_of(value).shape.numpy())
+
+
+def describe_info(name: str, value: ir.Value, role: Role, transposed: bool) -> TensorInfo:
     """The entry of a float32 weight in a list of tensors."""
-    shape = tuple(value.const_value.shape.numpy())
+    shape = shape_of(value)
     return TensorInfo(name, shape, "F32", 4 * math.prod(shape), role, transposed)
 
 
@@ -119,7 +130,7 @@ def find_weights(graph: ir.Graph, is_finite: Callable[[ir.Value], bool]) -> Weig
     for name, value in graph.initializers.items():
         if value in named or not _is_weight(value, graph) or not value.uses():
             continue
-        shape = value.const_value.shape.numpy()
+        shape = shape_of(value)
         if math.prod(shape) < SMALLEST or (len(shape) > 1 and not is_finite(value)):
             continue
         found.values[names.leaf(name)] = value
@@ -148,7 +159,7 @@ def _layer(node: ir.Node, graph: ir.Graph) -> Layer | None:
         return None
     layer = Layer(node, "linear", w, "", not flipped, addend)
     add = _add_behind(node) if node.op_type == "MatMul" else None
-    return layer if add is None else replace(layer, addend=next(v for v in add.inputs if v.const_value), add=add)
+    return layer if add is None else replace(layer, addend=next(v for v in add.inputs if v and v.const_value), add=add)
 
 
 def _flips(node: ir.Node) -> bool:
@@ -175,7 +186,7 @@ def _is_plain(gemm: ir.Node) -> bool:
 def _is_weight(value: ir.Value, graph: ir.Graph, *dimensions: int) -> bool:
     """Whether the value is a float32 initialiser, with so many dimensions, that holds something."""
     tensor = value.const_value
-    if tensor is None or value.name not in graph.initializers or graph.initializers[value.name] is not value:
+    if tensor is None or value.name is None or graph.initializers.get(value.name) is not value:
         return False
     shape = tensor.shape.numpy()
     fits = not dimensions or len(shape) in dimensions
@@ -184,10 +195,10 @@ def _is_weight(value: ir.Value, graph: ir.Graph, *dimensions: int) -> bool:
 
 def _is_own_bias(layer: Layer) -> bool:
     """Whether what is added is an initialiser of one value per output, and nobody else's."""
-    addend, shape = layer.addend, layer.weight.const_value.shape.numpy()
+    addend, shape = layer.addend, shape_of(layer.weight)
     assert addend is not None and layer.node.graph is not None
     outputs = shape[1] if layer.transposed else shape[0]
-    fits = _is_weight(addend, layer.node.graph, 1) and tuple(addend.const_value.shape.numpy()) == (outputs,)
+    fits = _is_weight(addend, layer.node.graph, 1) and shape_of(addend) == (outputs,)
     return fits and len(list(addend.uses())) == 1
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from compressor.core.errors import DataError
 from compressor.graph.blocks import InputsFirst
 from compressor.onnx.file import OnnxSource
-from compressor.onnx.layers import Layer
+from compressor.onnx.layers import Layer, shape_of, values_of
 from compressor.onnx.program import Program, Stretch
 from compressor.runtime.sessions import filled, in_pieces
 
@@ -42,7 +42,7 @@ class OnnxNetwork(nn.Module):
         for name, value in self._program.weights.values.items():
             if name not in held:
                 parent, _, leaf = name.rpartition(".")
-                parameter = nn.Parameter(torch.empty(tuple(value.const_value.shape.numpy()), device="meta"))
+                parameter = nn.Parameter(torch.empty(shape_of(value), device="meta"))
                 _folder(self, parent).register_parameter(leaf, parameter)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
@@ -113,16 +113,17 @@ class OnnxNetwork(nn.Module):
             return product
         added = known[layer.addend] if layer.addend in known else values.get(layer.addend)
         if added is None:
-            added = layer.addend.const_value.numpy()
+            added = values_of(layer.addend).numpy()
         added = added.float() if isinstance(added, Tensor) else torch.from_numpy(np.ascontiguousarray(added))
         return product + (added.view(-1, *[1] * (product.dim() - 2)) if layer.kind == "conv" else added)
 
 
 def _module(layer: Layer) -> nn.Module:
     """An empty layer of torch for a node."""
-    shape = tuple(layer.weight.const_value.shape.numpy())
+    shape = shape_of(layer.weight)
     if layer.kind == "embedding":
-        return nn.Embedding(*shape, device="meta")
+        n_rows, width = shape
+        return nn.Embedding(n_rows, width, device="meta")
     if layer.kind == "linear":
         kind = InputsFirst if layer.transposed else nn.Linear
         n_in, n_out = shape if layer.transposed else shape[::-1]
@@ -153,7 +154,7 @@ def _convolve(x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
 
 def _geometry(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Strides, dilations, groups of a convolution."""
-    ones = (1,) * (len(layer.weight.const_value.shape.numpy()) - 2)
+    ones = (1,) * (len(shape_of(layer.weight)) - 2)
     found = layer.node.attributes
     return (
         tuple(found.get_ints("strides", ones)), tuple(found.get_ints("dilations", ones)), found.get_int("group", 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 
 from compressor.core.errors import CheckpointError, DataError
 from compressor.onnx.file import OnnxSource, read_values, used
-from compressor.onnx.layers import Layer, Weights
+from compressor.onnx.layers import Layer
 from compressor.runtime.sessions import Settings
 
 
@@ -46,11 +45,10 @@ class Program:
     """A graph's steps. The graph is that of a source, and is not changed."""
 
     def __init__(self, source: OnnxSource) -> None:
-        assert source.weights is not None
-        self.path: Path = source.path
-        self.weights: Weights = source.weights
-        self.model: ir.Model = source.model
-        self.graph: ir.Graph = source.model.graph
+        self.path = source.path
+        self.weights = source.weights
+        self.model = source.model
+        self.graph = source.model.graph
         self.tensors = {value: name for name, value in self.weights.values.items()}
         self.steps = list(self._steps())
 

@@ -6,6 +6,8 @@ llama.cpp's quantisers; errors may be weighted per column.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -35,11 +37,23 @@ def search_scale(
     `zero`: "middle" (z = 2**(bits−1), the scale's sign free if `signed`), "half" (z = that − ½), "learned" (an
     integer from the group's range) or "fine" (that, of 8 bits). An all-zero group gets the least positive scale.
     """
+    tries = _tries(groups, bits, zero, weights, n_steps, signed)
+    best_scale, best_zero, best = next(tries)
+    for scale, point, error in tries:
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, point, best_zero)
+    return best_scale, best_zero
+
+
+def _tries(
+    groups: Tensor, bits: int, zero: str, weights: Tensor | float, n_steps: int, signed: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Scales, zeros and what is lost by them, from the range of each group down to a share of it."""
     tiny = torch.finfo(torch.float16).tiny
     top = 2**bits - 1
     low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
     extreme = torch.where(-low >= high, -low, -high)
-    best = best_scale = best_zero = None
     for shrink in torch.linspace(1.0, 0.35 if bits > 2 else 0.2, n_steps):
         if zero in ("learned", "fine"):
             scale = ((high - low) * shrink / top).clamp_min(tiny)
@@ -52,11 +66,4 @@ def search_scale(
             scale = torch.where(scale.abs() < tiny, tiny, scale)
             point = torch.full_like(scale, 2.0 ** (bits - 1))
         error = weights * ((code(groups, scale, point, bits) - point) * scale - groups) ** 2
-        error = error.sum(-1, keepdim=True)
-        if best is None:
-            best, best_scale, best_zero = error, scale, point
-            continue
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, point, best_zero)
-    return best_scale, best_zero
+        yield scale, point, error.sum(-1, keepdim=True)

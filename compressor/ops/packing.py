@@ -7,6 +7,8 @@ onnxruntime's MatMulNBits and GatherBlockQuantized. A width that is no power of 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -57,9 +59,8 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
 
 def unpack(planes: list[Tensor], bits: int, n_codes: int) -> Tensor:
     """The inverse of `pack`: codes (rows, n_codes), uint8 up to 8 bits, else int32."""
-    codes, shift = None, 0
+    parts, shift = list[Tensor](), 0
     for width, plane in zip(plane_widths(bits), planes, strict=True):
-        part = unpack_plane(plane, width, n_codes).to(torch.uint8 if bits <= 8 else torch.int32) << shift
-        codes = part if codes is None else codes | part
+        parts.append(unpack_plane(plane, width, n_codes).to(torch.uint8 if bits <= 8 else torch.int32) << shift)
         shift += width
-    return codes
+    return functools.reduce(torch.bitwise_or, parts)

@@ -165,6 +165,7 @@ class LevelGrid:
         scale = groups.abs().amax(2) / 7.5
         room = HEADROOM if factor is not None else 1.0
         top = (scale.amax(1, keepdim=True) * room).clamp_min(1e-6).half()
+        levels = torch.empty(0)  # from the first round on
         for _ in range(2):
             scale = stored_scale(scale.clamp_min(LEAST_SCALE), top, self.scale_bits)
             levels = self._levels((groups / scale.unsqueeze(2)).flatten(1)[:, :n_columns], emphasis[:n_columns], mask)
@@ -204,13 +205,18 @@ class LevelGrid:
     def _search(self, groups: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
         """Scales (rows, n_groups) with the least weighted error among shares of the group's largest weight."""
         largest = groups.abs().amax(2, keepdim=True).clamp_min(LEAST_SCALE)
-        best = best_scale = None
-        for share in torch.linspace(0.05, 0.3, 26):
+
+        def lost(scale: Tensor) -> Tensor:
+            return (weights * (_nearest(groups / scale, levels) * scale - groups) ** 2).sum(2, keepdim=True)
+
+        shares = torch.linspace(0.05, 0.3, 26)
+        best_scale = largest * shares[0]
+        best = lost(best_scale)
+        for share in shares[1:]:
             scale = largest * share
-            error = (weights * (_nearest(groups / scale, levels) * scale - groups) ** 2).sum(2, keepdim=True)
-            better = torch.ones_like(error, dtype=torch.bool) if best is None else error < best
-            best = error if best is None else torch.where(better, error, best)
-            best_scale = scale if best_scale is None else torch.where(better, scale, best_scale)
+            error = lost(scale)
+            better = error < best
+            best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
         return best_scale.squeeze(2)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compressor.core.contract import Statistics, WeightPass
 from compressor.core.encoding import Affine as AffineEncoding
 from compressor.core.encoding import Scales
 from compressor.core.spec import ZEROS, group_columns
@@ -40,17 +41,13 @@ def hqq_zero(groups: Tensor, scale: Tensor, zero: Tensor, bits: int, iterations:
     return zero
 
 
-class Affine(AffineSettings):
+class Affine(AffineSettings, WeightPass):
     """A grid per group; see the module for the methods."""
 
-    def encode(
-        self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator, mask: Tensor | None = None
-    ) -> AffineEncoding:
-        """The encoding of a matrix (out, in); `hessian` (in, in), the inputs' second moment, is needed by gptq.
-
-        Where `mask` (out, in) is False the weight is 0 and stays so.
-        """
-        n_rows, columns = weight.shape
+    def encode(self, matrix: Tensor, known: Statistics, generator: torch.Generator) -> AffineEncoding:
+        """Of a matrix (out, in); gptq is nearest rounding where the hessian is not known."""
+        hessian = known.hessian
+        n_rows, columns = matrix.shape
         group = group_columns(self.group, columns)
         factor, padding = None, -columns % group
         if self.method == "gptq" and hessian is not None:
@@ -58,9 +55,9 @@ class Affine(AffineSettings):
             factor = inverse_factor(hessian, self.damping)
         grid = Grid(self.bits, group, self.zero, self.scale_bits, self._refine if self.method == "hqq" else None)
         at_once = max(1, _VALUES // columns)
-        masks = [None] * -(-n_rows // at_once) if mask is None else mask.split(at_once)
+        masks = [None] * -(-n_rows // at_once) if known.kept is None else known.kept.split(at_once)
         found = []
-        for rows, kept in zip(weight.split(at_once), masks, strict=True):
+        for rows, kept in zip(matrix.split(at_once), masks, strict=True):
             fitted = grid.fit(rows, kept, factor)
             if factor is not None and hessian is not None and self.sweeps:
                 pull = functional.pad(rows.float(), (0, padding)) @ hessian
@@ -72,7 +69,7 @@ class Affine(AffineSettings):
         stored = Scales.of(scale)
         if self.scale_bits == 8:
             stored = Scales((scale / (top.float() / 255)).round().to(torch.uint8), top)
-        return AffineEncoding((n_rows, columns), self.bits, group, codes, stored, point, steps)
+        return AffineEncoding((n_rows, columns), group, codes, stored, self.bits, point, steps)
 
     def _refine(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         if self.zero in ZEROS:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from compressor.core.passes import Statistics
+from compressor.core.contract import Pruned, PruningPass, Statistics
 from compressor.ops.error_feedback import error_feedback, inverse_factor
 from compressor.passes.settings.fields import whole_share
 from compressor.passes.settings.gblm import SPARSEGPT_COLUMNS, GblmSettings
@@ -142,40 +142,36 @@ def allocate(outliers: Mapping[str, float], shapes: Mapping[str, tuple[int, int]
     return {name: n / shapes[name][1] for name, n in columns.items()}
 
 
-class Gblm(GblmSettings):
+class Gblm(GblmSettings, PruningPass):
     """Says which weights stay; see the module for the scores."""
 
-    def prune(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """The weight (out, in), 0 where dropped, and the kept ones, bool (out, in).
-
-        sparsegpt changes what it keeps as well; the others do not. Without a gradient gblm is Wanda; without a
-        hessian every input counts the same.
-        """
-        weight = weight.float()
-        sparsity = self.sparsity if statistics.sparsity is None else statistics.sparsity
+    def prune(self, matrix: Tensor, known: Statistics) -> Pruned:
+        """sparsegpt changes what it keeps as well; the others do not. Without a gradient gblm is Wanda; without a
+        hessian every input counts the same."""
+        weight = matrix.float()
+        sparsity = self.sparsity if known.sparsity is None else known.sparsity
         if self.score == "sparsegpt":
-            hessian = torch.eye(weight.shape[1]) if statistics.hessian is None else statistics.hessian
-            return sparsegpt(weight, 2 * hessian, sparsity, self.run, self.damping)
-        kept = ~self._dropped(self.scores(weight, statistics), sparsity)
-        return weight * kept, kept
+            return Pruned(*sparsegpt(weight, 2 * known.moment(weight.shape[1]), sparsity, self.run, self.damping))
+        kept = ~self._dropped(self.scores(weight, known), sparsity)
+        return Pruned(weight * kept, kept)
 
-    def scores(self, weight: Tensor, statistics: Statistics) -> Tensor:
+    def scores(self, weight: Tensor, known: Statistics) -> Tensor:
         """S (out, in); the lowest are dropped."""
         if self.score == "magnitude":
             return weight.abs()
         norm = torch.ones(weight.shape[1])
-        if statistics.hessian is not None:
-            norm = (statistics.hessian.diagonal() * max(1, statistics.window)).sqrt()
+        if known.hessian is not None:
+            norm = (known.hessian.diagonal() * max(1, known.window)).sqrt()
         if self.variant == "paper":
             norm = norm * SEQUENCES**0.5
-        if self.score == "wanda" or statistics.gradient is None:
+        if self.score == "wanda" or known.gradient is None:
             return wanda_score(weight, norm)
-        more = SEQUENCES / max(1, statistics.n_sequences)
-        return gblm_score(weight, norm, self.alpha * (more if self.p == 1 else more**0.5) * statistics.gradient)
+        more = SEQUENCES / max(1, known.n_sequences)
+        return gblm_score(weight, norm, self.alpha * (more if self.p == 1 else more**0.5) * known.gradient)
 
-    def outliers(self, weight: Tensor, gradient: Tensor) -> float:
+    def outliers(self, matrix: Tensor, gradient: Tensor) -> float:
         """The `outlier_fraction` of |W|⊙G, both (out, in)."""
-        return outlier_fraction(weight.abs() * gradient)
+        return outlier_fraction(matrix.abs() * gradient)
 
     def allocate(self, outliers: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
         """The `sparsity` of each matrix for its Statistics, from the `outliers` of each."""

@@ -23,6 +23,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from compressor.core.contract import StructurePass
 from compressor.core.errors import RecipeError
 from compressor.core.structure import Outcome, Subject
 from compressor.ops.selection import lowest
@@ -72,7 +73,7 @@ def split_budget(total: int, periods: int) -> list[int]:
     return [total // periods] * (periods - 1) + [total - total // periods * (periods - 1)]
 
 
-class Hesso(HessoSettings):
+class Hesso(HessoSettings, StructurePass):
     """One training, and the network without what went; see the module."""
 
     def restructure(self, subject: Subject) -> Outcome:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from compressor.core.contract import Statistics, WeightPass
 from compressor.core.encoding import Codebook, Scales
 from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
@@ -94,20 +95,16 @@ def group_scales(weight: Tensor, group: int, resolution: float) -> Tensor:
     return torch.maximum(rms / resolution, padded.abs().amax(2) / (GRID_HIGH + 1.5)).clamp_min(1e-7)
 
 
-class Jlcm(JlcmSettings):
+class Jlcm(JlcmSettings, WeightPass):
     """Learned codebooks; see the module for the method."""
 
-    def encode(
-        self, weight: Tensor, hessian: Tensor, generator: torch.Generator, mask: Tensor | None = None
-    ) -> Codebook:
-        """The encoding of a matrix (out, in) whose inputs have the second moment `hessian` (in, in).
-
-        Where `mask` (out, in) is False the weight is 0 and stays so: its codeword is 0 there.
-        """
-        n_rows, columns = weight.shape
+    def encode(self, matrix: Tensor, known: Statistics, generator: torch.Generator) -> Codebook:
+        """Of a matrix (out, in); where a weight was dropped its codeword is 0."""
+        n_rows, columns = matrix.shape
+        mask, hessian = known.kept, known.moment(columns)
         group = group_columns(self.group, columns, self.dim)
         padding = -columns % group
-        weight = weight.float()
+        weight = matrix.float()
         if padding:  # pad copies even by nothing, and Hessians are large
             weight = torch.nn.functional.pad(weight, (0, padding))
             hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
@@ -201,7 +198,7 @@ class Jlcm(JlcmSettings):
                     size = own.decode().clamp_min(1e-12)
                     codes[part] = best_codes(weight[part], hessian, codes[part], size, codewords, places)
                 values[part] = own.values
-                if row is not None:
+                if row is not None and own.row is not None:
                     row[part] = own.row
         return Scales(values, row)
 
@@ -211,7 +208,7 @@ class Jlcm(JlcmSettings):
         new = Scales.of(best_scales(weight, hessian, codes, old, codewords).clamp_min(1e-7), self.scale_bits)
         before, after = (row_losses(weight, hessian, decoded(codes, s, codewords)) for s in (old, new.decode()))
         worse = (after >= before).unsqueeze(1)
-        row = None if scales.row is None else torch.where(worse, scales.row, new.row)
+        row = None if scales.row is None or new.row is None else torch.where(worse, scales.row, new.row)
         return Scales(torch.where(worse, scales.values, new.values), row)
 
 

@@ -29,6 +29,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from compressor.core.contract import StructurePass
 from compressor.core.errors import RecipeError
 from compressor.core.groups import Group
 from compressor.core.roles import folded
@@ -59,7 +60,7 @@ def relevance(weight: Tensor, inputs: Tensor, relevance: Tensor, rule: str, **op
     return RULES[rule](lambda x, w: x @ w.T, lambda w, s: s @ w, inputs, weight, relevance, **options)
 
 
-class Lrp(LrpSettings):
+class Lrp(LrpSettings, StructurePass):
     """The lowest units, step by step; see the module."""
 
     def restructure(self, subject: Subject) -> Outcome:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.core.contract import StructurePass
 from compressor.core.errors import RecipeError
 from compressor.core.structure import Outcome, Subject
 from compressor.core.students import ATTRIBUTES, MULTIPLIERS, Student, Students
@@ -34,7 +35,7 @@ from compressor.passes.parts.policies import (
     standardised,
     state_of,
 )
-from compressor.passes.settings.n2n import N2nSettings
+from compressor.passes.settings.n2n import N2nSettings, refuse_overwriting
 
 INVALID = -1.0
 HOPE = 1.02
@@ -71,7 +72,7 @@ class Trial:
     meets: bool
 
 
-class N2n(N2nSettings):
+class N2n(N2nSettings, StructurePass):
     """The best student of a search; see the module."""
 
     def restructure(self, subject: Subject) -> Outcome:
@@ -79,6 +80,8 @@ class N2n(N2nSettings):
         assert subject.students is not None
         if self.policy_in and not Path(self.policy_in).is_file():
             raise RecipeError(f"n2n: policy_in {self.policy_in} is not there; give a file that policy_out wrote")
+        if self.policy_out:
+            refuse_overwriting(Path(self.policy_out))
         students = subject.students(self)
         try:
             search = Search(self, students, subject.generator)
@@ -87,6 +90,7 @@ class N2n(N2nSettings):
             students.close()
         module, log = students.finish(best)
         if self.policy_out and search.policies:
+            refuse_overwriting(Path(self.policy_out))  # it may have come while the search went on
             save_policies(Path(self.policy_out), search.policies)
         return Outcome(module, search.report(best) | {"training": log})
 

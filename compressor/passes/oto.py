@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compressor.core.contract import StructurePass
 from compressor.core.errors import CheckpointError
 from compressor.core.groups import Operator
 from compressor.core.structure import Outcome, Subject
@@ -79,7 +80,7 @@ def half_space_project(x: Tensor, x_trial: Tensor, epsilon: float | Tensor) -> T
     return torch.where(leaves.unsqueeze(-1), torch.zeros((), dtype=x_trial.dtype), x_trial)
 
 
-class Oto(OtoSettings):
+class Oto(OtoSettings, StructurePass):
     """One training, and the network without what went; see the module."""
 
     def restructure(self, subject: Subject) -> Outcome:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, overload
 
-from compressor.core.passes import Pass
+from compressor.core.errors import PassError
+from compressor.core.passes import Pass, PruningSettings, StructureSettings, WeightSettings
 from compressor.passes.settings.affine import AffineSettings
 from compressor.passes.settings.gblm import GblmSettings
 from compressor.passes.settings.hesso import HessoSettings
@@ -16,33 +18,60 @@ from compressor.passes.settings.oto import OtoSettings
 from compressor.passes.settings.reste import ResteSettings
 from compressor.passes.settings.rounding import RoundingSettings
 
-SETTINGS: dict[str, type[Pass]] = {
-    kind.name: kind
-    for kind in (
-        AffineSettings,
-        GblmSettings,
-        HessoSettings,
-        JlcmSettings,
-        LrpSettings,
-        N2nSettings,
-        OtoSettings,
-        ResteSettings,
-        RoundingSettings,
-    )
-}
+if TYPE_CHECKING:
+    from compressor.core.contract import PruningPass, StructurePass, WeightPass
+
+PASSES: tuple[type[Pass], ...] = (
+    AffineSettings,
+    GblmSettings,
+    HessoSettings,
+    JlcmSettings,
+    LrpSettings,
+    N2nSettings,
+    OtoSettings,
+    ResteSettings,
+    RoundingSettings,
+)
+SETTINGS: dict[str, type[Pass]] = {settings.name: settings for settings in PASSES}
 
 
+@overload
+def load_pass(settings: WeightSettings) -> WeightPass: ...
+@overload
+def load_pass(settings: PruningSettings) -> PruningPass: ...
+@overload
+def load_pass(settings: StructureSettings) -> StructurePass: ...
 def load_pass(settings: Pass) -> Pass:
-    """The pass itself, with these settings. Imports its file, and with it torch."""
+    """The pass itself, with these settings. Imports its file, and with it torch.
+
+    Raises:
+        PassError: The file has no such pass.
+    """
     module = importlib.import_module(f"compressor.passes.{settings.name}")
     return pass_class(module, settings.name)(**settings.model_dump())
 
 
-def pass_class(module: Any, name: str) -> type[Pass]:
-    """The pass that a module of `compressor.passes` defines: the last class in it of that name."""
+def pass_class(module: ModuleType, name: str) -> type[Pass]:
+    """The pass of that name that a module defines.
+
+    Raises:
+        PassError: There is none, or it lacks what `compressor.core.contract` asks of it.
+    """
+    from compressor.core.contract import PruningPass, StructurePass, WeightPass
+
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", None) == name
+        if isinstance(value, type)
+        and issubclass(value, (WeightPass, PruningPass, StructurePass))
+        and getattr(value, "name", None) == name
     ]
-    return max(found, key=lambda kind: len(kind.__mro__))
+    if not found:
+        raise PassError(
+            f"{module.__name__}: has no pass named '{name}'; write a class of its settings and of WeightPass, "
+            "PruningPass or StructurePass"
+        )
+    lacking = sorted(found[-1].__abstractmethods__)
+    if lacking:
+        raise PassError(f"{module.__name__}: {found[-1].__name__} has no {', '.join(lacking)}; write it")
+    return found[-1]

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compressor.core.contract import Statistics, TrainedPass
 from compressor.core.encoding import Binary, Layout
 from compressor.core.errors import CheckpointError
 from compressor.core.follower import Follower
-from compressor.core.signing import SignedInputs, hard_sign, input_channels, sign_inputs
+from compressor.core.signing import SIZE, THRESHOLD, SignedInputs, hard_sign, input_channels, sign_inputs
 from compressor.core.structure import Layer, Outcome, Subject
 from compressor.passes.settings.reste import ResteSettings
 
@@ -78,7 +79,7 @@ class _Sign(torch.autograd.Function):
         return hard_sign(z)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         return upstream * ctx.slope(ctx.saved_tensors[0]), None
 
 
@@ -144,15 +145,12 @@ class Binarised(nn.Module):
         return self.estimator.sign(weight / weight.detach().abs().mean().clamp_min(_TINY))
 
 
-class Reste(ResteSettings):
+class Reste(ResteSettings, TrainedPass):
     """A training of signs, and its result; see the module."""
 
-    def encode(
-        self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator, mask: Tensor | None = None
-    ) -> Binary:
+    def encode(self, matrix: Tensor, known: Statistics, generator: torch.Generator) -> Binary:
         """The signs of a matrix (out, in) and their scale; exactly the matrix where it was trained so."""
-        scale = _mean_size(weight.double(), self.scale).view(-1, 1)
-        return Binary((weight.shape[0], weight.shape[1]), weight >= 0, scale.half())
+        return Binary.of(matrix >= 0, _mean_size(matrix.double(), self.scale).view(-1, 1))
 
     def fit(self, subject: Subject) -> Outcome:
         """The network with binary weights in its layers, trained."""
@@ -187,7 +185,7 @@ class Reste(ResteSettings):
         parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=False)
         weight = layer.module.weight
         assert isinstance(weight, nn.Parameter)
-        stored = self.encode(layer.layout.matrix(weight), None, torch.Generator())
+        stored = self.encode(layer.layout.matrix(weight), Statistics(), torch.Generator())
         weight.copy_(layer.layout.tensor(stored.decode()))
 
 
@@ -204,8 +202,8 @@ def _measured(subject: Subject, layers: list[Layer]) -> list[SignedInputs]:
     sizes = _mean_inputs(subject, layers, distance)
     hooks = [sign_inputs(layer.module) for layer in layers]
     for layer in layers:
-        layer.module.input_threshold.copy_(means[layer.name])
-        layer.module.input_size.copy_(sizes[layer.name].clamp_min(1e-6))
+        layer.module.get_parameter(THRESHOLD).copy_(means[layer.name])
+        layer.module.get_buffer(SIZE).copy_(sizes[layer.name].clamp_min(1e-6))
     return hooks
 
 
@@ -214,12 +212,11 @@ def _mean_inputs(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The mean over calls of what `measure` says of each layer's input."""
     found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    handles = [
-        layer.module.register_forward_pre_hook(
-            lambda _, inputs, name=layer.name: found[name].append(measure(name, inputs[0]))
-        )
-        for layer in layers
-    ]
+
+    def measuring(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: found[name].append(measure(name, inputs[0]))
+
+    handles = [layer.module.register_forward_pre_hook(measuring(layer.name)) for layer in layers]
     try:
         for batch in subject.batches:
             subject.call(batch)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compressor.core.contract import Learnable, Statistics, WeightPass
 from compressor.core.encoding import Affine, Codebook, Scales
+from compressor.core.passes import Rates
 from compressor.core.spec import group_columns
 from compressor.ops.descent import descend
 from compressor.ops.error_feedback import inverse_factor
@@ -71,7 +73,7 @@ def optimiser_of(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     return SignDescent(groups) if name == "signsgd" else torch.optim.Adam(groups, fused=True)
 
 
-class RoundedMatrix(nn.Module):
+class RoundedMatrix(Learnable):
     """One matrix (rows, columns) whose weights choose between two neighbours on their grid: ŵ = s·(low + gap·h − z).
 
     adam      h is soft, the rectified sigmoid of V, and hard in the end
@@ -124,7 +126,7 @@ class RoundedMatrix(nn.Module):
             return 0.0
         return self.settings.penalty * rounding_penalty(soft_rounding(self.v), beta) / self.v.numel()
 
-    def parameter_groups(self, rates: object = None) -> list[dict]:
+    def parameter_groups(self, rates: Rates | None = None) -> list[dict]:
         """For an optimiser, by the pass's own rates."""
         own = self.settings
         rated = [(self.v, own.step_size), (self.factor, own.scale_rate), (self.shift, own.scale_rate * 2**own.bits)]
@@ -161,11 +163,11 @@ class RoundedMatrix(nn.Module):
         if own.scale_bits == 8:
             stored = Scales((scale / (start.top.float() / 255)).round().to(torch.uint8), start.top)
         codes = self._codes()
-        if own.grid == "codebook":
+        if start.levels is not None:
             table = start.levels.to(torch.int8).view(1, -1, 1)
             return Codebook(self.shape, own.bits, 1, group, codes.int(), table, stored, (len(codes),))
         point = zero.int() if own.zero == "learned" else float(zero[0, 0])
-        return Affine(self.shape, own.bits, group, codes, stored, point)
+        return Affine(self.shape, group, codes, stored, own.bits, point)
 
     @torch.no_grad()
     def _codes(self) -> Tensor:
@@ -249,24 +251,19 @@ def learn(matrix: RoundedMatrix, loss: Moments) -> None:
     matrix.restore(state, loss.rows(matrix.rounded()) > before)
 
 
-class Rounding(RoundingSettings):
+class Rounding(RoundingSettings, WeightPass):
     """Learned rounding; see the module for the method."""
 
-    def encode(
-        self, weight: Tensor, hessian: Tensor | None, generator: torch.Generator, mask: Tensor | None = None
-    ) -> Affine | Codebook:
-        """The encoding of a matrix (out, in) whose inputs have the second moment `hessian` (in, in).
-
-        Where `mask` (out, in) is False the weight is 0 and stays so. With `unit: block` it is the start.
-        """
-        matrix = self.learner(weight, hessian, mask)
-        if not self.steps or self.unit == "block" or hessian is None:
-            return matrix.result()
-        loss = Moments(weight.float(), hessian)
+    def encode(self, matrix: Tensor, known: Statistics, generator: torch.Generator) -> Affine | Codebook:
+        """Of a matrix (out, in); with `unit: block`, or where the hessian is not known, it is the start."""
+        rounded = self.started(matrix, known)
+        if not self.steps or self.unit == "block" or known.hessian is None:
+            return rounded.result()
+        loss = Moments(matrix.float(), known.hessian)
         if self.optimizer == "descent":
-            return self._descended(matrix, loss, mask).result()
-        learn(matrix, loss)
-        return matrix.result()
+            return self._descended(rounded, loss, known.kept).result()
+        learn(rounded, loss)
+        return rounded.result()
 
     def _descended(self, matrix: RoundedMatrix, loss: Moments, mask: Tensor | None) -> RoundedMatrix:
         columns, padded = matrix.shape[1], matrix.start.due.shape[1]
@@ -284,9 +281,12 @@ class Rounding(RoundingSettings):
         """For the steps on a block's output."""
         return optimiser_of(self.optimizer, groups)
 
-    def learner(self, weight: Tensor, hessian: Tensor | None, mask: Tensor | None = None) -> RoundedMatrix:
+    def learnable(self, matrix: Tensor, known: Statistics) -> RoundedMatrix | None:
+        return self.started(matrix, known) if self.unit == "block" else None
+
+    def started(self, weight: Tensor, known: Statistics) -> RoundedMatrix:
         """The matrix at its start, open to learning."""
-        columns = weight.shape[1]
+        (rows, columns), hessian, mask = weight.shape, known.hessian, known.kept
         group = group_columns(self.group, columns)
         factor, emphasis = None, torch.ones(columns)
         if self.start == "feedback" and hessian is not None:
@@ -297,4 +297,4 @@ class Rounding(RoundingSettings):
             start = LevelGrid(self.bits, group, self.scale_bits).fit(weight, emphasis, mask, factor)
         else:
             start = Grid(self.bits, group, self.zero, self.scale_bits).fit(weight, mask, factor)
-        return RoundedMatrix(start, tuple(weight.shape), self, mask)
+        return RoundedMatrix(start, (rows, columns), self, mask)

@@ -32,15 +32,15 @@ _MATRICES = 5
 
 def peak_memory(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> int:
     """The largest of the stages' peaks, about."""
-    stages = [_tables(tensors), _outside(tensors, recipe), _largest_block(tensors, recipe)]
+    stages = [_tables(tensors), _outside(tensors, config, recipe), _largest_block(tensors, config, recipe)]
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     states = FLOAT * width * recipe.calibration.tokens
-    kept = 4 if _learns_blocks(recipe) else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
+    kept = 4 if recipe.learns_blocks else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
     peak = max(stages) + kept * states
-    if any(block_of(tensor.name) for tensor in tensors):
+    if any(block_of(tensor.name, config) for tensor in tensors):
         if recipe.distill.steps:
             peak = max(peak, _distillation(tensors, width, recipe))
-        if recipe.calibration.generated or (recipe.distill.steps and recipe.distill.generated):
+        if recipe.writes_text:
             peak = max(peak, _generation(tensors, config, width, recipe))
     return BASE + int(peak)
 
@@ -75,10 +75,6 @@ def _count(tensors: Sequence[PlannedTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def _learns_blocks(recipe: Recipe) -> bool:
-    return any(getattr(step.settings, "block_steps", 0) for step in recipe.passes)
-
-
 def _wants_gradients(recipe: Recipe) -> bool:
     return recipe.calibration.token_importance and "data" in recipe.required
 
@@ -89,12 +85,12 @@ def _tables(tensors: Sequence[PlannedTensor]) -> float:
     return (2 * FLOAT + 1) * largest + _COPIES * FLOAT * min(largest, _CHUNK)
 
 
-def _outside(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
+def _outside(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> float:
     """What lies in no block, loaded: the last in its stored precision as well, or the head's logits and matrix.
 
     Logits are there for gradients, and when the original is evaluated.
     """
-    outside = [tensor for tensor in tensors if not block_of(tensor.name)]
+    outside = [tensor for tensor in tensors if not block_of(tensor.name, config)]
     if len(outside) == len(tensors):
         return 0
     logits = 4 * FLOAT * _POSITIONS * max((t.shape[0] for t in outside if t.role == "embedding"), default=0)
@@ -104,11 +100,11 @@ def _outside(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
     return FLOAT * _count(outside) + max(stored, logits + (stored / 2 if _wants_gradients(recipe) else 0))
 
 
-def _largest_block(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
+def _largest_block(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> float:
     """A block's weights, its codes, and of its largest layer the second moment, its factor and the copies."""
     blocks: dict[str, list[PlannedTensor]] = {}
     for tensor in tensors:
-        blocks.setdefault(block_of(tensor.name), []).append(tensor)
+        blocks.setdefault(block_of(tensor.name, config), []).append(tensor)
     if len(blocks) > 1:
         blocks.pop("", None)
     peaks = []
@@ -118,8 +114,8 @@ def _largest_block(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
         encoding = max((_MATRICES * FLOAT * _count([tensor]) for tensor in layers), default=0)
         encoding += max(moments, default=0)
         learning = 0
-        if _wants_gradients(recipe) or _learns_blocks(recipe):
-            learning = 2 * FLOAT * _count(layers) * _learns_blocks(recipe) + _activations(layers, FLOAT)
+        if _wants_gradients(recipe) or recipe.learns_blocks:
+            learning = 2 * FLOAT * _count(layers) * bool(recipe.learns_blocks) + _activations(layers, FLOAT)
         peaks.append((FLOAT + 1) * _count(block) + max(encoding, learning))
     return max(peaks, default=0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from compressor.core.passes import Pass, Role
+from compressor.core.passes import PruningSettings, Role, WeightSettings
 from compressor.core.spec import Spec
 
 
@@ -25,8 +25,8 @@ class PlannedTensor:
     by: str = ""
     reason: str = ""
     transposed: bool = False
-    method: Pass | None = None
-    prune: Pass | None = None
+    method: WeightSettings | None = None
+    prune: PruningSettings | None = None
 
     @property
     def bytes_after(self) -> int:
@@ -76,8 +76,8 @@ class Plan:
     @property
     def gradient_norm(self) -> Literal[1, 2] | None:
         """The p of the weights' gradients that the passes which drop weights ask for, if any does."""
-        norms = (tensor.prune.gradient_norm for tensor in self.tensors if tensor.prune is not None)
-        return next((norm for norm in norms if norm is not None), None)
+        pruned = [tensor.prune for tensor in self.tensors if tensor.prune is not None]
+        return next((settings.gradient_norm for settings in pruned if settings.gradient_norm is not None), None)
 
     def as_json(self) -> dict[str, Any]:
         plain = {key: value for key, value in asdict(self).items() if key != "tensors"}

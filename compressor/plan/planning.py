@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoints.tokenizer import copied_size
 from compressor.core.errors import RecipeError
-from compressor.core.passes import Role
+from compressor.core.passes import Role, WeightSettings
 from compressor.core.roles import block_of, is_transposed, matrix_shape, role_of
 from compressor.core.spec import DenseSpec, sparse_spec
 from compressor.plan.memory import peak_memory
@@ -41,13 +41,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         for step in recipe.early:
             if step.settings.trains:
                 recipe = recipe.leaving(step.name, _likely_ends(checkpoint))
-    has_blocks = any(block_of(name) for name in checkpoint.tensors)
+    has_blocks = any(block_of(name, config) for name in checkpoint.tensors)
     tensors = tuple(_planned(info, config, recipe, format, has_blocks) for info in checkpoint.tensors.values())
     _refuse_two_norms(tensors, recipe)
-    if not has_blocks and any(getattr(step.settings, "unit", "layer") == "block" for step in recipe.passes):
-        raise RecipeError(
-            f"{recipe.name}: unit is block, but {checkpoint.path} has no repeated blocks; write unit: layer"
-        )
+    if has_blocks:
+        _refuse_unlearnable(tensors, recipe)
+    else:
+        _refuse_single_block(checkpoint, recipe)
     if not any(tensor.by for tensor in tensors) and not recipe.early:
         reasons = sorted({tensor.reason for tensor in tensors if tensor.reason})
         raise RecipeError(f"{recipe.name}: encodes no tensor of {checkpoint.path}; {'; '.join(reasons)}")
@@ -61,7 +61,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         needs=tuple(sorted(recipe.required)),
         peak_memory=peak_memory(tensors, config, recipe),
         cpu_seconds=cpu_seconds(tensors, recipe),
-        notes=_notes(tensors) + (() if smaller else _structure_notes(recipe, tensors)),
+        notes=_notes(has_blocks) + (() if smaller else _structure_notes(recipe, tensors)),
     )
 
 
@@ -79,10 +79,11 @@ def _likely_ends(checkpoint: Checkpoint) -> list[str]:
 
 def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: str, has_blocks: bool) -> PlannedTensor:
     role = info.role or role_of(info.name, info.shape, config)
-    matrix = info.shape[::-1] if info.transposed else matrix_shape(info.name, info.shape, config)
+    rows, columns = matrix_shape(info.name, info.shape, config)
+    matrix = (columns, rows) if info.transposed else (rows, columns)
     transposed = info.transposed or (is_transposed(info.name, config) and role == "linear")
     reason = _reason(info, role, recipe.smallest(role))
-    depthwise = is_depthwise(info, role)
+    depthwise = is_depthwise(info.shape, role)
     chosen = Chosen() if reason else recipe.choose(info.name, matrix, role, depthwise)
     if depthwise and chosen.spec is None:
         reason = reason or "depthwise convolution, and no step has 8 bits"
@@ -132,13 +133,30 @@ def _refuse_two_norms(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> Non
         raise RecipeError(f"{recipe.name}: steps ask for gradients of p 1 and of p 2; one pass over them gives one p")
 
 
+def _refuse_single_block(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    for step in recipe.passes:
+        reason = step.settings.refuses_single_block if isinstance(step.settings, WeightSettings) else None
+        if reason:
+            raise RecipeError(f"{recipe.name}: {checkpoint.path}: {step.name}: {reason}")
+
+
+def _refuse_unlearnable(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> None:
+    """Refuses gradient steps over a matrix of whose encoding nothing learns: it would be left behind without a word."""
+    fixed = next((tensor for tensor in tensors if tensor.method is not None and not tensor.spec.learns), None)
+    if recipe.learns and fixed is not None:
+        raise RecipeError(
+            f"{recipe.name}: '{fixed.name}' is stored as {fixed.spec.kind}, which gradient steps cannot learn; found "
+            f"{recipe.learns}; leave them out, or let another pass store it"
+        )
+
+
 def _is_float(info: TensorInfo) -> bool:
     """GGUF's own types (Q4_1 and so on) decode to floats as well."""
     return info.dtype in FLOATS or not re.fullmatch(r"BOOL|[IU]\d+", info.dtype)
 
 
-def is_depthwise(info: TensorInfo, role: Role) -> bool:
-    return role == "conv" and info.shape[1] == 1 and info.shape[0] > 1
+def is_depthwise(shape: tuple[int, ...], role: Role) -> bool:
+    return role == "conv" and shape[1] == 1 and shape[0] > 1
 
 
 def _reason(info: TensorInfo, role: Role, smallest: int) -> str:
@@ -179,8 +197,8 @@ def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: s
     return files
 
 
-def _notes(tensors: tuple[PlannedTensor, ...]) -> tuple[str, ...]:
-    if any(block_of(tensor.name) for tensor in tensors):
+def _notes(has_blocks: bool) -> tuple[str, ...]:
+    if has_blocks:
         return ()
     return ("no repeated block was found: the whole network is held in memory as one block",)
 
@@ -195,7 +213,7 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
     ]
     for step in recipe.structure:
         settings = structure_settings(step)
-        what = f"removes {settings.removes:.0%} of the {getattr(settings, 'of', 'units')}"
+        what = f"removes {settings.removes:.0%} of the {settings.counts}"
         what = what if settings.chooses_units else "makes the network smaller"
         notes.append(f"{step.name} {what} first: the sizes above are upper bounds")
     left = smaller_bytes(recipe, tensors) if recipe.structure else None

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 
 from compressor.core.errors import UsageError
-from compressor.core.passes import Need, Pass, Role
+from compressor.core.passes import Need, Pass, PruningSettings, Role, WeightSettings
 from compressor.core.quantities import parse_share, parse_size
 from compressor.core.roles import is_token_table
 from compressor.core.spec import AffineSpec, DenseSpec, RefinedSpec, Spec
@@ -23,6 +23,8 @@ from compressor.core.training import Rate
 from compressor.passes.settings.affine import AffineSettings
 from compressor.passes.settings.fields import GroupSetting
 
+SHORTEST_WINDOW = 16
+"""Tokens of a text that are read together, at least."""
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -43,8 +45,8 @@ class Chosen:
     """
 
     by: str = ""
-    method: Pass | None = None
-    prune: Pass | None = None
+    method: WeightSettings | None = None
+    prune: PruningSettings | None = None
     spec: Spec | None = None
 
 
@@ -69,7 +71,7 @@ class Calibration(_Section):
     generated: Share = 0.0
     correct_means: bool = False
     tokens: Positive = 16384
-    window: Annotated[int, Field(ge=16)] = 512
+    window: Annotated[int, Field(ge=SHORTEST_WINDOW)] = 512
     samples: Positive = 256
 
 
@@ -189,7 +191,7 @@ class Evaluation(_Section):
     """
 
     tokens: Annotated[int, Field(ge=0)] = 32768
-    window: Annotated[int, Field(ge=16)] = 512
+    window: Annotated[int, Field(ge=SHORTEST_WINDOW)] = 512
     samples: Annotated[int, Field(ge=0)] = 512
     speed: bool = True
 
@@ -250,6 +252,11 @@ class Recipe(BaseModel):
         return learning.union(calibrating, *(step.settings.needs for step in self.passes))
 
     @property
+    def writes_text(self) -> bool:
+        """Whether the original itself writes some of the text that is learned from."""
+        return bool(self.calibration.generated or (self.distill.steps and self.distill.generated))
+
+    @property
     def structure(self) -> tuple[Step, ...]:
         """The steps that make the network smaller, before any other."""
         return tuple(step for step in self.passes if step.settings.stage == "structure")
@@ -258,6 +265,19 @@ class Recipe(BaseModel):
     def early(self) -> tuple[Step, ...]:
         """The steps whose network is another before anything is encoded: structure, and encodings that are trained."""
         return tuple(step for step in self.passes if step.settings.stage == "structure" or step.settings.trains)
+
+    @property
+    def learns_blocks(self) -> WeightSettings | None:
+        """The first pass that asks for gradient steps on blocks, which are then as it says."""
+        weight = (step.settings for step in self.passes if isinstance(step.settings, WeightSettings))
+        return next((settings for settings in weight if settings.block_learning), None)
+
+    @property
+    def learns(self) -> str:
+        """Which gradient steps are taken over encodings, in a few words; empty where none are."""
+        if self.distill.steps:
+            return f"distill.steps: {self.distill.steps}"
+        return f"steps of {self.learns_blocks.name} on blocks" if self.learns_blocks else ""
 
     def leaving(self, name: str, tensors: Iterable[str]) -> Recipe:
         """The recipe whose steps of that name are not for these tensors."""
@@ -288,14 +308,15 @@ class Recipe(BaseModel):
         if role == "embedding":
             return Chosen("embeddings", self.embeddings.method(), None, self.embeddings.spec(name, shape[0]))
         steps = [step for step in self.passes if step.settings.stage == "weight" and step.selects(name)]
-        prune = next((step.settings for step in reversed(steps) if step.settings.prunes), None)
+        due = [step.settings for step in reversed(steps)]
+        prune = next((settings for settings in due if isinstance(settings, PruningSettings)), None)
         prune = prune if prune is None or prune.kept(*shape) < math.prod(shape) else None
-        for step in [step for step in reversed(steps) if not step.settings.prunes]:
-            spec = step.settings.spec_for(name, shape, role)
+        for settings in (each for each in due if isinstance(each, WeightSettings)):
+            spec = settings.spec_for(name, shape, role)
             if depthwise and not (isinstance(spec, AffineSpec) and spec.bits == 8):
                 continue
             if spec is not None and spec.nbytes(*shape) < 4 * math.prod(shape):
-                return Chosen(step.name, step.settings, prune, spec)
+                return Chosen(settings.name, settings, prune, spec)
         if prune is not None and role in ("linear", "conv"):
             return Chosen(prune.name, ONLY_PRUNED, prune, ONLY_PRUNED.spec_for(name, shape, role))
         return Chosen()
@@ -312,7 +333,7 @@ class Recipe(BaseModel):
 
 def learning_window(recipe: Recipe) -> int:
     """Half the calibration's window, for gradient steps: attention costs least so."""
-    return max(16, recipe.calibration.window // 2)
+    return max(SHORTEST_WINDOW, recipe.calibration.window // 2)
 
 
 def _any_matches(patterns: Iterable[str], name: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from compressor.core.errors import RecipeError, suggestion
-from compressor.core.passes import STAGES, Pass
+from compressor.core.passes import STAGES
 from compressor.core.reading import read_text
-from compressor.passes.registry import SETTINGS, pass_class
+from compressor.passes.registry import SETTINGS
 from compressor.plan.recipe import SECTIONS, Evaluation, Gates, Recipe, Step
 
 PACKAGE = Path(__file__).parents[1]
@@ -67,6 +66,7 @@ class _Draft:
     texts: dict[str, str] = field(default_factory=dict)
     steps: list[tuple[str, str, Values]] = field(default_factory=list)  # pass, where, settings
     sections: dict[str, Values] = field(default_factory=dict)
+    reaches: list[str] = field(default_factory=list)  # what files that are not shipped say of the world outside
 
 
 def recipe_directory() -> Path:
@@ -80,20 +80,9 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_directory().glob("*.yaml"))}
 
 
-@cache
 def known_passes() -> tuple[str, ...]:
-    """The names of all passes: files in compressor/passes, and settings."""
-    files = {path.stem for path in (PACKAGE / "passes").glob("*.py") if not path.stem.startswith("_")}
-    return tuple(sorted(files | set(SETTINGS)))
-
-
-def settings_class(name: str) -> type[Pass]:
-    """The settings of a pass; only a pass whose settings stand in its own file is imported for them."""
-    if name in SETTINGS:
-        return SETTINGS[name]
-    import importlib
-
-    return pass_class(importlib.import_module(f"compressor.passes.{name}"), name)
+    """The names of all passes."""
+    return tuple(sorted(SETTINGS))
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
@@ -125,6 +114,30 @@ def load_recipe(name: str | Path, sets: Iterable[str] = ()) -> Recipe:
     return _finish(draft, where, path.stem)
 
 
+def reaches_of(name: str | Path) -> list[str]:
+    """What a recipe that is not shipped leads out of the process to, each as it is written; empty where nothing.
+
+    Raises:
+        RecipeError: Nothing of that name, or a mistake in it.
+    """
+    path = find_recipe(str(name))
+    return _read(path, str(name), ()).reaches
+
+
+def refuse_reaching(name: str | Path, trusted: bool) -> None:
+    """Refuses a recipe that leads out of the process, unless whoever gives it says that it may.
+
+    Raises:
+        RecipeError: It does.
+    """
+    found = [] if trusted else reaches_of(name)
+    if found:
+        raise RecipeError(
+            f"{name}: says {', '.join(found)}, which leads out of this process; nothing was run; give --trust-recipe "
+            "if you trust whoever wrote it, or --set it yourself"
+        )
+
+
 def restore_recipe(content: dict[str, Any], where: str) -> Recipe:
     """The recipe that `Recipe.to_dict` spelt out, as compression.json holds it."""
     return _finish(_draft(content, where), where, str(content.get("name", where)))
@@ -146,8 +159,32 @@ def _read(path: Path, where: str, importers: tuple[Path, ...]) -> _Draft:
             cycle = " → ".join(step.stem for step in (*chain[chain.index(imported.resolve()) :], imported))
             raise RecipeError(f"{where}: imports go in a circle, {cycle}; remove one of them")
         _extend(draft, _read(imported, imported.name, chain))
-    _extend(draft, _draft(content, where))
+    own = _draft(content, where)
+    if path.resolve().parent != recipe_directory().resolve():
+        own.reaches = _reaching(own)
+    _extend(draft, own)
     return draft
+
+
+def _reaching(draft: _Draft) -> list[str]:
+    """Settings of a file that lead out of the process; those that name files to be written are refused.
+
+    Raises:
+        RecipeError: A file is named to be written, which is for the command line alone.
+    """
+    found = []
+    for name, where, values in draft.steps:
+        kind = SETTINGS[name]
+        written = next((key for key in values if key in kind.writes and values[key][0] is not None), None)
+        if written is not None:
+            raise RecipeError(
+                f"{where}: {written} names a file to be written, which no recipe says; give {kind.writes[written]} "
+                "FILE on the command line"
+            )
+        defaults = kind.model_fields
+        reaching = [key for key in kind.reaches if key in values and values[key][0] != defaults[key].default]
+        found += [f"{name}.{key} {values[key][0]}" for key in reaching]
+    return found
 
 
 def _draft(content: dict[str, Any], where: str) -> _Draft:
@@ -207,7 +244,7 @@ def _step(step: Any, where: str) -> tuple[str, str, Values]:
     if name not in known_passes():
         raise RecipeError(f"{where}: no pass named '{name}'. {suggestion(name, known_passes())}")
     where = f"{where} ({name})"
-    fields = [*settings_class(name).model_fields, *STEP_KEYS]
+    fields = [*SETTINGS[name].model_fields, *STEP_KEYS]
     values = {key: value for key, value in step.items() if key != "pass"}
     return name, where, _known(values, fields, where)
 
@@ -231,6 +268,7 @@ def _known(values: dict[str, Any], fields: list[str], where: str) -> Values:
 
 def _extend(draft: _Draft, own: _Draft) -> None:
     draft.texts |= own.texts
+    draft.reaches += own.reaches
     for section, values in own.sections.items():
         draft.sections[section] = draft.sections.get(section, {}) | values
     imported = list(range(len(draft.steps)))
@@ -257,7 +295,7 @@ def _assign(draft: _Draft, assignment: str) -> None:
     if owner in SECTIONS:
         draft.sections.setdefault(owner, {}).update(_known({key: value}, _fields(owner), where))
     elif steps:
-        fields = [*settings_class(owner).model_fields, *STEP_KEYS]
+        fields = [*SETTINGS[owner].model_fields, *STEP_KEYS]
         for values in steps:
             values.update(_known({key: value}, fields, where))
     else:
@@ -294,7 +332,7 @@ def _refuse_unmeasured_gate(gates: Gates, evaluation: Evaluation, draft: _Draft)
 def _build_step(name: str, where: str, values: Values) -> Step:
     patterns = {key: tuple(_names(*values[key])) for key in STEP_KEYS if key in values}
     settings = {key: value for key, value in values.items() if key not in STEP_KEYS}
-    return Step(settings=_build(settings_class(name), settings, where), **patterns)  # type: ignore[arg-type]
+    return Step(settings=_build(SETTINGS[name], settings, where), **patterns)  # type: ignore[arg-type]
 
 
 def _build(kind: type[BaseModel], values: Values, where: str) -> Any:

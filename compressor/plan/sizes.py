@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from compressor.core.machine import multiplies_bfloat16
-from compressor.core.passes import StructurePass
+from compressor.core.passes import StructureSettings
 from compressor.core.roles import block_of
 from compressor.core.spec import DenseSpec
 from compressor.plan.plan import PlannedTensor
@@ -94,9 +94,9 @@ def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> float:
     return round(found, 1)
 
 
-def structure_settings(step: Step) -> StructurePass:
+def structure_settings(step: Step) -> StructureSettings:
     """Of a structure pass."""
-    assert isinstance(step.settings, StructurePass)
+    assert isinstance(step.settings, StructureSettings)
     return step.settings
 
 

@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compressor.core.artifact import Artifact
+from compressor.core.files import write_text
 from compressor.core.quantities import duration, size
 from compressor.report import facts
 from compressor.report.charts import Axis, Bar, BarPlot, DotPlot, Legend, Point, bars, colour, dots, shortened
@@ -30,7 +31,7 @@ _NUMBER = re.compile(r"^[a-z_]*?_(\d[\d_]*)$")
 def write_page(directories: Sequence[Path], target: Path, title: str = "") -> None:
     """Writes the page of the first artifact; the others are beside it where size is held against quality."""
     artifacts = [Artifact.open(directory) for directory in directories]
-    target.write_text(page(artifacts[0], artifacts[1:], title or facts.title_of(directories[0])), encoding="utf-8")
+    write_text(target, page(artifacts[0], artifacts[1:], title or facts.title_of(directories[0])))
 
 
 def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:

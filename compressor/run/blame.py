@@ -1,6 +1,6 @@
-"""Where a loss came in: how far each tensor is from the original's, and which of them the outputs suffer from.
+"""Where a loss came in: which tensors the outputs suffer from.
 
-The second is asked when a gate has failed. Groups of alike tensors (those of one pass, with one name but for the
+Asked when a gate has failed. Groups of alike tensors (those of one pass, with one name but for the
 numbers in it) are put back to the original's, one group at a time, and the outputs on a few calibration samples are
 compared with the original's again. The shares need not add up to one: errors meet in the outputs, and may cancel there.
 """
@@ -14,42 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.checkpoints import Checkpoint
 from compressor.core.batch import Batch
 from compressor.core.progress import Progress
+from compressor.core.report import Blame
 from compressor.core.roles import folded
 from compressor.core.tensors import EncodedTensors
 from compressor.plan.plan import Plan
 from compressor.widths.losses import Kind, judged, outputs, probe
 
-LARGEST = 2**25
-"""Values of a tensor up to which its error is told: beyond, holding it twice would be the run's peak of memory."""
 NAMED = 3
 
 
-def weight_errors(checkpoint: Any, tensors: EncodedTensors) -> dict[str, float]:
-    """‖W − Ŵ‖ / ‖W‖ by name, of the tensors that are not stored as they were; one in memory at a time.
-
-    Left out are those of more than 2²⁵ values, those whose shape has changed, and those that are all zero.
-    """
-    found = {}
-    for name in tensors:
-        info = checkpoint.tensors.get(name)
-        shape = tuple(tensors.describe(name)["tensor_shape"])
-        if info is None or info.shape != shape or info.numel > LARGEST or not info.dtype.startswith(("F", "BF", "Q")):
-            continue
-        original = checkpoint.read(name).float()
-        norm = float(original.norm())
-        error = float((tensors[name].decode() - original).norm())
-        if norm and error:
-            found[name] = round(error / norm, 6)
-    return found
-
-
 def blame(
-    checkpoint: Any, tensors: EncodedTensors, plan: Plan, batches: list[Batch], kind: Kind, labelled: bool,
+    checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, batches: list[Batch], kind: Kind, labelled: bool,
     progress: Progress,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Groups of tensors, worst first: {tensors, by, share of the loss that goes when they are the original's again}."""
+) -> list[Blame]:  # fmt: skip
+    """Groups of tensors, worst first."""
     if not batches:
         return []
     samples = probe(batches, kind)
@@ -69,18 +50,18 @@ def blame(
         found = []
         for (pattern, by), names in groups.items():
             rest = rise({name: change for name, change in changes.items() if name not in names})
-            found.append({"tensors": pattern, "by": by, "share": round(1 - rest / whole, 4)})
-    return sorted(found, key=lambda each: (-each["share"], each["tensors"]))
+            found.append(Blame(tensors=pattern, by=by, share=round(1 - rest / whole, 4)))
+    return sorted(found, key=lambda each: (-each.share, each.tensors))
 
 
-def blamed(found: list[dict[str, Any]]) -> str:
+def blamed(found: list[Blame]) -> str:
     """The worst of `blame` as a sentence; nothing where nothing helps."""
-    worst = [each for each in found[:NAMED] if each["share"] > 0]
-    parts = [f"{each['share']:.0%} by {each['by']} at {each['tensors']}" for each in worst]
+    worst = [each for each in found[:NAMED] if each.share > 0]
+    parts = [f"{each.share:.0%} by {each.by} at {each.tensors}" for each in worst]
     return f"the loss came in {', '.join(parts)}" if parts else ""
 
 
-def _changes(checkpoint: Any, tensors: EncodedTensors) -> dict[str, Any]:
+def _changes(checkpoint: Checkpoint, tensors: EncodedTensors) -> dict[str, Any]:
     """What the artifact computes with, where shapes are still the original's."""
     floats = [name for name in tensors if name in checkpoint.tensors]
     alike = [name for name in floats if checkpoint.tensors[name].shape == tuple(tensors.describe(name)["tensor_shape"])]

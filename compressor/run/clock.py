@@ -12,13 +12,14 @@ from compressor.core.log import LOGGER
 from compressor.core.machine import memory_of
 from compressor.core.memory import give_back
 from compressor.core.quantities import size
+from compressor.core.report import Stage
 
 
 @dataclass
 class Clock:
     """`stages` has for each its CPU and wall seconds, and the process's largest resident memory until its end."""
 
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -27,15 +28,16 @@ class Clock:
             yield
         finally:
             spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.monotonic() - wall}
-            self.stages[name] = {key: round(value, 2) for key, value in spent.items()}
+            stage = Stage.model_validate({key: round(value, 2) for key, value in spent.items()})
             peak = memory_of()["peak_resident"]
             if peak is not None:
-                self.stages[name]["peak_memory"] = peak
-            LOGGER.info("%s: %s", name, _told(self.stages[name]))
+                stage.peak_memory = peak
+            self.stages[name] = stage
+            LOGGER.info("%s: %s", name, _told(stage))
             gc.collect()  # networks hold themselves in cycles
             give_back()
 
 
-def _told(stage: dict[str, float]) -> str:
-    told = f"{stage['seconds']:.1f} s, {stage['cpu_seconds']:.1f} s of CPU time"
-    return f"{told}, {size(stage['peak_memory'])} at most so far" if "peak_memory" in stage else told
+def _told(stage: Stage) -> str:
+    told = f"{stage.seconds:.1f} s, {stage.cpu_seconds:.1f} s of CPU time"
+    return told if stage.peak_memory is None else f"{told}, {size(stage.peak_memory)} at most so far"

@@ -6,25 +6,25 @@ output's own name stays.
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
-from compressor.core.artifact import NOT_NEEDED, PAGE, REPORT, failed_directory, file_digest
+from compressor.checkpoints import Checkpoint
+from compressor.core.artifact import NOT_NEEDED, PAGE, REPORT, failed_directory, file_digest, sealed, text_of
+from compressor.core.files import sync_tree, write_text
 from compressor.core.locking import LOCK
+from compressor.core.report import Report, Size
 from compressor.core.tensors import EncodedTensors
 from compressor.report.page import write_page
-from compressor.run.workplace import FINISHED, WORK, remove
+from compressor.run.place import FINISHED, WORK, Place
 
 
-def artifact_size(directory: Path, original_bytes: int) -> dict[str, Any]:
+def artifact_size(directory: Path, original: Checkpoint) -> Size:
     """Bytes of every file that running the artifact needs, largest first, beside the original's."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in (*NOT_NEEDED, LOCK)]
     files = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
     files = {name: n for name, n in files.items() if not name.startswith(f"{WORK}/")}
     ordered = dict(sorted(files.items(), key=lambda item: (-item[1], item[0])))
-    return {"bytes": sum(ordered.values()), "files": ordered, "original_bytes": original_bytes}
+    return Size(bytes=sum(ordered.values()), files=ordered, original_bytes=original.describe()["file_bytes"])
 
 
 def largest_tensors(tensors: EncodedTensors, n: int = 3) -> str:
@@ -33,25 +33,30 @@ def largest_tensors(tensors: EncodedTensors, n: int = 3) -> str:
     return "largest are " + ", ".join(f"{name} with {size / 1e6:.2f} MB" for size, name in found)
 
 
-def deliver(partial: Path, output: Path, report: dict[str, Any]) -> Path:
+def deliver(place: Place, report: Report) -> Path:
     """Hashes into the report, report and page written, the artifact renamed, its working folder away; its directory.
 
     Whenever the process ends, there is either the artifact with nothing else in it, or what `--resume` goes on from.
+
+    Raises:
+        ChangedError: What the artifact was made of is no longer what it was, or something else stands in its place.
     """
-    report["sha256"] = {name: file_digest(partial / name) for name in sorted(report["size"]["files"])}
-    (partial / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
+    partial, output = place.partial, place.output
+    assert report.size is not None
+    assert report.gates is not None
+    report.sha256 = {name: file_digest(partial / name) for name in sorted(report.size.files)}
+    write_text(partial / REPORT, report.text())
     write_page([partial], partial / PAGE, title=output.name)
-    failed = failed_directory(output)
-    finished = partial / WORK / FINISHED
+    write_text(partial / REPORT, text_of(sealed(report.as_json(), file_digest(partial / PAGE))))
+    finished = place.work / FINISHED
     finished.mkdir()
     for path in sorted(partial.iterdir()):
         if path.name not in (WORK, LOCK):
             path.rename(finished / path.name)
-    if failed.exists():
-        shutil.rmtree(failed)  # of an earlier attempt
-    target = output if report["gates"]["passed"] else failed
-    if target.exists():
-        shutil.rmtree(target)
-    finished.rename(target)  # at once, and complete
-    remove(partial)  # last: until the artifact stands, --resume needs what is in it
+    sync_tree(finished)
+    place.refuse_changes()
+    target = output if report.gates.passed else failed_directory(output)
+    place.put(target)
+    place.put_away(failed_directory(output), target)
+    place.close()
     return target

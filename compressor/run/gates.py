@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from compressor.core.report import Report
 from compressor.plan.recipe import Gates
 from compressor.widths.allocate import Target
 from compressor.widths.losses import Kind
@@ -36,7 +37,10 @@ def measured_kind(quality: dict[str, Any] | None, kind: Kind) -> Kind:
         ("cosine", "cosine"),
         ("top1_agreement", "accuracy"),
     )
-    return next((each for key, each in kinds if quality.get(key) is not None), kind)
+    for key, each in kinds:
+        if quality.get(key) is not None:
+            return each
+    return kind
 
 
 def came_true(kind: Kind, quality: dict[str, Any] | None) -> float | None:
@@ -52,12 +56,12 @@ def came_true(kind: Kind, quality: dict[str, Any] | None) -> float | None:
     return 1 - quality["top1_agreement"] if "top1_agreement" in quality else None
 
 
-def speedup(report: dict[str, Any]) -> float | None:
+def speedup(report: Report) -> float | None:
     """How many times as fast as the original: tokens/s of decoding, else one over latency; None: not measured."""
-    found, original = report.get("speed") or {}, report.get("original_speed") or {}
     for key, power in (("decode_tokens_per_second", 1), ("latency_seconds", -1)):
-        if found.get(key) and original.get(key):
-            return (found[key] / original[key]) ** power
+        found, original = (getattr(speed, key, None) for speed in (report.speed, report.original_speed))
+        if found and original:
+            return (found / original) ** power
     return None
 
 
@@ -76,11 +80,12 @@ def lost_quality(gates: Gates, quality: dict[str, Any] | None) -> list[str]:
     )
 
 
-def lost_size_or_speed(gates: Gates, report: dict[str, Any]) -> list[str]:
+def lost_size_or_speed(gates: Gates, report: Report) -> list[str]:
     """A sentence for each limit of size and speed that the artifact does not keep."""
+    size = None if report.size is None else report.size.bytes / 1e6
     megabytes = None if gates.max_size is None else gates.max_size / 1e6
     return _broken(
-        ("size in MB, every file,", report["size"]["bytes"] / 1e6, megabytes, 1),
+        ("size in MB, every file,", size, megabytes, 1),
         ("speed over the original's", speedup(report), gates.min_speedup, -1),
     )
 
@@ -88,7 +93,7 @@ def lost_size_or_speed(gates: Gates, report: dict[str, Any]) -> list[str]:
 def _broken(*limits: Limit) -> list[str]:
     failures = []
     for name, value, limit, sign in limits:
-        if limit is not None and (value is None or sign * value > sign * limit):
+        if limit is not None and (value is None or not sign * value <= sign * limit):  # NaN keeps none
             found = "was not measured" if value is None else f"is {value:.4g}"
             failures.append(f"{name} {found}, the gate is {limit:g}")
     return failures

@@ -1,90 +1,95 @@
-"""The folder that an artifact grows in, `<output>.partial`: one run's at a time, resumable, and renamed at the end.
+"""The working folder of a run in its place: of this very run, or of another that is replaced.
 
-`work` in it holds what is finished, and `run.json` whose it is. Everything else in it is made again on `--resume`. At
-the end the artifact is gathered in `work/finished`, which then gets its name at once.
+`work` holds what is finished, and `run.json` whose it is. Everything else beside it is made again on `--resume`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from compressor.checkpoints import Checkpoint
-from compressor.core.artifact import WEIGHTS
-from compressor.core.errors import CheckpointError, DataError, ResourceError, UsageError
-from compressor.core.files import write_text
-from compressor.core.locking import LOCK, locked
-from compressor.core.options import RunOptions
+from compressor.core.artifact import Artifact, failed_directory, is_artifact
+from compressor.core.errors import CheckpointError, UsageError
+from compressor.core.files import remove, write_text
+from compressor.core.identity import Identity
+from compressor.core.locking import LOCK
 from compressor.core.work import Work
-from compressor.data.samples import Samples
-from compressor.plan.recipe import Recipe
+from compressor.run.place import CLEARED, NOTE, SOURCES, WORK, Place, written_again
 
-WORK, FINISHED, NOTE = "work", "finished", "run.json"
-
-
-@contextlib.contextmanager
-def workplace(partial: Path) -> Iterator[None]:
-    """Holds the folder; it goes again where the input was at fault, since there is nothing to resume.
-
-    Raises:
-        UsageError: Another run has it, or it cannot be written.
-        ResourceError: The disk was full.
-    """
-    with locked(partial, "run"):
-        try:
-            yield
-        except (CheckpointError, DataError):
-            if not (partial / WEIGHTS).exists():
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceError(f"{partial}: the disk is full; free some space, then --resume goes on") from error
-            raise
+ARTIFACT_KEPT = ("finished", "replaced", "replaced.failed", "outdated")
+"""Folders in `work` that are of a delivery, which is made again."""
 
 
-def open_work(partial: Path, recipe: Recipe, checkpoint: Checkpoint, samples: Samples, options: RunOptions) -> Work:
+def delivered(place: Place, identity: Identity) -> Path | None:
+    """Where this very run has already delivered its artifact, where it was ended after that."""
+    if not place.resume or (place.force and not place.had_delivered):
+        return None
+    found = [each for each in (place.output, failed_directory(place.output)) if is_artifact(each)]
+    return next((each for each in found if _identity_in(each) == identity), None)
+
+
+def _identity_in(directory: Path) -> Identity | None:
+    """That of the run that an artifact is of; None where it does not say."""
+    try:
+        return Identity.model_validate(Artifact.open(directory).report.get("identity"))
+    except (ValueError, CheckpointError):
+        return None
+
+
+def open_work(place: Place, identity: Identity) -> Work:
     """The working folder of this very run; an older one of another run is replaced, or refused with --resume.
 
     Raises:
-        UsageError: There is nothing to resume, it is another run's, or the folder is not ours.
+        UsageError: There is nothing to resume, it is another run's, or an artifact is in the way.
     """
-    identity = {
-        "recipe": recipe.to_dict(), "seed": options.seed, "source": checkpoint.digest(), "data": samples.digest(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "target": [options.target_size, options.max_loss],
-    }  # fmt: skip
-    note = partial / WORK / NOTE
-    text = json.dumps(identity, sort_keys=True)
-    found = [path for path in partial.iterdir() if path.name != LOCK]
-    if options.resume and not note.exists():
-        raise UsageError(f"{partial}: no interrupted run to resume; leave --resume out")
-    if options.resume and note.read_text() != text:
-        raise UsageError(f"{partial}: belongs to another run (model, recipe, seed or data differ); leave --resume out")
-    if any(not _is_empty(path) for path in found) and not note.exists():
-        raise UsageError(f"{partial}: is in the way and not ours; move it, or give another directory with -o")
-    for path in found:
-        if path.name != WORK or not options.resume:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    note.parent.mkdir(exist_ok=True)
-    shutil.rmtree(note.parent / FINISHED, ignore_errors=True)  # of a delivery that did not come to its end
-    write_text(note, text)
-    return Work(note.parent, options.seed)
+    if place.resume and not place.force and is_artifact(place.output):
+        raise UsageError(
+            f"{place.output}: holds an artifact of another run; replace it with --force, or give another with -o"
+        )
+    note, again = place.work / NOTE, written_again(place)
+    left = note.read_text(encoding="utf-8", errors="replace") if note.exists() else CLEARED
+    if place.resume and left == identity.model_dump_json() and not again:
+        _keep_work(place)
+        if not (place.work / SOURCES).exists():  # it was ended between the two notes, before any work
+            write_text(place.work / SOURCES, json.dumps(place.sources.as_json()))
+    else:
+        if place.resume:
+            _refuse_another(place, left, identity, again)
+        place.clear()
+        place.work.mkdir(exist_ok=True)
+        write_text(note, identity.model_dump_json())
+        write_text(place.work / SOURCES, json.dumps(place.sources.as_json()))
+    return Work(place.work, identity.seed)
 
 
-def remove(partial: Path) -> None:
-    """Takes the folder away. The note goes late: what is left, should the process end meanwhile, is known for ours."""
-    for path in (partial / WORK).iterdir():
-        if path.name != NOTE:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(partial)
+def _refuse_another(place: Place, left: str, identity: Identity, again: list[str]) -> None:
+    """Refuses to go on with what another run began; says what is not the same, or why this one begins anew."""
+    if left == identity.model_dump_json():
+        place.say(
+            f"{again[0]}: was written again since; what was finished may be of another content, and is made again"
+        )
+        return
+    if left == CLEARED and not place.existed:
+        raise UsageError(f"{place.partial}: no interrupted run to resume; leave --resume out")
+    if left == CLEARED:
+        place.say(f"{place.partial}: a run was ended there before anything was finished; starts from the beginning")
+        return
+    try:
+        earlier = Identity.model_validate_json(left)
+    except ValueError as error:
+        raise UsageError(
+            f"{place.partial}: was begun by another version of compressor, or is damaged; leave --resume out"
+        ) from error
+    raise UsageError(
+        f"{place.partial}: belongs to another run: {identity.difference(earlier)}; leave --resume out, or ask for the "
+        "same"
+    )
 
 
-def _is_empty(path: Path) -> bool:
-    return path.name == WORK and path.is_dir() and not any(path.iterdir())
+def _keep_work(place: Place) -> None:
+    """Takes away what is made again."""
+    for path in place.partial.iterdir():
+        if path.name not in (WORK, LOCK):
+            remove(path)
+    for name in ARTIFACT_KEPT:
+        remove(place.work / name)

@@ -6,20 +6,18 @@ In a process of its own that adds nothing to the run's memory, and all of it goe
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import onnxruntime
 
-import compressor
+from compressor.runtime.processes import clean_environment, python
 
 LARGE = 16_000_000
 """Bytes of graph and weights from which a process of its own, which takes a third of a second to start, pays."""
@@ -66,10 +64,10 @@ class SessionApart:
     """
 
     def __init__(self, path: str, settings: Settings) -> None:
-        command, environment = process_of("compressor.runtime.session_process")
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=-1
-        )
+            python("-m", "compressor.runtime.session_process"), env=clean_environment(), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, bufsize=-1,
+        )  # fmt: skip
         weakref.finalize(self, _end, self._process)
         self._inputs, self._outputs = self._ask((path, settings))
 
@@ -84,9 +82,11 @@ class SessionApart:
         return self._ask((list(names), dict(feed)))
 
     def _ask(self, question: tuple) -> Any:
+        questions, answers = self._process.stdin, self._process.stdout
+        assert questions is not None and answers is not None
         try:
-            _send(self._process.stdin, question)
-            failure, answer = pickle.load(self._process.stdout)
+            _send(questions, question)
+            failure, answer = pickle.load(answers)
         except (EOFError, BrokenPipeError) as error:
             status = self._process.wait()
             raise RuntimeError(
@@ -139,20 +139,12 @@ def open_inference(path: Path, settings: Settings, apart: bool) -> onnxruntime.I
     return SessionApart(str(path), settings) if apart and n_bytes >= LARGE else settings.open(str(path))
 
 
-def process_of(module: str) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment that run a module of this package in a process of its own."""
-    package = str(Path(compressor.__file__).resolve().parents[1])
-    paths = [package, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    return [sys.executable, "-m", module], environment
-
-
 def _end(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
 
 
-def _send(stream: BinaryIO | Any, message: Any) -> None:
+def _send(stream: IO[bytes], message: Any) -> None:
     pickle.dump(message, stream, protocol=5)
     stream.flush()
 

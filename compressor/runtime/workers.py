@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import compressor
 from compressor.core.errors import UsageError
+from compressor.core.files import open_to_append
 from compressor.core.quantities import duration
+from compressor.runtime.processes import clean_environment, python
 from compressor.runtime.supervisor import GRACE_SECONDS
 
 INTERRUPTED = 130
@@ -116,7 +118,7 @@ class _Processes:
             if self._stopped.is_set():
                 return None
             process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, *command], stdin=subprocess.PIPE, stdout=stdout, stderr=stderr,
+                python("-c", _WORKER, *command), stdin=subprocess.PIPE, stdout=stdout, stderr=stderr,
                 env=environment(), start_new_session=True,
             )  # fmt: skip
             self._running.add(process)
@@ -168,7 +170,11 @@ class LocalEngine(_Processes):
     """Processes of this machine."""
 
     def run(self, command: Sequence[str], log: Path, memory: int) -> Ended:
-        with log.open("ab") as file:
+        try:
+            descriptor = open_to_append(log)
+        except OSError as error:
+            return Ended(2, f"{log}: cannot be written; {error.strerror}; remove it")
+        with os.fdopen(descriptor, "ab") as file:
             status = self.ended(command, file, file)
         if status is None:
             return Ended(INTERRUPTED, "not started")
@@ -195,12 +201,31 @@ def connected_ray(address: str, prefix: str, local: str) -> Any:
         raise UsageError(f"{prefix}engine ray: ray is not installed; pip install 'compressor[ray]'") from error
     try:
         if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            with _among_pythons_own():
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
     except ConnectionError as error:
         raise UsageError(
             f"{prefix}address {address}: no Ray cluster answers; start one with `ray start --head`, or write {local}"
         ) from error
     return ray
+
+
+@contextmanager
+def _among_pythons_own() -> Iterator[None]:
+    """Works in the folder of Python's own modules: Ray puts the folder that it is started in before its tasks' path."""
+    here = os.getcwd()
+    os.chdir(sysconfig.get_path("stdlib"))
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
+def of_a_task() -> dict[str, Any]:
+    """The environment of a Ray task, where it differs from the cluster's."""
+    found = environment()
+    names = ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS")
+    return {"env_vars": {name: found[name] for name in names if name in found}}
 
 
 class RayEngine(_Processes):
@@ -219,8 +244,8 @@ class RayEngine(_Processes):
     def run(self, command: Sequence[str], log: Path, memory: int) -> Ended:
         if self._stopped.is_set():
             return Ended(INTERRUPTED, "not started")
-        settings = {"env_vars": {name: environment()[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}}
-        reference = self._task.options(memory=memory, runtime_env=settings).remote(list(command), str(log), os.getcwd())
+        task = self._task.options(memory=memory, runtime_env=of_a_task())
+        reference = task.remote(list(command), str(log), os.getcwd())
         self._references.add(reference)
         try:
             return ended(self._ray.get(reference, timeout=self.timeout), log)
@@ -245,7 +270,7 @@ class RayEngine(_Processes):
 def run_here(command: list[str], log: str, folder: str) -> int:
     """A command in this process, which is a Ray worker's and ends with it; returns its exit status."""
     os.chdir(folder)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = open_to_append(Path(log))
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.argv = ["compress", *command]
@@ -287,7 +312,5 @@ def _tail(file: BinaryIO, most: int = 1 << 30) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of a worker: this package, and one thread unless OMP_NUM_THREADS says otherwise."""
-    package = str(Path(compressor.__file__).resolve().parents[1])
-    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    """A worker's environment: one thread unless OMP_NUM_THREADS says otherwise."""
+    return {"OMP_NUM_THREADS": "1", **clean_environment()}

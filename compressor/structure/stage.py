@@ -21,9 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.core.batch import Batch, Examples, call
-from compressor.core.errors import CheckpointError
+from compressor.core.contract import TrainedPass
+from compressor.core.errors import CheckpointError, PassError
 from compressor.core.groups import Branches, Group
-from compressor.core.passes import Pass, StructurePass
+from compressor.core.passes import Pass, StructureSettings, WeightSettings
 from compressor.core.progress import Progress
 from compressor.core.structure import Layer, Outcome, Removal, Subject
 from compressor.core.training import Training
@@ -144,7 +145,7 @@ def restructure(
                     folder,
                     lambda share, note: task.advance(share, note=note),
                 )
-                outcome = _applied(load_pass(step.settings), subject)
+                outcome = _applied(step.settings, subject)
             if rank() == 0:
                 _write(checkpoint, found, outcome, step.name, folder)
         wait()
@@ -191,7 +192,7 @@ def _subject(
             teacher = original.build("cpu").float()
         return Fitting(other or module, data.examples(), settings, work.seed, kept, advance, teacher)
 
-    def students(settings: StructurePass) -> Laboratory:
+    def students(settings: StructureSettings) -> Laboratory:
         assert isinstance(settings, N2nSettings)
         searched = folder.with_name(f"{folder.name}-search")
         return students_of(module, data.batches, data.labels, settings, data.examples, work.seed, searched, advance)
@@ -226,9 +227,14 @@ def next_tokens(tokens: Tensor) -> Tensor:
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
 
 
-def _applied(method: Any, subject: Subject) -> Outcome:
-    if method.stage != "structure":
+def _applied(settings: Pass, subject: Subject) -> Outcome:
+    if isinstance(settings, WeightSettings):
+        method = load_pass(settings)
+        if not isinstance(method, TrainedPass):
+            raise PassError(f"{settings.name} says that it trains, and is no TrainedPass with fit()")
         return method.fit(subject)
+    assert isinstance(settings, StructureSettings)
+    method = load_pass(settings)
     if method.chooses_units and not subject.choosable():
         groups = subject.surgeon.groups(subject.module)
         reasons = "; ".join(dict.fromkeys(f"'{group.name}' {group.reason}" for group in groups if group.reason))
@@ -237,7 +243,7 @@ def _applied(method: Any, subject: Subject) -> Outcome:
             "leave the pass out, or select other tensors"
         )
     outcome = method.restructure(subject)
-    if getattr(method, "norms", "keep") == "measure":
+    if method.measures_norms:
         measure_norms(outcome.module, subject.batches)
     return outcome
 

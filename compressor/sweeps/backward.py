@@ -31,7 +31,9 @@ def head_input(network: Network, call: Callable[[], Any]) -> Tensor:
         caught.append(args[0])
         raise Stop
 
-    with head_of(network.module).register_forward_pre_hook(catch), contextlib.suppress(Stop), network.autocast():
+    head = head_of(network.module)
+    assert head is not None
+    with head.register_forward_pre_hook(catch), contextlib.suppress(Stop), network.autocast():
         call()
     return caught[0]
 
@@ -76,7 +78,7 @@ class HiddenFiles:
         self.shapes = [part.shape for part in hidden]
         with path.open("wb") as file:  # not through the mapping: on a full disk that ends the process without a word
             for part in hidden:
-                file.write(part.to(self.dtype).contiguous().flatten().view(torch.uint8).numpy())
+                file.write(part.to(self.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
         self.files.append(path)
 
     def read(self, block: int) -> Iterator[Tensor]:
@@ -94,6 +96,12 @@ class HiddenFiles:
         return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
 
 
+def gradient_of(tensor: Tensor) -> Tensor:
+    """What a backward pass left at a tensor that it reached."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def back_through(
     network: Network, index: int, stored: HiddenFiles, upstream: list[Tensor], each: Callable[[int], None]
 ) -> None:
@@ -107,5 +115,5 @@ def back_through(
         with torch.enable_grad():
             output = network.step(block, network.arguments(i, index, hidden))
         output.backward(upstream[i])
-        upstream[i] = hidden.grad
+        upstream[i] = gradient_of(hidden)
         each(i)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch
-from compressor.core.encoding import Affine, Codebook, Refined
+from compressor.core.passes import Moves, Rates
 from compressor.core.progress import Progress
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.core.work import Work
-from compressor.learning.distillation import Rates, Student, distill
+from compressor.graph.blocks import without_cache
+from compressor.learning.distillation import distill
+from compressor.learning.student import Student
 from compressor.plan.plan import Plan
 from compressor.plan.recipe import Distill, Recipe
 from compressor.sweeps.network import Network
@@ -34,16 +36,18 @@ def learn(
     """The tensors with what was learned in place of what was encoded; unchanged where nothing learns."""
     settings = recipe.distill
     network = Network(checkpoint)
-    if not settings.steps or head_of(network.module) is None or network.blocks == [""] or not batches:
+    original_head = head_of(network.module)
+    if not settings.steps or original_head is None or network.blocks == [""] or not batches:
         return tensors
     file = work.folder / LEARNED
     if not file.exists():
         with progress.task("running the original", len(network.blocks)) as task:
             rows = head_inputs(network, batches, lambda: task.advance())
-        teacher_head = checkpoint.read(_head_name(network)).float()
+        teacher_head = checkpoint.read(_name_of(original_head.weight, network)).float()
         student = _student(checkpoint, tensors, settings, plan.pruned, network.fast)
         dtype = torch.bfloat16 if network.fast else torch.float32
         head = head_of(student.module)
+        assert head is not None
         rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
         with progress.task("distilling", settings.steps) as task:
             for entry in distill(
@@ -55,9 +59,8 @@ def learn(
     return EncodedTensors([*files, file], tensors.tied)
 
 
-def _head_name(network: Network) -> str:
-    head = head_of(network.module)
-    return next(name for name, parameter in network.module.named_parameters() if parameter is head.weight)
+def _name_of(weight: Tensor, network: Network) -> str:
+    return next(name for name, parameter in network.module.named_parameters() if parameter is weight)
 
 
 def _cycle(batches: list[Batch], rows: list[Tensor]) -> Callable[[int], tuple[Batch, Tensor]]:
@@ -68,17 +71,14 @@ def _student(
     checkpoint: Any, tensors: EncodedTensors, settings: Distill, pruned: Collection[str], fast: bool
 ) -> Student:
     module: nn.Module = checkpoint.build()
-    if hasattr(module, "config"):
-        module.config.use_cache = False
+    without_cache(module)
     dtype = torch.bfloat16 if fast else torch.float32
     shared: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if id(parameter) not in shared:
-            learned = isinstance(
-                tensors[name].encoding, (Affine, Codebook, Refined)
-            )  # each step brings values of its own
+            learned = tensors[name].encoding.kind != "dense"  # each step brings values of its own
             values = parameter if learned else tensors[name].decode().to(dtype)
             shared[id(parameter)] = nn.Parameter(values, requires_grad=False)
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, shared[id(parameter)])
-    return Student(module, tensors, settings.mapping_rate, pruned=pruned)
+    return Student(module, tensors, Moves(settings.mapping_rate), pruned=pruned)

@@ -25,7 +25,7 @@ from compressor.core.batch import Batch
 from compressor.core.errors import CheckpointError
 from compressor.core.files import whole
 from compressor.core.memory import give_back
-from compressor.graph.blocks import layers, layout_of
+from compressor.graph.blocks import layers, layout_of, weight_of
 from compressor.sweeps.backward import HiddenFiles, back_through, head_input, head_of, label_gradient
 from compressor.sweeps.network import Network, Stop, hidden_of
 
@@ -92,15 +92,16 @@ class _Sums:
     def open(self) -> None:
         """Asks for the gradients of the weights as they are loaded now."""
         for module in self.chosen.values():
-            module.weight.requires_grad_(True)
+            weight_of(module).requires_grad_(True)
 
     def add(self, sequence: int) -> None:
         """Takes a sequence's gradients off the weights."""
         for name, module in self.chosen.items():
-            if module.weight.grad is None:
+            weight, layout = weight_of(module), layout_of(module)
+            if weight.grad is None or layout is None:
                 continue
-            gradient = layout_of(module).matrix(module.weight.grad)
-            module.weight.grad = None
+            gradient = layout.matrix(weight.grad)
+            weight.grad = None
             if self.files.watch is not None:
                 self.files.watch(sequence, name, gradient)
             if name not in self.totals:

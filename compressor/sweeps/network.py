@@ -26,6 +26,7 @@ from compressor.graph.blocks import (
     patched,
     stages,
     unfold_inputs,
+    without_cache,
 )  # fmt: skip
 from compressor.ops.gram import add_gram, mirror
 
@@ -45,8 +46,7 @@ class Network:
     def __init__(self, checkpoint: Any, fast: bool | None = None) -> None:
         self.checkpoint = checkpoint
         self.module: nn.Module = checkpoint.build()
-        if hasattr(self.module, "config"):
-            self.module.config.use_cache = False
+        without_cache(self.module)
         self.module.requires_grad_(False)
         self.blocks = block_names(self.module)
         self.fast = fast_bfloat16() if fast is None else fast

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from compressor.core.passes import Pass
-from compressor.graph.blocks import layers, layout_of
+from compressor.core.passes import PruningSettings
+from compressor.graph.blocks import layers, matrix_of
 from compressor.passes.registry import load_pass
 from compressor.plan.plan import Plan
 from compressor.sweeps.gradients import load_gradients
@@ -18,7 +18,7 @@ from compressor.sweeps.network import Network
 def allocated_shares(network: Network, plan: Plan, folder: Path) -> dict[str, float]:
     """The share to drop per tensor name, from its weights and the gradients that `folder` holds; block by block."""
     wanted = {tensor.name: tensor.prune for tensor in plan.tensors if tensor.prune and tensor.prune.allocates}
-    outliers: dict[Pass, dict[str, float]] = {settings: {} for settings in wanted.values()}
+    outliers: dict[PruningSettings, dict[str, float]] = {settings: {} for settings in wanted.values()}
     shapes: dict[str, tuple[int, int]] = {}
     for block in network.blocks if wanted else []:
         found = layers(network.block(block), f"{block}." if block else "")
@@ -26,9 +26,7 @@ def allocated_shares(network: Network, plan: Plan, folder: Path) -> dict[str, fl
         gradients = load_gradients(folder, block) if names else {}
         with network.loaded(names):
             for name in names:
-                layout = layout_of(found[name])
-                assert layout is not None
-                weight = layout.matrix(found[name].weight.data)
+                weight = matrix_of(found[name])
                 shapes[name] = (weight.shape[0], weight.shape[1])
                 outliers[wanted[name]][name] = load_pass(wanted[name]).outliers(weight, gradients[name])
     shares: dict[str, float] = {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compressor.core.batch import Batch
 from compressor.core.errors import CheckpointError
 from compressor.graph.blocks import layers
-from compressor.sweeps.backward import HiddenFiles, back_through, head_input, head_of, label_gradient
+from compressor.sweeps.backward import HiddenFiles, back_through, gradient_of, head_input, head_of, label_gradient
 from compressor.sweeps.gradients import GradientFiles, gather_gradients
 from compressor.sweeps.network import Network, hidden_of
 
@@ -135,7 +135,8 @@ def _through_head(
             n_rows += len(rows)
             if gradients:
                 caught.backward(label_gradient(network, rows, None, generator).view_as(caught))
-                upstream.append(state.grad)
+                upstream.append(gradient_of(state))
+    assert found.head_moment is not None
     found.head_moment.div_(n_rows)
     return upstream
 

@@ -9,7 +9,6 @@ single query is two products of matrices here.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from compressor.core.errors import DataError
 from compressor.core.files import whole
+from compressor.data.tokens import start_token
 from compressor.plan.recipe import WINDOWS_AT_ONCE
-
-SEPARATOR = "<|endoftext|>"
 
 
 def generated_tokens(
@@ -97,31 +94,6 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None = No
     scores = torch.bmm(shared, keys.flatten(0, 1).transpose(1, 2)).float()
     shares = (scores * (scale or 1 / math.sqrt(width))).softmax(-1).to(values.dtype)
     return torch.bmm(shares, values.flatten(0, 1)).view(batch, heads, 1, -1)
-
-
-def start_token(checkpoint: Any, tokenizer: Path) -> int:
-    """What a document begins after: the separator of the pre-training if the tokenizer has it, else the config's bos.
-
-    A chat model's bos opens a turn; after the separator it writes as it was pre-trained.
-
-    Raises:
-        DataError: There is neither, or the network is no decoder.
-    """
-    if checkpoint.family != "decoder":
-        raise DataError(f"{checkpoint.path}: {checkpoint.architecture} writes no text; set generated to 0")
-    file = tokenizer / "tokenizer.json"
-    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", []) if file.is_file() else []
-    config = checkpoint.config or {}
-    named = [token["id"] for token in added if token["content"] == SEPARATOR]
-    ids = [*named, config.get("bos_token_id"), config.get("eos_token_id")]
-    for found in ids:
-        found = found[0] if isinstance(found, list) and found else found
-        if isinstance(found, int) and not isinstance(found, bool):
-            return found
-    raise DataError(
-        f"{checkpoint.path}: names no token that text begins with; write bos_token_id in config.json, or set generated "
-        "to 0"
-    )
 
 
 def _whole(checkpoint: Any, fast: bool) -> nn.Module:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from compressor.core.batch import Batch
+from compressor.core.contract import Statistics
 from compressor.core.files import write_text
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
-from compressor.core.spec import AffineSpec, CodebookSpec, SparseSpec, Spec
 from compressor.core.work import Work
 from compressor.data.samples import Samples
 from compressor.export.planned import planned_bytes
@@ -155,7 +155,8 @@ def _quantised(checkpoint: Any, network: Network, name: str, option: Option, wor
 
     def change() -> Tensor:
         weight = layout.matrix(checkpoint.read(name).float())
-        encoding = load_pass(option.method.quick()).encode(weight, torch.eye(weight.shape[1]), work.generator(name))
+        known = Statistics(torch.eye(weight.shape[1]))
+        encoding = load_pass(option.method.quick()).encode(weight, known, work.generator(name))
         return layout.tensor(encoding.decode())
 
     return change
@@ -194,7 +195,7 @@ def _choose(ladder: Ladder, target: Target, costs: Costs, weigh: Callable[[Plan]
         found = menu.frontier.smallest(costs.curve.cost(target.loss)) or menu.frontier.within(math.inf)
         return menu.chosen(found)
     size, graph = target.size, ladder.plan.files.get("model.onnx", 0)
-    widths = sorted({bits_of(option.spec) for options in ladder.options.values() for option in options})
+    widths = sorted({option.spec.code_bits for options in ladder.options.values() for option in options})
     allowed = [set(widths)]
     if graph > _SMALL * size:  # what a width needs in the graph, once for all tensors, decides whether it is worth it
         allowed = [set(part) for n in range(1, len(widths) + 1) for part in itertools.combinations(widths, n)]
@@ -224,7 +225,7 @@ class Menu:
         kept = {}
         for name in costs.of:
             options = ladder.options[name]
-            some = [at for at, each in enumerate(options) if widths is None or bits_of(each.spec) in widths]
+            some = [at for at, each in enumerate(options) if widths is None or each.spec.code_bits in widths]
             kept[name] = some or list(range(len(options)))
         sizes = [[ladder.options[name][at].nbytes for at in some] for name, some in kept.items()]
         prices = [[costs.of[name][at] for at in some] for name, some in kept.items()]
@@ -307,7 +308,7 @@ def _report(ladder: Ladder, chosen: dict[str, int], costs: Costs, target: Target
     options = ladder.numbered(chosen)
     cost = sum(costs.of[name][at] for name, at in chosen.items())
     tensors = {
-        name: {"bits": bits_of(option.spec), "stored": option.spec.label, "bytes": option.nbytes,
+        name: {"bits": option.spec.code_bits, "stored": option.spec.label, "bytes": option.nbytes,
                "cost": costs.of[name][chosen[name]]}
         for name, option in options.items()
     }  # fmt: skip
@@ -328,12 +329,3 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(f"  {name}: {', '.join(f'{n} × {stored}' for stored, n in sorted(counts.items()))}")
     expected = f"about {report['expected_bytes'] / 1e6:,.2f} MB"
     return "\n".join([*lines, f"  {expected}; predicted {WORDS[report['kind']]}: {report['predicted_loss']:.2%}"])
-
-
-def bits_of(spec: Spec) -> float:
-    """Of a code, per weight."""
-    if isinstance(spec, SparseSpec):
-        return bits_of(spec.inner)
-    if isinstance(spec, CodebookSpec):
-        return spec.width / spec.dim
-    return spec.bits if isinstance(spec, AffineSpec) else 32

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from compressor.core.errors import UsageError
-from compressor.core.passes import Pass
+from compressor.core.passes import WeightSettings
 from compressor.core.spec import AffineSpec, SparseSpec, Spec, sparse_spec
 from compressor.export.forms import Mode, refusal
 from compressor.plan.plan import Plan, PlannedTensor
@@ -20,7 +20,7 @@ from compressor.plan.sizes import graph_bytes, header_bytes, model_files
 class Option:
     """One way to store a tensor: the pass, the encoding, and its bytes in the weights' file and the graph."""
 
-    method: Pass
+    method: WeightSettings
     spec: Spec
     nbytes: int
 
@@ -42,9 +42,8 @@ class Ladder:
     @classmethod
     def of(cls, plan: Plan, recipe: Recipe, format: str, mode: Mode) -> Ladder:
         """Every option that the format holds."""
-        static = recipe.export.activations == "static_int8"
         options = {
-            tensor.name: _options(tensor, format, mode, static) for tensor in plan.tensors if tensor.method is not None
+            tensor.name: _options(tensor, recipe, format, mode) for tensor in plan.tensors if tensor.method is not None
         }
         return cls(plan, recipe, format, mode, options)
 
@@ -95,13 +94,14 @@ class Ladder:
         return smallest + graph <= target <= largest - 2 * graph
 
 
-def _options(tensor: PlannedTensor, format: str, mode: Mode, static: bool) -> tuple[Option, ...]:
+def _options(tensor: PlannedTensor, recipe: Recipe, format: str, mode: Mode) -> tuple[Option, ...]:
     assert tensor.method is not None
+    static = recipe.export.activations == "static_int8"
     keeps = static and tensor.role == "conv"
     found: dict[str, Option] = {}
     for method in (tensor.method,) if keeps else tensor.method.ladder():
         spec = _spec(tensor, method, format)
-        if spec is None or not _fits(tensor, spec, format, mode):
+        if spec is None or not _fits(tensor, spec, format, mode) or not _goes_along(tensor, method, spec, recipe):
             continue
         option = Option(method, spec, _nbytes(replace(tensor, spec=spec), static, format))
         found.setdefault(str(spec.parts(*tensor.matrix)) + str(spec.describe(*tensor.matrix)), option)
@@ -110,7 +110,7 @@ def _options(tensor: PlannedTensor, format: str, mode: Mode, static: bool) -> tu
     return tuple(sorted(found.values(), key=lambda option: option.nbytes))
 
 
-def _spec(tensor: PlannedTensor, method: Pass, format: str) -> Spec | None:
+def _spec(tensor: PlannedTensor, method: WeightSettings, format: str) -> Spec | None:
     spec = method.spec_for(tensor.name, tensor.matrix, "linear" if tensor.role == "embedding" else tensor.role)
     if spec is not None and tensor.prune is not None and format == "safetensors":
         return sparse_spec(spec, *tensor.matrix, tensor.prune.kept(*tensor.matrix))
@@ -122,10 +122,15 @@ def _fits(tensor: PlannedTensor, spec: Spec, format: str, mode: Mode) -> bool:
     if spec.nbytes(*tensor.matrix) >= 4 * math.prod(tensor.matrix):
         return False
     inner = spec.inner if isinstance(spec, SparseSpec) else spec
-    if is_depthwise(tensor, tensor.role) and not (isinstance(inner, AffineSpec) and inner.bits == 8):
+    if is_depthwise(tensor.shape, tensor.role) and not (isinstance(inner, AffineSpec) and inner.bits == 8):
         return False
     operator = {"linear": "matmul", "embedding": "embedding"}.get(tensor.role, "constant")
     return format != "onnx" or refusal(spec.describe(*tensor.matrix), operator, mode) is None
+
+
+def _goes_along(tensor: PlannedTensor, method: WeightSettings, spec: Spec, recipe: Recipe) -> bool:
+    """Whether what comes before and after it can be: weights that were dropped, gradient steps."""
+    return (tensor.prune is None or method.keeps_zeros) and (not recipe.learns or spec.learns)
 
 
 def _nbytes(tensor: PlannedTensor, static: bool, format: str) -> int:

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch
+from compressor.core.contract import Statistics
+from compressor.core.passes import WeightSettings
 from compressor.core.work import Work
-from compressor.graph.blocks import layers, layout_of, unfolds
+from compressor.graph.blocks import layers, matrix_of, unfolds, weight_of
 from compressor.passes.registry import load_pass
 from compressor.sweeps.backward import head_of
 from compressor.sweeps.encode import alike, has_blocks
@@ -65,7 +67,7 @@ def tensor_errors(
         prefix = f"{block}." if block else ""
         inside = layers(module, prefix)
         moments: dict[str, Moments] = {}
-        compared = [inside[name].weight for name in inside.keys() & options.keys()]
+        compared = [weight_of(inside[name]) for name in inside.keys() & options.keys()]
         settled = Settled(network, module, () if block else reached, compared)
         for stage in layer_stages(network, module, prefix, reached[0]):
             for due in alike([name for name in stage.names if name in options], inside):
@@ -73,7 +75,7 @@ def tensor_errors(
                     settled.advance()
                     moments = _moments(network, module, inside, due, stage.calls, reached, survey, settled)
                 for name in due:
-                    settled.done(inside[name].weight)
+                    settled.done(weight_of(inside[name]))
                     found[name] = _of_layer(inside[name], moments.pop(name, None), options[name], work.generator(name))
         for name in inside.keys() & options.keys() - found.keys():
             found[name] = _of_layer(inside[name], None, options[name], work.generator(name))
@@ -111,9 +113,7 @@ def _outside(
     generator, head = work.generator(name), head_of(network.module)
     if not survey.scales or head is None:
         return _of_layer(module, None, options, generator)
-    layout = layout_of(module)
-    assert layout is not None
-    weight = layout.matrix(module.weight.data.float())
+    weight = matrix_of(module).float()
     moment = survey.scales[""] * isinstance(module, nn.Embedding) * torch.eye(weight.shape[1])
     if head.weight is module.weight and survey.head_moment is not None:
         moment = moment + survey.head_moment
@@ -127,9 +127,7 @@ def _outside(
 def _of_layer(
     module: nn.Module, moments: Moments | None, options: tuple[Option, ...], generator: torch.Generator
 ) -> Errors:
-    layout = layout_of(module)
-    assert layout is not None
-    weight = layout.matrix(module.weight.data.float())
+    weight = matrix_of(module).float()
     rows = torch.randperm(len(weight), generator=generator)[: ROWS if moments is not None else TABLE_ROWS]
     if moments is None:
         plain = torch.eye(weight.shape[1])
@@ -143,8 +141,8 @@ def _errors(
     """Of rows (n, in) that stand for n·factor rows."""
     given, moment = moments
 
-    def error(method) -> float:
-        difference = weight - load_pass(method).encode(weight, given, generator).decode()
+    def error(method: WeightSettings) -> float:
+        difference = weight - load_pass(method).encode(weight, Statistics(given), generator).decode()
         return factor * float(((difference @ moment) * difference).sum().clamp_min(0))
 
     probe = len(options) // 2

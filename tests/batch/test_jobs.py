@@ -36,16 +36,15 @@ models:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(here, monkeypatch):
     """Two good state dicts and a broken one; `Tied` needs no data when it is rounded to nearest."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    (tmp_path / "m.yaml").write_text(MANIFEST)
-    pico.write_state_dict(pico.Tied, tmp_path / "good.pt")
-    pico.write_state_dict(pico.Tied, tmp_path / "large.pt")
-    (tmp_path / "broken.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:500])
-    return tmp_path
+    (here / "r.yaml").write_text(RECIPE)
+    (here / "m.yaml").write_text(MANIFEST)
+    pico.write_state_dict(pico.Tied, here / "good.pt")
+    pico.write_state_dict(pico.Tied, here / "large.pt")
+    (here / "broken.pt").write_bytes((here / "good.pt").read_bytes()[:500])
+    return here
 
 
 class Scripted:
@@ -158,14 +157,14 @@ def test_an_interrupted_worker_ends_by_130(folder):
     assert engine.run(words, Path("log"), 0) == Ended(130, "not started")
 
 
-def test_a_worker_that_is_killed_has_crashed(folder):
+def test_a_worker_that_is_killed_has_crashed(folder, started):
     engine, ends = LocalEngine(), []
     words = ["run", "good.pt", "--recipe", "r.yaml", "--arch", "tests.pico:Tied", "-o", "x"]
     thread = threading.Thread(target=lambda: ends.append(engine.run(words, Path("log"), 0)))
     thread.start()
-    while not engine._running:
+    while not started():
         time.sleep(0.01)
-    for process in tuple(engine._running):
+    for process in started():
         process.kill()
     thread.join()
     assert ends == [Ended(None, "the worker was ended by SIGKILL")]

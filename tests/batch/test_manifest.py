@@ -11,13 +11,12 @@ BOMB = "a: &a [x]\n" + "".join(f"{k}: &{k} [{', '.join(['*' + j] * 8)}]\n" for j
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def folder(here):
     for name in ("a.pth", "b.pth", "text.txt"):
-        (tmp_path / name).write_text("x")
-    (tmp_path / "net").mkdir()
-    (tmp_path / "mine.yaml").write_text("imports: llm-4bit\n")
-    return tmp_path
+        (here / name).write_text("x")
+    (here / "net").mkdir()
+    (here / "mine.yaml").write_text("imports: llm-4bit\n")
+    return here
 
 
 def jobs(folder, text: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compressor.core.contract import Statistics
 from compressor.core.encoding import Dense, Refined, Sparse, describe, restore
 from compressor.core.spec import AffineSpec, CodebookSpec, DenseSpec, sparse_spec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, Layout, write_tensors
@@ -34,7 +35,7 @@ def pruned() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def encoded(settings) -> Sparse:
     weight, mask, hessian = pruned()
-    inner = load_pass(settings).encode(weight, hessian, torch.Generator().manual_seed(3), mask)
+    inner = load_pass(settings).encode(weight, Statistics(hessian, kept=mask), torch.Generator().manual_seed(3))
     return Sparse(inner.shape, inner)
 
 
@@ -99,7 +100,9 @@ def test_a_mask_that_costs_more_than_it_saves_is_left_out():
 def test_what_was_dropped_stays_dropped(settings):
     """And what was kept is still near, so that the passes do not simply drop the rest as well."""
     weight, mask, hessian = pruned()
-    decoded = load_pass(settings).encode(weight, hessian, torch.Generator().manual_seed(3), mask).decode()
+    decoded = (
+        load_pass(settings).encode(weight, Statistics(hessian, kept=mask), torch.Generator().manual_seed(3)).decode()
+    )
     assert bool((decoded[~mask] == 0).all())
     error = float(torch.trace((decoded - weight) @ hessian @ (decoded - weight).T))
     assert error < 0.35 * float(torch.trace(weight @ hessian @ weight.T))
@@ -112,7 +115,7 @@ def test_codewords_find_the_pattern_of_two_in_four():
     mask = torch.zeros(256, 32, 4, dtype=torch.bool).scatter_(2, kept, True).view(256, 128)
     weight = weight * mask
     method = load_pass(JlcmSettings(width=11, dim=4, group=64, kmeans_iterations=4, descent_rounds=0))
-    encoding = method.encode(weight, hessian, torch.Generator().manual_seed(3), mask)
+    encoding = method.encode(weight, Statistics(hessian, kept=mask), torch.Generator().manual_seed(3))
     decoded = encoding.decode()
     assert bool((decoded[~mask] == 0).all())
     assert float((decoded - weight).norm() / weight.norm()) < 0.15
@@ -123,9 +126,9 @@ def test_refined_rows_are_nearer_and_the_others_as_they_were(tmp_path):
     weight, hessian = pico.correlated(ROWS, COLUMNS)
     tables = Embeddings(bits=3, group=32, zero="learned", refined=5)
     spec = tables.spec("embed_tokens.weight", ROWS)
-    first = load_pass(tables.method()).encode(weight, hessian, torch.Generator())
+    first = load_pass(tables.method()).encode(weight, Statistics(hessian), torch.Generator())
     rows = torch.tensor([0, 4, 5, 20, 28])
-    second = load_pass(tables.extra()).encode((weight - first.decode())[rows], hessian, torch.Generator())
+    second = load_pass(tables.extra()).encode((weight - first.decode())[rows], Statistics(hessian), torch.Generator())
     refined = Refined((ROWS, COLUMNS), first, second, rows)
     write_tensors(tmp_path / "t.safetensors", {"t": EncodedTensor(refined, Layout((ROWS, COLUMNS)))})
     stored = EncodedTensors([tmp_path / "t.safetensors"])

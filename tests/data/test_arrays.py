@@ -72,8 +72,8 @@ WRONG = [
     ("nothing", "yielded no batches"),
     ("words", "batch 0: is a str; expected an array"),
     ("ragged", "batches do not fit together"),
-    ("pears", "'pears' is not a function. Did you mean 'pairs'"),
-    ("value", "'value' is not a function"),
+    ("pears", "'pears' is not there. Did you mean 'pairs'"),
+    ("value", "name a function or a class"),
 ]
 
 

@@ -30,6 +30,11 @@ JSONL = [
     ("three", "three"),
     ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "Hi\nHo"),
     ({"conversations": [{"from": "human", "value": "A"}]}, "A"),
+    ({"messages": [{"content": [{"type": "text", "text": "See"}, {"type": "image", "url": "x"}]}]}, "See"),
+    (
+        {"messages": [{"content": ["a", {"text": "b"}]}, {"content": None, "tool_calls": []}, {"content": "c"}]},
+        "a\nb\n\nc",
+    ),
 ]
 
 
@@ -37,6 +42,12 @@ JSONL = [
 def test_lines_of_json_hold_text_in_their_usual_fields(tmp_path, row, expected):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n")
     assert load_text(tmp_path / "a.jsonl").documents == (expected,)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_text_is_read_by_its_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("Čtyři slova, 四字。", encoding=encoding)
+    assert load_text(tmp_path / "a.txt").content == "Čtyři slova, 四字。"
 
 
 def test_a_directory_is_its_files_in_order(tmp_path):
@@ -52,6 +63,9 @@ WRONG = [
     ("a.txt", b"caf\xe9", "is not UTF-8; found byte 0xe9 at offset 3"),
     ("a.jsonl", b'{"text": "x"}\nnot json\n', "a.jsonl, line 2: is not JSON"),
     ("a.jsonl", b'{"txt": "x"}', "line 1: has no text; found txt; expected a field 'text'"),
+    ("a.jsonl", b'{"messages": [{"content": 3}]}', "line 1: a turn has no text; expected 'content' of a string"),
+    ("a.jsonl", b'{"messages": [{"content": [{"text": ["x"]}]}]}', "a turn has no text"),
+    ("a.txt", b"\xff\xfea", "is not UTF-16; found byte 0x61 at offset 2"),
     ("a.pdf", b"%PDF", "files ending in '.pdf' are not text"),
 ]
 

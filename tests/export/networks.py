@@ -71,7 +71,7 @@ def rounded(weight: torch.Tensor, bits: int = 4, group: int = 16, half: bool = F
     zero = 2 ** (bits - 1) - (0.5 if half else 0.0)
     scales = Scales.of(grouped.abs().amax(-1).clamp_min(1e-4) / zero)
     codes = (grouped / scales.decode().unsqueeze(-1) + zero).round().clamp(0, 2**bits - 1).int().flatten(1)
-    return Affine(tuple(weight.shape), bits, group, codes, scales, zero)
+    return Affine(tuple(weight.shape), group, codes, scales, bits, zero)
 
 
 def vectors(

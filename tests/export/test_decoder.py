@@ -54,7 +54,7 @@ ENCODERS = {
     "affine8": lambda weight: rounded(weight, 8, 64),
     "vectors": lambda weight: vectors(weight, books=2),
     "vectors9": lambda weight: vectors(weight, 9, books=2, ordered=False),
-    "binary": lambda weight: Binary(tuple(weight.shape), weight > 0, weight.abs().mean(1, keepdim=True).half()),
+    "binary": lambda weight: Binary.of(weight > 0, weight.abs().mean(1, keepdim=True)),
 }
 
 

@@ -42,7 +42,11 @@ def test_an_artifact_of_a_custom_network_loads_by_its_reference(tmp_path):
     compressed(module, tmp_path)
     note = tmp_path / "compression.json"
     note.write_text(json.dumps({"source": {"arch": "tests.export.networks:Tied"}}))
-    loaded = compressor.load(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"names is not run; give arch='tests.export.networks:Tied' if you trust it"
+    ):
+        compressor.load(tmp_path)
+    loaded = compressor.load(tmp_path, arch="tests.export.networks:Tied")
     assert loaded.head.weight is loaded.table.weight
     assert loaded.shift.dtype == torch.int64
     for name, tensor in module.state_dict().items():

@@ -29,28 +29,29 @@ def affine(bits: int, group: int, zero: float | str = "middle", columns: int = C
         scales *= torch.randn(ROWS, groups, generator=generator).sign()
     point = {"middle": 2.0 ** (bits - 1), "half": 2.0 ** (bits - 1) - 0.5}.get(zero, zero) if zero != "tensor" else (
         torch.randint(0, 2**bits, (ROWS, groups), generator=generator, dtype=torch.int32))  # fmt: skip
-    return Affine((ROWS, columns), bits, group, codes, Scales.of(scales, scale_bits), point)
+    return Affine((ROWS, columns), group, codes, Scales.of(scales, scale_bits), bits, point)
 
 
 def codebook(
-    width: int, dim: int, group: int = 32, books: int = 1, ordered: bool = False, free: bool = False
-) -> Codebook:
+    width: int, dim: int, group: int = 32, books: int = 1, ordered: bool = False, free: bool = False,
+    columns: int = COLUMNS,
+) -> Codebook:  # fmt: skip
     generator = torch.Generator().manual_seed(width * 31 + dim)
-    groups = n_groups(COLUMNS, group)
+    groups = n_groups(columns, group)
     codes = torch.randint(0, 2**width, (ROWS, groups * group // dim), generator=generator, dtype=torch.int32)
     table = torch.randint(-8, 8, (books, 2**width, dim), generator=generator).to(torch.int8)
     counts = tuple(ROWS // books + (1 if i < ROWS % books else 0) for i in range(books))
     scales = Scales.of(torch.randn(ROWS, groups, generator=generator))
     order = torch.randperm(ROWS, generator=generator) if ordered else None
     return Codebook(
-        (ROWS, COLUMNS), width, dim, group, codes, table.half() / 3 if free else table, scales, counts, order
+        (ROWS, columns), width, dim, group, codes, table.half() / 3 if free else table, scales, counts, order
     )
 
 
 def binary(per_row: bool) -> Binary:
     generator = torch.Generator().manual_seed(5)
     signs = torch.rand(ROWS, COLUMNS, generator=generator) > 0.5
-    return Binary((ROWS, COLUMNS), signs, torch.rand(ROWS if per_row else 1, 1, generator=generator).half())
+    return Binary.of(signs, torch.rand(ROWS if per_row else 1, 1, generator=generator))
 
 
 def dense(dtype: torch.dtype) -> Dense:
@@ -105,6 +106,11 @@ ENCODINGS: dict[str, Encoding] = {
     },
     "codebook8x4ordered": codebook(8, 4, ordered=True),
     "codebook8x4whole": codebook(8, 4, COLUMNS),
+    **{  # a whole row, which the kernel's block does not divide
+        f"codebook{width}x{dim}row80": codebook(width, dim, 80, columns=80)
+        for width, dim in ((3, 1), (4, 2), (5, 2), (6, 2), (7, 2), (8, 4), (9, 4), (12, 4))
+    },
+    "codebook6x2row108": codebook(6, 2, 108, 3, True, columns=108),
     "refined3": refined(3, 4),
     "refined4": refined(4, 2),
     "binary": binary(True),
@@ -213,9 +219,17 @@ def test_the_least_version_is_that_of_the_newest_kernel():
 
 
 def test_large_tensors_are_looked_up_in_pieces(tmp_path, monkeypatch):
+    def n_nodes() -> int:
+        return len(ir.load(tmp_path / "model.onnx").graph)
+
+    whole = {}
+    for name in ("codebook8x4books", "codebook9x4books", "affine3g32", "float16"):
+        graph_of(tmp_path, ENCODINGS[name], "matmul", "default")
+        whole[name] = n_nodes()
     monkeypatch.setattr("compressor.export.parts.FOLD_LIMIT", 4096)
     monkeypatch.setattr("compressor.export.lowering.FOLD_LIMIT", 4096)
-    for name in ("codebook8x4books", "codebook9x4books", "affine3g32", "float16"):
+    for name, n in whole.items():
         session, tensor = graph_of(tmp_path, ENCODINGS[name], "matmul", "default")
+        assert n_nodes() > n, name
         x = torch.randn(1, 2, COLUMNS, generator=torch.Generator().manual_seed(1))
         is_close(session.run(None, {"x": x.numpy()})[0], x @ tensor.decode().T)

@@ -14,7 +14,7 @@ from torch import nn
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.encoding import Dense, Encoding, Sparse
-from compressor.core.errors import ExportError
+from compressor.core.errors import CheckpointError, ExportError
 from compressor.export.module import encoder_example
 from tests.export.networks import (
     ALBERT,
@@ -179,5 +179,5 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else x
 
-    with pytest.raises(ExportError, match="torch.onnx cannot trace Branching"):
+    with pytest.raises(CheckpointError, match="torch.onnx cannot trace Branching"):
         traced_and_written(Branching(4, 4), {"": torch.zeros(2, 4)}, compressed(nn.Linear(4, 4), tmp_path), tmp_path)

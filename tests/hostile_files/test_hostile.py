@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from compressor.checkpoints import open_checkpoint
@@ -26,18 +25,16 @@ EXAMPLES = 40
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.filterwarnings("ignore")
-def test_a_damaged_file_is_read_or_refused(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     path = READERS[name].write(tmp_path)
     content = path.read_bytes()
 
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 2**32))
+    @example(293)  # torchscript: of two disks
     def read(seed):
         path.write_bytes(damaged(content, random.Random(seed)))
-        started = time.monotonic()
         attempt(READERS[name], path)
-        assert time.monotonic() - started < 20
 
     assert attempt(READERS[name], path) is None or name in ("torchscript", "gguf", "artifact")
     read()
@@ -50,9 +47,8 @@ class Executed:
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".pt2", ".ckpt"])
-def test_nothing_of_a_pickle_is_executed(tmp_path, monkeypatch, suffix, legacy):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / f"model{suffix}"
+def test_nothing_of_a_pickle_is_executed(here, suffix, legacy):
+    path = here / f"model{suffix}"
     torch.save(
         {"state_dict": {"w": torch.ones(2, 2)}, "x": Executed()}, path, _use_new_zipfile_serialization=not legacy
     )
@@ -61,7 +57,7 @@ def test_nothing_of_a_pickle_is_executed(tmp_path, monkeypatch, suffix, legacy):
     path.write_bytes(pickle.dumps(Executed(), protocol=2))
     with pytest.raises(CheckpointError):
         open_checkpoint(path)
-    assert not (tmp_path / "executed").exists()
+    assert not (here / "executed").exists()
 
 
 def bomb(path: Path, name: str, n: int = 200_000_000) -> Path:
@@ -73,12 +69,44 @@ def bomb(path: Path, name: str, n: int = 200_000_000) -> Path:
 
 
 def test_small_archives_that_would_become_large_are_refused(tmp_path):
-    started = time.monotonic()
     with pytest.raises(CheckpointError, match="compressed records would become 200000000 bytes"):
         open_checkpoint(bomb(tmp_path / "model.pt", "archive/data.pkl"))
     with pytest.raises(DataError, match="bytes would become 200000000; save it uncompressed"):
         load_data(str(bomb(tmp_path / "data.npz", "x.npy")))
-    assert time.monotonic() - started < 60
+
+
+LOCATOR, END = b"PK\x06\x07", b"PK\x05\x06"
+ARCHIVES = {
+    "of two disks": lambda content, at: _behind(content, content.rindex(END), LOCATOR + bytes(12) + b"\2\0\0\0"),
+    "with a directory in nowhere": lambda content, at: _behind(
+        content, content.rindex(END), LOCATOR + bytes(4) + b"\xff" * 8 + b"\1\0\0\0"
+    ),
+    "that is encrypted": lambda content, at: _put(content, at + 8, b"\1"),
+    "that is packed in an unknown way": lambda content, at: _put(content, at + 10, b"\x63"),
+    "that is packed, but for its bytes": lambda content, at: _put(content, at + 10, b"\x08"),
+    "of version 99": lambda content, at: _put(content, at + 6, b"\x63"),
+    "whose first record lies behind its end": lambda content, at: _put(content, at + 42, b"\xff\xff\xff\x7f"),
+    "whose sizes are in a field that ends early": lambda content, at: _put(content, at + 20, b"\xff" * 8),
+    "of names in no letters": lambda content, at: _put(_put(content, at + 9, b"\x08"), at + 46, b"\xff\xfe"),
+}
+
+
+def _put(content: bytes, at: int, by: bytes) -> bytes:
+    return content[:at] + by + content[at + len(by) :]
+
+
+def _behind(content: bytes, at: int, added: bytes) -> bytes:
+    return content[:at] + added + content[at:]
+
+
+@pytest.mark.parametrize("name", ["pt", "torchscript", "pt2", "npz"])
+def test_an_archive_is_refused_whatever_zipfile_says_of_it(name, tmp_path):
+    path = READERS[name].write(tmp_path)
+    content = path.read_bytes()
+    directory = int.from_bytes(content[content.rindex(END) :][16:20], "little")
+    for kind, change in ARCHIVES.items():
+        path.write_bytes(change(content, directory))
+        assert attempt(READERS[name], path), f"an archive {kind} was taken"
 
 
 @pytest.mark.parametrize(

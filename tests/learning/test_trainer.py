@@ -19,13 +19,13 @@ from compressor.learning.trainer import Fitting, called, teaching_loss
 from compressor.ops.schedules import rate_share
 from compressor.passes.hesso import Hesso, Shrinking
 from compressor.passes.oto import Oto, Projecting
-from compressor.passes.settings.training import TrainingPass
+from compressor.passes.settings.training import TrainingSettings
 from tests.learning.training_case import EXAMPLE, N_CLASSES, examples, images, residual, subject_of, with_pooler
 
 ROOT = Path(__file__).parents[2]
 
 
-def fitted(module, settings: TrainingPass, data: Examples | None = None, advance=lambda share, note: None, **made):
+def fitted(module, settings: TrainingSettings, data: Examples | None = None, advance=lambda share, note: None, **made):
     """The loop's log; `module` is trained in place."""
     subject = subject_of(module)
     loop = Fitting(module, data or examples(), settings, 3, made.get("folder"), advance)

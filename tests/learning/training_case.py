@@ -15,7 +15,7 @@ from compressor.graph.blocks import layers
 from compressor.graph.places import layer_places
 from compressor.learning.trainer import Fitting
 from compressor.passes.settings.n2n import N2nSettings
-from compressor.passes.settings.training import TrainingPass
+from compressor.passes.settings.training import TrainingSettings
 from compressor.structure.stage import GraphSurgeon
 from compressor.structure.students.laboratory import Laboratory
 from compressor.structure.students.making import students_of
@@ -84,7 +84,10 @@ def examples(n: int = 64) -> Examples:
 
 
 def subject_of(
-    module: nn.Module, settings: TrainingPass | None = None, data: Examples | None = None, folder: Path | None = None
+    module: nn.Module,
+    settings: TrainingSettings | None = None,
+    data: Examples | None = None,
+    folder: Path | None = None,
 ) -> Subject:
     """A subject whose trainer learns from `data`, or from `examples`; without settings it has none."""
     batch = {"": EXAMPLE}
@@ -110,7 +113,7 @@ def subject_of(
     )  # fmt: skip
 
 
-def trained(method: TrainingPass, module: nn.Module | None = None) -> tuple[Subject, Outcome]:
+def trained(method: TrainingSettings, module: nn.Module | None = None) -> tuple[Subject, Outcome]:
     """The subject, its units masked, and what the pass made of it."""
     subject = subject_of(module or residual(), method)
     return subject, method.restructure(subject)

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from compressor.core.contract import Statistics
 from compressor.core.encoding import describe, restore
 from compressor.passes.affine import Affine, hqq_zero
 from tests.pico import correlated, output_error
@@ -16,7 +17,7 @@ NAMES = {torch.uint8: "U8", torch.float16: "F16"}
 
 
 def encoded(weight, hessian, **settings):
-    return Affine(**settings).encode(weight, hessian, torch.Generator())
+    return Affine(**settings).encode(weight, Statistics(hessian), torch.Generator())
 
 
 def error(method: str, rows: int = 96, columns: int = 160, **settings) -> float:
@@ -187,7 +188,7 @@ def test_sweeps_keep_what_was_dropped():
     weight, hessian = correlated(ROWS, COLUMNS)
     mask = weight.abs() > weight.abs().median()
     own = Affine(method="gptq", bits=3, group=32, zero="learned", scale_bits=8, sweeps=2)
-    decoded = own.encode(weight * mask, hessian, torch.Generator(), mask).decode()
+    decoded = own.encode(weight * mask, Statistics(hessian, kept=mask), torch.Generator()).decode()
     assert not decoded[~mask].any() and decoded[mask].any()
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from compressor.core.contract import Statistics
 from compressor.core.errors import RecipeError
-from compressor.core.passes import Statistics
 from compressor.passes.gblm import (
     Gblm,
     activation_norm,

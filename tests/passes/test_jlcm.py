@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from compressor.core.contract import Statistics
 from compressor.core.encoding import describe, restore
-from compressor.learning.distillation import LearnedMatrix
+from compressor.core.passes import Moves
+from compressor.learning.learned import learnable
 from compressor.passes.affine import Affine
 from compressor.passes.jlcm import Jlcm, codebook_gradient, proximal_gradient
 from tests.pico import correlated, output_error
@@ -20,7 +22,7 @@ NAMES = {torch.uint8: "U8", torch.uint16: "U16", torch.float16: "F16"}
 
 def encoded(seed: int = 3, rows: int = ROWS, columns: int = COLUMNS, **settings):
     weight, hessian = correlated(rows, columns)
-    return Jlcm(**settings).encode(weight, hessian, torch.Generator().manual_seed(seed))
+    return Jlcm(**settings).encode(weight, Statistics(hessian), torch.Generator().manual_seed(seed))
 
 
 def same_parts(first, second) -> None:
@@ -147,7 +149,7 @@ def test_free_codewords_lose_less():
     weight, hessian = correlated(64, 192)
     losses = {}
     for grid in ("free", "int4"):
-        encoding = Jlcm(width=4, dim=2, grid=grid).encode(weight, hessian, torch.Generator().manual_seed(0))
+        encoding = Jlcm(width=4, dim=2, grid=grid).encode(weight, Statistics(hessian), torch.Generator().manual_seed(0))
         losses[grid] = output_error(weight, encoding.decode(), hessian)
     assert losses["free"] < losses["int4"]
 
@@ -162,7 +164,7 @@ def test_reordered_rows_decode_to_their_own_places():
         lambda n: torch.randn(n, generator=generator).sign() + 0.1 * torch.randn(n, generator=generator),
     )
     weight = torch.stack([0.02 * sources[kind](COLUMNS) for kind in kinds.tolist()])
-    encoding = Jlcm(width=4, dim=1, codebooks=4).encode(weight, torch.eye(COLUMNS), torch.Generator())
+    encoding = Jlcm(width=4, dim=1, codebooks=4).encode(weight, Statistics(torch.eye(COLUMNS)), torch.Generator())
     assert sorted(encoding.order.tolist()) == list(range(ROWS))
     assert encoding.order.tolist() != list(range(ROWS))
     distance = torch.cdist(encoding.decode(), weight)
@@ -182,8 +184,8 @@ def test_a_permutation_of_stored_rows_changes_nothing():
 
 def test_it_beats_rounding_to_nearest_at_more_bits():
     weight, hessian = correlated(192, 256)
-    mine = Jlcm(width=8, dim=4, group=64).encode(weight, hessian, torch.Generator().manual_seed(0))
-    naive = Affine(method="rtn", bits=2, group=32).encode(weight, hessian, torch.Generator())
+    mine = Jlcm(width=8, dim=4, group=64).encode(weight, Statistics(hessian), torch.Generator().manual_seed(0))
+    naive = Affine(method="rtn", bits=2, group=32).encode(weight, Statistics(hessian), torch.Generator())
     assert mine.bits_per_weight < naive.bits_per_weight
     assert output_error(weight, mine.decode(), hessian) < 0.6 * output_error(weight, naive.decode(), hessian)
 
@@ -204,7 +206,7 @@ def test_descent_keeps_what_was_dropped():
     losses = []
     for n in (0, 2):
         method = Jlcm(width=8, dim=4, group=32, descent_rounds=n)
-        found = method.encode(weight * mask, hessian, torch.Generator().manual_seed(0), mask).decode()
+        found = method.encode(weight * mask, Statistics(hessian, kept=mask), torch.Generator().manual_seed(0)).decode()
         assert (found[~mask] == 0).all()
         losses.append(output_error(weight * mask, found, hessian))
     assert losses[1] < losses[0]
@@ -214,7 +216,7 @@ def test_more_codebooks_and_more_bits_lose_less():
     weight, hessian = correlated(96, 128)
 
     def error(**settings):
-        encoding = Jlcm(dim=2, **settings).encode(weight, hessian, torch.Generator().manual_seed(0))
+        encoding = Jlcm(dim=2, **settings).encode(weight, Statistics(hessian), torch.Generator().manual_seed(0))
         return output_error(weight, encoding.decode(), hessian)
 
     assert error(width=6) < error(width=5) < error(width=4)
@@ -233,7 +235,7 @@ def test_a_dead_input_and_a_row_of_zeros_are_encoded():
     weight, hessian = correlated(ROWS, COLUMNS)
     hessian[3] = hessian[:, 3] = 0.0
     weight[4] = 0.0
-    decoded = Jlcm(width=6, dim=2).encode(weight, hessian, torch.Generator()).decode()
+    decoded = Jlcm(width=6, dim=2).encode(weight, Statistics(hessian), torch.Generator()).decode()
     assert decoded.isfinite().all()
     assert decoded[4].abs().max() < 1e-3
 
@@ -241,4 +243,4 @@ def test_a_dead_input_and_a_row_of_zeros_are_encoded():
 @pytest.mark.parametrize("settings", [{}, {"width": 4, "dim": 1, "codebooks": 3, "scale_bits": 16}])
 def test_no_learning_step_gives_exactly_what_was_assigned(settings):
     encoding = encoded(**settings)
-    same_parts(LearnedMatrix(encoding, 0.1, 4, 0.1).result(), encoding)
+    same_parts(learnable(encoding, Moves(0.1)).result(), encoding)

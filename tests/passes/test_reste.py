@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compressor.core.contract import Statistics
 from compressor.core.encoding import Layout
 from compressor.core.errors import CheckpointError
 from compressor.core.signing import hard_sign, sign_inputs, signed_layers
@@ -126,8 +127,8 @@ def test_a_binary_weight_is_its_sign_times_its_mean_size():
 @pytest.mark.parametrize("scale", ["layer", "channel"])
 def test_what_was_trained_is_stored_exactly(scale):
     method = Reste(scale=scale)
-    first = method.encode(weights(5, 9).float(), None, torch.Generator())
-    again = method.encode(first.decode(), None, torch.Generator())
+    first = method.encode(weights(5, 9).float(), Statistics(), torch.Generator())
+    again = method.encode(first.decode(), Statistics(), torch.Generator())
     assert torch.equal(first.decode(), again.decode())
     assert first.nbytes == method.spec_for("w", (5, 9), "linear").nbytes(5, 9)
 

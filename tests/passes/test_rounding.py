@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from compressor.core.contract import Statistics
 from compressor.core.encoding import Codebook
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
@@ -33,7 +34,7 @@ ROWS, COLUMNS = 29, 90
 
 def encoded(**settings):
     weight, hessian = pico.correlated(ROWS, COLUMNS)
-    return Rounding(**{"group": 32} | settings).encode(weight, hessian, torch.Generator())
+    return Rounding(**{"group": 32} | settings).encode(weight, Statistics(hessian), torch.Generator())
 
 
 def error(encoding) -> float:
@@ -89,7 +90,7 @@ def test_v_of_zero_and_more_rounds_up():
 def test_zero_steps_are_the_start(optimizer, start, method, bits):
     weight, hessian = pico.correlated(ROWS, COLUMNS)
     found = encoded(optimizer=optimizer, start=start, bits=bits, steps=0)
-    plain = Affine(method=method, bits=bits, group=32).encode(weight, hessian, torch.Generator())
+    plain = Affine(method=method, bits=bits, group=32).encode(weight, Statistics(hessian), torch.Generator())
     assert torch.equal(found.decode(), plain.decode())
 
 
@@ -159,7 +160,7 @@ def test_the_loss_is_that_of_the_outputs():
 def test_rows_never_end_worse_than_they_started():
     weight, hessian = pico.correlated(ROWS, COLUMNS)
     settings = Rounding(group=32, bits=2, optimizer="signsgd", steps=30, rate=0.4)
-    matrix, loss = settings.learner(weight, hessian), Moments(weight, hessian)
+    matrix, loss = settings.started(weight, Statistics(hessian)), Moments(weight, hessian)
     before = loss.rows(matrix.rounded())
     learn(matrix, loss)
     assert bool((loss.rows(matrix.rounded()) <= before).all())
@@ -169,7 +170,7 @@ def test_rows_never_end_worse_than_they_started():
 def test_what_is_masked_stays_zero(settings):
     weight, hessian = pico.correlated(ROWS, COLUMNS)
     mask = weight.abs() > weight.abs().median()
-    found = Rounding(group=32, **settings).encode(weight * mask, hessian, torch.Generator(), mask)
+    found = Rounding(group=32, **settings).encode(weight * mask, Statistics(hessian, kept=mask), torch.Generator())
     assert bool((found.decode()[~mask] == 0).all())
     assert float((found.decode() - weight * mask).norm() / (weight * mask).norm()) < 0.4
 

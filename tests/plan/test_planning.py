@@ -14,10 +14,21 @@ from safetensors.torch import save_file
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.encoding import Affine, Binary, Codebook, Dense, Layout, Scales, describe
-from compressor.core.errors import RecipeError
+from compressor.core.errors import PassError, RecipeError
+from compressor.core.passes import Moves, Rates
 from compressor.core.roles import block_of, matrix_shape, role_of
-from compressor.core.spec import AffineSpec, BinarySpec, CodebookSpec, DenseSpec, Spec, group_columns
+from compressor.core.spec import (
+    AffineSpec,
+    BinarySpec,
+    CodebookSpec,
+    DenseSpec,
+    RefinedSpec,
+    SparseSpec,
+    Spec,
+    group_columns,
+)
 from compressor.core.tensors import EncodedTensor, write_tensors
+from compressor.learning.learned import learnable
 from compressor.ops.widths import n_groups, zero_steps
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
@@ -53,9 +64,7 @@ def encoding_of(spec: Spec, rows: int, columns: int):
     if isinstance(spec, DenseSpec):
         return Dense(shape, torch.ones(shape, dtype=torch.float16 if spec.dtype == "F16" else torch.float32))
     if isinstance(spec, BinarySpec):
-        return Binary(
-            shape, torch.ones(shape, dtype=torch.bool), torch.ones(rows if spec.scale == "row" else 1, 1).half()
-        )
+        return Binary.of(torch.ones(shape, dtype=torch.bool), torch.ones(rows if spec.scale == "row" else 1, 1))
     group = group_columns(spec.group, columns, getattr(spec, "dim", 1))
     groups = n_groups(columns, group)
     scales = Scales.of(torch.ones(rows, groups), spec.scale_bits)
@@ -64,7 +73,7 @@ def encoding_of(spec: Spec, rows: int, columns: int):
             spec.zero, torch.zeros(rows, groups, dtype=torch.int32)
         )
         codes, steps = torch.zeros(rows, groups * group, dtype=torch.int32), zero_steps(spec.zero, spec.bits)
-        return Affine(shape, spec.bits, group, codes, scales, zero, steps)
+        return Affine(shape, group, codes, scales, spec.bits, zero, steps)
     books = spec.n_codebooks(rows)
     counts = tuple(rows // books + (i < rows % books) for i in range(books))
     table = torch.zeros(books, 2**spec.width, spec.dim, dtype=torch.int8 if spec.grid == "int4" else torch.float16)
@@ -192,3 +201,40 @@ def test_a_plan_of_safetensors_does_not_import_torch(checkpoint):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+def test_gradient_steps_over_what_cannot_learn_are_refused_by_its_name(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(AffineSpec, "learns", False)
+    text = "passes: [{pass: jlcm, width: 4, dim: 2, group: 32}, {pass: affine, select: '*1.mlp*'}]\n"
+    recipe = tmp_path / "recipe.yaml"
+    for steps, found in (("distill: {steps: 3}", "distill.steps: 3"), ("", "steps of jlcm on blocks")):
+        blocks = "" if steps else ", block_steps: 2"
+        recipe.write_text(text.replace("group: 32", f"group: 32{blocks}") + f"embeddings: {{bits: 16}}\n{steps}\n")
+        with pytest.raises(RecipeError) as caught:
+            make_plan(checkpoint, load_recipe(recipe))
+        assert str(caught.value) == (
+            f"recipe: 'layers.1.mlp.up.weight' is stored as affine, which gradient steps cannot learn; found {found}; "
+            "leave them out, or let another pass store it"
+        )
+    recipe.write_text(text + "embeddings: {bits: 16}\n")
+    make_plan(checkpoint, load_recipe(recipe))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
+def test_what_a_spec_says_of_learning_is_so(spec):
+    encoding = encoding_of(spec, 6, 40)
+    if not spec.learns:
+        with pytest.raises(PassError, match=f"'{spec.kind}' has nothing that gradient steps learn"):
+            learnable(encoding, Moves())
+        return
+    learned = learnable(encoding, Moves())
+    assert torch.equal(learned().detach(), encoding.decode())
+    assert learned.parameter_groups(Rates(1.0, 1.0, 1.0))
+
+
+def test_code_bits_are_the_codes_of_a_weight():
+    found = {type(spec): spec.code_bits for spec in (DenseSpec(dtype="F16"), AffineSpec(bits=3), BinarySpec())}
+    assert found == {DenseSpec: 16, AffineSpec: 3, BinarySpec: 1}
+    assert CodebookSpec(width=9, dim=4).code_bits == 2.25
+    assert SparseSpec(inner=AffineSpec(bits=8), kept=9).code_bits == 8
+    assert RefinedSpec(inner=AffineSpec(bits=3), extra=AffineSpec(bits=4), n=2).code_bits == 3

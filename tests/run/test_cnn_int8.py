@@ -26,16 +26,16 @@ from tests import pico
 SETS = ("calibration.samples=24", "evaluation.speed=false")
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Images for calibration and evaluation."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module", autouse=True)
+def folder(module_here):
+    """Images for calibration and evaluation, and two networks."""
     generator = np.random.default_rng(0)
     for name, n in (("calibration", 24), ("evaluation", 40)):
-        np.savez(f"{name}.npz", image=generator.standard_normal((n, 3, 12, 12)).astype(np.float32))
-    pico.write_state_dict(pico.ResNet, tmp_path / "model.pt")
-    pico.write_state_dict(pico.Tied, tmp_path / "tied.pt")
-    return tmp_path
+        images = generator.standard_normal((n, 3, 12, 12)).astype(np.float32)
+        np.savez(module_here / f"{name}.npz", image=images)
+    pico.write_state_dict(pico.ResNet, module_here / "model.pt")
+    pico.write_state_dict(pico.Tied, module_here / "tied.pt")
+    return module_here
 
 
 def options(**changes) -> RunOptions:
@@ -43,22 +43,23 @@ def options(**changes) -> RunOptions:
     return RunOptions(**({"model": "model.pt", "output": Path("out"), "arch": "tests.pico:ResNet"} | known | changes))
 
 
-@pytest.fixture
-def exact_sums(monkeypatch):
-    """No saturating sums of pairs, as processors without VNNI have them: results do not depend on the machine."""
+@pytest.fixture(scope="module")
+def artifact(folder):
+    """Measured without saturating sums of pairs, which processors without VNNI have: on every machine the same."""
 
     def opened(path, settings, apart):
         return open_inference(
             path, replace(settings, entries=settings.entries | {"session.x64quantprecision": "1"}), apart
         )
 
-    monkeypatch.setattr(compressor.evaluate.session, "open_inference", opened)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressor.evaluate.session, "open_inference", opened)
+        return run(options(output=Path("artifact")))
 
 
-def test_an_artifact_computes_in_int8_and_is_as_large_as_planned(folder, exact_sums):
+def test_an_artifact_computes_in_int8_and_is_as_large_as_planned(artifact, tmp_path):
     checkpoint = open_checkpoint("model.pt", arch="tests.pico:ResNet")
     plan = make_plan(checkpoint, load_recipe("cnn-int8", SETS))
-    artifact = run(options())
     report = artifact.report
     sizes = report["size"]["files"]
     assert sizes["model.safetensors"] == plan.files["model.safetensors"]
@@ -67,13 +68,12 @@ def test_an_artifact_computes_in_int8_and_is_as_large_as_planned(folder, exact_s
     assert report["proof"]["as_shipped"]["max_relative_error"] < 0.05
     assert report["quality"]["top1_agreement"] > 0.9
     assert report["quality"]["mean_relative_error"] < 0.02
-    operators = [node.op_type for node in ir.load(optimised_graph(artifact.directory / "model.onnx", folder)).graph]
+    operators = [node.op_type for node in ir.load(optimised_graph(artifact.directory / "model.onnx", tmp_path)).graph]
     assert operators.count("QLinearConv") == 6, "all but the stem"
     assert operators.count("QLinearAdd") == 2
 
 
-def test_every_convolution_is_stored_in_eight_bits_and_the_means_are_corrected():
-    artifact = run(options(output=Path("corrected")))
+def test_every_convolution_is_stored_in_eight_bits_and_the_means_are_corrected(artifact):
     plain = run(options(output=Path("plain"), sets=(*SETS, "calibration.correct_means=false")))
     corrected, kept = (EncodedTensors([each.directory / "model.safetensors"]) for each in (artifact, plain))
     assert corrected.describe("depthwise.weight")["bits"] == 8
@@ -82,14 +82,14 @@ def test_every_convolution_is_stored_in_eight_bits_and_the_means_are_corrected()
     assert all(name.endswith(("bias", "running_mean")) for name in moved)
 
 
-def test_the_same_run_gives_the_same_bytes():
-    first, second = (run(options(output=Path(name))).directory for name in ("first", "second"))
+def test_the_same_run_gives_the_same_bytes(artifact):
+    again = run(options(output=Path("again"))).directory
     for name in ("model.onnx", "model.safetensors"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
+        assert (again / name).read_bytes() == (artifact.directory / name).read_bytes()
 
 
 def test_an_artifact_without_static_ranges_computes_on_floats():
-    artifact = run(options(sets=(*SETS, "export.activations=int8")))
+    artifact = run(options(output=Path("floats"), sets=(*SETS, "export.activations=int8")))
     assert artifact.report["proof"]["as_shipped"]["max_relative_error"] < 0.02
     assert open_session(artifact.directory).outputs == ["output"]
 

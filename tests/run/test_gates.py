@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compressor.core.errors import RecipeError
+from compressor.core.report import Report, Size, Speed
 from compressor.plan.recipe import Gates
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.gates import lost_quality, lost_size_or_speed, promised, speedup
@@ -34,18 +35,19 @@ def test_a_limit_that_is_stricter_by_itself_stays():
 
 
 def test_speed_is_tokens_per_second_or_inputs_per_second():
-    assert speedup(SPEEDS) == pytest.approx(3)
-    assert speedup({"speed": {"latency_seconds": 0.1}, "original_speed": {"latency_seconds": 0.4}}) == pytest.approx(4)
-    assert speedup({"speed": {"latency_seconds": 0.1}, "original_speed": None}) is None
+    assert speedup(Report.model_validate(SPEEDS)) == pytest.approx(3)
+    inputs = Report(speed=Speed(latency_seconds=0.1), original_speed=Speed(latency_seconds=0.4))
+    assert speedup(inputs) == pytest.approx(4)
+    assert speedup(Report(speed=Speed(latency_seconds=0.1), original_speed=None)) is None
 
 
 def test_size_and_speed_are_held_against_their_limits():
-    report = SPEEDS | {"size": {"bytes": 5_000_000}}
+    report = Report.model_validate(SPEEDS | {"size": {"bytes": 5_000_000}})
     assert lost_size_or_speed(Gates(max_size=5_000_000, min_speedup=3.0), report) == []
     assert lost_size_or_speed(Gates(max_size=4_000_000, min_speedup=3.5), report) == [
         "size in MB, every file, is 5, the gate is 4", "speed over the original's is 3, the gate is 3.5",
     ]  # fmt: skip
-    unknown = {"size": {"bytes": 1}, "speed": None}
+    unknown = Report(size=Size(bytes=1), speed=None)
     assert lost_size_or_speed(Gates(min_speedup=1.0), unknown) == [
         "speed over the original's was not measured, the gate is 1"
     ]
@@ -55,6 +57,12 @@ def test_the_accuracy_drop_is_limited_where_there_are_labels():
     quality = {"accuracy": 0.7, "original_accuracy": 0.8, "top1_agreement": 0.9}
     assert lost_quality(Gates(max_accuracy_drop=0.05), quality) == ["accuracy drop is 0.1, the gate is 0.05"]
     assert lost_quality(Gates(max_accuracy_drop=0.2, min_agreement=0.9), quality) == []
+
+
+def test_what_is_not_a_number_keeps_no_limit():
+    assert lost_quality(Gates(max_kl_divergence=1.0), {"kl_divergence": float("nan")}) == [
+        "KL divergence is nan, the gate is 1"
+    ]
 
 
 def test_gates_in_a_recipe_are_written_as_people_write_them(tmp_path):

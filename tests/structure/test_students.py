@@ -76,7 +76,7 @@ def test_a_student_of_a_convolutional_network_is_shipped_and_loads(folder, small
     best = known[search["best"]]
     assert best["parameters"] == step["parameters"]
     assert best["reward"] == max(trial["reward"] for trial in known.values())
-    loaded = compressor.load(smaller_cnn.directory)
+    loaded = compressor.load(smaller_cnn.directory, arch="tests.pico:ResNet")
     assert sum(parameter.numel() for parameter in loaded.parameters()) == step["parameters"]
     page = (smaller_cnn.directory / "report.html").read_text()
     assert "The search for a student" in page
@@ -86,11 +86,11 @@ def test_a_student_of_a_convolutional_network_is_shipped_and_loads(folder, small
 
 def test_an_interrupted_search_goes_on_to_the_same_student(folder, smaller_cnn):
     with pytest.raises(KeyboardInterrupt):
-        cnn(folder, "again", progress=Interrupting("n2n", 0.3))
+        cnn(folder, "again", progress=Interrupting("n2n", 0.3), format="safetensors")
     journal = folder / "again.partial" / "work" / "structure-0-search" / JOURNAL
     asked = journal.read_text().splitlines()
     journal.write_text("\n".join([*asked[:-1], asked[-1][:9]]))  # killed in the middle of a line
-    again = cnn(folder, "again", resume=True)
+    again = cnn(folder, "again", resume=True, format="safetensors")
     first, second = (each.report["structure"][0] for each in (smaller_cnn, again))
     assert first["search"]["trials"] == second["search"]["trials"]
     weights = [(each.directory / "model.safetensors").read_bytes() for each in (smaller_cnn, again)]
@@ -98,7 +98,7 @@ def test_an_interrupted_search_goes_on_to_the_same_student(folder, smaller_cnn):
 
 
 def test_processes_judge_as_this_process_does(folder, smaller_cnn):
-    beside = cnn(folder, "beside", "n2n.jobs=2")
+    beside = cnn(folder, "beside", "n2n.jobs=2", format="safetensors")
     first, second = (each.report["structure"][0]["search"] for each in (smaller_cnn, beside))
     assert first["trials"] == second["trials"]
     assert first["best"] == second["best"]
@@ -118,7 +118,7 @@ def test_a_ray_cluster_judges_as_this_process_does(folder, smaller_cnn):
 
 
 def test_a_policy_is_carried_over(folder, smaller_cnn):
-    taken = cnn(folder, "taken", f"n2n.policy_in={folder / 'policy.safetensors'}")
+    taken = cnn(folder, "taken", f"n2n.policy_in={folder / 'policy.safetensors'}", format="safetensors")
     first, second = (each.report["structure"][0]["search"] for each in (smaller_cnn, taken))
     assert first["trials"] != second["trials"]
     with pytest.raises(RecipeError, match="policy_in nowhere is not there"):
@@ -140,7 +140,9 @@ def test_a_decoder_becomes_shallower_and_its_config_says_so(folder, policy):
 
 
 def test_a_shallower_decoder_is_distilled_on_the_original(folder):
-    healed = llm(folder, "healed", "n2n.policy=influence", "n2n.epochs=6", "n2n.rate=0.01", "n2n.batch=2")
+    healed = llm(
+        folder, "healed", "n2n.policy=influence", "n2n.epochs=6", "n2n.rate=0.01", "n2n.batch=2", format="safetensors"
+    )
     (step,) = healed.report["structure"]
     losses = [entry["loss"] for entry in step["training"]]
     assert losses[-1] < 0.8 * losses[0]
@@ -166,7 +168,7 @@ def test_parts_of_an_encoder_go_and_the_artifact_knows(bert, tmp_path):
 def test_parts_of_a_decoder_are_refused(folder):
     with pytest.raises(
         CheckpointError,
-        match="the graph of decoders cannot have; write spread: group, so that all lose alike, or remove whole blocks",
+        match="the graph of decoders cannot have; found units: part; write units: block",
     ):
         llm(folder, "parts", "n2n.units=part", "n2n.search_epochs=1", "n2n.remove=1")
 

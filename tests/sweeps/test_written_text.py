@@ -8,12 +8,14 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import DataError
 from compressor.core.work import Work
-from compressor.data.samples import calibration_batches, learning_batches, n_generated
+from compressor.data.batches import calibration_batches, learning_batches, n_generated
 from compressor.data.text import Text
 from compressor.plan.recipe import Calibration, Distill, Recipe
 from compressor.plan.recipe_file import load_recipe
@@ -74,30 +76,39 @@ def test_attention_of_one_query_is_the_definition(heads, shared, scale):
         torch.testing.assert_close(found[i, h, 0].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_only_one_query_without_a_mask_is_attended_to_otherwise(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        "compressor.sweeps.written_text.attend", lambda *args, **kwargs: calls.append(kwargs) or attend(*args)
-    )
-    one, two = torch.ones(1, 2, 1, 4), torch.ones(1, 2, 2, 4)
+class Watching(TorchFunctionMode):
+    """Notes how many queries torch's own attention is asked for, each time that it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append(args[0].shape[-2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_one_query_without_a_mask_is_attended_to_otherwise():
+    generator = torch.Generator().manual_seed(0)
+    two, one = (torch.randn(1, 2, n, 4, generator=generator) for n in (2, 1))
     attention = torch.nn.functional.scaled_dot_product_attention
-    with SingleQueries():
+    with Watching() as watching, SingleQueries():
         attention(two, two, two, is_causal=True)
         attention(one, two, two, attn_mask=torch.ones(1, 1, 1, 2, dtype=torch.bool))
-        assert not calls
-        attention(one, two, two, scale=0.5)
-    attention(one, two, two)
-    assert calls == [{"scale": 0.5}]
+        assert watching.seen == [2, 1]
+        found = attention(one, two, two, scale=0.5)
+    assert watching.seen == [2, 1]
+    torch.testing.assert_close(found, attention(one, two, two, scale=0.5))
 
 
-def test_the_networks_own_attention_is_replaced(llama, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        "compressor.sweeps.written_text.attend", lambda *args, **kwargs: calls.append(1) or attend(*args)
-    )
+def test_the_networks_own_attention_is_replaced(llama):
     module = AutoModelForCausalLM.from_pretrained(llama).eval()
-    sample_documents(module, 3, 2, 5, torch.Generator().manual_seed(1))
-    assert len(calls) == 5 * module.config.num_hidden_layers
+    with Watching() as watching, torch.no_grad():
+        sample_documents(module, 3, 2, 5, torch.Generator().manual_seed(1))
+        assert watching.seen == []
+        module(torch.tensor([[3]]))
+    assert watching.seen == [1] * module.config.num_hidden_layers
 
 
 def test_the_same_seed_draws_the_same_text_whatever_the_global_seed(llama, tmp_path):
@@ -109,16 +120,14 @@ def test_the_same_seed_draws_the_same_text_whatever_the_global_seed(llama, tmp_p
     assert first.shape == (5, 6)
 
 
-def test_batches_that_are_finished_are_not_drawn_again(llama, tmp_path, monkeypatch):
+def test_batches_that_are_finished_are_not_drawn_again(llama, tmp_path):
     whole = drawn(llama, tmp_path / "a", n=WINDOWS_AT_ONCE + 3)
-    (tmp_path / "a" / "generated-1.safetensors").unlink()
-    rows = []
-    monkeypatch.setattr(
-        "compressor.sweeps.written_text.sample_documents",
-        lambda module, first, n, *rest: rows.append(n) or sample_documents(module, first, n, *rest),
-    )
-    assert torch.equal(drawn(llama, tmp_path / "a", n=WINDOWS_AT_ONCE + 3), whole)
-    assert rows == [3]
+    finished, last = (tmp_path / "a" / f"generated-{number}.safetensors" for number in (0, 1))
+    save_file({"tokens": torch.full((WINDOWS_AT_ONCE, 6), MARK)}, finished)
+    last.unlink()
+    again = drawn(llama, tmp_path / "a", n=WINDOWS_AT_ONCE + 3)
+    assert bool((again[:WINDOWS_AT_ONCE] == MARK).all())
+    assert torch.equal(again[WINDOWS_AT_ONCE:], whole[WINDOWS_AT_ONCE:])
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,8 @@ def test_markup_and_the_longest_name_stop_no_other(folder):
     text = "{recipe: r.yaml, arch: 'tests.pico:Tied', format: safetensors, models: [evil.pt, 'mm*.pt']}"
     (folder / "m.yaml").write_text(text)
     done = subprocess.run(
-        [sys.executable, "-m", "compressor", "batch", "m.yaml", "-j", "1", "-o", "A"], capture_output=True, text=True,
+        [sys.executable, "-m", "compressor", "batch", "m.yaml", "--trust-recipe", "-j", "1", "-o", "A"],
+        capture_output=True, text=True,
         env={**os.environ, "COLUMNS": "60"}, check=False,
     )  # fmt: skip
     assert done.returncode == 3, done.stderr

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from compressor.core.terminal import STAND_IN, printable
 
 ROOT = Path(__file__).parents[2]
-DRY = ("net.safetensors", "-r", "llm-2bit", "--dry-run")
+DRY = ("llama", "-r", "llm-2bit", "--dry-run")
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, llama):
     monkeypatch.chdir(tmp_path)
-    save_file({f"layers.{i}.up.weight": torch.ones(96, 64) for i in (0, 1)}, tmp_path / "net.safetensors")
+    (tmp_path / "llama").symlink_to(llama)
     return tmp_path
 
 
@@ -67,7 +67,7 @@ def test_a_closed_descriptor_is_not_given_to_the_next_file(folder):
     """Descriptor 1 would be the report's own file, and what is printed would go into it."""
     done = compress(*DRY, tail=">&-")
     assert done.returncode == 0
-    assert [path.name for path in folder.iterdir()] == ["net.safetensors"]
+    assert [path.name for path in folder.iterdir()] == ["llama"]
 
 
 def test_a_stream_that_does_not_wait_is_waited_for():
@@ -92,10 +92,10 @@ CONSOLES = [
 def test_a_console_that_lacks_a_letter_gets_another(console):
     done = compress(*DRY, **console)
     assert done.returncode == 0, done.stderr
-    assert b"96" in done.stdout
+    assert b"108" in done.stdout
     encoding = console.get("PYTHONIOENCODING", "ascii").partition(":")[0]
     shown = done.stdout.decode("utf-8" if console.get("LC_ALL") == "C" else encoding)
-    assert "96×64" in shown or "96x64" in shown
+    assert "108×80" in shown or "108x80" in shown
     assert "→" in shown or "->" in shown
 
 

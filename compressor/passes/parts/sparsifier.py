@@ -18,7 +18,7 @@ from compressor.passes.parts.units import Units
 
 if TYPE_CHECKING:
     from compressor.core.structure import Removal, Subject
-    from compressor.passes.settings.training import TrainingPass
+    from compressor.passes.settings.training import TrainingSettings
 
 
 class Sparsifier(Follower):
@@ -32,7 +32,7 @@ class Sparsifier(Follower):
 
     remembers: ClassVar[tuple[str, ...]] = ("gone",)
 
-    def __init__(self, settings: TrainingPass, subject: Subject, n_steps: int) -> None:
+    def __init__(self, settings: TrainingSettings, subject: Subject, n_steps: int) -> None:
         self.settings, self.subject = settings, subject
         self.units = Units(subject.module, self.choosable())
         self.gone = [torch.zeros(group.size, dtype=torch.bool) for group in self.units.groups]

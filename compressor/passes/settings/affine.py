@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from compressor.core.passes import Need, Pass, Role
+from compressor.core.passes import Need, Role, WeightSettings
 from compressor.core.spec import AffineSpec, Group, Spec
 from compressor.core.training import Rate
 from compressor.passes.settings.fields import GroupSetting, Steps, uniform_ladder
 
 
-class AffineSettings(Pass):
+class AffineSettings(WeightSettings):
     """A uniform grid per group of columns; the baselines, each at its best settings.
 
     rtn     rounds to nearest, with a searched scale
@@ -25,7 +25,6 @@ class AffineSettings(Pass):
     """
 
     name = "affine"
-    stage = "weight"
     paper = "Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323"
 
     method: Literal["rtn", "hqq", "gptq"] = "rtn"
@@ -54,10 +53,10 @@ class AffineSettings(Pass):
         group: Group = self.group
         return AffineSpec(bits=self.bits, group=group, zero=self.zero, scale_bits=self.scale_bits)
 
-    def ladder(self) -> tuple[Pass, ...]:
-        return uniform_ladder(self)
+    def ladder(self) -> tuple[WeightSettings, ...]:
+        return uniform_ladder(self, self.group)
 
-    def quick(self) -> Pass:
+    def quick(self) -> WeightSettings:
         return self.model_copy(update={"method": "rtn", "sweeps": 0})
 
     def cost(self, tokens: int) -> float:

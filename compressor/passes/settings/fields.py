@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from compressor.core.passes import WeightSettings
+from compressor.core.spec import Group
+
 GroupSetting = Annotated[int, Field(ge=16, multiple_of=16)] | Literal["row"]
 Steps = Annotated[int, Field(ge=0)]
+
+Own = TypeVar("Own", bound=WeightSettings)
 
 WIDTHS = (2, 3, 4, 8)
 """Bits that uniform grids are allocated in."""
 GROUPS = (32, 64, 128)
 
 
-def uniform_ladder(step: Any) -> tuple[Any, ...]:
+def uniform_ladder(step: Own, group: Group) -> tuple[Own, ...]:
     """A pass with fields `bits` and `group` at every width, and in the usual groups beside its own."""
-    groups = (step.group,) if step.group == "row" else sorted({step.group, *GROUPS})
+    groups = (group,) if group == "row" else sorted({group, *GROUPS})
     return tuple(step.model_copy(update={"bits": bits, "group": group}) for bits in WIDTHS for group in groups)
+
+
+UNEVEN = "its layers would differ in heads, width or parts, which the graph of decoders cannot have"
+"""Of a decoder, after passes that take from each layer what matters least in the whole network."""
 
 
 def listed(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compressor.core.passes import Need, Pass
+from compressor.core.passes import Need, PruningSettings
 from compressor.core.training import Rate
 from compressor.passes.settings.fields import whole_share
 
@@ -14,7 +14,7 @@ SPARSEGPT_COLUMNS = 128
 """Of a matrix that SparseGPT chooses from at a time."""
 
 
-class GblmSettings(Pass):
+class GblmSettings(PruningSettings):
     """Which weights to drop: by gradient and activation, or by a baseline.
 
     score        gblm: |W|·(‖X‖ + α·‖G‖) per row; wanda: |W|·‖X‖ per row; magnitude: |W|, one threshold per matrix;
@@ -29,8 +29,6 @@ class GblmSettings(Pass):
     """
 
     name = "gblm"
-    stage = "weight"
-    prunes = True
     paper = "Das et al., Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models, 2023, \
 https://arxiv.org/abs/2311.04902"
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from compressor.core.training import Count, Positive
-from compressor.passes.settings.training import TrainingPass
+from compressor.passes.settings.training import TrainingSettings
 
 
-class HessoSettings(TrainingPass):
+class HessoSettings(TrainingSettings):
     """Trains once, and units go to zero on the way, the least salient first.
 
     periods       in which the budget is spent: each takes its share of units and shrinks them to zero

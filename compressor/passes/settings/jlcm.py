@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from compressor.core.passes import Need, Pass, Role
+from compressor.core.passes import BlockLearning, Moves, Need, Rates, Role, WeightSettings
 from compressor.core.spec import CodebookSpec, Spec
 from compressor.core.training import Rate
 from compressor.passes.settings.fields import GroupSetting, Steps
@@ -15,7 +15,7 @@ CODES = ((4, 1), (8, 4), (9, 4), (10, 4), (12, 4), (6, 2), (7, 2))
 """(width, dim) that codebooks are allocated in: 2 to 4 bits per weight."""
 
 
-class JlcmSettings(Pass):
+class JlcmSettings(WeightSettings):
     """Jointly learned codebooks and mappings.
 
     width, dim          a code of `width` bits names `dim` neighbouring weights: width / dim bits per weight
@@ -33,7 +33,6 @@ class JlcmSettings(Pass):
     """
 
     name = "jlcm"
-    stage = "weight"
     paper = "Yvinec et al., Network Memory Footprint Compression Through Jointly Learnable Codebooks and Mappings, \
 ICLR 2024, https://arxiv.org/abs/2309.17361"
 
@@ -67,11 +66,21 @@ ICLR 2024, https://arxiv.org/abs/2309.17361"
             grid=self.grid, reorder=min(self.codebooks, shape[0]) > 1,
         )  # fmt: skip
 
-    def ladder(self) -> tuple[Pass, ...]:
+    @property
+    def keeps_zeros(self) -> bool:
+        return True
+
+    @property
+    def block_learning(self) -> BlockLearning | None:
+        rates = Rates(self.codebook_rate, self.scale_rate, self.dense_rate)
+        moves = Moves(self.mapping_rate, self.neighbours, self.delta)
+        return BlockLearning(self.block_steps, rates, moves) if self.block_steps else None
+
+    def ladder(self) -> tuple[WeightSettings, ...]:
         codes = sorted({(self.width, self.dim), *CODES}, key=lambda code: (code[0] / code[1], code))
         return tuple(self.model_copy(update={"width": width, "dim": dim}) for width, dim in codes)
 
-    def quick(self) -> Pass:
+    def quick(self) -> WeightSettings:
         changed = {"feedback": False, "kmeans_iterations": 0, "codebooks": 1, "block_steps": 0, "descent_rounds": 0}
         return self.model_copy(update=changed)
 

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from compressor.core.passes import Need
-from compressor.core.training import Count, FittedPass, Optimizer, Rate
+from compressor.core.training import Count, FittedSettings, Optimizer, Rate
+from compressor.passes.settings.fields import UNEVEN
 
 Rule = Literal["epsilon", "zplus", "alpha_beta", "gamma"]
 
 
-class LrpSettings(FittedPass):
+class LrpSettings(FittedSettings):
     """Removes the channels, heads and neurons that explain least of what the network says.
 
     criterion      lrp: relevance at a unit's output; taylor: |activation · gradient|; gradient: |gradient|;
@@ -75,15 +76,24 @@ class LrpSettings(FittedPass):
 
     @property
     def needs(self) -> frozenset[Need]:
-        learns = super().needs
-        if self.criterion == "magnitude":
-            measures = self.norms == "measure" or self.compensate == "bias" or self.of == "flops"
-            return learns | (frozenset({"data"}) if measures else frozenset())
-        return learns | {"data", "gradients"}
+        runs = self.norms == "measure" or self.compensate == "bias" or self.of == "flops"
+        measures: frozenset[Need] = frozenset({"data"} if runs else ())
+        explains: frozenset[Need] = frozenset({"data", "gradients"})
+        return super().needs | (measures if self.criterion == "magnitude" else explains)
+
+    @property
+    def refuses_decoders(self) -> str | None:
+        if self.spread == "group":
+            return None
+        return f"{UNEVEN}; found spread: {self.spread}; write spread: group, so that all lose alike"
 
     @property
     def removes(self) -> float:
         return self.fraction
+
+    @property
+    def counts(self) -> Literal["parameters", "units", "flops"]:
+        return self.of
 
     @property
     def removes_exactly(self) -> bool:
@@ -92,6 +102,10 @@ class LrpSettings(FittedPass):
     @property
     def removes_evenly(self) -> bool:
         return self.of == "units" and self.spread != "network"
+
+    @property
+    def measures_norms(self) -> bool:
+        return self.norms == "measure"
 
     def cost(self, tokens: int) -> float:
         return 3.0 * self.fraction / self.step + 13.0 * self.trials  # 3 to score, 10 to judge

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compressor.core.passes import Need, StructurePass
+from compressor.core.errors import RecipeError
+from compressor.core.passes import Need, StructureSettings
 from compressor.core.training import Count, Optimizer, Positive, Rate, Training
+from compressor.passes.settings.fields import UNEVEN
 
 Part = Annotated[float, Field(gt=0, le=1)]
+POLICIES = ("removal", "shrinkage")
+_LARGEST_HEADER = 1_000_000
 
 
-class N2nSettings(Training, StructurePass):
+def refuse_overwriting(file: Path) -> None:
+    """Refuses to save policies over anything that is there and holds none.
+
+    Raises:
+        RecipeError: It does.
+    """
+    if not (file.exists() or file.is_symlink()):
+        return
+    names = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if file.is_file():
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                names = json.loads(opened.read(length)) if 0 < length <= _LARGEST_HEADER else {}
+    kinds = {name.partition(".")[0] for name in names if name != "__metadata__"} if isinstance(names, dict) else set()
+    if not kinds or not kinds <= set(POLICIES):
+        raise RecipeError(f"{file}: is there and holds no policies, which would be written over it; give another file")
+
+
+class N2nSettings(Training, StructureSettings):
     """Removes layers, and shrinks those that are left, as a policy learns to from how good the students are.
 
     units          layer: convolutions, linears and pools; block: of a transformer; part: its attentions and MLPs;
@@ -50,6 +76,9 @@ class N2nSettings(Training, StructurePass):
         "Ashok et al., N2N Learning: Network to Network Compression via Policy Gradient Reinforcement Learning, ICLR \
 2018, https://arxiv.org/abs/1709.06030"
     )
+
+    reaches = ("engine", "address")
+    writes = {"policy_out": "--policy"}  # noqa: RUF012
 
     units: Literal["auto", "layer", "block", "part"] = "auto"
     policy: Literal["reinforce", "random", "greedy", "influence"] = "reinforce"
@@ -105,10 +134,25 @@ class N2nSettings(Training, StructurePass):
         return False
 
     @property
+    def refuses_decoders(self) -> str | None:
+        if self.units in ("auto", "block"):
+            return None
+        return f"{UNEVEN}; found units: {self.units}; write units: block"
+
+    @property
+    def refuses_others(self) -> str | None:
+        if self.measure != "perplexity":
+            return None
+        return (
+            "n2n: measure perplexity is of decoders, and this network predicts no next tokens; write measure: accuracy"
+        )
+
+    @property
     def needs(self) -> frozenset[Need]:
         trains: frozenset[Need] = frozenset({"training", "gradients"} if self.epochs or self.units != "block" else ())
         labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
-        return frozenset({"data"}) | trains | labels
+        always: frozenset[Need] = frozenset({"data"})
+        return always | trains | labels
 
     def cost(self, tokens: int) -> float:
         """Of whole forwards over the validation tokens."""

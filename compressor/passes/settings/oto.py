@@ -7,10 +7,10 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from compressor.core.training import Rate
-from compressor.passes.settings.training import TrainingPass
+from compressor.passes.settings.training import TrainingSettings
 
 
-class OtoSettings(TrainingPass):
+class OtoSettings(TrainingSettings):
     """Trains once with a penalty on the units that are redundant after the warm-up, and projects them to zero.
 
     penalty         λ₀; none is 1e-3, and 1e-2 for an optimizer that adapts its rates
@@ -48,7 +48,7 @@ Pruning to Erasing Operators, 2023, https://arxiv.org/abs/2312.09411"
     @property
     def refuses_decoders(self) -> str | None:
         if not self.erase:
-            return None
+            return super().refuses_decoders
         return (
             "the graph of decoders has whole blocks only, and oto erases parts of them; write erase: false, or take "
             "n2n with units: block"

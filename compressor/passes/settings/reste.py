@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from compressor.core.passes import Role
+from compressor.core.passes import Role, WeightSettings
 from compressor.core.spec import BinarySpec, Spec
 from compressor.core.training import Rate, Share, Training
 
 
-class ResteSettings(Training):
+class ResteSettings(Training, WeightSettings):
     """Weights, and inputs if asked, learned as signs: one bit per weight and a scale.
 
     activations   binary: inputs of these layers are signs as well, about a threshold per channel that is learned
@@ -23,7 +23,6 @@ class ResteSettings(Training):
     """
 
     name = "reste"
-    stage = "weight"
     paper = (
         "Wu et al., Estimator Meets Equilibrium Perspective: A Rectified Straight Through Estimator for Binary Neural \
 Networks Training, ICCV 2023, https://arxiv.org/abs/2308.06689"
@@ -45,10 +44,6 @@ Networks Training, ICCV 2023, https://arxiv.org/abs/2308.06689"
     @property
     def trains(self) -> bool:
         return True
-
-    @property
-    def keeps_zeros(self) -> bool:
-        return False
 
     @property
     def signs_inputs(self) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from compressor.core.passes import Need, Pass, Role
+from compressor.core.passes import BlockLearning, Need, Rates, Role, WeightSettings
 from compressor.core.spec import AffineSpec, CodebookSpec, Spec
 from compressor.core.training import Rate
 from compressor.passes.settings.affine import AffineSettings
 from compressor.passes.settings.fields import GroupSetting, Steps, listed, uniform_ladder
 
 
-class RoundingSettings(Pass):
+class RoundingSettings(WeightSettings):
     """Learned rounding: AdaRound, BRECQ, signed gradients, coordinate descent.
 
     start         nearest: from the grid point nearest to each weight; feedback: from error feedback, as affine's gptq
@@ -29,12 +29,6 @@ class RoundingSettings(Pass):
     """
 
     name = "rounding"
-    stage = "weight"
-    mapping_rate: ClassVar[float] = 0.0
-    neighbours: ClassVar[int] = 1
-    delta: ClassVar[float] = 1.0
-    codebook_rate: ClassVar[float] = 0.03
-    dense_rate: ClassVar[float] = 1e-3
     paper = "Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, ICML 2020, \
 https://arxiv.org/abs/2004.10568"
 
@@ -81,9 +75,15 @@ https://arxiv.org/abs/2004.10568"
         return self.rate or (1 / max(1, self.steps) if self.optimizer == "signsgd" else 0.1)
 
     @property
-    def block_steps(self) -> int:
-        """Steps on the output of a block."""
-        return self.steps if self.unit == "block" else 0
+    def block_learning(self) -> BlockLearning | None:
+        steps = self.steps if self.unit == "block" else 0
+        return BlockLearning(steps, Rates(codebook=0.03, scale=self.scale_rate, dense=1e-3)) if steps else None
+
+    @property
+    def refuses_single_block(self) -> str | None:
+        return (
+            "unit is block, and the network has no repeated ones; write unit: layer" if self.unit == "block" else None
+        )
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -98,11 +98,11 @@ https://arxiv.org/abs/2004.10568"
             return CodebookSpec(width=self.bits, dim=1, group=self.group, scale_bits=self.scale_bits)
         return AffineSpec(bits=self.bits, group=self.group, zero=self.zero, scale_bits=self.scale_bits)
 
-    def ladder(self) -> tuple[Pass, ...]:
-        found = uniform_ladder(self)
+    def ladder(self) -> tuple[WeightSettings, ...]:
+        found = uniform_ladder(self, self.group)
         return tuple(step for step in found if step.bits <= 3) if self.grid == "codebook" else found
 
-    def quick(self) -> Pass:
+    def quick(self) -> WeightSettings:
         return AffineSettings(bits=self.bits, group=self.group, zero=self.zero, scale_bits=self.scale_bits)
 
     def cost(self, tokens: int) -> float:

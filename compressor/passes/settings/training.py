@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compressor.core.training import FittedPass, Positive, Share
+from compressor.core.training import FittedSettings, Positive, Share
+from compressor.passes.settings.fields import UNEVEN
 
 
-class TrainingPass(FittedPass):
-    """Passes that train while units go to zero.
+class TrainingSettings(FittedSettings):
+    """Of passes that train while units go to zero.
 
     fraction      the share that is removed, `of` the parameters, of the units, or of the flops: a forward's
                   multiplications by matrices
@@ -29,7 +30,7 @@ class TrainingPass(FittedPass):
     pruning: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     @model_validator(mode="after")
-    def _has_time(self) -> TrainingPass:
+    def _has_time(self) -> TrainingSettings:
         if self.warmup + self.pruning > 1 + 1e-9:
             raise ValueError(
                 f"warmup {self.warmup:g} and pruning {self.pruning:g} are shares of one training and come to more than "
@@ -38,8 +39,16 @@ class TrainingPass(FittedPass):
         return self
 
     @property
+    def refuses_decoders(self) -> str | None:
+        return f"{UNEVEN}; take lrp with spread: group, or n2n, which removes whole blocks"
+
+    @property
     def removes(self) -> float:
         return self.fraction
+
+    @property
+    def counts(self) -> Literal["parameters", "units", "flops"]:
+        return self.of
 
     @property
     def removes_exactly(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compressor.core.batch import Batch, Examples, call
 from compressor.core.errors import DataError
 from compressor.core.students import Student
-from compressor.graph.blocks import block_names, fast_bfloat16
+from compressor.graph.blocks import block_names, fast_bfloat16, without_cache
 from compressor.graph.depth import depth_units, without_units
 from compressor.learning.trainer import Fitting
 from compressor.passes.settings.n2n import N2nSettings
@@ -38,8 +38,7 @@ class BlockWorkshop:
     ) -> None:  # fmt: skip
         self.module, self.settings, self.examples, self.seed = module, settings, examples, seed
         self.folder, self.advance = folder, advance
-        if hasattr(module, "config"):
-            module.config.use_cache = False
+        without_cache(module)
         inputs, chosen = first_examples(batches, labels, settings.validation)
         example = {name: tensor[:1] for name, tensor in inputs.items()}
         self.units = depth_units(module, lambda: call(module, example), settings.units == "part")

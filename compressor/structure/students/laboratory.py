@@ -25,8 +25,10 @@ class Workshop(Protocol):
     layers, parameters   of the teacher
     """
 
-    layers: Sequence[Layer]
     parameters: int
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
 
     def size(self, student: Student) -> int | None:
         """Its parameters; None where it cannot be."""

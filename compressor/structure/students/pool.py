@@ -18,11 +18,13 @@ from typing import Any, Protocol
 import torch
 
 from compressor.core.errors import PassError
+from compressor.core.references import code_folders, code_from
 from compressor.core.students import Student
-from compressor.runtime.workers import connected_ray, environment, last_line
+from compressor.runtime.processes import python
+from compressor.runtime.workers import connected_ray, environment, last_line, of_a_task
 
 EVALUATOR = "evaluator.pt"
-_WORKER = "import sys; from compressor.structure.students.pool import work; work(sys.argv[1])"
+_WORKER = "import sys; from compressor.structure.students.pool import work; work(sys.argv[1], sys.argv[2:])"
 
 
 class Evaluator(Protocol):
@@ -75,7 +77,7 @@ class Processes:
     def _started(self, folder: Path, log: Path) -> subprocess.Popen:
         with log.open("w") as file:
             return subprocess.Popen(
-                [sys.executable, "-c", _WORKER, str(folder / EVALUATOR)], stdin=subprocess.PIPE,
+                python("-c", _WORKER, str(folder / EVALUATOR), *code_folders()), stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=file, text=True, env=environment(),
             )  # fmt: skip
 
@@ -140,13 +142,12 @@ class RayPool:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / EVALUATOR).resolve()
         torch.save(evaluator, self.file)
-        variables = {name: environment()[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-        self._task = ray.remote(num_cpus=1, runtime_env={"env_vars": variables})(judged)
+        self._task = ray.remote(num_cpus=1, runtime_env=of_a_task())(judged)
 
     def evaluate(self, students: Sequence[Student]) -> Iterator[tuple[Student, float]]:
         n = int(self._ray.cluster_resources().get("CPU", 1))
         waiting = [
-            self._task.remote(str(self.file), [student.key for student in chunk])
+            self._task.remote(str(self.file), [student.key for student in chunk], code_folders())
             for chunk in neighbours(sorted(students), n)
         ]
         while waiting:
@@ -164,26 +165,27 @@ def neighbours(students: Sequence[Student], n: int) -> list[list[Student]]:
     return [list(students[i : i + size]) for i in range(0, len(students), size)]
 
 
-def judged(file: str, keys: list[str]) -> list[tuple[str, float]]:
-    """Judges students by the evaluator of a file that this program wrote."""
-    evaluator = _read(file)
+def judged(file: str, keys: list[str], folders: Sequence[str] = ()) -> list[tuple[str, float]]:
+    """Judges students by the evaluator of a file that this program wrote; `folders` hold code that the user named."""
+    evaluator = _read(file, folders)
     return [(student.key, accuracy) for student, accuracy in evaluator.evaluate([Student.read(key) for key in keys])]
 
 
 _read_files: dict[str, Any] = {}
 
 
-def _read(file: str) -> Any:
+def _read(file: str, folders: Sequence[str]) -> Any:
     """Once per process."""
     if file not in _read_files:
         torch.set_num_threads(1)
-        _read_files[file] = torch.load(file, weights_only=False)
+        with code_from(folders):
+            _read_files[file] = torch.load(file, weights_only=False)
     return _read_files[file]
 
 
-def work(file: str) -> None:
+def work(file: str, folders: Sequence[str] = ()) -> None:
     """A worker: lines of descriptions in, a line per judged student out."""
-    evaluator = _read(file)
+    evaluator = _read(file, folders)
     for line in sys.stdin:
         for student, accuracy in evaluator.evaluate([Student.read(key) for key in json.loads(line)]):
             sys.stdout.write(json.dumps([student.key, accuracy]) + "\n")

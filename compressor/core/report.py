@@ -1,0 +1,185 @@
+"""compression.json: what an artifact says of itself. One schema, through which it is written and read.
+
+Written by a newer version it may hold more: what is not known here is kept and not looked at. What an older one did not
+write is absent, and stays so when it is written again.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compressor.core.identity import Identity
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Number = (
+    Annotated[int, Field(gt=-(2**62), lt=2**62)] | Annotated[float, Field(allow_inf_nan=False, gt=-1e300, lt=1e300)]
+)
+Facts = dict[str, Any]
+"""What a pass or a stage says of itself, as it likes."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, validate_assignment=True)
+
+
+class Source(_Section):
+    """The original, as `Checkpoint.describe` has it; `sha256` is of its weight files, `path` holds in any folder."""
+
+    path: str | None = None
+    kind: str | None = None
+    architecture: str | None = None
+    family: str | None = None
+    files: list[str] = []
+    file_bytes: Count = 0
+    n_tensors: Count = 0
+    n_parameters: Count = 0
+    tensor_bytes: Count = 0
+    bytes_by_dtype: dict[str, Count] = {}
+    tied: dict[str, str] = {}
+    tokenizer_files: list[str] = []
+    sha256: str | None = None
+    arch: str | None = None
+
+
+class Data(_Section):
+    """What was learned from and judged by: names, SHA-256 of both, the share that both hold, and the options."""
+
+    calibration: str | None = None
+    evaluation: str | None = None
+    sha256: dict[str, str | None] = {}
+    overlap: Number = 0.0
+    arguments: dict[str, str | None] = {}
+
+
+class Stage(_Section):
+    """What a stage of the run took; memory is the process's peak until its end."""
+
+    cpu_seconds: Number
+    seconds: Number
+    peak_memory: Count | None = None
+
+
+class Proof(_Section):
+    """How far the graph is from the network of the decoded weights: with exact activations, and as it is shipped."""
+
+    exact: dict[str, Number] = {}
+    as_shipped: dict[str, Number] = {}
+
+
+class Memory(_Section):
+    """Bytes of the process: before the graph is opened, when it is, and the peaks; None where the system tells not."""
+
+    start: dict[str, Count | None] = {}
+    loaded: dict[str, Count | None] = {}
+    peak_resident: Count | None = None
+    peak_private: Count | None = None
+
+
+class Speed(_Section):
+    """What `bench` says of a graph; `measured` is false where the recipe leaves it out."""
+
+    measured: bool = True
+    kind: str | None = None
+    threads: Count | None = None
+    load_seconds: Number | None = None
+    load_cpu_seconds: Number | None = None
+    memory: Memory | None = None
+    decode_tokens_per_second: Number | None = None
+    prefill_tokens_per_second: Number | None = None
+    latency_seconds: Number | None = None
+    input_shapes: dict[str, list[int]] | None = None
+
+
+class Size(_Section):
+    """Bytes of every file that running the artifact needs."""
+
+    bytes: Annotated[int, Field(ge=1, lt=2**62)]
+    files: dict[str, Count] = {}
+    original_bytes: Count | None = None
+
+
+class Blame(_Section):
+    """Alike tensors, what changed them, and the share of the loss that goes when they are the original's again."""
+
+    tensors: str
+    by: str
+    share: Number
+
+
+class Gates(_Section):
+    """Whether the recipe's limits are kept, and a sentence for each that is not."""
+
+    passed: bool = True
+    failures: list[str] = []
+    blame: list[Blame] = []
+
+
+class Binary(_Section):
+    """What binary layers take and run as."""
+
+    layers: Count
+    bytes: Count
+    float_bytes: Count
+    runs_as: dict[str, Count] = {}
+    each: dict[str, str] = {}
+
+
+class Report(_Section):
+    """Sections in the order of the file; what was not said is not written.
+
+    identity     which run it was
+    cost         by stage
+    skipped      tensors that stay as they are, each with the reason
+    learning     what gradient steps came to
+    structure    of each pass that made the network smaller, or trained it before it was encoded
+    allocation   where widths were chosen per tensor
+    errors       ‖W − Ŵ‖ / ‖W‖ by tensor
+    sha256       of every file
+    seal         SHA-256 of report.html, and of all else that compression.json says
+    """
+
+    compressor: str | None = None
+    source: Source | None = None
+    recipe: dict[str, Any] | str | None = None
+    seed: int | None = None
+    mode: str | None = None
+    identity: Identity | None = None
+    data: Data | None = None
+    versions: dict[str, str] | None = None
+    cost: dict[str, Stage] | None = None
+    skipped: dict[str, str] | None = None
+    learning: list[Facts] | None = None
+    structure: list[Facts] | None = None
+    proof: Proof | None = None
+    quality: dict[str, Number | None] | None = None
+    least_onnxruntime: str | None = None
+    allocation: Facts | None = None
+    binary: Binary | None = None
+    speed: Speed | None = None
+    original_speed: Speed | None = None
+    size: Size | None = None
+    errors: dict[str, Number] | None = None
+    gates: Gates | None = None
+    sha256: dict[str, str] | None = None
+    seal: dict[str, str] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What was said, as the file holds it."""
+        return self.model_dump(exclude_unset=True)
+
+    def text(self) -> str:
+        """The file's content."""
+        return json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n"
+
+
+def misshapen(content: dict[str, Any]) -> str:
+    """What is wrong with a report, in a few words; empty where nothing is."""
+    try:
+        Report.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return ""

@@ -1,0 +1,29 @@
+"""How far the tensors of an artifact are from the original's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compressor.core.tensors import EncodedTensors
+
+LARGEST = 2**25
+"""Values of a tensor up to which its error is told: beyond, holding it twice would be the run's peak of memory."""
+
+
+def weight_errors(checkpoint: Any, tensors: EncodedTensors) -> dict[str, float]:
+    """‖W − Ŵ‖ / ‖W‖ by name, of the tensors that are not stored as they were; one in memory at a time.
+
+    Left out are those of more than 2²⁵ values, those whose shape has changed, and those that are all zero.
+    """
+    found = {}
+    for name in tensors:
+        info = checkpoint.tensors.get(name)
+        shape = tuple(tensors.describe(name)["tensor_shape"])
+        if info is None or info.shape != shape or info.numel > LARGEST or not info.dtype.startswith(("F", "BF", "Q")):
+            continue
+        original = checkpoint.read(name).float()
+        norm = float(original.norm())
+        error = float((tensors[name].decode() - original).norm())
+        if norm and error:
+            found[name] = round(error / norm, 6)
+    return found

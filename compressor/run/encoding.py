@@ -1,0 +1,181 @@
+"""From the original to its encoded tensors: the structure stage, what the original writes, the survey, widths where
+they are allocated, the encoding sweep, and learning at the end. Each keeps what it found in the working folder, from
+which an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.checkpoints import Checkpoint
+from compressor.core.batch import Batch, Examples
+from compressor.core.errors import UsageError
+from compressor.core.files import whole
+from compressor.core.progress import Progress
+from compressor.core.tensors import EncodedTensors
+from compressor.core.work import Work
+from compressor.data.batches import (
+    calibration_batches,
+    calibration_labels,
+    learning_batches,
+    n_generated,
+    training_examples,
+)
+from compressor.data.samples import Samples
+from compressor.export.planned import PlannedTensors
+from compressor.export.writing import is_traced, traced
+from compressor.plan.plan import Plan
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe import Recipe, learning_window
+from compressor.run.clock import Clock
+from compressor.run.prepare import Prepared, ladder_of
+from compressor.structure.stage import Reference, decided, restructure
+from compressor.sweeps.distill import learn
+from compressor.sweeps.encode import encode_network
+from compressor.sweeps.network import Network
+from compressor.sweeps.survey import Survey, survey
+from compressor.sweeps.written_text import generated_tokens, n_batches
+from compressor.widths.allocate import Target, allocate, refuse_unreachable, summary
+from compressor.widths.ladder import Ladder
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is encoded, and how: the network as the structure stage left it, the recipe and the plan for it.
+
+    reports   what each pass of that stage says of itself
+    ladder    the widths to allocate from; None where none are
+    traced    whether torch has to trace the network for its graph
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    plan: Plan
+    ladder: Ladder | None
+    reports: list[dict[str, Any]]
+    traced: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tensors, the batches that they were encoded on, and the plan as it was carried out.
+
+    allocation   what is said of the widths that were chosen; None where none were
+    """
+
+    tensors: EncodedTensors
+    batches: list[Batch]
+    plan: Plan
+    allocation: dict[str, Any] | None
+
+
+def restructured(start: Prepared, work: Work, progress: Progress, clock: Clock) -> Course:
+    """The structure stage, where the recipe has one. Under torchrun every process calls it."""
+    if not start.recipe.early:
+        return Course(start.checkpoint, start.recipe, start.plan, start.ladder, [], _is_traced(start.checkpoint, start))
+    with clock.stage("structure"):
+        reference = _reference(start.samples, start.recipe, work)
+        checkpoint, reports = restructure(start.checkpoint, start.recipe, reference, work, progress)
+    recipe = decided(start.recipe, reports)
+    plan = make_plan(checkpoint, recipe, start.options.format, smaller=True)
+    ladder = ladder_of(plan, recipe, start.options)
+    return Course(checkpoint, recipe, plan, ladder, reports, _is_traced(checkpoint, start))
+
+
+def _is_traced(checkpoint: Checkpoint, start: Prepared) -> bool:
+    return start.options.format == "onnx" and is_traced(checkpoint)
+
+
+def encode(
+    course: Course, samples: Samples, target: Target, work: Work, progress: Progress, clock: Clock
+) -> Encoded:  # fmt: skip
+    """Everything from the network as it is to its encoded tensors."""
+    checkpoint, recipe, plan, ladder = course.checkpoint, course.recipe, course.plan, course.ladder
+    batches: list[Batch] = []
+    network = Network(checkpoint)
+    with clock.stage("generation"):
+        written = _generated(checkpoint, recipe, work, network.fast, progress)
+    if samples.calibration is not None:
+        batches = calibration_batches(samples.calibration, recipe, work.folder.parent, work.seed, written)
+    if course.traced:  # first of all, since torch may not be able to
+        with clock.stage("tracing"):
+            traced(checkpoint, PlannedTensors(plan, checkpoint), batches)
+    if ladder is not None:
+        try:
+            refuse_unreachable(checkpoint, batches, ladder, target)
+        except UsageError:
+            shutil.rmtree(work.folder.parent)  # nothing is in it yet
+            raise
+    with clock.stage("survey"):
+        found = _survey(network, batches, recipe, plan, work, progress, ladder is not None)
+    allocation = None
+    if ladder is not None:
+        with clock.stage("allocation"):
+            allocation = allocate(checkpoint, batches, found, ladder, target, work, progress)
+        plan = allocation.plan
+        progress.say(summary(allocation.report))
+        if not recipe.calibration.token_importance:
+            found = dataclasses.replace(found, importance={}, channels={})
+    with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
+        network = Network(checkpoint)
+        tensors, files = encode_network(
+            network, batches, recipe, plan, found, work, lambda note: task.advance(note=note)
+        )
+    del network
+    if recipe.distill.steps:
+        with clock.stage("learning"):
+            further = learning_batches(samples.calibration, recipe, work.folder.parent, work.seed, written)
+            tensors = learn(checkpoint, tensors, files, further, recipe, plan, work, progress)
+    return Encoded(tensors, batches, plan, None if allocation is None else allocation.report)
+
+
+def _reference(samples: Samples, recipe: Recipe, work: Work) -> Reference:
+    """What structure passes choose by, and train on."""
+    source, tokenizer = samples.calibration, work.folder.parent
+    if source is None:
+        return Reference([], None, lambda: Examples({}))
+    return Reference(
+        calibration_batches(source, recipe, tokenizer, work.seed),
+        calibration_labels(source, recipe, work.seed),
+        lambda: training_examples(source, recipe, tokenizer, work.seed),
+    )
+
+
+def _generated(
+    checkpoint: Checkpoint, recipe: Recipe, work: Work, fast: bool, progress: Progress
+) -> torch.Tensor | None:
+    """What the original writes; None where the recipe asks for nothing of it."""
+    n = n_generated(recipe)
+    if not n:
+        return None
+    with progress.task("the original writes text", n_batches(n)) as task:
+        return generated_tokens(
+            checkpoint, work.folder.parent, n, learning_window(recipe), work.folder, work.generator, fast,
+            lambda: task.advance(),
+        )  # fmt: skip
+
+
+def _survey(
+    network: Network, batches: list[Batch], recipe: Recipe, plan: Plan, work: Work, progress: Progress,
+    allocates: bool,
+) -> Survey:  # fmt: skip
+    file = work.folder / "survey.bin"
+    if file.exists():
+        return Survey.unpack(load_file(file))
+    gradients = (recipe.calibration.token_importance or allocates) and network.blocks != [""]
+    norm = plan.gradient_norm
+    directions = (2 if gradients else 1) + (2 if norm else 0)
+    if not batches:
+        return Survey()
+    with progress.task("surveying", directions * len(network.blocks)) as task:
+        generator = work.generator("survey")
+        found = survey(network, batches, work.folder, gradients, generator, lambda: task.advance(), norm, plan.pruned)
+    with whole(file) as partial:
+        save_file(found.pack(), partial)
+    return found

@@ -1,0 +1,310 @@
+"""From options to all that a run begins with: for a run, for the processes that torchrun starts beside it, and for
+--dry-run alike. What can be refused before work begins is refused here, so that all three refuse the same.
+
+From headers and the config alone, without torch, but for what only the network itself tells: docs/design.md says what
+that is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.checkpoints import Checkpoint, open_checkpoint
+from compressor.core.artifact import refuse_target
+from compressor.core.errors import CheckpointError, DataError, UsageError
+from compressor.core.options import RunOptions
+from compressor.core.training import Training, unlabelled
+from compressor.export.forms import int8_refusal, refusal
+from compressor.plan.memory import refuse_beyond
+from compressor.plan.plan import Plan
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe import SHORTEST_WINDOW, Recipe
+from compressor.plan.recipe_file import load_recipe, refuse_reaching
+from compressor.plan.targets import aimed
+from compressor.widths.ladder import Ladder
+
+if TYPE_CHECKING:
+    from compressor.data.arrays import Arrays
+    from compressor.data.samples import Samples
+    from compressor.data.text import Text
+
+CERTAIN = 64
+"""Bytes that no token of a text exceeds on average: of longer texts the tokens need not be counted."""
+TOKENIZERS = ("tokenizer", "vocab", "merges")
+"""What names of a tokenizer's files begin with."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run begins with.
+
+    asked     the options as they were given
+    loaded    the recipe as it is written
+    options   without the targets that a pass of the recipe takes over
+    recipe    with those, and with windows that the network has positions for
+    ladder    the widths to allocate from; None where none are, and where the network first becomes another
+    """
+
+    asked: RunOptions
+    loaded: Recipe
+    options: RunOptions
+    recipe: Recipe
+    checkpoint: Checkpoint
+    plan: Plan
+    ladder: Ladder | None
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The data, read when they are asked for."""
+        from compressor.data.samples import load_samples
+
+        return load_samples(self.checkpoint, self.recipe, self.options)
+
+    @property
+    def reads_text(self) -> bool:
+        return self.checkpoint.family in ("decoder", "encoder")
+
+    @property
+    def judges(self) -> bool:
+        """Whether quality is measured, where there are data for it."""
+        return self.options.format == "onnx" and not self.recipe.evaluation.skipped
+
+
+def first_recipe(asked: RunOptions) -> Recipe:
+    """The recipe as it is written, where nothing stands in the output's place: what takes no time to refuse.
+
+    Raises:
+        UsageError: Something does, or the recipe is wrong.
+    """
+    refuse_target(asked.directory, asked.force, asked.resume)
+    refuse_reaching(asked.recipe, asked.trust_recipe)
+    return load_recipe(asked.recipe, asked.sets)
+
+
+def prepare(asked: RunOptions) -> Prepared:
+    """All that is known before work begins.
+
+    Raises:
+        UsageError, CheckpointError, DataError, ResourceError: The run would be refused.
+    """
+    loaded = first_recipe(asked)
+    checkpoint = open_checkpoint(asked.model, arch=asked.arch, trust_pickle=asked.trust_pickle)
+    checkpoint.check()
+    options, recipe = aimed(asked, loaded, checkpoint)
+    recipe, notes = within_positions(recipe, checkpoint)
+    plan = make_plan(checkpoint, recipe, options.format)
+    plan = replace(plan, notes=(*plan.notes, *notes))
+    if options.max_ram is not None:
+        refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
+    refuse_unwritable(plan, options, recipe)
+    _refuse_passes(recipe, options, checkpoint)
+    ladder = None if recipe.early else ladder_of(plan, recipe, options)
+    found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
+    _refuse_data(found)
+    return found
+
+
+def within_positions(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with no window longer than the network has positions for, and a note where one was.
+
+    Raises:
+        CheckpointError: There are too few for any window.
+    """
+    longest = checkpoint.positions
+    if checkpoint.family not in ("decoder", "encoder") or longest is None:
+        return recipe, ()
+    if longest < SHORTEST_WINDOW:
+        raise CheckpointError(
+            f"{checkpoint.path}: has positions for {longest} tokens, and windows of text have at least "
+            f"{SHORTEST_WINDOW}; give a network with more"
+        )
+    long = [name for name in ("calibration", "evaluation") if getattr(recipe, name).window > longest]
+    for name in long:
+        section = getattr(recipe, name).model_copy(update={"window": longest})
+        recipe = recipe.model_copy(update={name: section})
+    where = " and ".join(f"{name}.window" for name in long)
+    return recipe, (f"{where}: {longest} tokens, as many as the network has positions for",) if long else ()
+
+
+def ladder_of(plan: Plan, recipe: Recipe, options: RunOptions) -> Ladder | None:
+    """The widths to allocate from, where they are; refused where the smallest are too large."""
+    ladder = Ladder.of(plan, recipe, options.format, options.mode) if options.allocates else None
+    if ladder is not None and options.target_size is not None:
+        ladder.refuse_unreachable(options.target_size)
+    return ladder
+
+
+def refuse_unwritable(plan: Plan, options: RunOptions, recipe: Recipe) -> None:
+    """Refuses what the format cannot hold."""
+    if options.format != "onnx":
+        return
+    static = recipe.export.activations == "static_int8"
+    if static and not any(tensor.by and tensor.role == "conv" for tensor in plan.tensors):
+        raise UsageError(
+            f"{plan.recipe}: activations: static_int8 is of convolutions, and no convolution of {plan.model} is "
+            "encoded; write activations: int8"
+        )
+    for tensor in plan.tensors:
+        operator = {"linear": "matmul", "embedding": "embedding"}.get(tensor.role, "constant")
+        reason = refusal(tensor.describe(), operator, options.mode) if tensor.by else None
+        if tensor.by and static and tensor.role == "conv":
+            reason = reason or int8_refusal(tensor.describe())
+        if reason:
+            raise UsageError(f"{plan.recipe}: '{tensor.name}' cannot be written to ONNX: {reason}")
+
+
+def _refuse_passes(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> None:
+    """Refuses passes that this kind of network cannot go through, or not together with what else is asked."""
+    for step in recipe.early:
+        settings = step.settings
+        reason = settings.refuses_decoders if checkpoint.family == "decoder" else settings.refuses_others
+        if reason:
+            raise CheckpointError(f"{checkpoint.path}: {reason}")
+    if options.allocates and any(step.settings.signs_inputs for step in recipe.early):
+        raise UsageError(
+            f"{recipe.name}: widths are allocated by gradients, and binary inputs have none; leave --target-size and "
+            "--max-loss out, or write activations: float"
+        )
+
+
+def _refuse_data(found: Prepared) -> None:
+    """Refuses data that are missing, cannot be read, or do not suit. The built-in text is not read for it."""
+    checkpoint, options, recipe = found.checkpoint, found.options, found.recipe
+    if options.data is None and not found.reads_text:
+        _refuse_without_example(found)
+    if found.reads_text:
+        _refuse_without_tokenizer(checkpoint)
+    if options.data is not None or options.eval is not None or not found.reads_text:
+        _refuse_unsuitable(found)
+    if options.allocates and not found.reads_text and found.samples.calibration is None:
+        raise DataError(f"{checkpoint.path}: widths are allocated by what each tensor matters on data; give --data")
+    _refuse_unlabelled(found)
+    if recipe.writes_text:
+        _refuse_speechless(checkpoint)
+
+
+def _refuse_without_example(found: Prepared) -> None:
+    checkpoint, recipe = found.checkpoint, found.recipe
+    if "data" in recipe.required:
+        return  # which reading the data refuses
+    if recipe.early:
+        raise DataError(f"{checkpoint.path}: {recipe.early[0].name} traces the network on an example; give --data")
+    if found.options.format == "onnx" and checkpoint.kind != "onnx":
+        raise DataError(
+            f"{checkpoint.path}: its graph is traced on an example of its inputs; give --data with a few (.npz, "
+            ".safetensors or module:callable), or write --format safetensors"
+        )
+
+
+def _refuse_without_tokenizer(checkpoint: Checkpoint) -> None:
+    names = [path.name for path in checkpoint.tokenizer_files]
+    if checkpoint.kind == "gguf" and not names:
+        return  # it is in the file
+    if not any(name.startswith(TOKENIZERS) or name.endswith(".model") for name in names):
+        raise DataError(
+            f"{checkpoint.path}: has no tokenizer; expected tokenizer.json, or vocab and merges; put the model's "
+            "tokenizer files beside its weights"
+        )
+
+
+def _refuse_unsuitable(found: Prepared) -> None:
+    """Refuses data that are not of the network's kind, too long for it, or too short for one window."""
+    from compressor.data.arrays import Arrays
+    from compressor.data.text import Text
+
+    samples = found.samples
+    for source in (samples.calibration, samples.evaluation):
+        if isinstance(source, Arrays) and "input_ids" in source.inputs:
+            _refuse_foreign(source, found.checkpoint)
+    if found.judges and found.checkpoint.family == "decoder" and isinstance(samples.evaluation, Arrays):
+        raise DataError(
+            f"{samples.evaluation.source}: holds arrays, and a language model is judged on text; give --eval with "
+            "text, or leave that out with --set evaluation.tokens=0"
+        )
+    if not found.reads_text:
+        return
+    if isinstance(samples.calibration, Text):
+        _refuse_small(samples.calibration, found.recipe.calibration.window, found.checkpoint)
+    if found.judges and isinstance(samples.evaluation, Text):
+        if found.checkpoint.family == "encoder":
+            samples.evaluation.sentences()
+        else:
+            _refuse_small(samples.evaluation, found.recipe.evaluation.window, found.checkpoint)
+
+
+def _refuse_foreign(source: Arrays, checkpoint: Checkpoint) -> None:
+    """Refuses arrays of tokens that are longer than the network's positions, or beyond its vocabulary."""
+    tokens, longest, words = source.inputs["input_ids"], checkpoint.positions, vocabulary_of(checkpoint)
+    if longest is not None and tokens.ndim > 1 and tokens.shape[1] > longest:
+        raise DataError(
+            f"{source.source}: has sequences of {tokens.shape[1]} tokens, and {checkpoint.path} has positions for "
+            f"{longest}; cut them"
+        )
+    if words is not None and tokens.max() >= words:
+        raise DataError(
+            f"{source.source}: has token {tokens.max()}, and the table of {checkpoint.path} has {words} entries; make "
+            "tokens with its own tokenizer"
+        )
+
+
+def _refuse_small(text: Text, window: int, checkpoint: Checkpoint) -> None:
+    """Looks at the tokens of a text that may have fewer than a window; those of longer ones are left to the run."""
+    from compressor.data.tokens import refuse_tokens
+
+    if len(text.content) > CERTAIN * window:
+        return
+    with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
+        checkpoint.write_tokenizer(Path(scratch))
+        refuse_tokens(text, scratch, window, vocabulary_of(checkpoint))
+
+
+def refuse_tokens_of(found: Prepared, tokenizer: Path) -> None:
+    """Looks at the tokens of all texts, once the tokenizer is written; before anything is computed.
+
+    Raises:
+        DataError: A text is too short for one window, or has tokens that the network has no entry for.
+    """
+    from compressor.data.text import Text
+    from compressor.data.tokens import refuse_tokens
+
+    recipe, checkpoint = found.recipe, found.checkpoint
+    texts = {"calibration": found.samples.calibration, "evaluation": found.samples.evaluation if found.judges else None}
+    for name, source in texts.items():
+        if isinstance(source, Text) and (name == "calibration" or checkpoint.family == "decoder"):
+            refuse_tokens(source, tokenizer, getattr(recipe, name).window, vocabulary_of(checkpoint))
+
+
+def vocabulary_of(checkpoint: Checkpoint) -> int | None:
+    """Rows of the table of tokens, as the config says; where there is none, of the largest table."""
+    if checkpoint.config is None:
+        return max((info.shape[0] for info in checkpoint.tensors.values() if info.role == "embedding"), default=None)
+    found = checkpoint.config.get("vocab_size")
+    return found if isinstance(found, int) else None
+
+
+def _refuse_speechless(checkpoint: Checkpoint) -> None:
+    """Refuses a network that writes no text, or of which nothing says what its text begins with."""
+    from compressor.data.tokens import start_token
+
+    files = checkpoint.tokenizer_files
+    if files or checkpoint.family != "decoder":
+        start_token(checkpoint, files[0].parent if files else checkpoint.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
+        checkpoint.write_tokenizer(Path(scratch))
+        start_token(checkpoint, Path(scratch))
+
+
+def _refuse_unlabelled(found: Prepared) -> None:
+    """Refuses data without labels for a pass that learns them."""
+    for step in found.recipe.early:
+        settings = step.settings
+        if not isinstance(settings, Training) or not settings.epochs or settings.loss not in ("labels", "both"):
+            continue
+        calibration = None if found.options.data is None else found.samples.calibration
+        if getattr(calibration, "labels", None) is None:
+            raise DataError(unlabelled(settings, settings.loss))

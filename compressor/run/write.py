@@ -1,0 +1,83 @@
+"""The artifact's files: the packed weights, the graph over them, and what says how the network is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from compressor.checkpoints import Checkpoint
+from compressor.checkpoints.reshaping import RECORD
+from compressor.core.artifact import WEIGHTS
+from compressor.core.batch import Batch
+from compressor.core.encoding import Affine, Codebook, Sparse
+from compressor.core.errors import ExportError
+from compressor.core.options import RunOptions
+from compressor.core.report import Binary
+from compressor.core.spec import SparseSpec
+from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.plan.plan import Plan
+from compressor.plan.recipe import Recipe
+
+
+def write_weights(checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, folder: Path) -> EncodedTensors:
+    """Config, record of the structure, and weights, which are then read from the file that was written."""
+    if checkpoint.config is not None:
+        (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=1, ensure_ascii=False) + "\n")
+    if checkpoint.reshaping is not None:
+        (folder / RECORD).write_text(checkpoint.reshaping.text())
+    write_tensors(folder / WEIGHTS, _Stored(tensors, plan), tensors.tied)
+    return EncodedTensors([folder / WEIGHTS])
+
+
+class _Stored(Mapping[str, EncodedTensor]):
+    """The tensors as the plan stores them: sparse ones without the codes of zeros, in its order, which tells sizes."""
+
+    def __init__(self, tensors: EncodedTensors, plan: Plan) -> None:
+        self.tensors = tensors
+        self.names = sorted(tensors, key={tensor.name: at for at, tensor in enumerate(plan.tensors)}.__getitem__)
+        self.sparse = {tensor.name for tensor in plan.tensors if isinstance(tensor.spec, SparseSpec)}
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        tensor = self.tensors[name]
+        if name not in self.sparse:
+            return tensor
+        assert isinstance(tensor.encoding, (Affine, Codebook))
+        return EncodedTensor(Sparse(tensor.encoding.shape, tensor.encoding), tensor.layout)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def write_graph(
+    checkpoint: Checkpoint, tensors: EncodedTensors, folder: Path, options: RunOptions, recipe: Recipe,
+    batches: list[Batch],
+) -> str | None:  # fmt: skip
+    """Writes the graph; returns the least onnxruntime that runs it, or None for --format safetensors.
+
+    Raises:
+        ExportError: onnxruntime would run it slowly.
+    """
+    if options.format != "onnx":
+        return None
+    from compressor.export.check import slow_paths
+    from compressor.export.lowering import least_version
+    from compressor.export.writing import export_graph
+
+    exact, static = (recipe.export.activations == kind for kind in ("exact", "static_int8"))
+    graph = export_graph(checkpoint, tensors, folder, options.mode, exact, batches, static)
+    slow = slow_paths(graph, exact)
+    if slow:
+        raise ExportError(f"{graph}: onnxruntime would run it slowly: {'; '.join(slow[:3])}; please report the recipe")
+    return least_version([tensors.describe(name) for name in tensors], options.mode)
+
+
+def binary_layers(folder: Path, tensors: EncodedTensors) -> Binary | None:
+    """What binary layers take and run as, where there are some."""
+    from compressor.export.kernels import binary_layers
+
+    found = binary_layers(folder / "model.onnx", tensors)
+    return Binary.model_validate(found) if found else None
