@@ -4,8 +4,8 @@
     git worktree add ../before main
     scripts/compare_trees.py ../before .
 
-Everything has to be equal but what compression.json says of cost, speed and whose run it was. Speed is not measured,
-where the tree's recipes have `evaluation.speed` to leave it out.
+Everything has to be equal but what compression.json says of cost, speed and whose run it was, and the hash over that.
+Speed is not measured, where the tree's recipes have `evaluation.speed` to leave it out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "training": ("resnet.pt", "-r", "cnn-once", *LABELLED, "--set", "hesso.epochs=2", "--set", "hesso.batch=16",
                  "--set", "hesso.periods=4"),
 }  # fmt: skip
-OF_THE_RUN = ("cost", "speed", "original_speed", "identity", "versions", "compressor")
+OF_THE_RUN = ("cost", "speed", "original_speed", "identity", "versions", "compressor", "seal")
 
 
 def make_sources(folder: Path) -> None:

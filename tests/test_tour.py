@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.core.options import RunOptions
+from compressor.core.options import Format, RunOptions
 from compressor.core.progress import Progress
 from compressor.core.quantities import parse_size
 from compressor.run.pipeline import run
@@ -36,10 +36,10 @@ def names(cell: str) -> set[str]:
 
 
 COMMAND = re.search(r"^    compress pico (.*)$", PAGE, re.MULTILINE)
-BESIDES = {re.match(r"`([^`]+)`", run)[1]: names(files) for run, files, _ in rows("besides")}
+BESIDES = {line: names(files) for told_run, files, _ in rows("besides") for line in re.findall("^`([^`]+)`", told_run)}
 
 
-def options_of(line: str, folder: Path, **others: str) -> RunOptions:
+def options_of(line: str, folder: Path, format: Format = "onnx") -> RunOptions:
     """The options of a command line of the page, in a folder that has its network and texts."""
     words = shlex.split(line)
     given = list(zip(words[::2], words[1::2], strict=True))
@@ -49,7 +49,8 @@ def options_of(line: str, folder: Path, **others: str) -> RunOptions:
         str(folder / "pico"), named["--recipe"], folder / named.get("-o", "small"),
         data=str(folder / named.get("--data", "my.txt")), eval=str(folder / named.get("--eval", "other.txt")),
         sets=tuple(value for option, value in given if option == "--set"),
-        target_size=None if size is None else parse_size(size, "--target-size"), progress=Progress(), **others,
+        target_size=None if size is None else parse_size(size, "--target-size"), progress=Progress(),
+        format=format,
     )  # fmt: skip
 
 

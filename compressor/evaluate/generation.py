@@ -21,6 +21,7 @@ def generate_text(
     """
     from tokenizers import Tokenizer
 
+    from compressor.evaluate.installation import graph_to_run
     from compressor.evaluate.session import DecoderSession
 
     file = directory / "tokenizer.json"
@@ -30,7 +31,7 @@ def generate_text(
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise CheckpointError(f"{directory}: the prompt has no tokens; give some text to go on from")
-    session = DecoderSession(directory)
+    session = DecoderSession(graph_to_run(directory))
     longest = positions_of(session.config)
     if longest is not None:
         if len(ids) > longest:

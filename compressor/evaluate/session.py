@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from compressor.core.artifact import INSTALLED_GRAPH
 from compressor.core.errors import CheckpointError
 from compressor.runtime.sessions import Settings, filled, in_pieces, open_inference
 
@@ -60,6 +61,10 @@ class ModuleSession:
         fixed = first[0] if first and isinstance(first[0], int) else None
         return dict(zip(names, in_pieces(feed, fixed, lambda part: self.session.run(names, part)), strict=True))
 
+    def outputs_of(self, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Every output that the network is judged by, floats as float32."""
+        return {name: _single(array) for name, array in self.run(inputs).items()}
+
 
 class EncoderSession(ModuleSession):
     """A graph of input_ids and attention_mask; token_type_ids and position_ids are made up where it asks for them."""
@@ -68,9 +73,9 @@ class EncoderSession(ModuleSession):
         """As any graph, from input_ids alone if need be."""
         return super().run(filled(inputs, {}), outputs)
 
-    def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """The first output, float32: hidden states (batch, n, width), or logits."""
-        return self.run(batch, self.outputs[:1])[self.outputs[0]].astype(np.float32, copy=False)
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """The logits of a language model without a cache: float32 (batch, n, vocabulary) of ids (batch, n)."""
+        return _single(self.run({"input_ids": ids}, ["logits"])["logits"])
 
 
 class DecoderSession(ModuleSession):
@@ -94,6 +99,10 @@ class DecoderSession(ModuleSession):
         ids = np.asarray(ids, dtype=np.int64)
         feed = self._feed(ids, 0) | {name: self._empty(name, len(ids)) for name in self.past}
         return self.session.run(["logits"], feed)[0].astype(np.float32, copy=False)
+
+    def outputs_of(self, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The logits; what goes into the next step's cache follows from the same."""
+        return {"logits": self.logits(inputs["input_ids"])}
 
     def generate(
         self, ids: np.ndarray, n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
@@ -162,15 +171,6 @@ def open_session(
     return kind(path, opened=opened)
 
 
-def first_output(session: ModuleSession, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """What the network is judged by: logits of a decoder, hidden states of an encoder, else the first output."""
-    if isinstance(session, DecoderSession):
-        return session.logits(inputs["input_ids"])
-    if isinstance(session, EncoderSession):
-        return session.hidden(inputs)
-    return session.run(inputs, session.outputs[:1])[session.outputs[0]]
-
-
 def graph_path(path: Path) -> Path:
     """The graph of an artifact's directory, or the .onnx file itself."""
     graph = path / GRAPH if path.is_dir() else path
@@ -198,7 +198,7 @@ def sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
 def _open(path: Path, threads: int | None, exact: bool, apart: bool) -> Any:
     entries = {"session.qdq_matmulnbits_accuracy_level": "1"} if exact else {}
     try:
-        return open_inference(path, Settings(threads, entries), apart)
+        return open_inference(path, Settings(threads, entries, as_it_is=path.name == INSTALLED_GRAPH), apart)
     except Exception as error:  # onnxruntime's own errors share no narrower class
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it; {first}") from error
@@ -217,6 +217,11 @@ def _heads(config: dict[str, Any], path: Path) -> tuple[int, int]:
             f"{path}: the cache's shape is open; config.json beside it must state heads and hidden size"
         )
     return config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
+
+
+def _single(array: np.ndarray) -> np.ndarray:
+    """Floats of any precision as float32."""
+    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
 
 
 def _value(array: np.ndarray) -> onnxruntime.OrtValue:
