@@ -1,4 +1,4 @@
-"""Look-ups of two bytes at a time: half as many indices as bytes, which take four times an index's bytes while they fold.
+"""Look-ups of two bytes at a time: half as many indices, each of which takes four bytes while they fold.
 
 A table of all pairs is made of the bytes' own by nodes, once for a graph, since the file should not hold it.
 """

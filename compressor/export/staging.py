@@ -30,10 +30,14 @@ STAGES = 9
 """onnxruntime makes ten passes; the last is for what hangs on the gates."""
 WORTH_IT = 24_000_000
 """Bytes made by folding below which a graph gets no gates."""
-_TOGETHER = 1 << 28
-_LEFT = 0.01
-_SMALL = 50
 ENOUGH = 1.25
+"""Of what stays: below that much at once, fewer stages are as good."""
+_TOGETHER = 1 << 28
+"""Bytes that are made at once at most, well below what onnxruntime still folds."""
+_LEFT = 0.01
+"""Of all bytes: small units that need no gates."""
+_SMALL = 50
+"""A node that makes less than this part of its unit needs none either."""
 _OLDEST_OPSET = 13
 _STEM = "stage."
 _SOURCES = (ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32)
@@ -114,13 +118,13 @@ def staged(model: ir.Model, mode: Mode) -> Folding:
 def _together(units: list[Unit], rows: Rows) -> dict[ir.Value, int]:
     """Makes at once what is made alike in a stage; the stages of all values that units end in."""
     stages = {unit.exit: unit.stage for unit in units}
-    alike: dict[Hashable, list[tuple[Unit, list[ir.Value]]]] = {}
+    alike: dict[tuple[int, Hashable], list[tuple[Unit, list[ir.Value]]]] = {}
     for unit in units:
         values = _parts(unit)
         kinds = {rows.kind(value) for value in values}
         if len(kinds) == 1 and None not in kinds:
-            alike.setdefault((unit.stage, *kinds), []).append((unit, values))
-    for (stage, *_), found in alike.items():
+            alike.setdefault((unit.stage, kinds.pop()), []).append((unit, values))
+    for (stage, _), found in alike.items():
         for some in _batches(found):
             values = [value for _, each in some for value in each]
             if len(values) == 1:
@@ -270,7 +274,8 @@ class _Gates:
     def __init__(self, builder: GraphBuilder, source: ir.Value, sizes: Sizes) -> None:
         self.b, self.sizes = builder, sizes
         self.b.before = builder.graph[0]
-        self._source = source
+        assert source.dtype is not None
+        self._source, self._dtype = source, source.dtype
         self._scalar: ir.Value | None = None
         self._condition: ir.Value | None = None
         self._gates: list[ir.Value] = []
@@ -318,16 +323,16 @@ class _Gates:
         b, large = self.b, self.b.integers(1 << 40)
         if not self._gates:
             self._scalar = b.op("ReduceMax", self._source, keepdims=0)
-            self._condition = b.op("Greater", self._scalar, b.cast(b.integers(0), self._source.dtype))
+            self._condition = b.op("Greater", self._scalar, b.cast(b.integers(0), self._dtype))
             self._gates.append(b.op("Mod", b.integers(1), large))
         while len(self._gates) <= stage:
-            branches = {f"{name}_branch": self._branch(f"{name}{len(self._gates)}") for name in ("then", "else")}
-            later = b.op("If", self._condition, **branches)
+            then, other = (self._branch(f"{name}{len(self._gates)}") for name in ("then", "else"))
+            later = b.op("If", self._condition, then_branch=then, else_branch=other)
             self._gates.append(b.op("Mod", b.op("Shape", later), large))
         return self._gates[stage]
 
     def _branch(self, name: str) -> ir.Graph:
         assert self._scalar is not None
-        output = ir.Value(name=f"{_STEM}{name}", type=ir.TensorType(self._source.dtype), shape=None)
+        output = ir.Value(name=f"{_STEM}{name}", type=ir.TensorType(self._dtype), shape=None)
         node = ir.node("Expand", [self._scalar, self._gates[-1]], outputs=[output])
         return ir.Graph([], [output], nodes=[node], name=name)
