@@ -33,6 +33,10 @@ class Size:
     def nbytes(self) -> int:
         return 0 if self.dtype == ir.DataType.STRING else math.ceil(math.prod(self.shape) * self.dtype.itemsize)
 
+    def of(self, dtype: ir.DataType) -> Size:
+        """The same shape."""
+        return Size(dtype, self.shape)
+
 
 class Sizes:
     """Of a graph's constants, whether they are stored or made by nodes."""
@@ -139,23 +143,42 @@ class Rows:
 
     def _one_table(self, nodes: Sequence[ir.Node], index: ir.Value | None) -> list[ir.Value | None]:
         """The tables of look-ups one after another, and the joined index into them."""
-        b, tables = self.b, list(dict.fromkeys(_input(node, 0) for node in nodes))
+        tables = list(dict.fromkeys(_input(node, 0) for node in nodes))
         assert index is not None
         if len(tables) == 1:
             return [tables[0], index]
-        starts = dict(zip(tables, np.cumsum([0] + [self.sizes[table].shape[0] for table in tables]), strict=False))
-        size = self.sizes[index]
-        kind = np.int64 if size.dtype == ir.DataType.INT64 else np.int32
-        limits = np.cumsum([self.sizes[_input(node, 1)].shape[0] for node in nodes])[:-1]
-        steps = np.diff([starts[_input(node, 0)] for node in nodes]).astype(kind)
-        n = size.shape[0]
-        none = self._noted(b.op("Expand", b.constant(np.zeros(1, kind)), b.integers(n)), Size(size.dtype, (n,)))
-        here = b.op("ScatterElements", none, b.constant(limits.astype(np.int64)), b.constant(steps), axis=0)
-        passed = b.op("CumSum", self._noted(here, Size(size.dtype, (n,))), b.constant(np.array(0, np.int64)))
-        self._noted(passed, Size(size.dtype, (n,)))
-        column = Size(size.dtype, (n, *[1] * (len(size.shape) - 1)))
-        offsets = self._noted(b.reshape(passed, *column.shape), column)
-        return [self._stacked(tables), self._noted(b.op("Add", index, offsets), size)]
+        entries = [self.sizes[table].shape[0] for table in tables]
+        starts = dict(zip(tables, np.cumsum([0, *entries]), strict=False))
+        offsets = self._by_row(
+            [starts[_input(node, 0)] for node in nodes],
+            [self.sizes[_input(node, 1)].shape[0] for node in nodes], self.sizes[index],
+        )  # fmt: skip
+        narrow = _maker(index).inputs[0] if _maker(index).op_type == "Cast" else None
+        even = len(set(entries)) == 1 and entries[0].bit_count() == 1 and sum(entries) <= 1 << 16
+        if narrow is None or not even or self.sizes[narrow].dtype != ir.DataType.UINT16 or not self._has_bitwise:
+            return [self._stacked(tables), self._made_by("Add", index, offsets)]
+        offsets = self._noted(self.b.cast(offsets, ir.DataType.UINT16), self.sizes[offsets].of(ir.DataType.UINT16))
+        moved = self._made_by("BitwiseOr", narrow, offsets)
+        _remove_unused(self.b.graph, _maker(index))
+        return [self._stacked(tables), self._noted(self.b.cast(moved, self.sizes[index].dtype), self.sizes[index])]
+
+    @property
+    def _has_bitwise(self) -> bool:
+        return self.b.graph.opset_imports.get("", 0) >= 18
+
+    def _made_by(self, operator: str, value: ir.Value, other: ir.Value) -> ir.Value:
+        return self._noted(self.b.op(operator, value, other), self.sizes[value])
+
+    def _by_row(self, numbers: Sequence[int], counts: Sequence[int], like: Size) -> ir.Value:
+        """Each number for so many rows: the type of `like`, and its shape with 1 for all axes but the first."""
+        b, n = self.b, sum(counts)
+        kind = np.int64 if like.dtype == ir.DataType.INT64 else np.int32
+        flat, column = Size(like.dtype, (n,)), Size(like.dtype, (n, *[1] * (len(like.shape) - 1)))
+        none = self._noted(b.op("Expand", b.constant(np.zeros(1, kind)), b.integers(n)), flat)
+        places, steps = b.integers(*np.cumsum(counts)[:-1].tolist()), b.constant(np.diff(numbers).astype(kind))
+        changes = self._noted(b.op("ScatterElements", none, places, steps, axis=0), flat)
+        passed = self._noted(b.op("CumSum", changes, b.constant(np.array(0, np.int64))), flat)
+        return self._noted(b.reshape(passed, *column.shape), column)
 
     def share(self, joined: ir.Value, values: Sequence[ir.Value]) -> Sequence[ir.Value]:
         """Puts the rows of `joined` in the place of values, which come in turn; what is there now."""
