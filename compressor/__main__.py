@@ -16,6 +16,8 @@ from compressor.runtime.supervisor import RESOURCES, end_with_stdin, supervised
 
 def main() -> None:
     """Runs the command; whatever ends it, the status says why."""
+    if {"--help", "-h", "--version"} & set(sys.argv[1:]):  # not worth a second process
+        _command()
     supervised(_command)
 
 

@@ -32,7 +32,7 @@ from compressor.core.options import RunOptions
 from compressor.core.work import Work
 from compressor.data.batches import calibration_batches, sentence_batches
 from compressor.data.samples import load_samples
-from compressor.evaluate.embedding import cosine, masked_mean
+from compressor.evaluate.comparison import cosine, masked_mean
 from compressor.evaluate.reference import original_outputs
 from compressor.export.loading import decoded_checkpoint
 from compressor.plan.planning import make_plan
@@ -94,9 +94,12 @@ class Encoder(Language):
         self.expected = self.embeddings(self.checkpoint)
 
     def embeddings(self, checkpoint: Any) -> np.ndarray:
-        hidden = original_outputs(checkpoint, self.sentences)
+        found = original_outputs(checkpoint, self.sentences)
         return np.concatenate(
-            [masked_mean(h, b["attention_mask"]) for h, b in zip(hidden, self.sentences, strict=True)]
+            [
+                masked_mean(h["last_hidden_state"], b["attention_mask"])
+                for h, b in zip(found, self.sentences, strict=True)
+            ]
         )
 
     def quality(self, tensors: Any) -> dict[str, float]:

@@ -187,7 +187,7 @@ def structure_table(results: dict[str, Any]) -> str:
         text.append(
             f"MiniLM, encoder-heads: {before['parameters_before']:,} → {before['parameters']:,} parameters; cosine of "
             f"sentence embeddings {before['quality']['cosine']:.4f}, after {found['epochs']} epochs of distillation "
-            f"{after['quality']['cosine']:.4f} ({before['quality']['n_sentences']} sentences of later addresses)."
+            f"{after['quality']['cosine']:.4f} ({before['quality']['n_examples']} sentences of later addresses)."
         )
     if found := results.get("width"):
         first, rows = next(iter(found.values())), []

@@ -21,7 +21,10 @@ from compressor.core.errors import CheckpointError
 MAGIC = b"PK\x03\x04"
 MOST_INFLATED, MOST_TIMES = 64_000_000, 20
 """Bytes that packed records may come to, or times the size of the file: of weights, a packer saves a tenth."""
-BROKEN = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, OSError, ValueError, EOFError, RuntimeError)
+BROKEN = (
+    zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, OverflowError,
+    RuntimeError,  # encrypted; and NotImplementedError, a version or a packing that it does not know
+)  # fmt: skip
 """What `zipfile` raises for an archive that is damaged, or of a kind that it does not know."""
 _LOCAL = struct.Struct("<4s2B4HL2L2H")
 _END, _LOCATOR, _END_64 = 22, 20, 56
@@ -43,6 +46,14 @@ def is_archive(path: Path) -> bool:
     """Whether torch takes a file for a zip archive: by its first bytes, whatever is in the rest."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
+
+
+def has_directory(path: Path) -> bool:
+    """Whether the directory at the end of an archive is there, in whatever state."""
+    try:
+        return zipfile.is_zipfile(path)
+    except BROKEN:  # it is there and damaged: opening the archive says how
+        return True
 
 
 @contextlib.contextmanager
@@ -140,7 +151,7 @@ def _data_offset(path: Path, file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     sizes = {(stored, size), (entry.compress_size, entry.file_size)} - {(2**32 - 1, 2**32 - 1)}
     if not flags & _SIZES_BEHIND and len(sizes) > 1:
         raise _disagreeing(path, f"{name} has two sizes")
-    if flags & _ENCRYPTED or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    if (flags | entry.flag_bits) & _ENCRYPTED or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise CheckpointError(f"{path}: {name} is encrypted or packed in a way that torch cannot read; save it again")
     return entry.header_offset + _LOCAL.size + n_name + n_extra
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from compressor.checkpoints.archive import opened_archive
+from compressor.checkpoints.archive import opened_archive, records
 from compressor.checkpoints.source import refuse_empty
 from compressor.checkpoints.state_dict import StateDictSource, find_shared, find_state_dict
 from compressor.checkpoints.state_dict import _info as tensor_info
@@ -23,8 +23,8 @@ def open_exported(path: Path, *, trust_pickle: bool) -> StateDictSource:
             "--arch"
         )
     try:
-        with opened_archive(path):  # its index, before anything is unpacked
-            pass
+        with opened_archive(path) as archive, path.open("rb") as file:
+            records(path, archive, file)  # its directory, before anything is unpacked
         program = torch.export.load(path)
         module = program.module()
     except CheckpointError:

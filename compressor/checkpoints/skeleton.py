@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from compressor.checkpoints.architecture import Architecture
 from compressor.checkpoints.expected import COMPUTED
@@ -40,6 +42,9 @@ RANDOM_INIT = (
     "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
     "kaiming_normal_", "orthogonal_",
 )  # fmt: skip
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+LARGEST_BUFFER = 2**32
+"""Bytes: sixteen times a causal mask of 8,192 positions in float32."""
 LEGACY = (
     (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
     (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
@@ -50,7 +55,8 @@ LEGACY = (
 def empty_parameters() -> Iterator[None]:
     """Parameters that are registered inside go to the meta device; buffers stay real (accelerate's trick).
 
-    A parameter that is on meta already is kept as it is, so that ties hold. Random initialisation is skipped.
+    A parameter that is on meta already is kept as it is, so that ties hold. Random initialisation is skipped. What no
+    buffer has the size of is on meta from the start: a config can ask for more than any machine has.
     """
     register = nn.Module.register_parameter
     init = {name: getattr(nn.init, name) for name in RANDOM_INIT}
@@ -64,11 +70,23 @@ def empty_parameters() -> Iterator[None]:
     for name in RANDOM_INIT:
         setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
     try:
-        yield
+        with _LargeOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = register
         for name, function in init.items():
             setattr(nn.init, name, function)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes tensors of over LARGEST_BUFFER bytes without memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in FACTORIES and (kwargs or {}).get("device") is None:
+            described = func(*args, **{**(kwargs or {}), "device": "meta"})
+            if described.nbytes > LARGEST_BUFFER:
+                return described
+        return func(*args, **(kwargs or {}))
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:

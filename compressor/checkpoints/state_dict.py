@@ -23,7 +23,15 @@ import numpy
 import torch
 from torch import nn
 
-from compressor.checkpoints.archive import BROKEN, Record, is_archive, opened_archive, read_record, records
+from compressor.checkpoints.archive import (
+    BROKEN,
+    Record,
+    has_directory,
+    is_archive,
+    opened_archive,
+    read_record,
+    records,
+)
 from compressor.checkpoints.safetensors_file import TORCH_NAMES
 from compressor.checkpoints.source import Source, TensorInfo, merge_shards, refuse_empty
 from compressor.core.errors import CheckpointError
@@ -127,7 +135,7 @@ def load_file(path: Path, trust_pickle: bool, archives: dict[Path, Archive]) -> 
     zipped = is_archive(path)
     with path.open("rb") as file:
         start = file.read(4)
-    if zipped and not zipfile.is_zipfile(path):
+    if zipped and not has_directory(path):
         raise CheckpointError(
             f"{path}: is truncated; it has {path.stat().st_size} bytes and the index at its end is missing; "
             "fetch it again"

@@ -12,18 +12,20 @@ from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from compressor.cli.exit_status import INTERRUPTED, explained
 from compressor.cli.help_examples import COMMANDS, epilog
-from compressor.core.artifact import Artifact, failed_directory, is_artifact
 from compressor.core.errors import GateFailed, ResourceError, UsageError, suggestion
 from compressor.core.failures import RESOURCES
 from compressor.core.options import RunOptions
 from compressor.core.terminal import failure_of, open_streams, printable
+
+if TYPE_CHECKING:
+    from compressor.core.artifact import Artifact
 
 _RESUMABLE: list[Callable[[], bool]] = []
 """Tell whether the command that is running has work that --resume would go on from."""
@@ -168,6 +170,7 @@ def run(
 
     first_recipe(options)  # before torch is imported
 
+    from compressor.core.artifact import Artifact, failed_directory, is_artifact
     from compressor.core.progress import make_progress
     from compressor.run.place import resumable
 
@@ -351,6 +354,7 @@ def evaluate(
 
     Of the artifact in onnxruntime.
     """
+    from compressor.core.artifact import Artifact
     from compressor.evaluate.again import Given, named_paths
     from compressor.evaluate.judge import evaluate as measure
 
@@ -478,7 +482,7 @@ def report(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show a run as one HTML page with pictures."""
-    from compressor.core.artifact import PAGE, refuse_unsealed, reseal
+    from compressor.core.artifact import PAGE, Artifact, refuse_unsealed, reseal
     from compressor.report.facts import siblings
     from compressor.report.page import write_page
 
@@ -502,19 +506,26 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="TEXT is what a user says, in the tokenizer's template of a chat; only the answer is written.",
+        ),
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write text with the artifact of a language model."""
     from compressor.evaluate.generation import generate_text
 
-    pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed)
+    pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed, chat)
     if json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})
         return
     shown = printable if sys.stdout.isatty() else str  # into a file go the letters that were written
     for i, piece in enumerate(pieces):
-        sys.stdout.write(shown(prompt + piece if i == 0 else piece))
+        sys.stdout.write(shown(prompt + piece if i == 0 and not chat else piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
 

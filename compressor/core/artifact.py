@@ -33,14 +33,14 @@ _WRITTEN = (
 
 @dataclass(frozen=True)
 class Artifact:
-    """`report` is the content of compression.json."""
+    """A `directory` that compress wrote; `report` is the content of its compression.json."""
 
     directory: Path
     report: dict[str, Any]
 
     @classmethod
     def open(cls, directory: Path | str) -> Artifact:
-        """The artifact in a directory.
+        """The artifact in a `directory`.
 
         Raises:
             CheckpointError: It holds none, or a damaged one.
@@ -60,7 +60,8 @@ class Artifact:
 
 
 def damaged_files(artifact: Artifact) -> list[str]:
-    """The files whose SHA-256 is not the one that compression.json holds, or that are gone, each with what is wrong."""
+    """The files of an `artifact` whose SHA-256 is not that in compression.json, or that are gone; each with what is
+    wrong."""
     recorded = artifact.report.get("sha256")
     if not isinstance(recorded, dict) or not recorded:
         return [f"{REPORT} holds no hashes"]
@@ -140,7 +141,7 @@ def is_artifact(directory: Path) -> bool:
 
 
 def failed_directory(directory: Path) -> Path:
-    """Where an artifact that misses a gate is kept."""
+    """Where an artifact that was to become `directory` and misses a gate is kept."""
     return beside(directory, ".failed")
 
 

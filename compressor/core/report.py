@@ -62,11 +62,64 @@ class Stage(_Section):
     peak_memory: Count | None = None
 
 
+class Distance(_Section):
+    """How far the outputs of two networks are apart, by the output that differs most; where there are several, of each.
+
+    Figures of classes are absent where an output has none.
+    """
+
+    output: str | None = None
+    max_relative_error: Number | None = None
+    kl_divergence: Number | None = None
+    top1_agreement: Number | None = None
+    n_positions: Count = 0
+    outputs: dict[str, Distance] = {}
+
+
 class Proof(_Section):
     """How far the graph is from the network of the decoded weights: with exact activations, and as it is shipped."""
 
-    exact: dict[str, Number] = {}
-    as_shipped: dict[str, Number] = {}
+    exact: Distance | None = None
+    as_shipped: Distance | None = None
+
+
+class Output(_Section):
+    """How one output is beside the original's; figures that its kind does not have are absent."""
+
+    kind: str
+    n_examples: Count = 0
+    n_compared: Count | None = None
+    threshold: Number | None = None
+    agreement: Number | None = None
+    kl_divergence: Number | None = None
+    accuracy: Number | None = None
+    original_accuracy: Number | None = None
+    cosine: Number | None = None
+    least_cosine: Number | None = None
+    relative_error: Number | None = None
+    max_relative_error: Number | None = None
+    mean_relative_error: Number | None = None
+    notes: list[str] = []
+
+
+class Quality(_Section):
+    """Of a language model, or of outputs: the worst of each figure over all of them, and in `worst` of which it is."""
+
+    perplexity: Number | None = None
+    original_perplexity: Number | None = None
+    ratio: Number | None = None
+    accuracy: Number | None = None
+    original_accuracy: Number | None = None
+    top1_agreement: Number | None = None
+    kl_divergence: Number | None = None
+    cosine: Number | None = None
+    least_cosine: Number | None = None
+    relative_error: Number | None = None
+    max_relative_error: Number | None = None
+    mean_relative_error: Number | None = None
+    outputs: dict[str, Output] = {}
+    worst: dict[str, str] = {}
+    labels: str | None = None
 
 
 class Memory(_Section):
@@ -83,9 +136,10 @@ class Memory(_Section):
 
 
 class Speed(_Section):
-    """What `bench` says of a graph; `measured` is false where the recipe leaves it out."""
+    """What `bench` says of a graph; `measured` is false where the recipe leaves it out, `failure` why it could not."""
 
     measured: bool = True
+    failure: str | None = None
     kind: str | None = None
     threads: Count | None = None
     load_seconds: Number | None = None
@@ -158,7 +212,7 @@ class Report(_Section):
     learning: list[Facts] | None = None
     structure: list[Facts] | None = None
     proof: Proof | None = None
-    quality: dict[str, Number | None] | None = None
+    quality: Quality | None = None
     least_onnxruntime: str | None = None
     allocation: Facts | None = None
     binary: Binary | None = None

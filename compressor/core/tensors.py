@@ -29,7 +29,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """One tensor of the network: an encoding of its matrix, and the layout that makes it the tensor again."""
+    """One tensor of the network: an `encoding` of its matrix, and the `layout` that makes it the tensor again."""
 
     encoding: Encoding
     layout: Layout
@@ -49,7 +49,7 @@ class EncodedTensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a part lie: the name of a file, and of its bytes the first and how many."""
+    """Where the bytes of a part lie: in a `file` of that name, `nbytes` from `offset` on."""
 
     file: str
     offset: int
@@ -62,7 +62,15 @@ def _description(tensor: EncodedTensor) -> dict:
 
 
 class EncodedTensors(Mapping[str, EncodedTensor]):
-    """A read-only mapping over one or more safetensors files written by `write_tensors`."""
+    """A read-only mapping, name to tensor, over one or more safetensors files written by `write_tensors`.
+
+    Args:
+        paths: The files. Of two that have a tensor, the later one counts; it is read when it is asked for.
+        tied: Names that stand for another tensor's, beside those that the files name.
+
+    Raises:
+        CheckpointError: A file is damaged, or not written so.
+    """
 
     def __init__(self, paths: Iterable[Path | str], tied: Mapping[str, str] | None = None) -> None:
         self._files, self._descriptions = {}, {}
@@ -100,7 +108,7 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         return len(self._descriptions)
 
     def describe(self, name: str) -> dict:
-        """Kind, shape, settings and parts of a tensor, without reading it.
+        """Kind, shape, settings and parts of the tensor `name`, without reading it.
 
         `name.inner` and `name.extra` are the halves of one whose kind is refined.
         """
@@ -108,7 +116,7 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         return self._descriptions.get(name) or self._half(name) or self._descriptions[name]
 
     def place(self, tensor: str, part: str) -> Place:
-        """Where a part of a tensor lies in its file; for external data of ONNX."""
+        """Where a `part` of a `tensor` lies in its file; for external data of ONNX."""
         return self._places[part_name(self.tied.get(tensor, tensor), part)]
 
     def _half(self, name: str) -> dict | None:
@@ -139,9 +147,10 @@ def _open(path: Path):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, EncodedTensor], tied: Mapping[str, str] | None = None) -> None:
-    """Writes the parts of `tensors`, one tensor in memory at a time.
+    """Writes the parts of `tensors` to `path`, one tensor in memory at a time.
 
-    The file appears whole or not at all. The same tensors give the same bytes.
+    The file appears whole or not at all. The same tensors give the same bytes. `tied` are names that stand for another
+    tensor's: alias to name.
     """
     header, descriptions, sizes = {}, {}, {}
     for name in tensors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.checkpoints.archive import BROKEN
 from compressor.core.errors import DataError
 from compressor.core.references import call, refusing
 
@@ -84,10 +84,7 @@ def named_arrays(source: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
     return Arrays(source, inputs, None if label is None else np.asarray(arrays[label]))
 
 
-_UNREADABLE = (
-    OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError,
-    zlib.error, OverflowError, MemoryError,
-)  # fmt: skip
+_UNREADABLE = (*BROKEN, TypeError, KeyError, MemoryError)
 _MOST_INFLATED = 200
 """Times its size that compressed numbers may come to; ones that were measured seldom exceed ten."""
 

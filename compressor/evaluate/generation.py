@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from compressor.checkpoints.architecture import family_of
 from compressor.checkpoints.positions import positions_of
 from compressor.core.errors import CheckpointError
 
 
 def generate_text(
-    directory: Path, prompt: str, n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
-) -> Iterator[str]:
+    directory: Path, prompt: str, n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+    chat: bool = False,
+) -> Iterator[str]:  # fmt: skip
     """Pieces of text that continue `prompt`, up to `n` tokens and as many as the network has positions for.
 
-    At temperature 0 the likeliest token each time.
+    Args:
+        temperature: 0 takes the likeliest token each time.
+        chat: The prompt is what a user says, in the tokenizer's template of a chat; the text is the answer.
 
     Raises:
-        CheckpointError: It is no artifact of a language model, or the prompt is empty or too long for it.
+        CheckpointError: It is no artifact of a language model, or of a chat's, or the prompt is empty or too long.
     """
     from tokenizers import Tokenizer
 
@@ -28,10 +32,13 @@ def generate_text(
     if not file.is_file():
         raise CheckpointError(f"{directory}: has no tokenizer.json; give the artifact of a language model")
     tokenizer = Tokenizer.from_file(str(file))
-    ids = tokenizer.encode(prompt).ids
+    text = _turn(directory, prompt) if chat else prompt
+    ids = tokenizer.encode(text, add_special_tokens=not chat).ids
     if not ids:
         raise CheckpointError(f"{directory}: the prompt has no tokens; give some text to go on from")
     session = DecoderSession(graph_to_run(directory))
+    if not session.past and family_of(session.config) != "decoder":
+        raise CheckpointError(f"{directory}: is no language model's; found {session.config.get('architectures')}")
     longest = positions_of(session.config)
     if longest is not None:
         if len(ids) > longest:
@@ -47,3 +54,19 @@ def generate_text(
         if not text.endswith("�"):  # an unfinished character
             yield text[len(shown) :]
             shown = text
+
+
+def _turn(directory: Path, prompt: str) -> str:
+    """What a chat's template makes of one thing that a user says, up to where the answer begins."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        asked = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except (OSError, ValueError, TemplateError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{directory}: no template of a chat can be used: {first}; leave --chat out") from error
+    assert isinstance(text, str)
+    return text

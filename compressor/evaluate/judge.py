@@ -22,12 +22,11 @@ from compressor.data.batches import evaluation_windows, sentence_batches
 from compressor.data.samples import Samples
 from compressor.data.text import Text
 from compressor.evaluate.again import Given, open_original, recipe_of, samples_again
-from compressor.evaluate.embedding import evaluate_embedding
+from compressor.evaluate.comparison import evaluate_outputs
 from compressor.evaluate.language import evaluate_language
-from compressor.evaluate.modules import evaluate_module
-from compressor.evaluate.proof import compare_logits
+from compressor.evaluate.proof import compare_all
 from compressor.evaluate.reference import original_logits, original_outputs
-from compressor.evaluate.session import DecoderSession, ModuleSession, first_output, open_session
+from compressor.evaluate.session import DecoderSession, EncoderSession, ModuleSession, open_session
 from compressor.plan.recipe import Recipe
 
 LARGEST_ERROR = 1e-3
@@ -40,12 +39,12 @@ def prove(
     checkpoint: Any, tensors: EncodedTensors, directory: Path, options: RunOptions,
     batches: list[Batch],
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Compares the graph, with exact activations and as shipped, with torch on the decoded weights.
+    """Compares every output of the graph, with exact activations and as shipped, with torch on the decoded weights.
 
     What came as an ONNX graph is compared with that graph on the decoded weights, in onnxruntime.
 
     Raises:
-        VerificationError: They differ by more than 1e-3 of the largest output: the lowering is wrong.
+        VerificationError: One differs by more than 1e-3 of its largest value: the lowering is wrong.
     """
     if options.format != "onnx" or not batches:
         return None
@@ -55,7 +54,8 @@ def prove(
     if "input_ids" in inputs:
         inputs = {name: array[:, :_PROOF_TOKENS] for name, array in inputs.items()}
     expected = _expected(checkpoint, tensors, inputs, directory)
-    shipped = compare_logits(first_output(open_session(directory, apart=True), inputs), expected)
+    config = checkpoint.config
+    shipped = compare_all(open_session(directory, apart=True).outputs_of(inputs), expected, inputs, config)
     graph = directory / "model.onnx"
     kept = graph.with_suffix(".shipped")
     extra = list(directory.glob("model.repacked*"))
@@ -65,29 +65,31 @@ def prove(
         shutil.copy2(path, copy)
     try:
         export_graph(checkpoint, tensors, directory, options.mode, True, batches)
-        exact = compare_logits(first_output(open_session(directory, exact=True, apart=True), inputs), expected)
+        found = open_session(directory, exact=True, apart=True).outputs_of(inputs)
+        exact = compare_all(found, expected, inputs, config)
     finally:
         shutil.move(kept, graph)
         for path, copy in copies:
             shutil.move(copy, path)
-    if exact.max_relative_error > LARGEST_ERROR:
+    if exact["max_relative_error"] > LARGEST_ERROR:
         raise VerificationError(
-            f"{graph}: differs from its own encodings by {exact.max_relative_error:.2g} of the largest output; "
-            f"expected less than {LARGEST_ERROR}; please report this with the recipe and the model's config"
+            f"{graph}: '{exact['output']}' differs from its own encodings by {exact['max_relative_error']:.2g} of its "
+            f"largest value; expected less than {LARGEST_ERROR}; please report this with the recipe and the model's "
+            "config"
         )
-    return {"exact": exact.as_dict(), "as_shipped": shipped.as_dict()}
+    return {"exact": exact, "as_shipped": shipped}
 
 
 def _expected(
     checkpoint: Any, tensors: EncodedTensors, inputs: dict[str, np.ndarray], directory: Path
-) -> np.ndarray:  # fmt: skip
-    """What the network gives that computes with the decoded weights."""
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """What the network gives that computes with the decoded weights, by output."""
     if checkpoint.kind == "onnx" and checkpoint.describe()["tensor_bytes"] < _LARGEST_GRAPH:
         from compressor.export.onnx_graph import decoded_graph
 
         path = directory / "decoded.onnx"
         try:
-            return first_output(open_session(decoded_graph(checkpoint.source, tensors, path), apart=True), inputs)
+            return open_session(decoded_graph(checkpoint.source, tensors, path), apart=True).outputs_of(inputs)
         finally:
             path.unlink(missing_ok=True)
     from compressor.export.loading import decoded_checkpoint
@@ -103,24 +105,30 @@ def judge(
     if source is None or format != "onnx" or recipe.evaluation.skipped:
         return None
     session = open_session(directory, apart=True)
-    if isinstance(source, Text) and isinstance(session, DecoderSession):
+    if isinstance(source, Text) and checkpoint.family == "decoder" and "logits" in session.outputs:
+        assert isinstance(session, (DecoderSession, EncoderSession))
         windows = evaluation_windows(source, recipe, directory)
         with progress.task("evaluating", len(windows)) as task:
             original = _counted(original_logits(checkpoint, windows), task)
             return evaluate_language(session, original, windows).as_dict()
     if isinstance(source, Text):
         sentences = sentence_batches(source, directory, checkpoint.positions)
-        wanted = [_accepted(session, batch) for batch in sentences]
-        return evaluate_embedding(session, original_outputs(checkpoint, wanted), wanted).as_dict()  # type: ignore[arg-type]
+        batches = [_accepted(session, batch) for batch in sentences]
+        return evaluate_outputs(session, original_outputs(checkpoint, batches), batches)
     assert isinstance(source, Arrays)
     chosen = source.take(slice(0, recipe.evaluation.samples))
-    return evaluate_module(session, original_outputs(checkpoint, chosen.batches(32)), chosen).as_dict()
+    batches = list(chosen.batches(32))
+    return evaluate_outputs(session, original_outputs(checkpoint, batches), batches, chosen.labels)
 
 
 def evaluate(directory: Path | str, given: Given | None = None) -> dict[str, Any]:
-    """Measures an artifact's quality again, beside the original's where that is still where it was.
+    """Measures an artifact's quality again, beside the original's: the figures of its report's "quality".
 
     Nothing is run that only the artifact names; which files were read for it is logged.
+
+    Args:
+        directory: The artifact's.
+        given: The original, its architecture and data, where they are not what and where they were.
 
     Raises:
         CheckpointError: It is no artifact, its original is gone, or is built by code that is not `given`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from compressor.checkpoints import Checkpoint
 from compressor.core.batch import Batch
+from compressor.core.errors import CheckpointError, ExportError
 from compressor.core.report import Speed
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.evaluate.bench import bench
@@ -60,9 +61,19 @@ def speeds(
     if not evaluation.speed:  # `compress bench` can still measure it, with inputs of these shapes
         return Speed.model_validate({"measured": False} | ({"input_shapes": shapes} if shapes else {})), None
     batches = [] if evaluation.skipped else batches
-    original = bench_original(checkpoint, directory, batches, shapes) if batches else None
-    found = Speed.model_validate(bench(directory, shapes=shapes))
-    return found, None if original is None else Speed.model_validate(original)
+    found = _measured(lambda: bench(directory, shapes=shapes), directory)
+    assert found is not None
+    original = _measured(lambda: bench_original(checkpoint, directory, batches, shapes), directory) if batches else None
+    return found, original
+
+
+def _measured(measure: Callable[[], dict[str, Any] | None], directory: Path) -> Speed | None:
+    """What was measured, or why it could not be: an artifact that is proved and judged is not lost for a figure."""
+    try:
+        found = measure()
+    except (CheckpointError, ExportError) as error:
+        return Speed(failure=str(error).replace(f"{directory}/", ""))
+    return None if found is None else Speed.model_validate(found)
 
 
 def bench_original(

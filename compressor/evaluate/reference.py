@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from compressor.core.batch import as_batch
-from compressor.evaluate.session import first_output, open_session
+from compressor.core.outputs import named_outputs
+from compressor.evaluate.session import open_session
 from compressor.sweeps.network import Network
 
 if TYPE_CHECKING:
@@ -23,18 +23,21 @@ if TYPE_CHECKING:
 
 def original_logits(checkpoint: Checkpoint, windows: np.ndarray) -> Iterator[np.ndarray]:
     """The original's logits, one window at a time: float32 (1, n, vocabulary), in order, for windows (n_windows, n)."""
-    return original_outputs(checkpoint, ({"input_ids": window[None]} for window in windows))
+    for found in original_outputs(checkpoint, ({"input_ids": window[None]} for window in windows)):
+        yield found["logits"] if "logits" in found else next(iter(found.values()))
 
 
-def original_outputs(checkpoint: Checkpoint, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
-    """The original's first output per batch, float32, in order.
+def original_outputs(
+    checkpoint: Checkpoint, batches: Iterable[dict[str, np.ndarray]]
+) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
+    """The original's outputs by name, per batch in order; floats are float32.
 
     Args:
         batches: Arguments of its forward by name. A single one, unless it is input_ids, is given by position.
     """
     if checkpoint.kind == "onnx":
         session = open_session(checkpoint.source.files[0], apart=True)
-        yield from (first_output(session, batch) for batch in batches)
+        yield from (session.outputs_of(batch) for batch in batches)
         return
     calls = [as_batch(batch) for batch in batches]
     network = Network(checkpoint, fast=False)
@@ -42,16 +45,15 @@ def original_outputs(checkpoint: Checkpoint, batches: Iterable[dict[str, np.ndar
         if not name:
             with torch.no_grad():
                 for call in calls:
-                    yield _first(network.call(call)).float().numpy()
+                    yield _arrays(network.call(call))
             return
     with network.tail() as run, torch.no_grad():
         for call, hidden in zip(calls, network.last, strict=True):
-            output = _first(run(call, hidden)).float().numpy()
-            yield output
+            yield _arrays(run(call, hidden))
 
 
-def _first(output: Any) -> Tensor:
-    """The first tensor of what a forward returns."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
+def _arrays(output: Any) -> dict[str, np.ndarray]:
+    return {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        for name, tensor in named_outputs(output).items()
+    }

@@ -61,6 +61,10 @@ class ModuleSession:
         fixed = first[0] if first and isinstance(first[0], int) else None
         return dict(zip(names, in_pieces(feed, fixed, lambda part: self.session.run(names, part)), strict=True))
 
+    def outputs_of(self, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Every output that the network is judged by, floats as float32."""
+        return {name: _single(array) for name, array in self.run(inputs).items()}
+
 
 class EncoderSession(ModuleSession):
     """A graph of input_ids and attention_mask; token_type_ids and position_ids are made up where it asks for them."""
@@ -69,13 +73,16 @@ class EncoderSession(ModuleSession):
         """As any graph, from input_ids alone if need be."""
         return super().run(filled(inputs, {}), outputs)
 
-    def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """The first output, float32: hidden states (batch, n, width), or logits."""
-        return self.run(batch, self.outputs[:1])[self.outputs[0]].astype(np.float32, copy=False)
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """The logits of a language model without a cache: float32 (batch, n, vocabulary) of ids (batch, n)."""
+        return _single(self.run({"input_ids": ids}, ["logits"])["logits"])
 
 
 class DecoderSession(ModuleSession):
-    """A causal language model: input_ids, attention_mask, past_key_values.{i}.key and .value → logits, present.…"""
+    """A causal language model: input_ids, attention_mask, past_key_values.{i}.key and .value → logits, present.…
+
+    Without a KV cache, of inputs and outputs that have none, it reads the whole text for each token.
+    """
 
     def __init__(
         self, path: str | Path, threads: int | None = None, exact: bool = False, apart: bool = False,
@@ -96,11 +103,15 @@ class DecoderSession(ModuleSession):
         feed = self._feed(ids, 0) | {name: self._empty(name, len(ids)) for name in self.past}
         return self.session.run(["logits"], feed)[0].astype(np.float32, copy=False)
 
+    def outputs_of(self, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The logits; what goes into the next step's cache follows from the same."""
+        return {"logits": self.logits(inputs["input_ids"])}
+
     def generate(
         self, ids: np.ndarray, n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
         stop: Container[int] | None = None,
     ) -> Iterator[int]:  # fmt: skip
-        """Up to `n` further tokens of one sequence `ids` (length,), with the KV cache.
+        """Up to `n` further tokens of one sequence `ids` (length,), with the KV cache where there is one.
 
         Args:
             temperature: 0 takes the likeliest token each time.
@@ -116,12 +127,15 @@ class DecoderSession(ModuleSession):
             feed = {name: _value(array) for name, array in self._feed(step, seen).items()} | past
             logits, *present = self.session.run_with_ort_values(["logits", *self.present], feed)
             past = dict(zip(self.past, present, strict=True))
-            seen += step.shape[1]
             token = sample(logits.numpy()[0, -1], temperature, top_p, generator)
             if token in stop:
                 return
             yield token
-            step = np.array([[token]], dtype=np.int64)
+            if self.past:
+                seen += step.shape[1]
+                step = np.array([[token]], dtype=np.int64)
+            else:
+                step = np.append(step, [[token]], axis=1)
 
     @property
     def stop_tokens(self) -> set[int]:
@@ -161,15 +175,6 @@ def open_session(
     if any(name.startswith("past_key_values.") for name in inputs):
         kind = DecoderSession
     return kind(path, opened=opened)
-
-
-def first_output(session: ModuleSession, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """What the network is judged by: logits of a decoder, hidden states of an encoder, else the first output."""
-    if isinstance(session, DecoderSession):
-        return session.logits(inputs["input_ids"])
-    if isinstance(session, EncoderSession):
-        return session.hidden(inputs)
-    return session.run(inputs, session.outputs[:1])[session.outputs[0]]
 
 
 def graph_path(path: Path) -> Path:
@@ -218,6 +223,11 @@ def _heads(config: dict[str, Any], path: Path) -> tuple[int, int]:
             f"{path}: the cache's shape is open; config.json beside it must state heads and hidden size"
         )
     return config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
+
+
+def _single(array: np.ndarray) -> np.ndarray:
+    """Floats of any precision as float32."""
+    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
 
 
 def _value(array: np.ndarray) -> onnxruntime.OrtValue:

@@ -45,18 +45,24 @@ _ROUNDED = 1e-5
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: `passed` is None where it could not be."""
+    """One thing that was looked at, by its `name`, and what was `found`: `passed` is None where it could not be."""
 
     name: str
     passed: bool | None
     found: str
 
     def as_json(self) -> dict[str, Any]:
+        """Its fields."""
         return asdict(self)
 
 
 def verify(directory: Path, measure: bool = True, given: Given | None = None) -> list[Check]:
-    """All checks of an artifact; `measure` says whether it is held against its original.
+    """All checks of the artifact in `directory`.
+
+    Args:
+        directory: The artifact's.
+        measure: Whether its weights and its quality are held against the original.
+        given: The original, its architecture and data, where they are not what and where they were.
 
     Raises:
         CheckpointError: There is no artifact, or its compression.json is damaged.
@@ -75,7 +81,7 @@ def verify(directory: Path, measure: bool = True, given: Given | None = None) ->
 
 
 def failures(checks: list[Check]) -> str:
-    """What does not hold, as a sentence; empty where all of it does."""
+    """What of the `checks` does not hold, as a sentence; empty where all of it does."""
     return "; ".join(f"{check.name}: {check.found}" for check in checks if check.passed is False)
 
 

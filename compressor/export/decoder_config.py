@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -70,6 +71,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
     """θ^(−2i/d), i = 0 … d/2−1, scaled as `rope_type` says (linear, llama3): float32 (head_dim / 2,)."""
+    import torch
+
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if rope["rope_type"] == "linear":
         return plain / rope["factor"]

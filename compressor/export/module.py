@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.errors import CheckpointError, ExportError
+from compressor.core.outputs import named_outputs
 from compressor.core.tensors import EncodedTensors
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Mode
 from compressor.export.rewriting import Rewriting
@@ -64,8 +65,8 @@ def export_module(
 ) -> Path:  # fmt: skip
     """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path. Changes `traced`.
 
-    The first dimension of every input is free, and the second of integer inputs of two dimensions (tokens). Outputs:
-    `last_hidden_state` and the `…logits` of a transformers model, `output` or `output_0`, … of another.
+    The first dimension of every input is free, and the second of integer inputs of two dimensions (tokens). Outputs are
+    all that the forward returns, as `core.outputs` names them.
 
     Args:
         calibration: Batches of inputs. Where there are any, convolutions compute on int8 activations whose ranges are
@@ -109,7 +110,7 @@ class _Shell(nn.Module):
             cached = hasattr(getattr(self.network, "config", None), "use_cache") and _takes(self.network, "use_cache")
             cache = {"use_cache": False} if cached else {}
             found = self.network(**dict(zip(self.names, inputs, strict=True)), **cache)
-        outputs = _outputs(found)
+        outputs = named_outputs(found)
         self.note(list(outputs))
         return tuple(outputs.values())
 
@@ -119,18 +120,6 @@ def _takes(module: nn.Module, argument: str) -> bool:
     return argument in parameters or (
         argument != "" and any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
     )
-
-
-def _outputs(found: Any) -> dict[str, Tensor]:
-    """The outputs that an artifact has, by name."""
-    if isinstance(found, Tensor):
-        return {"output": found}
-    if not isinstance(found, Mapping):
-        kept = [value for value in found if isinstance(value, Tensor)]
-        return {"output" if len(kept) == 1 else f"output_{i}": value for i, value in enumerate(kept)}
-    kept = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    chosen = {name: value for name, value in kept.items() if name == "last_hidden_state" or name.endswith("logits")}
-    return chosen or kept
 
 
 def _without_weights(module: nn.Module) -> nn.Module:
@@ -226,8 +215,17 @@ def _name_ends(graph: ir.Graph, inputs: Mapping[str, Tensor], outputs: list[str]
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dimension, symbols) for dimension in value.shape])
-    for value, name in zip(graph.outputs, outputs, strict=True):
+    for i, (value, name) in enumerate(zip(graph.outputs, outputs, strict=True)):
+        if value in graph.inputs or value in list(graph.outputs)[:i]:  # one value has one name
+            graph.outputs[i] = value = _copied(graph, value, name)
         value.name = name
+
+
+def _copied(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    node = ir.node("Identity", [value], name=f"traced.{name}")
+    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+    graph.append(node)
+    return node.outputs[0]
 
 
 def _renamed(dimension: int | ir.SymbolicDim | None, symbols: Mapping[str, str]) -> int | str | None:

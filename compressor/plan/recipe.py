@@ -168,7 +168,8 @@ def _parsed(parse: Callable[[str, str], Any], value: Any, wanted: str) -> Any:
 class Gates(_Section):
     """Limits that the artifact has to keep; None is no limit. Ratios are to the original.
 
-    max_loss      whichever loss the network's kind has: 5% more perplexity, .05 less cosine, accuracy or agreement
+    max_loss      whichever loss the network's outputs have: 5% more perplexity, .05 less cosine, accuracy or agreement,
+                  a relative error of 5%; each output has to keep its own
     max_size      of all files together, as 60MB
     min_speedup   times the original's speed in onnxruntime: tokens/s, or inputs/s
     """
@@ -182,6 +183,7 @@ class Gates(_Section):
     min_agreement: Share | None = None
     min_cosine: Share | None = None
     max_accuracy_drop: Share | None = None
+    max_error: Annotated[float, Field(gt=0)] | None = None
 
 
 class Evaluation(_Section):

@@ -104,15 +104,18 @@ class Loss:
 
 
 def loss_of(report: dict[str, Any]) -> Loss | None:
-    """Of the measured quality; None where nothing was measured."""
+    """Of the measured quality, the largest of all outputs; None where nothing was measured."""
     quality = report.get("quality") or {}
+    worst = quality.get("worst") or {}
     if quality.get("ratio") is not None:
         return Loss(quality["ratio"] - 1, "rise of perplexity")
-    if quality.get("cosine") is not None:
-        return Loss(1 - quality["cosine"], "1 − cosine of embeddings")
-    if quality.get("top1_agreement") is not None:
-        return Loss(1 - quality["top1_agreement"], "share of changed predictions")
-    return None
+    found = []
+    for key, what, whole in (("cosine", "1 − cosine", True), ("top1_agreement", "share of changed predictions", True),
+                             ("relative_error", "relative error", False)):  # fmt: skip
+        if quality.get(key) is not None:
+            of = f" of {worst[key]}" if key in worst else ""
+            found.append(Loss(1 - quality[key] if whole else quality[key], what + of))
+    return max(found, key=lambda loss: loss.value, default=None)
 
 
 def siblings(artifact: Artifact) -> list[Artifact]:

@@ -20,6 +20,7 @@ from compressor.core.quantities import duration, size
 from compressor.report import facts
 from compressor.report.charts import Axis, Bar, BarPlot, DotPlot, Legend, Point, bars, colour, dots, shortened
 from compressor.report.search import Search, search_of
+from compressor.report.tables import OUTPUT_COLUMNS, output_rows, quality_notes
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_ROWS = 12
@@ -52,6 +53,7 @@ def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
         layers=_layers(tensors),
         binary=_binary(report),
         errors=_errors(tensors),
+        outputs=_outputs(report),
         against_quality=_against_quality(artifact, others, title),
         searches=_searches(report),
         stages=_stages(report),
@@ -117,6 +119,20 @@ def _gates(report: dict[str, Any]) -> GatesKept:
         return GatesKept(asked, (), ())
     blame = ((each["tensors"], each["by"], f"{each['share']:.1%}") for each in gates.get("blame", []))
     return GatesKept(asked, tuple(gates.get("failures", [])), tuple(blame))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What was measured of each output, and what is to be said of it."""
+
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: list[str]
+
+
+def _outputs(report: dict[str, Any]) -> Outputs | None:
+    rows, notes = output_rows(report.get("quality") or {}), quality_notes(report)
+    return Outputs(OUTPUT_COLUMNS, rows, notes) if rows or notes else None
 
 
 def _binary(report: dict[str, Any]) -> str:

@@ -95,6 +95,7 @@ _MEASURES = (
     ("top-1 agreement", "quality", None, "top1_agreement"),
     ("KL divergence", "quality", None, "kl_divergence"),
     ("cosine", "quality", None, "cosine"),
+    ("relative error", "quality", None, "relative_error"),
     ("load, seconds", "speed", "load_seconds", "load_seconds"),
     ("latency, seconds", "speed", "latency_seconds", "latency_seconds"),
     ("decoding, tokens/s", "speed", "decode_tokens_per_second", "decode_tokens_per_second"),
@@ -105,7 +106,7 @@ _MEASURES = (
 def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     """The outcome of a run, before and after; all of it is in compression.json."""
     made = table("", "before", "after", numbers=["before", "after"])
-    sizes = report.get("size") or {}
+    sizes, worst = report.get("size") or {}, (report.get("quality") or {}).get("worst") or {}
     if sizes:
         made.add_row("size, every file", size(sizes.get("original_bytes", 0)), size(sizes["bytes"]))
     for label, section, before, after in _MEASURES:
@@ -113,6 +114,7 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
         if found.get(after) is not None:
             beside = (report.get("original_speed") or {}) if section == "speed" else found
             original = beside.get(before) if before else None
+            label += f" of {worst[after]}" if section == "quality" and after in worst else ""
             made.add_row(label, "" if original is None else f"{original:.4g}", f"{found[after]:.4g}")
     binary = report.get("binary") or {}
     if binary:
@@ -136,9 +138,44 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
         binary.get("runs_as")) else []  # fmt: skip
-    if (report.get("speed") or {}).get("measured") is False:
+    parts: list[Any] = [made, *quality_tables(report), *notes]
+    return [*parts, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
+
+
+OUTPUT_COLUMNS = ("output", "of", "agreement", "KL", "cosine", "relative error", "compared")
+
+
+def quality_tables(report: dict[str, Any]) -> list[Any]:
+    """Every output where there are several, and what is to be said of figures."""
+    rows = output_rows(report.get("quality") or {})
+    made = table(*OUTPUT_COLUMNS, numbers=OUTPUT_COLUMNS[2:])
+    for row in rows:
+        made.add_row(*row)
+    return ([made] if len(rows) > 1 else []) + quality_notes(report)
+
+
+def output_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What was measured of each output, in the order of `OUTPUT_COLUMNS`; empty where its kind has no such figure."""
+    figures = ("agreement", "kl_divergence", "cosine", "relative_error")
+    return [
+        (name, each["kind"], *("" if each.get(key) is None else f"{each[key]:.4g}" for key in figures),
+         str(each.get("n_compared", each["n_examples"])))
+        for name, each in (quality.get("outputs") or {}).items()
+    ]  # fmt: skip
+
+
+def quality_notes(report: dict[str, Any]) -> list[str]:
+    """Which figures could hardly fail, where an artifact is of no use, and what could not be measured."""
+    quality, speed = report.get("quality") or {}, report.get("speed") or {}
+    outputs = quality.get("outputs") or {}
+    notes = [f"{name}: {note}" for name, each in outputs.items() for note in each.get("notes", [])]
+    notes += [f"the labels {quality['labels']}"] if quality.get("labels") else []
+    if speed.get("measured") is False:
         notes.append("speed and memory were not measured: evaluation.speed is false")
-    return [made, *notes, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
+    for what, found in (("artifact", speed), ("original", report.get("original_speed") or {})):
+        if found.get("failure"):
+            notes.append(f"the {what}'s speed could not be measured: {found['failure']}")
+    return notes
 
 
 def checks_table(checks: Sequence[Any]) -> Table:

@@ -21,7 +21,7 @@ from compressor.core.report import Blame
 from compressor.core.roles import folded
 from compressor.core.tensors import EncodedTensors
 from compressor.plan.plan import Plan
-from compressor.widths.losses import Kind, judged, outputs, probe
+from compressor.widths.losses import Judge, Kind, outputs, probe
 
 NAMED = 3
 
@@ -34,13 +34,13 @@ def blame(
     if not batches:
         return []
     samples = probe(batches, kind)
-    wanted = list(outputs(checkpoint, samples, {}))
+    judge = Judge.of(checkpoint, samples, kind, labelled)
     changes = _changes(checkpoint, tensors)
     groups = _groups(plan, changes)
     with progress.task("finding where the loss came in", len(groups) + 1) as task:
 
         def rise(changed: Mapping[str, Any]) -> float:
-            found = judged(kind, wanted, list(outputs(checkpoint, samples, changed)), labelled).rise
+            found = judge.judge(list(outputs(checkpoint, samples, changed))).rise
             task.advance()
             return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from compressor.core.report import Report
@@ -12,48 +13,66 @@ from compressor.widths.losses import Kind
 
 Limit = tuple[str, float | None, float | None, int]
 """What is limited, what was found, the gate, and 1 where less is better, −1 where more is."""
+_KINDS: tuple[tuple[str, Kind], ...] = (
+    ("cosine", "cosine"),
+    ("top1_agreement", "accuracy"),
+    ("relative_error", "error"),
+)
 
 
-def promised(gates: Gates, target: Target) -> Gates:
-    """The gates with every limit of the loss, whoever set it, in the measure of the network's kind: the strictest."""
+def promised(gates: Gates, target: Target, quality: Mapping[str, Any] | None = None) -> Gates:
+    """The gates with every limit of the loss, whoever set it, in the measures of the network's outputs: the strictest.
+
+    Args:
+        quality: What was measured, which tells the kinds of outputs; without it the target's kind counts.
+    """
     limits = [limit for limit in (target.loss, gates.max_loss) if limit is not None]
     if not limits:
         return gates
     loss = min(limits)
-    if target.kind == "perplexity":
-        return gates.model_copy(update={"max_perplexity_ratio": min(1 + loss, gates.max_perplexity_ratio or math.inf)})
-    if target.kind == "accuracy" and target.labelled:
-        drop = 1.0 if gates.max_accuracy_drop is None else gates.max_accuracy_drop
-        return gates.model_copy(update={"max_accuracy_drop": min(loss, drop)})
-    least = "min_cosine" if target.kind == "cosine" else "min_agreement"
-    return gates.model_copy(update={least: max(1 - loss, getattr(gates, least) or 0.0)})
+    for kind in measured_kinds(quality) or (target.kind,):
+        gates = gates.model_copy(update=_limit(gates, kind, loss, target.labelled))
+    return gates
 
 
-def measured_kind(quality: dict[str, Any] | None, kind: Kind) -> Kind:
-    """The kind of loss that was measured: of a decoder whose graph gives no logits it is the cosine."""
+def _limit(gates: Gates, kind: Kind, loss: float, labelled: bool) -> dict[str, float]:
+    """The gate of a kind of loss, not looser than it is."""
+    if kind == "perplexity":
+        return {"max_perplexity_ratio": min(1 + loss, gates.max_perplexity_ratio or math.inf)}
+    if kind == "error":
+        return {"max_error": min(loss, gates.max_error or math.inf)}
+    if kind == "accuracy" and labelled:
+        return {"max_accuracy_drop": min(loss, 1.0 if gates.max_accuracy_drop is None else gates.max_accuracy_drop)}
+    least = "min_cosine" if kind == "cosine" else "min_agreement"
+    return {least: max(1 - loss, getattr(gates, least) or 0.0)}
+
+
+def measured_kinds(quality: Mapping[str, Any] | None) -> tuple[Kind, ...]:
+    """The kinds of loss that were measured: of a language model its perplexity alone."""
     quality = quality or {}
-    kinds: tuple[tuple[str, Kind], ...] = (
-        ("ratio", "perplexity"),
-        ("cosine", "cosine"),
-        ("top1_agreement", "accuracy"),
-    )
-    for key, each in kinds:
-        if quality.get(key) is not None:
-            return each
-    return kind
+    if quality.get("ratio") is not None:
+        return ("perplexity",)
+    return tuple(kind for key, kind in _KINDS if quality.get(key) is not None)
 
 
-def came_true(kind: Kind, quality: dict[str, Any] | None) -> float | None:
+def measured_kind(quality: Mapping[str, Any] | None, kind: Kind) -> Kind:
+    """The kind of loss that was measured, where there are several the first."""
+    found = measured_kinds(quality)
+    return found[0] if found else kind
+
+
+def came_true(kind: Kind, quality: Mapping[str, Any] | None) -> float | None:
     """The loss that was predicted, as it was measured on the evaluation data; None where it was not."""
-    if not quality:
-        return None
+    quality = quality or {}
     if kind == "perplexity":
         return None if quality.get("ratio") is None else quality["ratio"] - 1
     if kind == "cosine":
-        return 1 - quality["cosine"] if "cosine" in quality else None
+        return None if quality.get("cosine") is None else 1 - quality["cosine"]
+    if kind == "error":
+        return quality.get("relative_error")
     if quality.get("accuracy") is not None:
         return quality["original_accuracy"] - quality["accuracy"]
-    return 1 - quality["top1_agreement"] if "top1_agreement" in quality else None
+    return None if quality.get("top1_agreement") is None else 1 - quality["top1_agreement"]
 
 
 def speedup(report: Report) -> float | None:
@@ -65,18 +84,24 @@ def speedup(report: Report) -> float | None:
     return None
 
 
-def lost_quality(gates: Gates, quality: dict[str, Any] | None) -> list[str]:
-    """A sentence for each limit of quality that the artifact does not keep."""
+def lost_quality(gates: Gates, quality: Mapping[str, Any] | None) -> list[str]:
+    """A sentence for each limit of quality that the artifact does not keep, on the output that is the worst by it."""
     quality = quality or {}
+    worst = quality.get("worst") or {}
     drop = None
     if quality.get("accuracy") is not None:
         drop = quality["original_accuracy"] - quality["accuracy"]
+
+    def named(measure: str, key: str) -> str:
+        return f"{measure} of '{worst[key]}'" if key in worst else measure
+
     return _broken(
         ("perplexity ratio", quality.get("ratio"), gates.max_perplexity_ratio, 1),
-        ("KL divergence", quality.get("kl_divergence"), gates.max_kl_divergence, 1),
-        ("top-1 agreement", quality.get("top1_agreement"), gates.min_agreement, -1),
-        ("cosine", quality.get("cosine"), gates.min_cosine, -1),
-        ("accuracy drop", drop, gates.max_accuracy_drop, 1),
+        (named("KL divergence", "kl_divergence"), quality.get("kl_divergence"), gates.max_kl_divergence, 1),
+        (named("top-1 agreement", "top1_agreement"), quality.get("top1_agreement"), gates.min_agreement, -1),
+        (named("cosine", "cosine"), quality.get("cosine"), gates.min_cosine, -1),
+        (named("accuracy drop", "accuracy"), drop, gates.max_accuracy_drop, 1),
+        (named("relative error", "relative_error"), quality.get("relative_error"), gates.max_error, 1),
     )
 
 

@@ -22,7 +22,7 @@ from compressor.core.log import LOGGER, LoggedProgress
 from compressor.core.memory import freed_is_kept, quick_collections
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
-from compressor.core.report import Gates, Proof
+from compressor.core.report import Gates, Proof, Quality
 from compressor.core.snapshot import Snapshot
 from compressor.core.work import Work
 from compressor.evaluate.distances import weight_errors
@@ -110,12 +110,13 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
             if samples.evaluation is None and options.format == "onnx" and not recipe.evaluation.skipped:
                 LOGGER.warning("%s: no quality was measured: no evaluation data; give eval", options.directory)
         aimed_at = dataclasses.replace(target, kind=measured_kind(quality, target.kind))
-        asked = start.recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at)})
+        asked = start.recipe.model_copy(update={"gates": promised(recipe.gates, aimed_at, quality)})
         report = report_of(start, identity, asked, encoded.plan, course.reports, work)
         report.proof = None if proof is None else Proof.model_validate(proof)
-        report.quality, report.least_onnxruntime = quality, least
+        report.quality = None if quality is None else Quality.model_validate(quality)
+        report.least_onnxruntime = least
         if encoded.allocation is not None:
-            report.allocation = encoded.allocation | {"loss": came_true(target.kind, quality)}
+            report.allocation = encoded.allocation | {"loss": came_true(encoded.allocation["kind"], quality)}
         if (binary := binary_layers(partial, tensors)) is not None:
             report.binary = binary
         with clock.stage("benchmark"):
@@ -137,25 +138,36 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
     return directory, [each for each in why if each]
 
 
-def compress(model: nn.Module | str | Path, recipe: str = "llm-2bit", **options: Any) -> Artifact:
+def compress(
+    model: nn.Module | str | Path, recipe: str = "llm-2bit", output: str | Path | None = None, **options: Any
+) -> Artifact:  # fmt: skip
     """Compresses a network in memory or a checkpoint on disk: `run` with `options` as keywords.
 
-        artifact = compressor.compress(network, "encoder-4bit", data="inputs.npz", output=Path("small"))
+        artifact = compressor.compress(network, "encoder-4bit", "small", data="inputs.npz")
 
     Args:
         model: A path, or a module: its weights as they are now, whichever device they are on.
-        options: Those of `RunOptions`; `output` is needed for a module that has no name on disk.
+        recipe: The name of a shipped one (`compress recipes` lists them), or a file.
+        output: The artifact's directory, needed for a module; of a path, `<model>-<recipe>` in the working directory.
+        options: The others of `RunOptions`, as `data`, `sets` or `seed`.
+
+    Returns:
+        The artifact, with all that was measured in its `report`.
+
+    Raises:
+        CompressorError: Of the kind that `compressor.core.errors` lists; `run` says when.
     """
+    options |= {"recipe": recipe, "output": None if output is None else Path(output)}
     if not isinstance(model, nn.Module):
-        return run(RunOptions(model=str(model), recipe=recipe, **options))
+        return run(RunOptions(model=str(model), **options))
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         save = getattr(model, "save_pretrained", None)
         if save is not None:
             save(scratch)
-            return run(RunOptions(model=scratch, recipe=recipe, **options))
+            return run(RunOptions(model=scratch, **options))
         path = Path(scratch) / f"{type(model).__name__.lower()}.pt"
         torch.save(model, path)
-        return run(RunOptions(model=str(path), recipe=recipe, trust_pickle=True, **options))
+        return run(RunOptions(model=str(path), trust_pickle=True, **options))
 
 
 def _paths_of_data(options: RunOptions) -> list[Path]:

@@ -18,6 +18,7 @@ from compressor.core.artifact import refuse_target
 from compressor.core.errors import CheckpointError, DataError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.training import Training, unlabelled
+from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
@@ -46,6 +47,8 @@ class Prepared:
     loaded    the recipe as it is written
     options   without the targets that a pass of the recipe takes over
     recipe    with those, and with windows that the network has positions for
+    checkpoint  the original: its tensors by name, of which none is read yet
+    plan      what will become of each tensor; bytes, memory and seconds
     ladder    the widths to allocate from; None where none are, and where the network first becomes another
     """
 
@@ -66,6 +69,7 @@ class Prepared:
 
     @property
     def reads_text(self) -> bool:
+        """Whether the network's data are text."""
         return self.checkpoint.family in ("decoder", "encoder")
 
     @property
@@ -86,7 +90,7 @@ def first_recipe(asked: RunOptions) -> Recipe:
 
 
 def prepare(asked: RunOptions) -> Prepared:
-    """All that is known before work begins.
+    """All that is known before work begins, of what `asked` asks for: what --dry-run shows is its `plan`.
 
     Raises:
         UsageError, CheckpointError, DataError, ResourceError: The run would be refused.
@@ -97,7 +101,7 @@ def prepare(asked: RunOptions) -> Prepared:
     options, recipe = aimed(asked, loaded, checkpoint)
     recipe, notes = within_positions(recipe, checkpoint)
     plan = make_plan(checkpoint, recipe, options.format)
-    plan = replace(plan, notes=(*plan.notes, *notes))
+    plan = replace(plan, notes=(*plan.notes, *notes, *_without_cache(checkpoint, options)))
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     refuse_unwritable(plan, options, recipe)
@@ -128,6 +132,14 @@ def within_positions(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tu
         recipe = recipe.model_copy(update={name: section})
     where = " and ".join(f"{name}.window" for name in long)
     return recipe, (f"{where}: {longest} tokens, as many as the network has positions for",) if long else ()
+
+
+def _without_cache(checkpoint: Checkpoint, options: RunOptions) -> tuple[str, ...]:
+    """A note where the graph of a language model will not keep what it has read."""
+    if options.format != "onnx" or checkpoint.kind == "onnx" or checkpoint.family != "decoder":
+        return ()
+    reason = decoder_refusal(checkpoint.config or {})
+    return (f"no KV cache: the graph reads the whole text again for each token; {reason}",) if reason else ()
 
 
 def ladder_of(plan: Plan, recipe: Recipe, options: RunOptions) -> Ladder | None:

@@ -37,6 +37,10 @@ class Stop(Exception):
     """Ends a forward once it has shown what was asked."""
 
 
+class NoChain(Exception):
+    """Ends a forward once a block is given something else than what the one before gave."""
+
+
 class Network:
     """A checkpoint's module whose weights are read when their block is due.
 
@@ -115,17 +119,18 @@ class Network:
         """The arguments with which each batch reaches the first block; `arguments` then knows those of the others.
 
         Blocks may differ in what else they are called with (masks, position embeddings), so the network is run once
-        with blocks that only note it. A network whose blocks are not called once each, in order, is one block.
+        with blocks that only note it. A network whose blocks are not called once each, in order, each on what the one
+        before gave, is one block.
         """
         if self.blocks != [""]:
-            with self.loaded(self._before_head()):
+            with self.loaded(self._before_head()), contextlib.suppress(NoChain):
                 for wrap in (_as_it_is, _in_a_tuple):
                     self._calls, self._wrap = [self._note_calls(batch, wrap) for batch in batches], wrap
                     if all(len(calls) == len(self.blocks) for calls in self._calls):
                         entered, self._entered = self._entered, []
                         return [self.arguments(i, 0, state) for i, state in enumerate(entered)]
                     self._entered.clear()
-            self.blocks, self.outside = [""], []
+            self.blocks, self.outside, self._entered = [""], [], []
         return [arguments(batch) for batch in batches]
 
     def _before_head(self) -> list[str]:
@@ -138,7 +143,7 @@ class Network:
 
     def _note_calls(self, batch: Batch, wrap: Callable[[Tensor], Any]) -> list[Arguments]:
         calls: list[Arguments] = []
-        shapes: list[torch.Size] = []
+        given: list[Tensor] = []
 
         def noting(index: int) -> Callable:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -146,9 +151,11 @@ class Network:
                 if len(calls) != index or not isinstance(hidden, Tensor):
                     calls.clear()
                     raise Stop
-                if shapes and hidden.shape != shapes[0]:
+                if given and hidden.shape == given[0].shape[1:]:
                     raise Stop  # the wrong wrapping
-                shapes.append(hidden.shape)
+                if given and not _untouched(hidden, given[0]):
+                    raise NoChain
+                given[:] = [hidden.clone()]
                 if index == 0:
                     self._entered.append(hidden.detach())
                 rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
@@ -156,7 +163,7 @@ class Network:
                 self._by_keyword = not args
                 if index == len(self.blocks) - 1:
                     raise Stop
-                return wrap(hidden)
+                return wrap(given[0])
 
             return forward
 
@@ -208,6 +215,11 @@ class Network:
                     self.last = [self.step(block, arguments) for arguments in reached]
             if index + 1 < len(self.blocks):
                 reached = [self.arguments(i, index + 1, hidden) for i, hidden in enumerate(self.last)]
+
+
+def _untouched(hidden: Tensor, given: Tensor) -> bool:
+    """Whether it is what was given, with the same values: a clone's, which nothing has been written to."""
+    return hidden.data_ptr() == given.data_ptr() and hidden.shape == given.shape and not hidden._version
 
 
 def _as_it_is(hidden: Tensor) -> Any:

@@ -34,11 +34,12 @@ from compressor.plan.plan import Plan
 from compressor.sweeps.network import Network
 from compressor.sweeps.survey import Survey
 from compressor.widths.ladder import Ladder, Option
-from compressor.widths.losses import MANY_EXAMPLES, Curve, Judged, Kind, judged, outputs, probe
+from compressor.widths.losses import MANY_EXAMPLES, Curve, Judge, Judged, Kind, outputs, probe
 from compressor.widths.sensitivity import Errors, fisher_factors, has_fisher, tensor_errors
 
 WORDS: dict[Kind, str] = {
     "perplexity": "rise of perplexity", "cosine": "loss of cosine", "accuracy": "share of changed classes",
+    "error": "relative error",
 }  # fmt: skip
 UNITS = 25_000
 """Of a budget: sizes are rounded up to one of them."""
@@ -82,11 +83,12 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each option of each tensor costs, how it was found, and the loss of a sum of them."""
+    """What each option of each tensor costs, how it was found, and the loss of a sum of them, of which kind it is."""
 
     importance: str
     of: dict[str, tuple[float, ...]]
     curve: Curve
+    kind: Kind
 
 
 def allocate(
@@ -127,11 +129,10 @@ def find_costs(
     with progress.task("comparing widths", len(network.blocks) + 1) as task:
         errors = tensor_errors(network, batches, ladder.options, survey, work, lambda note: task.advance(note=note))
     few, many = probe(batches, target.kind), probe(batches, target.kind, MANY_EXAMPLES)
-    wanted = list(outputs(checkpoint, many, {}))
+    judge = Judge.of(checkpoint, many, target.kind, target.labelled)
 
     def loss(changed: dict[str, Callable[[], Tensor]], on: list[Batch] = many) -> Judged:
-        found = list(outputs(checkpoint, on, changed))
-        return judged(target.kind, wanted[: len(on)], found, target.labelled)
+        return judge.judge(list(outputs(checkpoint, on, changed)))
 
     if has_fisher(network, survey):
         importance, factors = "fisher", fisher_factors(network, errors, survey)
@@ -144,8 +145,8 @@ def find_costs(
                 task.advance(note=name)
     of = {name: tuple(factors[name] * each for each in found.options) for name, found in errors.items()}
     with progress.task("measuring what costs come to", len(_LEVELS)) as task:
-        curve = _curve(checkpoint, target.kind, of, errors, factors, work, loss, task.advance)
-    return Costs(importance, of, curve)
+        curve = _curve(checkpoint, judge.kind, of, errors, factors, work, loss, task.advance)
+    return Costs(importance, of, curve, judge.kind)
 
 
 def _quantised(checkpoint: Any, network: Network, name: str, option: Option, work: Work) -> Callable[[], Tensor]:
@@ -313,7 +314,7 @@ def _report(ladder: Ladder, chosen: dict[str, int], costs: Costs, target: Target
         for name, option in options.items()
     }  # fmt: skip
     return {
-        "target_size": target.size, "max_loss": target.loss, "kind": target.kind, "importance": costs.importance,
+        "target_size": target.size, "max_loss": target.loss, "kind": costs.kind, "importance": costs.importance,
         "cost": cost, "predicted_loss": costs.curve.loss(cost), "measured_costs": list(costs.curve.points),
         "tensors": tensors,
     }  # fmt: skip

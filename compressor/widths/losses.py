@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from compressor.core.batch import Batch
-from compressor.graph.blocks import first_tensor
+from compressor.core.output_kinds import Label, kind_of
+from compressor.core.outputs import named_outputs
 from compressor.sweeps.network import Network
 
-Kind = Literal["perplexity", "cosine", "accuracy"]
-"""Of the loss that is promised: relative rise of perplexity; 1 − cosine of embeddings; share of changed classes."""
+Kind = Literal["perplexity", "cosine", "accuracy", "error"]
+"""Of the loss that is promised: relative rise of perplexity; 1 − cosine of vectors; share of changed classes; relative
+error of values."""
 TOKENS = 1024
 _SENTENCE = 32
 _POSITIONS = 64
@@ -31,29 +33,31 @@ def probe(batches: Sequence[Batch], kind: Kind, examples: int = EXAMPLES) -> lis
         return list(batches[: math.ceil(examples / max(1, len(next(iter(first.values())))))])
     ids = first["input_ids"]
     ids = ids[: max(1, TOKENS // ids.shape[1])]
-    if kind == "cosine" and ids.shape[1] % _SENTENCE == 0:
+    if kind != "perplexity" and ids.shape[1] % _SENTENCE == 0:
         ids = ids.reshape(-1, _SENTENCE)
     return [{"input_ids": ids}]
 
 
 @torch.no_grad()
-def outputs(checkpoint: Any, batches: list[Batch], changed: Mapping[str, Callable[[], Tensor]]) -> Iterator[Tensor]:
-    """The first output per batch, float32, of the network with some tensors changed."""
+def outputs(
+    checkpoint: Any, batches: list[Batch], changed: Mapping[str, Callable[[], Tensor]]
+) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+    """The outputs per batch by name, floats as float32, of the network with some tensors changed."""
     network = Network(checkpoint, fast=False)
     for name, change in changed.items():
         network.replace(name, change)
     for block, _, _ in network.sweep(batches):
         if not block:
             for batch in batches:
-                yield _first(network.call(batch)).float()
+                yield _floats(network.call(batch))
             return
     with network.tail() as run:
         for batch, hidden in zip(batches, network.last, strict=True):
-            yield _first(run(batch, hidden)).float()
+            yield _floats(run(batch, hidden))
 
 
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else first_tensor(output)
+def _floats(found: Any) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in named_outputs(found).items()}
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,54 @@ class Judged:
 
     rise: float
     promised: float
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How changed outputs are held against the original's: each of them by its own kind.
+
+    kind       of the first output, or of the whole network
+    measures   (kind of loss, whether they are logits) of the outputs that are judged
+    wanted     the original's, batch by batch
+    """
+
+    kind: Kind
+    measures: dict[str, tuple[Kind, bool]]
+    wanted: list[dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, checkpoint: Any, samples: list[Batch], kind: Kind, labelled: bool) -> Judge:
+        """From the original's outputs; of a language model the logits alone count, by perplexity.
+
+        Args:
+            kind: What the network's family is judged by.
+            labelled: Whether outputs with classes are known to be logits.
+        """
+        wanted = list(outputs(checkpoint, samples, {}))
+        first = next(iter(wanted[0]))
+        if kind == "perplexity" and ("logits" in wanted[0] or wanted[0][first].dim() == 3):
+            return cls(kind, {"logits" if "logits" in wanted[0] else first: ("perplexity", True)}, wanted)
+        inputs = {name: tensor.numpy() for name, tensor in samples[0].items()}
+        measures: dict[str, tuple[Kind, bool]] = {}
+        for name, tensor in wanted[0].items():
+            found = kind_of(name, tensor.numpy(), inputs, checkpoint.config)
+            each = _KINDS[found.label]
+            measures[name] = (each, each == "accuracy" and (labelled or "logit" in name))
+        return cls(measures[first][0], measures, wanted)
+
+    def judge(self, found: Sequence[dict[str, Tensor]]) -> Judged:
+        """The rises of all outputs together, and the worst promised loss of one; `found` may end early."""
+        each = [
+            judged(kind, [batch[name] for batch in self.wanted[: len(found)]], [batch[name] for batch in found], logits)
+            for name, (kind, logits) in self.measures.items()
+        ]
+        return Judged(sum(one.rise for one in each), max(one.promised for one in each))
+
+
+_KINDS: dict[Label, Kind] = {
+    "classes": "accuracy", "tokens": "accuracy", "positions": "accuracy", "vectors": "cosine", "scores": "error",
+    "values": "error", "numbers": "error",
+}  # fmt: skip
 
 
 def judged(kind: Kind, wanted: Sequence[Tensor], found: Sequence[Tensor], logits: bool) -> Judged:
@@ -77,6 +129,8 @@ def judged(kind: Kind, wanted: Sequence[Tensor], found: Sequence[Tensor], logits
         rise = divergence(a.flatten(0, -2), b.flatten(0, -2))
     else:
         rise = float((a - b).pow(2).sum() / a.pow(2).sum().clamp_min(1e-30))
+    if kind == "error":
+        return Judged(rise, rise**0.5)
     if kind == "perplexity":
         return Judged(rise, float(np.expm1(min(rise, 50.0))))
     return Judged(rise, float((a.argmax(-1) != b.argmax(-1)).double().mean()))
@@ -95,8 +149,8 @@ def divergence(wanted: Tensor, found: Tensor) -> float:
 class Curve:
     """The promised loss of a sum of costs: lines between measured points, through nothing at no cost.
 
-    power   the lines are straight over cost^power. A share of changed classes grows as the size of an error, which is
-            the root of its cost: as many predictions lie within a distance of the boundary as it is long
+    power   the lines are straight over cost^power. A relative error is the root of its cost, and a share of changed
+            classes grows with it: as many predictions lie within a distance of the boundary as it is long
     """
 
     points: tuple[tuple[float, float], ...]
@@ -105,7 +159,7 @@ class Curve:
     @classmethod
     def of(cls, kind: Kind, points: Iterable[tuple[float, float]]) -> Curve:
         """For losses of this kind."""
-        return cls(tuple(points), 0.5 if kind == "accuracy" else 1.0)
+        return cls(tuple(points), 0.5 if kind in ("accuracy", "error") else 1.0)
 
     def loss(self, cost: float) -> float:
         at, losses = self._lines()

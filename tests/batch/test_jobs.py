@@ -146,7 +146,7 @@ def test_two_batches_do_not_write_into_one_directory(folder):
 
 def test_an_interrupted_worker_ends_by_130(folder):
     engine, ends = LocalEngine(), []
-    words = ["run", "good.pt", "--recipe", "r.yaml", "--arch", "tests.pico:Tied", "-o", "x"]
+    words = ["run", "good.pt", "--recipe", "r.yaml", "--arch", "tests.pico:Tied", "--format", "safetensors", "-o", "x"]
     thread = threading.Thread(target=lambda: ends.append(engine.run(words, Path("log"), 0)))
     thread.start()
     while not Path("x.partial").exists() and thread.is_alive():
@@ -159,7 +159,7 @@ def test_an_interrupted_worker_ends_by_130(folder):
 
 def test_a_worker_that_is_killed_has_crashed(folder, started):
     engine, ends = LocalEngine(), []
-    words = ["run", "good.pt", "--recipe", "r.yaml", "--arch", "tests.pico:Tied", "-o", "x"]
+    words = ["run", "good.pt", "--recipe", "r.yaml", "--arch", "tests.pico:Tied", "--format", "safetensors", "-o", "x"]
     thread = threading.Thread(target=lambda: ends.append(engine.run(words, Path("log"), 0)))
     thread.start()
     while not started():

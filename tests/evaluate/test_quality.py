@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 from compressor.core.errors import DataError, VerificationError
-from compressor.data.arrays import Arrays
-from compressor.evaluate.embedding import evaluate_embedding
 from compressor.evaluate.language import evaluate_language
-from compressor.evaluate.modules import evaluate_module
-from compressor.evaluate.proof import compare_logits
-from compressor.evaluate.session import ModuleSession
-from tests.onnx.graphs import save_classifier
+from compressor.evaluate.proof import compare_all, compare_logits
 
 N_WINDOWS, LENGTH, VOCABULARY = 3, 131, 17  # positions cross two boundaries of 64
 
@@ -108,44 +103,26 @@ def test_proof_refuses_other_shapes_and_what_is_not_finite(case):
     with pytest.raises(VerificationError, match="have shape"):
         compare_logits(artifact[:, 1:], original)
     artifact[0, 0, 0] = np.nan
-    with pytest.raises(VerificationError, match="1 of the artifact's are NaN"):
+    with pytest.raises(VerificationError, match="1 of the artifact's values are NaN"):
         compare_logits(artifact, original)
 
 
-def test_sentence_embeddings_leave_padding_out():
-    generator = np.random.default_rng(4)
-    hidden, original = generator.standard_normal((2, 3, 5, 4))
-    lengths = [5, 2, 3]
-    mask = np.array([[int(i < length) for i in range(5)] for length in lengths])
-
-    class Encoder:
-        def hidden(self, batch):
-            return hidden
-
-    found = evaluate_embedding(Encoder(), [original], [{"input_ids": np.zeros((3, 5)), "attention_mask": mask}])
-    cosines = []
-    for row, length in enumerate(lengths):
-        a, b = hidden[row, :length].mean(0), original[row, :length].mean(0)
-        cosines.append(float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)))
-    assert found.cosine == pytest.approx(sum(cosines) / 3)
-    assert found.least_cosine == pytest.approx(min(cosines))
-    with pytest.raises(DataError, match="another number of batches"):
-        evaluate_embedding(Encoder(), [original, original], [{"input_ids": mask}])
+def test_the_proof_sees_a_single_value_that_is_off_and_names_the_worst_output():
+    logit = np.array([[2.0], [3.0]])
+    found = compare_all({"logits": logit * 1.28, "box": logit}, {"logits": logit, "box": logit}, {})
+    assert found["max_relative_error"] == pytest.approx(0.28)
+    assert found["output"] == "logits" and found["outputs"]["box"]["max_relative_error"] == 0
+    assert "top1_agreement" not in found["outputs"]["logits"]  # a single entry is always the largest
 
 
-def test_classes_are_compared_with_the_original_and_with_labels(tmp_path):
-    directory, weight = save_classifier(tmp_path)
-    pixels = np.random.default_rng(8).standard_normal((10, 4)).astype(np.float32)
-    right = pixels @ weight
-    originals = right.copy()
-    originals[0, (right[0].argmax() + 1) % 3] = right.max() + 1  # the original thinks otherwise of one
-    labels = right.argmax(1)
-    labels[1:3] = (labels[1:3] + 1) % 3
-    data = Arrays("test", {"anything": pixels}, labels)
-    found = evaluate_module(ModuleSession(directory), [originals[:4], originals[4:8], originals[8:]], data, batch=4)
-    assert found.top1_agreement == pytest.approx(0.9)
-    assert found.accuracy == pytest.approx(0.8)
-    assert found.original_accuracy == pytest.approx(0.7)
-    difference = np.abs(right - originals)
-    assert found.max_relative_error == pytest.approx(difference.max() / np.abs(originals).max(), rel=1e-5)
-    assert found.mean_relative_error == pytest.approx(difference.mean() / np.abs(originals).max(), rel=1e-4)
+def test_the_proof_needs_every_output_of_the_network():
+    one, two = {"a": np.ones(3)}, {"a": np.ones(3), "b": np.ones(3)}
+    with pytest.raises(VerificationError, match="the artifact has a; the original has a, b"):
+        compare_all(one, two, {})
+
+
+def test_masked_logits_are_minus_infinity_in_both():
+    logits = np.array([[1.0, -np.inf, 3.0]])
+    assert compare_logits(logits, logits).max_relative_error == 0
+    with pytest.raises(VerificationError, match="1 of the artifact's values are NaN"):
+        compare_logits(logits, np.array([[1.0, 2.0, 3.0]]))

@@ -54,8 +54,9 @@ def test_encoders_stream_with_their_masks(tmp_path, config):
         expected = model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
     batch = {"input_ids": ids, "attention_mask": mask}
     first, second = original_outputs(open_checkpoint(tmp_path), [batch, batch])
-    np.testing.assert_allclose(first, expected, atol=1e-5)
-    np.testing.assert_array_equal(first, second)
+    assert list(first) == ["last_hidden_state", "pooler_output"]
+    np.testing.assert_allclose(first["last_hidden_state"], expected, atol=1e-5)
+    np.testing.assert_array_equal(first["last_hidden_state"], second["last_hidden_state"])
 
 
 def test_half_precision_weights_are_computed_with_in_float32(tmp_path):

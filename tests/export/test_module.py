@@ -57,7 +57,7 @@ def test_an_encoder_runs_at_any_batch_and_length(tmp_path, encoder, mode):
     encoded = compressed(module, tmp_path, ENCODERS[encoder])
     example = encoder_example(BERT | {"model_type": "bert"})
     session = opened(traced_and_written(module, example, encoded, tmp_path, mode, exact=True))
-    assert [entry.name for entry in session.get_outputs()] == ["last_hidden_state"]
+    assert [entry.name for entry in session.get_outputs()] == ["last_hidden_state", "pooler_output"]
     assert [entry.shape for entry in session.get_inputs()] == 3 * [["batch", "sequence"]]
     for batch, length in SIZES:
         inputs = tokens(batch, length, token_type_ids=1)

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import compressor
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError, GateFailed, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
+from compressor.evaluate import original
 from compressor.evaluate.session import open_session
 from compressor.report.tables import run_tables
 from compressor.run.pipeline import run
@@ -130,12 +132,23 @@ def test_any_module_becomes_an_artifact(folder, kind):
     assert np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("output", ["small", Path("small")])
+def test_python_takes_a_network_in_memory_and_gives_one_back(folder, output):
+    known = of_network("Tied", folder)
+    module = pico.Tied().eval()
+    artifact = compressor.compress(module, "network.yaml", output, data=known["data"], format="safetensors")
+    assert artifact.directory == Path("small")
+    again = compressor.load("small", arch=known["arch"]).state_dict()
+    assert again.keys() == module.state_dict().keys()
+
+
 def test_an_encoder_becomes_an_artifact(bert):
     Path("evaluation.txt").write_text(pico.text(2, n_words=250))
     artifact = run(options(bert, recipe="network.yaml", sets=("calibration.tokens=256", "calibration.window=32")))
     report = check_report(artifact)
     assert report["source"]["family"] == "encoder"
-    assert report["quality"]["cosine"] > 0.9
+    logits = report["quality"]["outputs"]["logits"]
+    assert logits["kind"] == "tokens" and 0.5 < logits["agreement"] == report["quality"]["top1_agreement"] < 1
 
 
 @pytest.mark.parametrize("mode", ["standard", "compat"])
@@ -272,7 +285,7 @@ def test_a_loss_is_a_gate_in_the_measure_of_the_networks_kind(folder, bert):
     model = taught(pico.llama(folder / "taught"), pico.text(2))
     with pytest.raises(GateFailed, match="perplexity ratio is .*, the gate is 1.001"):
         run(options(model, sets=("gates.max_loss=0.1%", "gates.max_size=10MB")))
-    with pytest.raises(GateFailed, match=r"cosine is \S+, the gate is 0.99999"):
+    with pytest.raises(GateFailed, match=r"top-1 agreement is \S+, the gate is 0.99999"):
         Path("evaluation.txt").write_text(pico.text(2, n_words=250))
         sets = ("calibration.tokens=256", "calibration.window=32", "gates.max_loss=0.001%")
         run(options(bert, "bert-out", recipe="network.yaml", sets=sets))
@@ -287,6 +300,17 @@ def test_what_stands_in_the_place_of_a_failed_artifact_is_kept(llama):
 def test_a_gate_that_was_not_measured_has_failed(llama):
     with pytest.raises(GateFailed, match="top-1 agreement was not measured, the gate is 0.5"):
         run(options(llama, sets=("gates.min_agreement=0.5", "evaluation.tokens=0")))
+
+
+def test_a_benchmark_that_fails_ends_no_run(llama, monkeypatch):
+    def failing(directory, **_):
+        raise CheckpointError(f"{directory}/model.onnx: could not be measured; it ran away")
+
+    monkeypatch.setattr(original, "bench", failing)
+    artifact = run(options(llama, sets=("evaluation.speed=true", "evaluation.tokens=0")))
+    assert artifact.report["speed"] == {"failure": "model.onnx: could not be measured; it ran away"}
+    page = (artifact.directory / "report.html").read_text()
+    assert "speed could not be measured: model.onnx: could not be measured; it ran away" in page
 
 
 def test_nan_in_the_weights_is_refused(folder):

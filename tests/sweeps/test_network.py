@@ -271,6 +271,35 @@ def test_groups_of_layers_that_are_called_twice_turn_out_to_be_one_block(checkpo
     assert visited == network.blocks == [""]
 
 
+class Parallel(nn.Module):
+    """Alike layers that are called in order, but each on the same hidden state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(9, 9) for _ in range(3))
+
+    def forward(self, x):
+        return [head(x) for head in self.heads]
+
+
+class Interrupted(Parallel):
+    """Something is computed between the layers."""
+
+    def forward(self, x):
+        for head in self.heads:
+            x = head(x).relu_()
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Parallel, Interrupted])
+def test_alike_layers_that_are_no_chain_are_one_block(tmp_path, kind):
+    pico.write_state_dict(kind, tmp_path / "weights.pt")
+    network = Network(open_checkpoint(tmp_path / "weights.pt", arch=f"{__name__}:{kind.__name__}"), fast=False)
+    assert network.blocks == ["heads.0", "heads.1", "heads.2"]
+    assert [name for name, _, _ in network.sweep([{"": torch.randn(4, 9)}])] == network.blocks == [""]
+
+
 @torch.no_grad()
 def test_blocks_that_are_called_with_other_masks_stream_as_well(tmp_path):
     config = transformers.Gemma3TextConfig(

@@ -257,7 +257,10 @@ def test_a_plan_that_is_weighed_a_little_too_heavy_gives_way_to_the_next_smaller
     checkpoint, recipe = open_checkpoint(options.model), load_recipe(options.recipe)
     ladder = Ladder.of(make_plan(checkpoint, recipe), recipe, "onnx", "default")
     costs = Costs(
-        "fisher", {name: tuple(1 / each.nbytes for each in options) for name, options in ladder.options.items()}, None
+        "fisher",
+        {name: tuple(1 / each.nbytes for each in options) for name, options in ladder.options.items()},
+        Curve(()),
+        "perplexity",
     )
     menu = Menu.of(ladder, costs, ladder.reach()[1])
     middle = ladder.plan_of(ladder.numbered(menu.land(ladder, sum(ladder.reach()) // 2))).bytes_after
