@@ -113,7 +113,7 @@ class Rows:
         for at, given in enumerate(node.inputs):
             if given is None or at in needed:
                 inputs.append(None if given is None else self._kind(given, top=False))
-            elif _looks_up(node) and at == 0:
+            elif looks_up(node) and at == 0:
                 inputs.append(("table", self.sizes[given].dtype, self.sizes[given].shape[1:]))
             else:
                 inputs.append("shape" if at == 1 and node.op_type in _BY_SHAPE else given)
@@ -137,7 +137,7 @@ class Rows:
         inputs = list(nodes[0].inputs)
         for at in self._needed(nodes[0]) or []:
             inputs[at] = self._joined([_input(node, at) for node in nodes])
-        if _looks_up(nodes[0]):
+        if looks_up(nodes[0]):
             inputs[:2] = self._one_table(nodes, inputs[1])
         return self._again(nodes[0], inputs, sum(self.sizes[value].shape[0] for value in values))
 
@@ -266,7 +266,7 @@ class Rows:
         return self.b.view(value, stored, (stored.offset or 0) + start * row, some.nbytes, some.shape)
 
 
-def _looks_up(node: ir.Node) -> bool:
+def looks_up(node: ir.Node) -> bool:
     """Whether rows of a table are found by number."""
     return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
 

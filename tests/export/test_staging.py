@@ -103,9 +103,17 @@ def test_a_decoder_whose_table_is_its_head_computes_the_same_to_the_bit(tmp_path
 @pytest.mark.parametrize("name", ["float32", "float16", "affine2g64", "affine4g32", "affine8g64"])
 def test_a_graph_without_look_ups_gets_no_gates(tmp_path, name):
     model = layers_of(tmp_path, test_lowering.ENCODINGS[name])
-    before = operators(model)
-    staged(model, "default")
-    assert operators(model) == before
+    folding = as_without(model, tmp_path, {"x": X[:, :, : test_lowering.ENCODINGS[name].shape[1]]})
+    assert len(folding.made) == 1
+    assert not {"If", "Mod"} & set(operators(model))
+
+
+def test_what_is_made_alike_is_made_by_the_same_nodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "STAGES", 2)
+    model = layers_of(tmp_path, test_lowering.ENCODINGS["codebook10x4"], n=24)
+    before = model.graph.num_nodes()
+    as_without(model, tmp_path, {"x": X[:, :, :160]})
+    assert model.graph.num_nodes() < before / 2
 
 
 def test_what_is_small_gets_no_gates(tmp_path, monkeypatch):
