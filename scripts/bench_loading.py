@@ -2,10 +2,12 @@
 """How much CPU time onnxruntime takes to load an artifact, and with how much memory: SmolLM2 in the recipes' encodings.
 
     scripts/fetch_material smollm2
-    scripts/bench_loading.py [--recipes llm-2bit llm-3bit] [--label "as written"] [--threads 1]
+    scripts/bench_loading.py [--recipes llm-2bit llm-3bit] [--threads 1]
 
 Codes and codewords are random: loading does not depend on them, and nothing needs to be compressed. Each artifact is
-opened in a process of its own, three times; the median counts.
+loaded as it is written, folded in stages; folded at once; and unfolded by `compress install`. Each is opened in a
+process of its own, five times; medians count. Memory is what opening adds to the resident memory of the process, at
+most and after. The three must give the same logits to the bit.
 """
 
 from __future__ import annotations
@@ -16,23 +18,30 @@ import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from material import model_dir
 from measured import markdown, read_results, write_results
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
+from compressor.core.artifact import INSTALLED, REPORT
 from compressor.core.encoding import Layout, restore
 from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.evaluate.bench import bench
+from compressor.evaluate.installation import install
+from compressor.evaluate.session import GRAPH, DecoderSession
+from compressor.export import staging
 from compressor.export.writing import export_graph
 from compressor.plan.plan import PlannedTensor
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 
 RECIPES = ("llm-2bit", "llm-3bit", "llm-4bit")
-REPEATS = 3
+REPEATS = 5
+AT_ONCE, STAGED, UNFOLDED = "folded at once", "as written, folded in stages", "unfolded by `compress install`"
 
 
 def random_tensor(tensor: PlannedTensor, generator: torch.Generator) -> EncodedTensor:
@@ -48,50 +57,78 @@ def random_tensor(tensor: PlannedTensor, generator: torch.Generator) -> EncodedT
 
 
 def write_artifact(checkpoint: Checkpoint, recipe: str, directory: Path) -> None:
-    """Weights, graph and configuration of a recipe's artifact."""
+    """Weights, graph and configuration of a recipe's artifact; in `directory`/at_once with a graph without stages."""
     plan = make_plan(checkpoint, load_recipe(recipe, []))
     generator = torch.Generator().manual_seed(0)
     tensors = {tensor.name: random_tensor(tensor, generator) for tensor in plan.tensors}
     write_tensors(directory / "model.safetensors", tensors, checkpoint.tied)
-    (directory / "config.json").write_text(json.dumps(checkpoint.config))
-    export_graph(checkpoint, EncodedTensors([directory / "model.safetensors"]), directory, "default", False, [])
+    at_once = directory / "at_once"
+    at_once.mkdir()
+    (at_once / "model.safetensors").hardlink_to(directory / "model.safetensors")
+    for folder in (directory, at_once):
+        (folder / "config.json").write_text(json.dumps(checkpoint.config))
+        stored = EncodedTensors([folder / "model.safetensors"])
+        with mock.patch.object(staging, "WORTH_IT", staging.WORTH_IT if folder == directory else 1 << 62):
+            export_graph(checkpoint, stored, folder, "default", False, [])
+    (directory / REPORT).write_text("{}")
+    install(directory)
 
 
-def measure(directory: Path, threads: int) -> dict[str, Any]:
-    """Medians of time and memory; bytes of the graph and the weights."""
-    runs = [bench(directory, threads, new=4, prefill=16, repeats=1) for _ in range(REPEATS)]
+def measure(graph: Path, threads: int) -> dict[str, Any]:
+    """Medians of time and memory; bytes of the graph and of what lies beside it."""
+    runs = [bench(graph, threads, new=4, prefill=16, repeats=1) for _ in range(REPEATS)]
+    data = INSTALLED[-1] if graph.name in INSTALLED else "model.safetensors"
     return {
         "load_cpu_seconds": statistics.median(run["load_cpu_seconds"] for run in runs),
-        "peak": statistics.median(run["memory"]["peak_private"] for run in runs),
-        "loaded": statistics.median(run["memory"]["loaded"]["private"] for run in runs),
-        "graph_bytes": (directory / "model.onnx").stat().st_size,
-        "weight_bytes": (directory / "model.safetensors").stat().st_size,
+        "peak": statistics.median(run["memory"]["loading"]["peak"] for run in runs),
+        "loaded": statistics.median(run["memory"]["loading"]["after"] for run in runs),
+        "graph_bytes": graph.stat().st_size,
+        "weight_bytes": (graph.parent / data).stat().st_size,
     }
 
 
+def logits(graph: Path) -> np.ndarray:
+    """Of some tokens."""
+    return DecoderSession(graph, threads=1, apart=True).logits(np.arange(7)[None] * 911)
+
+
+def measure_recipe(checkpoint: Checkpoint, recipe: str, threads: int) -> dict[str, Any]:
+    """Each way of loading a recipe's artifact.
+
+    Raises:
+        AssertionError: They do not compute the same.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        write_artifact(checkpoint, recipe, directory)
+        graphs = {AT_ONCE: directory / "at_once" / GRAPH, STAGED: directory / GRAPH, UNFOLDED: directory / INSTALLED[1]}
+        expected = logits(graphs[AT_ONCE])
+        for graph in graphs.values():
+            np.testing.assert_array_equal(logits(graph), expected)
+        return {label: measure(graph, threads) for label, graph in graphs.items()}
+
+
 def loading_table(results: dict[str, Any]) -> str:
-    """A row per recipe and way of writing it."""
+    """A row per recipe and way of loading it."""
     rows = [
-        [f"{recipe}, {label}", f"{found['load_cpu_seconds']:.1f} s", f"{found['peak'] / 1e9:.2f} GB",
-         f"{found['loaded'] / 1e9:.2f} GB", f"{found['graph_bytes'] / 1e6:.2f} MB"]
+        [f"{recipe}, {label}", f"{found['load_cpu_seconds']:.2f} s", f"{found['peak'] / 1e6:.0f} MB",
+         f"{found['loaded'] / 1e6:.0f} MB", f"{found['graph_bytes'] / 1e6:.2f} MB",
+         f"{found['weight_bytes'] / 1e6:.1f} MB"]
         for recipe, labels in results.items()
         for label, found in labels.items()
     ]  # fmt: skip
-    return markdown(["SmolLM2-135M", "load, CPU", "peak", "after", "graph"], rows)
+    return markdown(["SmolLM2-135M", "load, CPU", "peak", "after", "graph", "weights"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
-    parser.add_argument("--label", default="as written")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(model_dir("smollm2"))
     results = read_results("loading")
     for recipe in arguments.recipes:
-        with tempfile.TemporaryDirectory() as scratch:
-            write_artifact(checkpoint, recipe, Path(scratch))
-            results.setdefault(recipe, {})[arguments.label] = measure(Path(scratch), arguments.threads)
+        results[recipe] = measure_recipe(checkpoint, recipe, arguments.threads)
         print(loading_table({recipe: results[recipe]}), flush=True)
     write_results("loading", results)
     import make_tables

@@ -4,8 +4,8 @@
     git worktree add ../before main
     scripts/compare_trees.py ../before .
 
-Everything has to be equal but what compression.json says of cost, speed and whose run it was. Speed is not measured,
-where the tree's recipes have `evaluation.speed` to leave it out.
+Everything has to be equal but what compression.json says of cost, speed and whose run it was, and the hash over that.
+Speed is not measured, where the tree's recipes have `evaluation.speed` to leave it out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "training": ("resnet.pt", "-r", "cnn-once", *LABELLED, "--set", "hesso.epochs=2", "--set", "hesso.batch=16",
                  "--set", "hesso.periods=4"),
 }  # fmt: skip
-OF_THE_RUN = ("cost", "speed", "original_speed", "identity", "versions", "compressor")
+OF_THE_RUN = ("cost", "speed", "original_speed", "identity", "versions", "compressor", "seal")
 
 
 def make_sources(folder: Path) -> None:
@@ -63,16 +64,17 @@ def make_sources(folder: Path) -> None:
         np.savez(folder / f"labelled{'' if n == 32 else '-evaluation'}.npz", x=x, labels=labels)
 
 
-def compress(tree: Path, sources: Path, output: Path, run: str) -> None:
-    """One recipe by the code of one tree."""
+def compress(tree: Path, sources: Path, output: Path, run: str, more: Mapping[str, str] | None = None) -> None:
+    """One recipe by the code of one tree, with `more` variables in its environment."""
     recipe = json.loads(called(tree, sources, "recipes", RUNS[run][2], "--json"))
     unmeasured = ("--set", "evaluation.speed=false") if "speed" in recipe["evaluation"] else ()
-    called(tree, sources, *RUNS[run], *unmeasured, "-o", str(output / run))
+    called(tree, sources, *RUNS[run], *unmeasured, "-o", str(output / run), more=more)
 
 
-def called(tree: Path, folder: Path, *arguments: str) -> str:
+def called(tree: Path, folder: Path, *arguments: str, more: Mapping[str, str] | None = None) -> str:
     """What the command of one tree prints."""
-    environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    path = f"{tree}{os.pathsep}{ROOT}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(more or {})}
     command = [sys.executable, "-P", "-m", "compressor", *arguments]
     found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if found.returncode:

@@ -26,11 +26,11 @@ from compressor.core.contract import Statistics
 from compressor.core.errors import RecipeError
 from compressor.core.spec import TernarySpec
 from compressor.core.tensors import EncodedTensors
-from compressor.export.check import optimised_graph
 from compressor.passes.registry import load_pass
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe import Embeddings
 from compressor.plan.recipe_file import load_recipe
+from compressor.runtime.sessions import optimised_graph
 from tests import pico
 
 TEXT = """

@@ -61,6 +61,21 @@ def test_links_lead_somewhere(page):
     assert not lost
 
 
+def test_each_word_of_the_glossary_is_defined_where_it_says():
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = [row.split(" | ") for row in page.splitlines() if row.startswith("| ")]
+    words = [row for row in rows if row[0] not in ("| word", "| :--")]
+    assert len(words) > 50
+    for word, _, where in words:
+        places = re.findall(r"(?:`(\w+)` in )?`(compressor/[\w/.]+)`", where)
+        assert places, f"{word} has no place"
+        for name, file in places:
+            defined = rf"^(?:class|def) {name}\b|^{name}\b.* = "
+            assert re.search(defined, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (
+                f"{word}: {name}, {file}"
+            )
+
+
 FOLLOWED = ("CONTRIBUTING.md", "docs/encodings.md")
 BLOCK = re.compile(r"^( *)```(?:python|diff)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 PLACE = re.compile(r"# (?P<path>\S+\.py)(?:, (?P<how>in|before) (?P<name>\w+))?\n")

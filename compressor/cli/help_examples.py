@@ -29,6 +29,7 @@ EXAMPLES = {
     "inspect": ["compress inspect model.pt", "compress inspect smollm2-llm-2bit --json"],
     "eval": ["compress eval smollm2-llm-2bit", "compress eval smollm2-llm-2bit --data moby-dick.txt"],
     "bench": ["compress bench smollm2-llm-2bit --threads 1"],
+    "install": ["compress install smollm2-llm-2bit", "compress install smollm2-llm-2bit --remove"],
     "verify": ["compress verify smollm2-llm-2bit", "compress verify smollm2-llm-2bit --quick --json"],
     "diff": ["compress diff smollm2-llm-2bit smollm2-llm-4bit"],
     "report": ["compress report smollm2-llm-2bit", "compress report smollm2-llm-2bit smollm2-llm-4bit -o page.html"],

@@ -19,6 +19,9 @@ PAGE = "report.html"
 WEIGHTS = "model.safetensors"
 NOT_NEEDED = (REPORT, PAGE)
 """Files of an artifact that say what it is; it runs without them."""
+INSTALLED_RECORD, INSTALLED_GRAPH = "model.installed.json", "model.installed.onnx"
+INSTALLED = (INSTALLED_RECORD, INSTALLED_GRAPH, "model.installed.data")
+"""Files that `compress install` makes of an artifact for one machine, the one that says so first; not of it."""
 SEAL = "seal"
 """Key of compression.json with the SHA-256 of the page, and of all else that compression.json says."""
 _WRITTEN = (
@@ -30,14 +33,14 @@ _WRITTEN = (
 
 @dataclass(frozen=True)
 class Artifact:
-    """`report` is the content of compression.json."""
+    """A `directory` that compress wrote; `report` is the content of its compression.json."""
 
     directory: Path
     report: dict[str, Any]
 
     @classmethod
     def open(cls, directory: Path | str) -> Artifact:
-        """The artifact in a directory.
+        """The artifact in a `directory`.
 
         Raises:
             CheckpointError: It holds none, or a damaged one.
@@ -57,7 +60,8 @@ class Artifact:
 
 
 def damaged_files(artifact: Artifact) -> list[str]:
-    """The files whose SHA-256 is not the one that compression.json holds, or that are gone, each with what is wrong."""
+    """The files of an `artifact` whose SHA-256 is not that in compression.json, or that are gone; each with what is
+    wrong."""
     recorded = artifact.report.get("sha256")
     if not isinstance(recorded, dict) or not recorded:
         return [f"{REPORT} holds no hashes"]
@@ -126,13 +130,18 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_installed(directory: Path) -> bool:
+    """Whether anything lies there that `compress install` makes."""
+    return any((directory / name).exists() for name in INSTALLED)
+
+
 def is_artifact(directory: Path) -> bool:
     """Whether compress wrote this directory."""
     return (directory / REPORT).is_file()
 
 
 def failed_directory(directory: Path) -> Path:
-    """Where an artifact that misses a gate is kept."""
+    """Where an artifact that was to become `directory` and misses a gate is kept."""
     return beside(directory, ".failed")
 
 

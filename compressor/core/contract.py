@@ -27,7 +27,8 @@ class Statistics:
     hessian       (in, in): the second moment of the layer's inputs, the mean over tokens of t·xxᵀ, t the importance of
                   a token, or 1
     gradient      (out, in): Σ|g| or √Σg² over sequences, by a pruning pass's `gradient_norm`
-    n_sequences   that were seen, of `window` tokens (or positions) each
+    n_sequences   that were seen
+    window        tokens (or positions) of each
     sparsity      the share to drop of this very matrix, where shares are allocated; None: the pass's own
     kept          (out, in) bool: where it is False a pass before has dropped the weight, which is 0 and stays so;
                   None: nothing was dropped
@@ -41,16 +42,16 @@ class Statistics:
     kept: Tensor | None = None
 
     def moment(self, columns: int) -> Tensor:
-        """The hessian (in, in); where it is not known every input counts alike."""
+        """The hessian (columns, columns); where it is not known every input counts alike."""
         return torch.eye(columns) if self.hessian is None else self.hessian
 
     def after(self, kept: Tensor) -> Statistics:
-        """Of the same matrix once weights were dropped."""
+        """Of the same matrix once weights were dropped: where `kept` (out, in) is False."""
         return replace(self, kept=kept)
 
 
 class Pruned(NamedTuple):
-    """A matrix (out, in) that is 0 where weights were dropped, and where they were not: bool (out, in)."""
+    """A `matrix` (out, in) that is 0 where weights were dropped, and where they were `kept`: bool (out, in)."""
 
     matrix: Tensor
     kept: Tensor
@@ -69,10 +70,10 @@ class Learnable(nn.Module, ABC):
 
     @abstractmethod
     def parameter_groups(self, rates: Rates) -> list[dict]:
-        """For an optimiser."""
+        """For an optimiser: parameters with their learning rates, which `rates` has."""
 
     def penalty(self, step: int, steps: int) -> Tensor | float:
-        """What is asked for beside the loss, at a step."""
+        """What is added to the loss at a `step` of so many `steps`: one number."""
         return 0.0
 
     def move(self) -> None:
@@ -94,15 +95,21 @@ class WeightPass(WeightSettings):
 
     @abstractmethod
     def encode(self, matrix: Tensor, known: Statistics, generator: torch.Generator) -> Encoding:
-        """The encoding of a matrix (out, in), as `spec_for` describes it."""
+        """The encoding of a matrix, as `spec_for` describes it.
+
+        Args:
+            matrix: The weights (out, in), float32.
+            known: What is known of them: the inputs' second moment if `needs` has "data", what a pass before dropped.
+            generator: Of all that is random.
+        """
 
     def learnable(self, matrix: Tensor, known: Statistics) -> Learnable | None:
-        """The matrix at its start, where steps on the block's output choose more than scales and codewords, which
-        any encoding leaves to learn; None where they do not."""
+        """The matrix (out, in) at its start, where steps on the block's output choose more than scales and codewords,
+        which any encoding leaves to learn; None where they do not. `known` is as for `encode`."""
         return None
 
     def optimiser(self, groups: list[dict]) -> torch.optim.Optimizer:
-        """Of the steps on a block's output."""
+        """Of the steps on a block's output, over `groups` of parameters with their rates."""
         return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 
 
@@ -111,7 +118,7 @@ class TrainedPass(WeightPass):
 
     @abstractmethod
     def fit(self, subject: Subject) -> Outcome:
-        """The trained network."""
+        """The network of `subject`, trained."""
 
 
 class PruningPass(PruningSettings):
@@ -119,14 +126,26 @@ class PruningPass(PruningSettings):
 
     @abstractmethod
     def prune(self, matrix: Tensor, known: Statistics) -> Pruned:
-        """The matrix (out, in) with weights dropped, and which stay."""
+        """The matrix (out, in) with weights dropped, and which stay; by what is `known` of it, as its gradient."""
 
     def outliers(self, matrix: Tensor, gradient: Tensor) -> float:
-        """What `allocate` is told of a matrix, given its gradients (out, in); of a pass that allocates."""
+        """What `allocate` is told of a matrix (out, in) and its gradient (out, in).
+
+        Raises:
+            PassError: The pass allocates, and does not say.
+        """
         raise PassError(f"{self.name} allocates, and does not say by what of a matrix; write its outliers()")
 
     def allocate(self, outliers: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-        """The `sparsity` of each matrix for its Statistics; of a pass that allocates."""
+        """The `sparsity` of each matrix for its Statistics.
+
+        Args:
+            outliers: By the name of a matrix, what `outliers` says of it.
+            shapes: (rows, columns) of each.
+
+        Raises:
+            PassError: The pass allocates, and does not say how.
+        """
         raise PassError(f"{self.name} allocates, and does not say how; write its allocate()")
 
 
@@ -135,4 +154,4 @@ class StructurePass(StructureSettings):
 
     @abstractmethod
     def restructure(self, subject: Subject) -> Outcome:
-        """The smaller network."""
+        """The network of `subject`, made smaller, and what the report says of that."""

@@ -41,16 +41,18 @@ class Layout:
     transposed: bool = False
 
     def matrix(self, tensor: Tensor) -> Tensor:
+        """The matrix (rows, columns) of a `tensor` of this `shape`."""
         flat = tensor.reshape(tensor.shape[0], -1)
         return flat.T if self.transposed else flat
 
     def tensor(self, matrix: Tensor) -> Tensor:
+        """The tensor that a `matrix` (rows, columns) restores."""
         return (matrix.T if self.transposed else matrix).reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class Encoding(ABC):
-    """The base: `shape` is (rows, columns)."""
+    """The base: `shape` is (rows, columns); `kind` is its name in files."""
 
     kind: ClassVar[str]
     shape: tuple[int, int]
@@ -70,14 +72,16 @@ class Encoding(ABC):
     @classmethod
     @abstractmethod
     def rebuild(cls, shape: tuple[int, int], settings: dict[str, Any], parts: dict[str, Tensor]) -> Encoding:
-        """The inverse of `parts()` and `settings()`."""
+        """The inverse of `parts()` and `settings()`, for a matrix of this `shape`."""
 
     @property
     def nbytes(self) -> int:
+        """Of all parts together."""
         return sum(part.numel() * part.element_size() for part in self.parts().values())
 
     @property
     def bits_per_weight(self) -> float:
+        """All bytes over all weights, scales and tables counted."""
         return 8 * self.nbytes / math.prod(self.shape)
 
 
@@ -114,7 +118,11 @@ class Scales:
 
     @classmethod
     def of(cls, scales: Tensor, bits: int = 16) -> Scales:
-        """Rounds float scales (rows, n_groups) to what is stored. Negative scales need 16 bits."""
+        """Rounds float `scales` (rows, n_groups) to what is stored, in 8 or 16 `bits` each.
+
+        Raises:
+            ValueError: A scale of 8 bits is negative.
+        """
         if bits == 16:
             return cls(scales.half())
         if bool((scales < 0).any()):
@@ -124,15 +132,18 @@ class Scales:
         return cls((255 * share).round().clamp(0, 255).to(torch.uint8), row)
 
     def decode(self) -> Tensor:
+        """The scales, float32 (rows, n_groups)."""
         if self.row is None:
             return self.values.float()
         return self.values.float() * (self.row.float() / 255)
 
     def parts(self) -> dict[str, Tensor]:
+        """The stored arrays by name."""
         return {"scales": self.values} if self.row is None else {"scales": self.values, "row_scales": self.row}
 
     @classmethod
     def rebuild(cls, parts: dict[str, Tensor]) -> Scales:
+        """The inverse of `parts()`."""
         return cls(parts["scales"], parts.get("row_scales"))
 
 
@@ -153,7 +164,10 @@ def _planes(parts: dict[str, Tensor], bits: int) -> list[Tensor]:
 class Scaled(Encoding):
     """A code for every weight, and a scale for each group of columns: ŵ = s·level(q).
 
-    codes (rows, n_groups·group) int, where padding columns may hold any; scales (rows, n_groups), or one row for all.
+    group    columns that share a scale
+    codes    (rows, n_groups·group) int, where padding columns may hold any
+    scales   (rows, n_groups), or one row for all
+
     Gradient steps learn the scales of any such encoding.
     """
 
@@ -163,7 +177,7 @@ class Scaled(Encoding):
 
     @abstractmethod
     def levels(self, rows: slice = slice(None)) -> Tensor:
-        """What the scales multiply: a new float32 tensor (rows, n_groups, group), of some rows."""
+        """What the scales multiply: a new float32 tensor (rows, n_groups, group), of these `rows`."""
 
     def decode(self) -> Tensor:
         matrix = torch.empty(self.shape)
@@ -176,7 +190,7 @@ class Scaled(Encoding):
 
 @dataclass(frozen=True)
 class Affine(Scaled):
-    """A uniform grid per group of columns: ŵ = s·(q − z), q in 0 … 2**bits − 1.
+    """A uniform grid per group of columns: ŵ = s·(q − z), q in 0 … 2**bits − 1 (Jacob et al., arXiv 1712.05877).
 
     Padding columns hold the code nearest zero. `zero` is a float (the same for all groups: 2**(bits−1), or that minus
     a half for levels ±½, ±1½, …) or a tensor (rows, n_groups) of multiples of 1/`zero_steps`: whole numbers, or in
@@ -195,6 +209,7 @@ class Affine(Scaled):
 
     @property
     def code_bits(self) -> int:
+        """Of a code."""
         return self.bits
 
     def zero_codes(self) -> Tensor:
@@ -268,10 +283,12 @@ class Codebook(Encoding):
 
     @property
     def on_int4_grid(self) -> bool:
+        """Whether codewords are whole numbers −8 … 7, as the int4 kernel takes them."""
         return self.table.dtype == torch.int8
 
     @property
     def code_bits(self) -> int:
+        """Of a code."""
         return self.width
 
     def zero_codes(self) -> Tensor:
@@ -315,7 +332,7 @@ class Binary(Scaled):
 
     @classmethod
     def of(cls, signs: Tensor, scale: Tensor) -> Binary:
-        """Signs (rows, columns) bool, and a scale (rows, 1) or (1, 1)."""
+        """Of `signs` (rows, columns) bool, True for +1, and a `scale` (rows, 1) or (1, 1)."""
         rows, columns = signs.shape
         return cls((rows, columns), columns, signs, Scales(scale.half()))
 
@@ -432,12 +449,16 @@ KINDS: dict[str, type[Encoding]] = {encoding.kind: encoding for encoding in ENCO
 
 
 def describe(encoding: Encoding) -> dict[str, Any]:
-    """Plain JSON that, with the parts, restores the encoding."""
+    """Plain JSON that, with the parts, restores the `encoding`."""
     return {"kind": encoding.kind, "shape": list(encoding.shape), **encoding.settings()}
 
 
 def restore(description: dict[str, Any], parts: dict[str, Tensor]) -> Encoding:
-    """The encoding that `describe` and `parts()` came from."""
+    """The encoding that a `description` of `describe` and its `parts()` came from.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
     kind = KINDS.get(description["kind"])
     if kind is None:
         raise ValueError(f"unknown encoding '{description['kind']}'; known: {', '.join(KINDS)}")

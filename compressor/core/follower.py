@@ -25,7 +25,7 @@ class Follower(ABC):
 
     @abstractmethod
     def step(self, number: int, before: Mapping[str, Tensor], rate: float) -> None:
-        """After the optimizer's step, whose learning rate was `rate`."""
+        """After the optimizer's step of this `number`, whose learning rate was `rate`; what was `before` it is told."""
 
     def entry(self) -> dict[str, float]:
         """What the log says at the end of an epoch, beside the loss."""
@@ -46,10 +46,10 @@ class Follower(ABC):
 
 
 class Trainer(Protocol):
-    """Trains the subject's network as a pass's settings say."""
+    """Trains the subject's network as a pass's settings say, in `n_steps` steps."""
 
     n_steps: int
 
     def train(self, follower: Follower | None = None) -> list[dict[str, float]]:
-        """All steps, or those that an interrupted run has left; what each epoch came to."""
+        """All steps, or those that an interrupted run has left, which `follower` follows; what each epoch came to."""
         ...

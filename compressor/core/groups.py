@@ -34,6 +34,7 @@ class Group:
 
     name      of the first producer, without ".weight"
     size      how many units
+    members   the entries of tensors that make a unit, or read it
     reason    why none of them can be removed; empty where they can
     """
 

@@ -95,9 +95,9 @@ def _acquired(directory: Path) -> Callable[[], None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_named(descriptor, directory / LOCK):
                 return lambda: os.close(descriptor)
-        except BlockingIOError as error:
+        except BlockingIOError:
             os.close(descriptor)
-            raise Timeout(str(directory / LOCK)) from error
+            raise Timeout(str(directory / LOCK)) from None  # its number would read as a want of processes
         except OSError:
             os.close(descriptor)
             raise

@@ -8,6 +8,8 @@ other module reads /proc.
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import sys
 from pathlib import Path
 
@@ -63,6 +65,23 @@ def multiplies_bfloat16() -> bool:
     except OSError:
         return False
     return "amx_tile" in text or "avx512_bf16" in text
+
+
+def processor() -> str:
+    """Its kind, name and instructions, for what was made for it; on other systems than Linux the first two alone."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".strip()
+    lines = dict(reversed([_field(line) for line in text.splitlines()]))
+    flags = lines.get("flags") or lines.get("Features") or ""
+    digest = hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:12]
+    return f"{platform.machine()} {lines.get('model name', '')} {digest}".replace("  ", " ")
+
+
+def _field(line: str) -> tuple[str, str]:
+    key, _, value = line.partition(":")
+    return key.strip(), value.strip()
 
 
 def private_memory(pid: int | None = None) -> int | None:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import os
 from collections.abc import Callable, Iterator
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -22,14 +23,29 @@ def _glibc(name: str) -> Callable[..., int]:
         return lambda *_: 0
 
 
-def keep_freed() -> None:
-    """Lets large tensors come from the heap, whose freed pages serve the next one.
+@contextlib.contextmanager
+def freed_is_kept() -> Iterator[None]:
+    """Within it large tensors come from the heap, whose freed pages serve the next one.
 
     glibc maps each anew otherwise, and the system clears its pages: of elementwise work on large tensors that is most
-    of the time. For the whole process.
+    of the time. For the whole process, which is none of ours where somebody calls `compress()`: at the end glibc does
+    again what it does by itself, and what was kept goes back. Of two at a time the first to end is the end of both.
     """
     _glibc("mallopt")(_MMAP_MAX, 0)
     _glibc("mallopt")(_TRIM_THRESHOLD, _KEPT)
+    try:
+        yield
+    finally:
+        _glibc("mallopt")(_MMAP_MAX, _usual("MALLOC_MMAP_MAX_", 65536))
+        _glibc("mallopt")(_TRIM_THRESHOLD, _usual("MALLOC_TRIM_THRESHOLD_", 128 << 10))
+        gc.collect()
+        give_back()
+
+
+def _usual(variable: str, default: int) -> int:
+    """What glibc was told by the environment, or its own value."""
+    stated = os.environ.get(variable, "")
+    return int(stated) if stated.isdecimal() else default
 
 
 @contextlib.contextmanager

@@ -24,8 +24,12 @@ class RunOptions:
     output    the artifact's directory; None: `<model>-<recipe>` in the working directory
     data      calibration data; None: the built-in sample
     eval      evaluation data; None: the built-in sample's other part
+    arch      `module:callable` that returns the network, or a folder with its config; None: the checkpoint tells
+    trust_pickle  let a checkpoint run code when it is read, as pickled modules and exported programs do
+    format    onnx, or safetensors: the packed weights without a graph
     sets      "section.key=value", over the recipe
     mode      how the graph is written: default, standard (DequantizeLinear) or compat (older onnxruntimes)
+    seed      of everything that is random
     target_size   bytes of all files, which an allocation of widths stays below, within 1 %; of a recipe that encodes
                   nothing, what its structure pass has to leave
     target_flops  share of a forward's multiplications that the recipe's structure pass leaves
@@ -34,6 +38,7 @@ class RunOptions:
     resume    go on with the blocks of an interrupted run
     force     replace an artifact that is already there
     trust_recipe  let a recipe that is not shipped lead out of the process, as to a Ray cluster
+    progress  told what goes on; None: the log
     """
 
     model: str

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 METADATA_KEY = "compressor"
 LARGEST_HEADER = 100_000_000
+_PROJECTION = re.compile(r"\b([qkv])_proj\b")
+
+
+def part_name(tensor: str, part: str) -> str:
+    """What a part of a tensor is called in the file."""
+    return tensor if part == "weight" else f"{tensor}.{part}"
+
+
+def spans(sizes: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Where the parts of tensors lie: by (tensor, part), the first of their bytes and the one behind them.
+
+    The same parts of all tensors lie side by side, and those of layers that are made one product follow each other: a
+    graph that joins them takes them for one.
+    """
+    found, position = {}, 0
+    for key in sorted(sizes, key=lambda each: (each[1], _in_turn(each[0]))):
+        found[key] = position, position + sizes[key]
+        position += sizes[key]
+    return found
+
+
+def _in_turn(tensor: str) -> str:
+    """A name to sort by, which has query, key and value in this order."""
+    return _PROJECTION.sub(lambda found: f"q_proj.{'qkv'.index(found[1])}", tensor)
 
 
 def packed_tensors(path: Path) -> dict[str, dict[str, Any]] | None:
@@ -30,8 +56,8 @@ def _is_sound(description: dict[str, Any]) -> bool:
 
 
 def _bytes(header: dict[str, Any], name: str, parts: list[str]) -> int:
-    spans = [header[name if part == "weight" else f"{name}.{part}"]["data_offsets"] for part in parts]
-    return sum(end - begin for begin, end in spans)
+    found = [header[part_name(name, part)]["data_offsets"] for part in parts]
+    return sum(end - begin for begin, end in found)
 
 
 def encoding_label(description: dict[str, Any]) -> str:

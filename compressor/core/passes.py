@@ -31,7 +31,12 @@ STAGES: tuple[Stage, ...] = ("structure", "rewrite", "weight")
 
 @dataclass(frozen=True)
 class Rates:
-    """Adam's learning rates: of codewords in grid steps, of scales relative to their mean, of norms and biases."""
+    """Adam's learning rates.
+
+    codebook   of codewords, in grid steps
+    scale      of scales, relative to their mean
+    dense      of norms and biases
+    """
 
     codebook: float
     scale: float
@@ -52,7 +57,12 @@ class Moves:
 
 @dataclass(frozen=True)
 class BlockLearning:
-    """Gradient steps on the output of each block of the network, after its layers are encoded."""
+    """Gradient steps on the output of each block of the network, after its layers are encoded.
+
+    steps   per block
+    rates   of the optimiser
+    moves   of codes to other codewords
+    """
 
     steps: int
     rates: Rates
@@ -83,7 +93,7 @@ class Pass(BaseModel, ABC):
         return frozenset()
 
     def cost(self, tokens: int) -> float:
-        """Forward passes over the calibration tokens that the pass takes, about; a backward pass counts as two."""
+        """Forward passes over the `tokens` of calibration that the pass takes, about; a backward pass counts as two."""
         return 0.0
 
     @property
@@ -113,7 +123,13 @@ class WeightSettings(Pass):
     stage = "weight"
 
     def spec_for(self, name: str, shape: tuple[int, int], role: Role) -> Spec | None:
-        """How the pass will store the matrix (rows, columns) of a tensor; None where it leaves it alone."""
+        """How the pass will store the matrix of a tensor; None where it leaves it alone.
+
+        Args:
+            name: The tensor's.
+            shape: (rows, columns) of the matrix.
+            role: What the tensor is, as far as its name and shape tell.
+        """
         return None
 
     @property
@@ -146,7 +162,7 @@ class PruningSettings(Pass):
     stage = "weight"
 
     def kept(self, rows: int, columns: int) -> int:
-        """How many weights of such a matrix stay."""
+        """How many weights of a matrix (rows, columns) stay."""
         return rows * columns
 
     @property

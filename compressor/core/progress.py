@@ -35,10 +35,11 @@ class Progress:
 
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Task]:
+        """While a piece of work lasts that `description` names, of `total` equal steps."""
         yield Task()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """A `text` of one line that stays."""
 
 
 class _LineTask(Task):
@@ -59,7 +60,7 @@ class _LineTask(Task):
 
 
 class LineProgress(Progress):
-    """Lines for logs: at most one per task every 15 seconds, and one when it is done."""
+    """Lines for logs, on stderr or another stream: at most one per task every 15 seconds, and one when it is done."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr

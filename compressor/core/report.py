@@ -123,10 +123,14 @@ class Quality(_Section):
 
 
 class Memory(_Section):
-    """Bytes of the process: before the graph is opened, when it is, and the peaks; None where the system tells not."""
+    """Bytes of the process: before the graph is opened, when it is, and the peaks; None where the system tells not.
+
+    `loading` is what opening the graph adds, resident: its peak, and what there is after.
+    """
 
     start: dict[str, Count | None] = {}
     loaded: dict[str, Count | None] = {}
+    loading: dict[str, Count | None] = {}
     peak_resident: Count | None = None
     peak_private: Count | None = None
 

@@ -33,18 +33,18 @@ ZEROS = {"middle": lambda bits: float(2 ** (bits - 1)), "half": lambda bits: 2 *
 
 
 class Spec(BaseModel, ABC):
-    """The base; `rows` are outputs, `columns` inputs."""
+    """The base; `rows` are outputs, `columns` inputs. `kind` is that of the encoding."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[str]
 
     @abstractmethod
     def parts(self, rows: int, columns: int) -> Parts:
-        """The packed arrays that the encoding of such a matrix has."""
+        """The packed arrays that the encoding of a matrix (rows, columns) has."""
 
     @abstractmethod
     def describe(self, rows: int, columns: int) -> dict[str, Any]:
-        """What `core.encoding.describe` says of that encoding."""
+        """What `core.encoding.describe` says of the encoding of a matrix (rows, columns)."""
 
     @property
     @abstractmethod
@@ -62,12 +62,15 @@ class Spec(BaseModel, ABC):
         return False
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """The bytes of all parts."""
+        """The bytes of all parts for a matrix (rows, columns)."""
         return sum(ITEM_SIZE[dtype] * math.prod(shape) for dtype, shape in self.parts(rows, columns).values())
 
 
 def code_parts(name: str, rows: int, n_codes: int, bits: int) -> Parts:
-    """Codes of `bits` bits, packed row by row, in planes where the width is no power of two."""
+    """Codes (rows, n_codes) of `bits` bits, packed row by row, in planes where the width is no power of two.
+
+    `name` is the part's, of planes followed by their number.
+    """
     widths = plane_widths(bits)
     names = [name] if len(widths) == 1 else [f"{name}.{i}" for i in range(len(widths))]
     packed = [(rows, packed_columns(n_codes, width)) for width in widths]
@@ -75,14 +78,17 @@ def code_parts(name: str, rows: int, n_codes: int, bits: int) -> Parts:
 
 
 def scale_parts(rows: int, groups: int, bits: int) -> Parts:
-    """Of `core.encoding.Scales`: one of 16 bits a group, or a byte a group beside 16 bits a row."""
+    """Of `core.encoding.Scales` (rows, groups): of 16 `bits` each, or of 8 beside 16 a row."""
     if bits == 16:
         return {"scales": ("F16", (rows, groups))}
     return {"scales": ("U8", (rows, groups)), "row_scales": ("F16", (rows, 1))}
 
 
 def group_columns(group: Group, columns: int, dim: int = 1) -> int:
-    """Columns of a group in a matrix: "row", or more than the matrix has, is one group, padded to whole codewords."""
+    """Columns of a `group` in a matrix of so many `columns`; "row", or more than it has, is one group.
+
+    That is padded to whole codewords of `dim` columns.
+    """
     whole = n_groups(columns, dim) * dim
     return whole if group == "row" else min(group, whole)
 
@@ -111,8 +117,11 @@ class DenseSpec(Spec):
 class AffineSpec(Spec):
     """A uniform grid per group.
 
-    zero   the zero point: in the middle (2**(bits−1)), a half below it, or of each group its own: learned, a whole
-           number, or fine, of 8 bits
+    bits        of a code
+    group       columns that share a scale, or "row"
+    zero        the zero point: in the middle (2**(bits−1)), a half below it, or of each group its own: learned, a whole
+                number, or fine, of 8 bits
+    scale_bits  of a group's scale; of 8, a row has one of 16 beside
     """
 
     kind = "affine"
@@ -153,7 +162,13 @@ class AffineSpec(Spec):
 
 
 class CodebookSpec(Spec):
-    """Learned codewords: a code of `width` bits for `dim` neighbouring weights; rows share `codebooks` tables."""
+    """Learned codewords: a code of `width` bits for `dim` neighbouring weights; rows share `codebooks` tables.
+
+    group       columns that share a scale, or "row"
+    scale_bits  of a group's scale; of 8, a row has one of 16 beside
+    grid        of codewords: int4, whole numbers −8 … 7; free, any in float16
+    reorder     whether rows are stored in the order of their tables
+    """
 
     kind = "codebook"
     width: Annotated[int, Field(ge=1, le=16)] = 8
@@ -165,7 +180,7 @@ class CodebookSpec(Spec):
     reorder: bool = False
 
     def n_codebooks(self, rows: int) -> int:
-        """Never more tables than rows."""
+        """Tables of a matrix with so many `rows`: never more than these."""
         return min(self.codebooks, rows)
 
     def parts(self, rows: int, columns: int) -> Parts:
@@ -207,7 +222,7 @@ class CodebookSpec(Spec):
 
 
 class BinarySpec(Spec):
-    """One bit per weight, a scale per row or one for all."""
+    """One bit per weight; `scale` is one per row, or one for all (tensor)."""
 
     kind = "binary"
     scale: Literal["row", "tensor"] = "row"

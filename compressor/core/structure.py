@@ -27,33 +27,34 @@ class Surgeon(Protocol):
     """Finds and removes units of a network; `compressor.structure.stage` has it from the graph."""
 
     def groups(self, module: nn.Module) -> list[Group]:
-        """The dependency groups."""
+        """The dependency groups of `module`."""
         ...
 
     def branches(self, module: nn.Module) -> Branches:
-        """The whole branches that can be erased."""
+        """The whole branches of `module` that can be erased."""
         ...
 
     def mask(self, module: nn.Module, group: Group, units: Tensor) -> None:
-        """Makes units zero, in place."""
+        """Makes `units` (LongTensor) of a `group` of `module` zero, in place."""
         ...
 
     def parameters(self, module: nn.Module, removal: Removal) -> int:
-        """How many parameters the network without these units has."""
+        """How many parameters `module` has without the units of `removal`."""
         ...
 
     def multiplications(self, module: nn.Module, removal: Removal) -> int:
-        """How many multiplications by matrices one example takes in the network without these units."""
+        """How many multiplications by matrices one example takes in `module` without the units of `removal`."""
         ...
 
     def compensate(
         self, smaller: nn.Module, original: nn.Module, removal: Removal, batches: list[Batch]
     ) -> list[str]:  # fmt: skip
-        """Adds to biases what removed units add on average in the original; names of biases that are new."""
+        """Adds to biases of the `smaller` network what the units of `removal` add on average in the `original`, on
+        `batches`; names of biases that are new."""
         ...
 
     def remove(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """The network without these units, checked to compute what it does with them masked."""
+        """`module` without the units of `removal`, checked to compute what it does with them masked."""
         ...
 
 
@@ -70,6 +71,7 @@ class Layer:
     """A linear or a convolution that a recipe's step is for.
 
     name     of its weight, whose matrix `layout` tells
+    module   the layer itself
     reason   why it should stay as it is; empty where it need not
     """
 
@@ -86,6 +88,8 @@ class Subject:
     module      float32, in eval mode; the pass owns it
     batches     calibration data, as arguments of its forward
     labels      (n,) per batch, or (n, tokens); None where there are none, and the network's own classes serve
+    surgeon     finds, masks and removes units
+    generator   of all that is random
     selects     whether the recipe's step is for a tensor of that name
     advance     reports progress: a share of the pass's whole work, and a note
     trainer     of the module, or of a network made from it, which the original then teaches
@@ -105,18 +109,18 @@ class Subject:
     students: Callable[[StructureSettings], Students] | None = None
 
     def call(self, batch: Batch) -> Any:
-        """The forward of a batch; {"": tensor} is one argument by position."""
+        """The forward of a `batch`; {"": tensor} is one argument by position."""
         return call(self.module, batch)
 
     def amount(self, removal: Removal, of: str) -> int:
-        """How much goes with these units: "parameters", "flops" or "units"."""
+        """How much goes with the units of `removal`; counted `of` "parameters", "flops" or "units"."""
         if of == "units":
             return sum(len(units) for units in removal.values())
         count = self.surgeon.multiplications if of == "flops" else self.surgeon.parameters
         return count(self.module, {}) - count(self.module, removal)
 
     def whole(self, of: str) -> int:
-        """The parameters or multiplications that `amount` counts from."""
+        """All that `amount` counts `of`: "parameters" or "flops"."""
         return (self.surgeon.multiplications if of == "flops" else self.surgeon.parameters)(self.module, {})
 
     def erasable(self) -> Branches:
@@ -138,7 +142,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The smaller network, and what the report says of how it came about."""
+    """The smaller network, `module`, and what the `report` says of how it came about."""
 
     module: nn.Module
     report: dict[str, Any] = field(default_factory=dict)

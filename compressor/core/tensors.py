@@ -18,8 +18,8 @@ from torch import Tensor
 from compressor.core.encoding import Dense, Encoding, Layout, describe, parts_under, restore
 from compressor.core.errors import CheckpointError
 from compressor.core.files import whole
+from compressor.core.packed import METADATA_KEY, part_name, spans
 
-METADATA_KEY = "compressor"
 _DTYPES = {
     torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int32: "I32", torch.int64: "I64",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.bool: "BOOL",
@@ -29,7 +29,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """One tensor of the network: an encoding of its matrix, and the layout that makes it the tensor again."""
+    """One tensor of the network: an `encoding` of its matrix, and the `layout` that makes it the tensor again."""
 
     encoding: Encoding
     layout: Layout
@@ -49,15 +49,11 @@ class EncodedTensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a part lie: the name of a file, and of its bytes the first and how many."""
+    """Where the bytes of a part lie: in a `file` of that name, `nbytes` from `offset` on."""
 
     file: str
     offset: int
     nbytes: int
-
-
-def part_name(tensor: str, part: str) -> str:
-    return tensor if part == "weight" else f"{tensor}.{part}"
 
 
 def _description(tensor: EncodedTensor) -> dict:
@@ -66,7 +62,15 @@ def _description(tensor: EncodedTensor) -> dict:
 
 
 class EncodedTensors(Mapping[str, EncodedTensor]):
-    """A read-only mapping over one or more safetensors files written by `write_tensors`."""
+    """A read-only mapping, name to tensor, over one or more safetensors files written by `write_tensors`.
+
+    Args:
+        paths: The files. Of two that have a tensor, the later one counts; it is read when it is asked for.
+        tied: Names that stand for another tensor's, beside those that the files name.
+
+    Raises:
+        CheckpointError: A file is damaged, or not written so.
+    """
 
     def __init__(self, paths: Iterable[Path | str], tied: Mapping[str, str] | None = None) -> None:
         self._files, self._descriptions = {}, {}
@@ -104,7 +108,7 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         return len(self._descriptions)
 
     def describe(self, name: str) -> dict:
-        """Kind, shape, settings and parts of a tensor, without reading it.
+        """Kind, shape, settings and parts of the tensor `name`, without reading it.
 
         `name.inner` and `name.extra` are the halves of one whose kind is refined.
         """
@@ -112,7 +116,7 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         return self._descriptions.get(name) or self._half(name) or self._descriptions[name]
 
     def place(self, tensor: str, part: str) -> Place:
-        """Where a part of a tensor lies in its file; for external data of ONNX."""
+        """Where a `part` of a `tensor` lies in its file; for external data of ONNX."""
         return self._places[part_name(self.tied.get(tensor, tensor), part)]
 
     def _half(self, name: str) -> dict | None:
@@ -129,8 +133,8 @@ def _places(path: Path) -> dict[str, Place]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-    return {name: Place(path.name, 8 + length + begin, end - begin) for name, (begin, end) in spans.items()}
+    found = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: Place(path.name, 8 + length + begin, end - begin) for name, (begin, end) in found.items()}
 
 
 def _open(path: Path):
@@ -143,22 +147,22 @@ def _open(path: Path):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, EncodedTensor], tied: Mapping[str, str] | None = None) -> None:
-    """Writes the parts of `tensors`, one tensor in memory at a time.
+    """Writes the parts of `tensors` to `path`, one tensor in memory at a time.
 
-    The file appears whole or not at all. The same tensors give the same bytes.
+    The file appears whole or not at all. The same tensors give the same bytes. `tied` are names that stand for another
+    tensor's: alias to name.
     """
-    header, descriptions, position = {}, {}, 0
+    header, descriptions, sizes = {}, {}, {}
     for name in tensors:
         tensor = tensors[name]
         parts = tensor.encoding.parts()
         descriptions[name] = {**_description(tensor), "parts": sorted(parts)}
         for part in sorted(parts):
-            size = parts[part].numel() * parts[part].element_size()
-            header[part_name(name, part)] = {
-                "dtype": _DTYPES[parts[part].dtype], "shape": list(parts[part].shape),
-                "data_offsets": [position, position + size],
-            }  # fmt: skip
-            position += size
+            sizes[name, part] = parts[part].numel() * parts[part].element_size()
+            header[part_name(name, part)] = {"dtype": _DTYPES[parts[part].dtype], "shape": list(parts[part].shape)}
+    places = spans(sizes)
+    for (name, part), span in places.items():
+        header[part_name(name, part)]["data_offsets"] = list(span)
     metadata = json.dumps({"tensors": descriptions, "tied": dict(tied or {})}, separators=(",", ":"))
     text = json.dumps({"__metadata__": {METADATA_KEY: metadata}, **header}, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
@@ -167,4 +171,5 @@ def write_tensors(path: Path, tensors: Mapping[str, EncodedTensor], tied: Mappin
         for name in tensors:
             parts = tensors[name].encoding.parts()
             for part in sorted(parts):
+                file.seek(8 + len(text) + places[name, part][0])
                 file.write(parts[part].contiguous().flatten().view(torch.uint8).numpy().tobytes())

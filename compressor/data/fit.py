@@ -9,16 +9,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import as_batch, call
-from compressor.core.errors import CheckpointError, CompressorError, DataError
+from compressor.core.errors import CompressorError, DataError
 from compressor.core.resources import refuse_shortage
 from compressor.data.arrays import LABELS, Arrays
+
+if TYPE_CHECKING:
+    from compressor.checkpoints import Checkpoint
 
 LARGEST = 1_000_000_000
 """Bytes in float32 of a network that is loaded for one example; of larger ones shapes are computed."""
@@ -34,39 +37,41 @@ class _Seen:
     tables: list[tuple[str, int]]
 
 
-def fitted(checkpoint: Any, sources: Iterable[Arrays | None]) -> list[Arrays | None]:
+def fitted(checkpoint: Checkpoint, sources: Iterable[Arrays | None]) -> list[Arrays | None]:
     """The arrays of each source as the network takes them.
 
     Raises:
         DataError: They do not fit: names, types, shapes, numbers or classes.
     """
     sources = list(sources)
-    if not any(sources):
+    if all(each is None for each in sources):
         return sources
     network = _built(checkpoint)
     return [None if source is None else _fitted(checkpoint, network, source) for source in sources]
 
 
-def _built(checkpoint: Any) -> nn.Module:
+def _built(checkpoint: Checkpoint) -> nn.Module:
     large = 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST
     network = checkpoint.build("meta" if large else "cpu")
     return (network.to("meta") if large else network.float()).requires_grad_(False)
 
 
-def _fitted(checkpoint: Any, network: nn.Module, source: Arrays) -> Arrays:
+def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Arrays:
     source = _named(checkpoint, network, _native(source))
     for name, array in source.inputs.items():
         _refuse_not_finite(source.source, name, array)
     refusals: list[str] = []
     for candidate in (source, *_cast(source)):
+        seen = _Seen([])
         try:
-            output, seen = _example(network, candidate)
+            output = _example(network, candidate, seen)
         except CompressorError:
             raise
         except Exception as error:  # a stranger's forward: whatever it raises, it does not take this
             refuse_shortage(error)
             if _knows_no_values(network, error):
                 return candidate
+            _refuse_beyond_tables(candidate, seen)
             refusals.append(_reason(error))
             continue
         _refuse_beyond_tables(candidate, seen)
@@ -92,7 +97,7 @@ def _native(source: Arrays) -> Arrays:
     return replace(source, inputs=inputs)
 
 
-def _named(checkpoint: Any, network: nn.Module, source: Arrays) -> Arrays:
+def _named(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Arrays:
     """The arrays that the network's forward asks for; one of labels is an input where it asks for that."""
     needed, known = _arguments(checkpoint, network)
     inputs, labels = dict(source.inputs), source.labels
@@ -117,9 +122,11 @@ def _asks_for(needed: list[str], inputs: Mapping[str, np.ndarray]) -> bool:
     return len(needed) > len(inputs)
 
 
-def _arguments(checkpoint: Any, network: nn.Module) -> tuple[list[str], list[str] | None]:
+def _arguments(checkpoint: Checkpoint, network: nn.Module) -> tuple[list[str], list[str] | None]:
     """(arguments that the forward needs, all that it knows; None where it takes any)."""
-    if checkpoint.kind == "onnx":
+    from compressor.onnx.file import OnnxSource
+
+    if isinstance(checkpoint.source, OnnxSource):
         names = [str(value.name) for value in checkpoint.source.model.graph.inputs]
         made_up = ("attention_mask", "token_type_ids", "position_ids")
         return [name for name in names if name not in made_up and not name.startswith("past_key_values.")], names
@@ -160,12 +167,11 @@ def _cast(source: Arrays) -> list[Arrays]:
     return [replace(source, inputs={name: a.astype(kinds[name], copy=False) for name, a in source.inputs.items()})]
 
 
-def _example(network: nn.Module, source: Arrays) -> tuple[Tensor | None, _Seen]:
-    """The first output for the first example, and the tables that were read."""
+def _example(network: nn.Module, source: Arrays, seen: _Seen) -> Tensor | None:
+    """The first output for the first example; `seen` takes the tables that are read."""
     batch = as_batch({name: array[:1] for name, array in source.inputs.items()})
     device = next((each.device for each in network.parameters()), torch.device("cpu"))
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    seen = _Seen([])
 
     def note(module: nn.Embedding, args: tuple[Any, ...]) -> None:
         for name, tensor in batch.items():
@@ -179,7 +185,7 @@ def _example(network: nn.Module, source: Arrays) -> tuple[Tensor | None, _Seen]:
     finally:
         for hook in hooks:
             hook.remove()
-    return _first(output), seen
+    return _first(output)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -242,27 +248,3 @@ def _described(source: Arrays) -> str:
 def _reason(error: Exception) -> str:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{type(error).__name__}: {first[:200]}"
-
-
-def refuse_foreign_tokens(checkpoint: Any, ids: np.ndarray, where: str) -> None:
-    """Refuses tokens that the network's table has no rows for.
-
-    Raises:
-        CheckpointError: There are some: the tokenizer is another network's.
-    """
-    n_rows = token_rows(checkpoint)
-    largest = int(ids.max()) if ids.size else 0
-    if n_rows is not None and largest >= n_rows:
-        raise CheckpointError(
-            f"{checkpoint.path}: its tokenizer gives token {largest} for {where}, and its table has {n_rows} rows; "
-            "put the tokenizer beside it that it was trained with"
-        )
-
-
-def token_rows(checkpoint: Any) -> int | None:
-    """Rows of the network's input table; None where there is none by a known name."""
-    names = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
-    found = [
-        info.shape[0] for name, info in checkpoint.tensors.items() if name.endswith(names) and len(info.shape) == 2
-    ]
-    return min(found) if found else None

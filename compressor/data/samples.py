@@ -1,8 +1,12 @@
-"""What a run learns from and is judged by: two sources that share nothing. No torch; `data.batches` has batches."""
+"""What a run learns from and is judged by: two sources that share nothing. `data.batches` has batches of them.
+
+Without torch where they are texts; arrays are tried on the network.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,10 +48,10 @@ def _digest(source: Text | Arrays | None) -> str | None:
 
 
 def load_samples(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Samples:
-    """The data of a run, checked to be disjoint.
+    """The data of a run, checked to be disjoint and, where they are arrays, to fit the network.
 
     Raises:
-        DataError: A network that is no language model has no built-in data; or the two overlap.
+        DataError: A network that is no language model has no built-in data; or the two overlap, or do not fit.
     """
     reads_text = checkpoint.family in ("decoder", "encoder")
     if options.data is None and not reads_text:
@@ -56,18 +60,26 @@ def load_samples(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) ->
                 f"{checkpoint.path}: recipe '{recipe.name}' calibrates, and only language models have built-in data; "
                 "give --data with a few hundred inputs (.npz, .safetensors or module:callable)"
             )
-        return Samples(None, None if options.eval is None else _arrays(data.load(options.eval), checkpoint))
-    calibration = data.load(options.data, "calibration")
-    if options.eval is not None or (options.data is None and reads_text):
-        evaluation = data.load(options.eval, "evaluation")
-    else:
+        (evaluation,) = _fitting(checkpoint, [None if options.eval is None else data.load(options.eval)])
+        return Samples(None, evaluation)
+    splits = options.eval is None and options.data is not None
+    loaded = [data.load(options.data, "calibration"), None if splits else data.load(options.eval, "evaluation")]
+    calibration, evaluation = _fitting(checkpoint, loaded)
+    assert calibration is not None
+    if evaluation is None:
         calibration, evaluation = calibration.split()
-    if not reads_text:
-        calibration, evaluation = _arrays(calibration, checkpoint), _arrays(evaluation, checkpoint)
     return Samples(calibration, evaluation, check_disjoint(calibration, evaluation))
 
 
-def _arrays(source: Text | Arrays, checkpoint: Checkpoint) -> Arrays:
-    if isinstance(source, Text):
-        raise DataError(f"{source.source}: is text, but {checkpoint.architecture} reads arrays; give .npz or such")
-    return source
+def _fitting(checkpoint: Checkpoint, sources: Sequence[Text | Arrays | None]) -> list[Text | Arrays | None]:
+    """The sources, arrays among them as the network takes them."""
+    for source in sources:
+        if isinstance(source, Text) and checkpoint.family not in ("decoder", "encoder"):
+            raise DataError(f"{source.source}: is text, but {checkpoint.architecture} reads arrays; give .npz or such")
+    arrays = [each if isinstance(each, Arrays) else None for each in sources]
+    if all(each is None for each in arrays):
+        return list(sources)
+    from compressor.data.fit import fitted
+
+    fitting = fitted(checkpoint, arrays)
+    return [each if isinstance(each, Text) else found for each, found in zip(sources, fitting, strict=True)]

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.core.artifact import NOT_NEEDED, Artifact, is_artifact
+from compressor.core.artifact import INSTALLED, NOT_NEEDED, Artifact, is_artifact
 from compressor.core.errors import CheckpointError
 from compressor.core.machine import private_memory
+from compressor.evaluate.installation import graph_to_run
 from compressor.evaluate.session import graph_path
 from compressor.runtime.processes import clean_environment, python
 
@@ -43,12 +44,13 @@ def bench(
 
     Returns:
         `kind`, `threads`, `load_seconds`, `load_cpu_seconds`, `memory` (bytes: start, loaded, peak_private,
-        peak_resident), and for decoders the two speeds, for other graphs `latency_seconds` per run of one input.
+        peak_resident; `loading`: what opening the graph adds, resident: its `peak`, and what is there `after`), and for
+        decoders the two speeds, for other graphs `latency_seconds` per run of one input.
 
     Raises:
         CheckpointError: The artifact cannot be opened or run.
     """
-    graph = graph_path(Path(directory))
+    graph = graph_to_run(Path(directory))
     shapes = dict(shapes or _shapes_before(graph.parent))
     settings = {
         "shapes": {name: list(shape) for name, shape in shapes.items()},
@@ -85,6 +87,8 @@ def _shapes_before(directory: Path) -> dict[str, Any]:
 def size(directory: str | Path) -> dict[str, Any]:
     """Bytes of every file that running the artifact needs: {"bytes": in all, "files": {name: bytes}}, largest first.
 
+    Without what `compress install` has made of them.
+
     Raises:
         CheckpointError: There is no graph in the directory.
     """
@@ -92,7 +96,7 @@ def size(directory: str | Path) -> dict[str, Any]:
     files = {
         str(file.relative_to(directory)): file.stat().st_size
         for file in sorted(directory.rglob("*"))
-        if file.is_file() and file.name not in NOT_NEEDED
+        if file.is_file() and file.name not in (*NOT_NEEDED, *INSTALLED)
     }
     ordered = dict(sorted(files.items(), key=lambda item: (-item[1], item[0])))
     return {"bytes": sum(ordered.values()), "files": ordered}

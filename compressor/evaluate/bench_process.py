@@ -27,8 +27,12 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     start = memory_of()
     began, worked = time.perf_counter(), time.process_time()
     session = open_session(settings["path"], settings["threads"])
-    loading, work = time.perf_counter() - began, time.process_time() - worked
-    loaded = memory_of()
+    seconds_taken, work = time.perf_counter() - began, time.process_time() - worked
+    loaded, taken = memory_of(), start["resident"]
+    loading = {
+        name: None if n is None or taken is None else max(0, n - taken)
+        for name, n in (("peak", loaded["peak_resident"]), ("after", loaded["resident"]))
+    }
     if isinstance(session, DecoderSession):
         kind, speed = "decoder", decoder_speed(session, settings)
     else:
@@ -41,9 +45,9 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": kind,
         "threads": settings["threads"] or os.cpu_count(),
-        "load_seconds": loading,
+        "load_seconds": seconds_taken,
         "load_cpu_seconds": work,
-        "memory": {"start": start, "loaded": loaded, "peak_resident": memory_of()["peak_resident"]},
+        "memory": {"start": start, "loaded": loaded, "loading": loading, "peak_resident": memory_of()["peak_resident"]},
         **speed,
     }
 

@@ -25,6 +25,7 @@ def generate_text(
     """
     from tokenizers import Tokenizer
 
+    from compressor.evaluate.installation import graph_to_run
     from compressor.evaluate.session import DecoderSession
 
     file = directory / "tokenizer.json"
@@ -35,7 +36,7 @@ def generate_text(
     ids = tokenizer.encode(text, add_special_tokens=not chat).ids
     if not ids:
         raise CheckpointError(f"{directory}: the prompt has no tokens; give some text to go on from")
-    session = DecoderSession(directory)
+    session = DecoderSession(graph_to_run(directory))
     if not session.past and family_of(session.config) != "decoder":
         raise CheckpointError(f"{directory}: is no language model's; found {session.config.get('architectures')}")
     longest = positions_of(session.config)
@@ -61,7 +62,7 @@ def _turn(directory: Path, prompt: str) -> str:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         asked = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     except (OSError, ValueError, TemplateError) as error:

@@ -122,9 +122,13 @@ def judge(
 
 
 def evaluate(directory: Path | str, given: Given | None = None) -> dict[str, Any]:
-    """Measures an artifact's quality again, beside the original's where that is still where it was.
+    """Measures an artifact's quality again, beside the original's: the figures of its report's "quality".
 
     Nothing is run that only the artifact names; which files were read for it is logged.
+
+    Args:
+        directory: The artifact's.
+        given: The original, its architecture and data, where they are not what and where they were.
 
     Raises:
         CheckpointError: It is no artifact, its original is gone, or is built by code that is not `given`.

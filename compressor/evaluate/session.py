@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from compressor.core.artifact import INSTALLED_GRAPH
 from compressor.core.errors import CheckpointError
 from compressor.runtime.sessions import Settings, filled, in_pieces, open_inference
 
@@ -203,7 +204,7 @@ def sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
 def _open(path: Path, threads: int | None, exact: bool, apart: bool) -> Any:
     entries = {"session.qdq_matmulnbits_accuracy_level": "1"} if exact else {}
     try:
-        return open_inference(path, Settings(threads, entries), apart)
+        return open_inference(path, Settings(threads, entries, as_it_is=path.name == INSTALLED_GRAPH), apart)
     except Exception as error:  # onnxruntime's own errors share no narrower class
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it; {first}") from error

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoints.opening import model_digests
-from compressor.core.artifact import REPORT, SEAL, WEIGHTS, Artifact, damaged_files, foreign_files
+from compressor.core.artifact import (
+    INSTALLED,
+    REPORT,
+    SEAL,
+    WEIGHTS,
+    Artifact,
+    damaged_files,
+    foreign_files,
+    is_installed,
+)  # fmt: skip
 from compressor.core.errors import CompressorError
 from compressor.core.packed import packed_tensors
 from compressor.evaluate.again import (
@@ -36,18 +45,24 @@ _ROUNDED = 1e-5
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: `passed` is None where it could not be."""
+    """One thing that was looked at, by its `name`, and what was `found`: `passed` is None where it could not be."""
 
     name: str
     passed: bool | None
     found: str
 
     def as_json(self) -> dict[str, Any]:
+        """Its fields."""
         return asdict(self)
 
 
 def verify(directory: Path, measure: bool = True, given: Given | None = None) -> list[Check]:
-    """All checks of an artifact; `measure` says whether it is held against its original.
+    """All checks of the artifact in `directory`.
+
+    Args:
+        directory: The artifact's.
+        measure: Whether its weights and its quality are held against the original.
+        given: The original, its architecture and data, where they are not what and where they were.
 
     Raises:
         CheckpointError: There is no artifact, or its compression.json is damaged.
@@ -57,6 +72,8 @@ def verify(directory: Path, measure: bool = True, given: Given | None = None) ->
         _hashes(artifact), _files(artifact), _figures(artifact), _provenance(artifact), _original(artifact, given),
         _opens(artifact),
     ]  # fmt: skip
+    if is_installed(artifact.directory):
+        checks.append(_installed(artifact))
     if measure and all(check.passed is not False for check in checks):
         against = [_weights(artifact, given), _quality(artifact, given)]
         checks += [*against, _conclusion(against, named_paths(artifact, given))]
@@ -64,7 +81,7 @@ def verify(directory: Path, measure: bool = True, given: Given | None = None) ->
 
 
 def failures(checks: list[Check]) -> str:
-    """What does not hold, as a sentence; empty where all of it does."""
+    """What of the `checks` does not hold, as a sentence; empty where all of it does."""
     return "; ".join(f"{check.name}: {check.found}" for check in checks if check.passed is False)
 
 
@@ -79,7 +96,7 @@ def _files(artifact: Artifact) -> Check:
     others = foreign_files(artifact.directory)
     unknown = [name for name in others if not (artifact.directory / name).is_symlink()]
     links = [name for name in others if name not in unknown]
-    recorded = {*(artifact.report.get("sha256") or {}), REPORT, "report.html"}
+    recorded = {*(artifact.report.get("sha256") or {}), REPORT, "report.html", *INSTALLED}
     present = {path.relative_to(artifact.directory).as_posix() for path in artifact.directory.rglob("*")}
     unknown += sorted(present - recorded - set(others))
     wrong = [f"not of the artifact: {', '.join(unknown)}"] if unknown else []
@@ -141,6 +158,16 @@ def _opens(artifact: Artifact) -> Check:
     except CompressorError as error:
         return Check("opens", False, str(error))
     return Check("opens", True, f"in onnxruntime, as {type(session).__name__.removesuffix('Session').lower()}")
+
+
+def _installed(artifact: Artifact) -> Check:
+    """Of what `compress install` has made: it computes whatever is in it, whatever the artifact's own files say."""
+    from compressor.evaluate.installation import installation_state
+
+    try:
+        return Check("installed", *installation_state(artifact))
+    except CompressorError as error:
+        return Check("installed", False, str(error))
 
 
 def _weights(artifact: Artifact, given: Given) -> Check:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,11 +89,34 @@ class GraphBuilder:
     def external(
         self, name: str, location: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]
     ) -> ir.Value:
-        """An initialiser that is `length` bytes of the file `location`, relative to the model."""
+        """An initialiser that is `length` bytes of the file `location`, relative to the model, or what has its name."""
         if name not in self._external:
+            if name in self.graph.initializers:
+                return self.graph.initializers[name]
             tensor = ir.ExternalTensor(location, offset, length, dtype, shape=ir.Shape(shape), name=name)
             self._external[name] = self.initializer(tensor)
         return self._external[name]
+
+    def stacked(self, values: Sequence[ir.Value]) -> ir.Value:
+        """Values one after another along their first axis: what lies so in one file is an initialiser of its own."""
+        if len(values) == 1:
+            return values[0]
+        stored = [value.const_value for value in values]
+        first = stored[0]
+        if not isinstance(first, ir.ExternalTensor) or not _follow_each_other(stored):
+            return self.op("Concat", *values, axis=0)
+        shapes = [tuple(value.shape.numpy()) for value in stored if value is not None]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        length = sum(value.nbytes for value in stored if value is not None)
+        return self.view(values[0], first, first.offset or 0, length, shape)
+
+    def view(
+        self, like: ir.Value, stored: ir.ExternalTensor, offset: int, length: int, shape: tuple[int, ...]
+    ) -> ir.Value:  # fmt: skip
+        """Bytes of the file that another initialiser lies in, named after it as the parts of tensors are."""
+        stem = str(like.name).partition("@")[0]
+        label = f"{stem}@{offset}:{stored.dtype.name.lower()}{'x'.join(map(str, shape))}"
+        return self.external(label, str(stored.location), offset, length, stored.dtype, shape)
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
@@ -101,3 +124,13 @@ class GraphBuilder:
         )
         self.graph.register_initializer(value)
         return value
+
+
+def _follow_each_other(stored: Sequence[ir.TensorProtocol | None]) -> bool:
+    """Whether tensors lie in one file, each where the one before ends."""
+    at = None
+    for each in stored:
+        if not isinstance(each, ir.ExternalTensor) or at not in (None, (each.location, each.offset)):
+            return False
+        at = each.location, (each.offset or 0) + (each.length or 0)
+    return True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from compressor.runtime.sessions import Settings, open_inference
+from compressor.runtime.sessions import optimised_graph
 
 _KERNELS = ("MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "Conv")
 _WEIGHT = 1  # position of the weights among a kernel's inputs
@@ -25,18 +25,6 @@ def slow_paths(model_path: Path, exact: bool = False) -> list[str]:
         graph = ir.load(optimised_graph(model_path, Path(scratch))).graph
         found = [reason for node in graph for reason in _reasons(node, exact)]
     return found
-
-
-def optimised_graph(model_path: Path, folder: Path) -> Path:
-    """The file, in `folder`, of the graph that onnxruntime really runs."""
-    file = folder / "optimised.onnx"
-    entries = {
-        "session.optimized_model_external_initializers_file_name": "optimised.data",
-        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-        "session.disable_prepacking": "1",
-    }
-    open_inference(model_path, Settings(1, entries, str(file)), apart=True)
-    return file
 
 
 def _reasons(node: ir.Node, exact: bool) -> Iterator[str]:

@@ -21,6 +21,7 @@ from compressor.export.attention import Attention, GroupQueryAttention, Standard
 from compressor.export.builder import GraphBuilder
 from compressor.export.decoder_config import DecoderConfig, decoder_refusal
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, Mode
+from compressor.export.staging import staged
 
 MODEL_FILE = "model.onnx"
 INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
@@ -42,11 +43,13 @@ def export_decoder(
     lowering = Lowering(tensors, GraphBuilder(graph), mode, exact, out_dir)
     _Decoder(DecoderConfig.of(config, context), lowering).build()
     lowering.close()
+    model = ir.Model(graph, ir_version=IR_VERSIONS[mode], producer_name="compressor")
+    staged(model, mode)
     for value in graph.initializers.values():  # their tensors say it, and each byte counts
         value.type = value.shape = None
     if mode == "standard":
         del graph.opset_imports["com.microsoft"]
-    ir.save(ir.Model(graph, ir_version=IR_VERSIONS[mode], producer_name="compressor"), out_dir / MODEL_FILE)
+    ir.save(model, out_dir / MODEL_FILE)
     return out_dir / MODEL_FILE
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from compressor.export.decoding import unpacked, zero_points
+from compressor.export.decoding import unpacked
 from compressor.export.forms import Form, Plane
+from compressor.export.pairs import nibbles_in_pairs, planes_in_pairs
 from compressor.export.parts import Parts, byte_digits, digits
 from compressor.export.units import Unit
-from compressor.ops.widths import packed_columns, plane_widths
+from compressor.ops.widths import FINE_BITS, packed_columns, plane_widths, zero_bits
 
 UINT8 = ir.DataType.UINT8
 
@@ -61,7 +62,15 @@ def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
         return None
     if form.direct and blocks == parts.groups and not form.shifted:
         return parts.by_row("zeros", UINT8, zero_bytes)
-    zeros = b.cast(_whole_zeros(parts), ir.DataType.INT32) if form.shifted else unpacked(parts, "zeros", parts.groups)
+    if blocks == parts.groups and not form.shifted:
+        values = tuple(range(2 ** zero_bits(parts.description["bits"], parts.zero_steps)))
+        return _ored_planes(parts, values, form.bits, "zeros", blocks)
+    if blocks == parts.groups and form.bits == 4 and blocks % 2 == 0:
+        stored = parts.by_row("zeros", ir.DataType.UINT16, zero_bytes)
+        return b.op("Gather", nibbles_in_pairs(b, _whole(parts).astype(np.uint8)), b.cast(stored, ir.DataType.INT32))
+    zeros = unpacked(parts, "zeros", parts.groups)
+    if form.shifted:
+        zeros = b.op("Gather", b.constant(_whole(parts).astype(np.int32)), zeros)
     spread = _per_block(parts, zeros, form)
     return _packed(parts, spread, blocks, form.bits)
 
@@ -69,13 +78,22 @@ def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
 def kernel_shifts(parts: Parts) -> ir.Value:
     """What a group's inputs are multiplied by, beside the product with whole zero points: float32 (rows, groups)."""
     b = parts.builder
-    return b.op("Mul", parts.scales(), b.op("Sub", _whole_zeros(parts), zero_points(parts)))
+    between = b.constant(_whole(parts) - _points(parts))
+    return b.op(
+        "Mul",
+        parts.scales(),
+        b.op("Gather", between, parts.plane_index("zeros", Plane.of_bits(FINE_BITS), parts.groups)),
+    )
 
 
-def _whole_zeros(parts: Parts) -> ir.Value:
-    """The codes nearest to the zero points, float32 (rows, groups)."""
-    b = parts.builder
-    return b.op("Min", b.op("Round", zero_points(parts)), b.constant(float(2 ** parts.description["bits"] - 1)))
+def _points(parts: Parts) -> np.ndarray:
+    """The zero point that each byte of fine ones says, float32 (256,)."""
+    return np.arange(256, dtype=np.float32) * np.float32(1 / parts.zero_steps)
+
+
+def _whole(parts: Parts) -> np.ndarray:
+    """The codes nearest to them, float32 (256,)."""
+    return np.minimum(np.round(_points(parts)), np.float32(2 ** parts.description["bits"] - 1))
 
 
 def _looked_up(parts: Parts, form: Form, flat: bool) -> ir.Value:
@@ -83,7 +101,7 @@ def _looked_up(parts: Parts, form: Form, flat: bool) -> ir.Value:
     if form.values is None:
         return _codewords(parts, flat)
     if all(plane.per * form.bits % 8 == 0 for plane in parts.codes.planes):
-        return _ored_planes(parts, form.values, form.bits)
+        return _ored_planes(parts, form.values, form.bits, "codes", parts.codes.n, flat)
     return _packed_digits(parts, form.values, form.bits)
 
 
@@ -105,18 +123,24 @@ def _packed(parts: Parts, values: ir.Value, n: int, bits: int) -> ir.Value:
     return b.cast(b.op("ReduceSum", grouped, b.integers(2), keepdims=0), UINT8)
 
 
-def _ored_planes(parts: Parts, values: tuple[int, ...], kernel_bits: int) -> ir.Value:
-    """Each plane's bytes looked up; planes hold separate bits of the values, so OR joins them."""
+def _ored_planes(
+    parts: Parts, values: tuple[int, ...], kernel_bits: int, stem: str, n_codes: int, flat: bool = True
+) -> ir.Value:
+    """Each plane's bytes looked up; planes hold separate bits, so OR joins them. (rows, bytes) if `flat`."""
     b, step, joined = parts.builder, 1, None
-    n_codes = parts.codes.n
-    needed = packed_columns(n_codes, kernel_bits)
-    for part, plane in parts.planes():
+    needed, planes, tables = packed_columns(n_codes, kernel_bits), parts.planes(stem), []
+    for _, plane in planes:
         base = values[0] if step > 1 else 0
-        table = byte_table(plane, tuple(values[i * step] - base for i in range(plane.radix)), kernel_bits)
+        tables.append(byte_table(plane, tuple(values[i * step] - base for i in range(plane.radix)), kernel_bits))
+        step *= plane.radix
+    paired = planes_in_pairs(parts, stem, n_codes, tables, needed)
+    if paired is not None:
+        return b.reshape(paired, -1, needed) if flat else paired
+    for (part, plane), table in zip(planes, tables, strict=True):
         rows = b.op("Gather", b.constant(table), parts.plane_index(part, plane, n_codes))
         have = plane.stored(n_codes) * table.shape[1]
         rows = _fitted(parts, b.reshape(rows, -1, have), have, needed)
-        joined, step = rows if joined is None else b.op("BitwiseOr", joined, rows), step * plane.radix
+        joined = rows if joined is None else b.op("BitwiseOr", joined, rows)
     assert joined is not None
     return joined
 
@@ -127,7 +151,7 @@ def _codewords(parts: Parts, flat: bool) -> ir.Value:
     dim, books = description["dim"], len(description["counts"])
     n_codes, width = parts.codes.n, description["width"]
     if dim == 1 and width == 3:
-        planes = _ored_planes(parts, tuple(range(8)), 4)
+        planes = _ored_planes(parts, tuple(range(8)), 4, "codes", n_codes)
         index, table, entry_bytes, entries = b.cast(planes, ir.DataType.INT32), _byte_codewords(parts, 4), 1, 256
         n_index = packed_columns(n_codes, 4)
     elif width < 8 and len(plane_widths(width)) == 1:

@@ -27,7 +27,7 @@ def binary_layers(graph: Path, tensors: EncodedTensors) -> dict[str, Any]:
     names = [name for name in tensors if tensors.describe(name)["kind"] == "binary"]
     if not names:
         return {}
-    runs_as = _consumers(graph, names) if graph.is_file() else {}
+    runs_as = _consumers(graph, tensors, names) if graph.is_file() else {}
     rows_columns = [tensors.describe(name)["shape"] for name in names]
     return {
         "layers": len(names),
@@ -38,13 +38,19 @@ def binary_layers(graph: Path, tensors: EncodedTensors) -> dict[str, Any]:
     }
 
 
-def _consumers(graph: Path, names: list[str]) -> dict[str, str]:
-    codes = {
-        label.partition(".codes@")[0]: value
-        for label, value in ir.load(graph).graph.initializers.items()
-        if ".codes@" in label
-    }
-    return {name: _runs_as(codes[name]) for name in names if name in codes}
+def _consumers(graph: Path, tensors: EncodedTensors, names: list[str]) -> dict[str, str]:
+    """By name what reads the initialiser in which a tensor's codes lie, which may hold other tensors' beside."""
+    values = [(value, value.const_value) for value in ir.load(graph).graph.initializers.values()]
+    external = [(value, stored) for value, stored in values if isinstance(stored, ir.ExternalTensor)]
+    found = {}
+    for name in names:
+        place = tensors.place(name, "codes")
+        for value, stored in external:
+            within = (stored.offset or 0) <= place.offset < (stored.offset or 0) + (stored.length or 0)
+            if str(stored.location) == place.file and within:
+                found[name] = _runs_as(value)
+                break
+    return found
 
 
 def _runs_as(codes: ir.Value) -> str:

@@ -43,6 +43,7 @@ def load(path: str | PathLike[str], arch: str | None = None) -> nn.Module:
     """The network of an artifact's directory with its decoded weights: float32, in eval mode.
 
     Args:
+        path: The directory.
         arch: `module:callable` that returns the module, where no config.json and no known architecture tells. The
             one that the artifact names is not called: it may come from anybody.
 

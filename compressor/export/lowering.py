@@ -85,11 +85,11 @@ class Lowering:
         chosen = form(descriptions[0], self.mode)
         assert chosen is not None
         operands = zip(*(self._kernel_operands(name, chosen) for name in names), strict=True)
-        joined = [None if part[0] is None else b.op("Concat", *part, axis=0) for part in operands]
+        joined = [None if part[0] is None else b.stacked(part) for part in operands]
         rows, columns = sum(description["shape"][0] for description in descriptions), descriptions[0]["shape"][1]
         if not chosen.shifted:
             return self._kernel_product(x, joined, rows, columns, chosen, None)
-        shifts = b.op("Concat", *(kernel_shifts(self._parts(name)) for name in names), axis=0)
+        shifts = b.stacked([kernel_shifts(self._parts(name)) for name in names])
         product = self._kernel_product(x, joined, rows, columns, chosen, None)
         return self._shifted(product, x, shifts, columns, descriptions[0]["group"], None)
 

@@ -19,6 +19,7 @@ from compressor.export.builder import CONTRIBUTED, GraphBuilder
 from compressor.export.int8_operations import int8_operations, observed
 from compressor.export.lowering import Lowering, Mode
 from compressor.export.ranges import Range, output_ranges
+from compressor.export.staging import staged
 from compressor.export.static_int8 import StaticInt8
 from compressor.export.substitution import Substitution
 
@@ -88,5 +89,6 @@ class Rewriting:
             output.name = name
         lowering.close()
         self.finish(model)
+        staged(model, self.mode)
         ir.save(model, path)
         return path

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from compressor.core.machine import multiplies_bfloat16
+from compressor.core.packed import part_name, spans
 from compressor.core.passes import StructureSettings
 from compressor.core.roles import block_of
 from compressor.core.spec import DenseSpec
@@ -59,7 +60,7 @@ def header_bytes(tensors: tuple[PlannedTensor, ...], tied: dict[str, str]) -> in
     """Bytes before the first tensor in the safetensors file that `core.tensors.write_tensors` makes."""
     header: dict[str, Any] = {}
     descriptions: dict[str, Any] = {}
-    position = 0
+    sizes: dict[tuple[str, str], int] = {}
     for tensor in tensors:
         parts = tensor.spec.parts(*tensor.matrix)
         descriptions[tensor.name] = {
@@ -68,10 +69,10 @@ def header_bytes(tensors: tuple[PlannedTensor, ...], tied: dict[str, str]) -> in
         }  # fmt: skip
         for part in sorted(parts):
             dtype, shape = parts[part]
-            size = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
-            name = tensor.name if part == "weight" else f"{tensor.name}.{part}"
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-            position += size
+            sizes[tensor.name, part] = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
+            header[part_name(tensor.name, part)] = {"dtype": dtype, "shape": list(shape)}
+    for (name, part), span in spans(sizes).items():
+        header[part_name(name, part)]["data_offsets"] = list(span)
     metadata = json.dumps({"tensors": descriptions, "tied": tied}, separators=(",", ":"))
     text = json.dumps({"__metadata__": {"compressor": metadata}, **header}, separators=(",", ":")).encode()
     return -(-(len(text) + 8) // _ALIGNMENT) * _ALIGNMENT

@@ -94,6 +94,9 @@ def _tiles(report: dict[str, Any]) -> list[Tile]:
         before = (original.get("memory") or {}).get("peak_private")
         what = f"memory when running; the original {size(before)}" if before else "memory running"
         tiles.append(Tile(size(peak), what))
+    loading = (speed.get("memory") or {}).get("loading") or {}
+    if loading.get("after") and loading.get("peak"):
+        tiles.append(Tile(size(loading["after"]), f"memory when loaded; loading takes {size(loading['peak'])}"))
     if speed.get("measured") is False:
         tiles.append(Tile("not measured", "speed and memory, as the recipe asks"))
     return tiles

@@ -129,6 +129,11 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     peaks = [((report.get(key) or {}).get("memory") or {}).get("peak_private") for key in ("original_speed", "speed")]
     if peaks[1]:
         made.add_row("memory in use, peak", size(peaks[0]) if peaks[0] else "", size(peaks[1]))
+    loads = [((report.get(key) or {}).get("memory") or {}).get("loading") or {} for key in ("original_speed", "speed")]
+    for label, key in (("memory that loading takes", "peak"), ("memory when loaded", "after")):
+        before, after = (found.get(key) for found in loads)
+        if after:
+            made.add_row(label, size(before) if before else "", size(after))
     stages = report.get("cost") or {}
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (

@@ -19,7 +19,7 @@ from compressor.core.artifact import Artifact, beside
 from compressor.core.errors import ChangedError, GateFailed, UsageError
 from compressor.core.identity import Identity
 from compressor.core.log import LOGGER, LoggedProgress
-from compressor.core.memory import keep_freed, quick_collections
+from compressor.core.memory import freed_is_kept, quick_collections
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
 from compressor.core.report import Gates, Proof, Quality
@@ -51,8 +51,7 @@ def run(options: RunOptions) -> Artifact:
         CompressorError: Of the kind that `compressor.core.errors` lists. What `prepare` refuses is refused before
             anything is done; GateFailed comes after the artifact is written.
     """
-    keep_freed()
-    with process_group():
+    with freed_is_kept(), process_group():
         if rank():
             return _assist(options)
         progress = options.progress or LoggedProgress()
@@ -139,25 +138,36 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
     return directory, [each for each in why if each]
 
 
-def compress(model: nn.Module | str | Path, recipe: str = "llm-2bit", **options: Any) -> Artifact:
+def compress(
+    model: nn.Module | str | Path, recipe: str = "llm-2bit", output: str | Path | None = None, **options: Any
+) -> Artifact:  # fmt: skip
     """Compresses a network in memory or a checkpoint on disk: `run` with `options` as keywords.
 
-        artifact = compressor.compress(network, "encoder-4bit", data="inputs.npz", output=Path("small"))
+        artifact = compressor.compress(network, "encoder-4bit", "small", data="inputs.npz")
 
     Args:
         model: A path, or a module: its weights as they are now, whichever device they are on.
-        options: Those of `RunOptions`; `output` is needed for a module that has no name on disk.
+        recipe: The name of a shipped one (`compress recipes` lists them), or a file.
+        output: The artifact's directory, needed for a module; of a path, `<model>-<recipe>` in the working directory.
+        options: The others of `RunOptions`, as `data`, `sets` or `seed`.
+
+    Returns:
+        The artifact, with all that was measured in its `report`.
+
+    Raises:
+        CompressorError: Of the kind that `compressor.core.errors` lists; `run` says when.
     """
+    options |= {"recipe": recipe, "output": None if output is None else Path(output)}
     if not isinstance(model, nn.Module):
-        return run(RunOptions(model=str(model), recipe=recipe, **options))
+        return run(RunOptions(model=str(model), **options))
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         save = getattr(model, "save_pretrained", None)
         if save is not None:
             save(scratch)
-            return run(RunOptions(model=scratch, recipe=recipe, **options))
+            return run(RunOptions(model=scratch, **options))
         path = Path(scratch) / f"{type(model).__name__.lower()}.pt"
         torch.save(model, path)
-        return run(RunOptions(model=str(path), recipe=recipe, trust_pickle=True, **options))
+        return run(RunOptions(model=str(path), trust_pickle=True, **options))
 
 
 def _paths_of_data(options: RunOptions) -> list[Path]:

@@ -47,6 +47,8 @@ class Prepared:
     loaded    the recipe as it is written
     options   without the targets that a pass of the recipe takes over
     recipe    with those, and with windows that the network has positions for
+    checkpoint  the original: its tensors by name, of which none is read yet
+    plan      what will become of each tensor; bytes, memory and seconds
     ladder    the widths to allocate from; None where none are, and where the network first becomes another
     """
 
@@ -67,6 +69,7 @@ class Prepared:
 
     @property
     def reads_text(self) -> bool:
+        """Whether the network's data are text."""
         return self.checkpoint.family in ("decoder", "encoder")
 
     @property
@@ -87,7 +90,7 @@ def first_recipe(asked: RunOptions) -> Recipe:
 
 
 def prepare(asked: RunOptions) -> Prepared:
-    """All that is known before work begins.
+    """All that is known before work begins, of what `asked` asks for: what --dry-run shows is its `plan`.
 
     Raises:
         UsageError, CheckpointError, DataError, ResourceError: The run would be refused.

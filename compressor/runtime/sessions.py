@@ -1,7 +1,8 @@
 """onnxruntime's sessions: in this process, or for large weights in one of their own.
 
-While it folds and packs weights onnxruntime needs several times their bytes; what it frees stays with its allocator.
-In a process of its own that adds nothing to the run's memory, and all of it goes back at the end. Never imports torch.
+While it folds and packs weights onnxruntime needs more than their bytes; what it frees stays with glibc, and is given
+back when a session is open. In a process of its own that adds nothing to the run's memory, and all of it goes back at
+the end. Never imports torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import onnxruntime
 
+from compressor.core.memory import give_back
 from compressor.runtime.processes import clean_environment, python
 
 LARGE = 16_000_000
@@ -28,11 +30,13 @@ class Settings:
     """threads      of onnxruntime; all cores when None
     entries      its session's configuration entries
     optimised    a file for the graph that it really runs
+    as_it_is     it is such a graph: there is nothing to fold or fuse
     """
 
     threads: int | None = None
     entries: Mapping[str, str] = field(default_factory=dict)
     optimised: str | None = None
+    as_it_is: bool = False
 
     def open(self, path: str | bytes) -> onnxruntime.InferenceSession:
         """The session of a file, or of a serialised graph, in this process."""
@@ -42,9 +46,13 @@ class Settings:
             options.intra_op_num_threads = self.threads
         if self.optimised:
             options.optimized_model_filepath = self.optimised
+        if self.as_it_is:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         for key, value in self.entries.items():
             options.add_session_config_entry(key, value)
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        give_back()  # what folding took stays with glibc otherwise, several times the weights
+        return session
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,18 @@ def open_inference(path: Path, settings: Settings, apart: bool) -> onnxruntime.I
     """A session on a graph; with `apart` in a process of its own where graph and weights are large."""
     n_bytes = sum(file.stat().st_size for file in path.parent.glob("model.*"))
     return SessionApart(str(path), settings) if apart and n_bytes >= LARGE else settings.open(str(path))
+
+
+def optimised_graph(model_path: Path, folder: Path, stem: str = "optimised") -> Path:
+    """The file, in `folder`, of the graph that onnxruntime really runs; its constants are in `stem`.data there."""
+    file = folder / f"{stem}.onnx"
+    entries = {
+        "session.optimized_model_external_initializers_file_name": f"{stem}.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.disable_prepacking": "1",
+    }
+    open_inference(model_path, Settings(1, entries, str(file)), apart=True)
+    return file
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -72,6 +72,8 @@ def test_a_decoder_is_measured_in_a_process_of_its_own(tmp_path):
     assert found["kind"] == "decoder"
     assert min(found["load_seconds"], found["decode_tokens_per_second"], found["prefill_tokens_per_second"]) > 0
     assert found["memory"]["peak_private"] >= found["memory"]["loaded"]["private"] > 1 << 20
+    loading = found["memory"]["loading"]
+    assert loading["peak"] >= loading["after"] > 0
 
 
 def test_a_module_is_measured_with_inputs_of_its_own_shapes(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from compressor.checkpoints import open_checkpoint
@@ -33,6 +33,7 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     # The same files every time: what fails is then of the change. scripts/fuzz.py draws new ones.
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 2**32))
+    @example(293)  # torchscript: of two disks
     def read(seed):
         path.write_bytes(damaged(content, random.Random(seed)))
         attempt(READERS[name], path)
@@ -100,14 +101,14 @@ def _behind(content: bytes, at: int, added: bytes) -> bytes:
     return content[:at] + added + content[at:]
 
 
-@pytest.mark.parametrize("kind", ARCHIVES)
 @pytest.mark.parametrize("name", ["pt", "torchscript", "pt2", "npz"])
-def test_an_archive_is_refused_whatever_zipfile_says_of_it(name, kind, tmp_path):
+def test_an_archive_is_refused_whatever_zipfile_says_of_it(name, tmp_path):
     path = READERS[name].write(tmp_path)
     content = path.read_bytes()
     directory = int.from_bytes(content[content.rindex(END) :][16:20], "little")
-    path.write_bytes(ARCHIVES[kind](content, directory))
-    assert attempt(READERS[name], path), f"an archive {kind} was taken"
+    for kind, change in ARCHIVES.items():
+        path.write_bytes(change(content, directory))
+        assert attempt(READERS[name], path), f"an archive {kind} was taken"
 
 
 @pytest.mark.parametrize(

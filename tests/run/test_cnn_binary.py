@@ -15,11 +15,11 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError, UsageError
 from compressor.core.options import RunOptions
 from compressor.evaluate.session import open_session
-from compressor.export.check import optimised_graph
 from compressor.learning import trainer as fitting
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.pipeline import run
+from compressor.runtime.sessions import optimised_graph
 from tests import pico
 from tests.core.interrupting import Interrupting
 

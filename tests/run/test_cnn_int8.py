@@ -16,11 +16,10 @@ from compressor.core.errors import DataError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors
 from compressor.evaluate.session import open_session
-from compressor.export.check import optimised_graph
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.pipeline import run
-from compressor.runtime.sessions import open_inference
+from compressor.runtime.sessions import open_inference, optimised_graph
 from tests import pico
 
 SETS = ("calibration.samples=24", "evaluation.speed=false")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import compressor
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError, GateFailed, UsageError
 from compressor.core.options import RunOptions
@@ -129,6 +130,16 @@ def test_any_module_becomes_an_artifact(folder, kind):
         expected = module(torch.from_numpy(x)).numpy()
     found = session.run({"x": x})[session.outputs[0]]
     assert np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("output", ["small", Path("small")])
+def test_python_takes_a_network_in_memory_and_gives_one_back(folder, output):
+    known = of_network("Tied", folder)
+    module = pico.Tied().eval()
+    artifact = compressor.compress(module, "network.yaml", output, data=known["data"], format="safetensors")
+    assert artifact.directory == Path("small")
+    again = compressor.load("small", arch=known["arch"]).state_dict()
+    assert again.keys() == module.state_dict().keys()
 
 
 def test_an_encoder_becomes_an_artifact(bert):

@@ -21,6 +21,7 @@ import compressor.run.pipeline
 import compressor.run.prepare
 from compressor.core.artifact import Artifact, damaged_files, foreign_files
 from compressor.core.errors import ChangedError, CheckpointError, UsageError
+from compressor.core.failures import USAGE, explain
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
 from compressor.run.pipeline import run
@@ -165,8 +166,9 @@ def test_the_second_run_on_an_output_is_refused_before_it_reads_anything(lab, mo
     assert waiting.wait(60)
     monkeypatch.setattr(compressor.run.prepare, "open_checkpoint", lambda *args, **more: pytest.fail("was opened"))
     for more in ({}, {"force": True}, {"resume": True}):
-        with pytest.raises(UsageError, match="out.partial: another run is writing here"):
+        with pytest.raises(UsageError, match="out.partial: another run is writing here") as refused:
             run(cnn(sets=("affine.bits=8",), **more))
+        assert explain(refused.value) == (USAGE, str(refused.value))
     monkeypatch.setattr(compressor.run.prepare, "open_checkpoint", slow)
     going.set()
     first.join()
