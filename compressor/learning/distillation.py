@@ -11,23 +11,25 @@ from torch.func import functional_call
 
 from compressor.core.memory import give_back
 from compressor.core.passes import Rates
-from compressor.learning.objectives import divergence
+from compressor.learning.head import Head
+from compressor.learning.objectives import Wanted, divergence
 from compressor.learning.student import Student
 from compressor.ops.schedules import rate_share
 
 
 def distill(
-    student: Student, batches: Callable[[int], tuple[dict[str, Tensor], Tensor]], teacher_head: Tensor, head: nn.Linear,
+    student: Student, batches: Callable[[int], tuple[dict[str, Tensor], Tensor]], teacher: Head, head: nn.Linear,
     steps: int, rates: Rates, dtype: torch.dtype, advance: Callable[[str], None],
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """`steps` of Adam on KL(original ‖ student) per token; yields {"step", "kl", "flipped_fraction"} every 10 steps.
 
-    batches(i) gives the forward's arguments and the original's head inputs (tokens, width) of step i.
+    batches(i) gives the forward's arguments and the original's head inputs (tokens, width) of step i; `teacher` is what
+    the original makes of them.
     """
     optimiser = torch.optim.Adam(student.groups(rates), betas=(0.9, 0.95), fused=True)
     initial = [group["lr"] for group in optimiser.param_groups]
-    teacher_table = teacher_head.to(dtype)
-    names = [name for name, parameter in student.module.named_parameters() if parameter is head.weight]
+    teacher = Head(teacher.table.to(dtype), teacher.bias, teacher.logits)
+    names = {id(parameter): name for name, parameter in student.module.named_parameters()}
     running, count = 0.0, 0
     for step in range(steps):
         for group, rate in zip(optimiser.param_groups, initial, strict=True):
@@ -35,16 +37,20 @@ def distill(
         arguments, teacher_rows = batches(step)
         weights = student.weights(dtype)
         hidden = _head_input(student, head, arguments, weights)
-        table = weights.get(names[0], head.weight.to(dtype))
+        table = weights.get(names[id(head.weight)], head.weight.to(dtype))
+        bias = None if head.bias is None else weights.get(names[id(head.bias)], head.bias.to(dtype))
         rows = hidden.detach().flatten(0, -2)
-        found = divergence(rows, table.detach(), teacher_rows.to(dtype), teacher_table, table.requires_grad)
+        own = Head(table.detach(), None if bias is None else bias.detach(), teacher.logits)
+        wanted = Wanted(table.requires_grad, bias is not None and bias.requires_grad)
+        found = divergence(rows, own, teacher_rows.to(dtype), teacher, wanted)
         outputs, gradients = [hidden], [found.to_rows.view_as(hidden).to(hidden.dtype)]
-        if found.to_table is not None:
-            outputs.append(table)
-            gradients.append(found.to_table.to(dtype))
+        for part, gradient in ((table, found.to_table), (bias, found.to_bias)):
+            if part is not None and gradient is not None:
+                outputs.append(part)
+                gradients.append(gradient.to(dtype))
         torch.autograd.backward(outputs, gradients)
         loss = found.loss
-        del weights, hidden, table, rows, found, outputs, gradients  # before the next step makes its own
+        del weights, hidden, table, bias, own, rows, found, outputs, gradients  # before the next step makes its own
         optimiser.step()
         optimiser.zero_grad()
         student.move()

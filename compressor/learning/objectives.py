@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from compressor.learning.head import Head
 
 _POSITIONS = 512
 """Whose logits are there at a time."""
@@ -16,36 +17,48 @@ _SAMPLED = 32
 
 @dataclass(frozen=True)
 class Divergence:
-    """The mean KL over tokens, and its gradients by the head's inputs and, if wanted, by the head's table."""
+    """The mean KL over tokens, and its gradients by the head's inputs and, if wanted, by its table and its bias."""
 
     to_rows: Tensor
     to_table: Tensor | None
+    to_bias: Tensor | None
     loss: float
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Of which parts of the student's head gradients are wanted."""
+
+    table: bool
+    bias: bool
+
+
 @torch.no_grad()
-def divergence(
-    rows: Tensor, table: Tensor, original_rows: Tensor, original_table: Tensor, wants_table: bool
-) -> Divergence:
-    """KL(original ‖ student) of the head's inputs `rows` (tokens, width) and its `table` (vocabulary, width).
+def divergence(rows: Tensor, head: Head, original_rows: Tensor, original: Head, wanted: Wanted) -> Divergence:
+    """KL(original ‖ student) of the heads' inputs (tokens, width).
 
     The gradients of the logits, softmax(student) − softmax(original), are formed a few rows at a time; the loss is of a
     sample of them.
     """
     parts, total, counted = [], 0.0, 0
-    to_table = torch.zeros(table.shape) if wants_table else None
-    for part, original in zip(rows.split(_POSITIONS), original_rows.split(_POSITIONS), strict=True):
-        target = functional.linear(original, original_table).float().softmax(-1)
-        logits = functional.linear(part, table).float()
+    table = head.table
+    to_table = torch.zeros(table.shape) if wanted.table else None
+    to_bias = torch.zeros(len(table)) if wanted.bias else None
+    for part, original_part in zip(rows.split(_POSITIONS), original_rows.split(_POSITIONS), strict=True):
+        target = original(original_part).softmax(-1)
+        logits = head(part)
         log_q = logits[:_SAMPLED].log_softmax(-1)
         sample = target[:_SAMPLED]
         total += float((sample * (sample.clamp_min(1e-20).log() - log_q)).sum())
         counted += len(log_q)
-        difference = (logits.softmax(-1).sub_(target) / len(rows)).to(table.dtype)
+        difference = head.logits.through(logits.softmax(-1).sub_(target) / len(rows), logits)
+        if to_bias is not None:
+            to_bias += difference.sum(0)
+        difference = difference.to(table.dtype)
         parts.append((difference @ table).float())
         if to_table is not None:
             to_table += difference.T @ part
-    return Divergence(torch.cat(parts), to_table, total / counted)
+    return Divergence(torch.cat(parts), to_table, to_bias, total / counted)
 
 
 def weighted_error(output: Tensor, target: Tensor, tokens: Tensor | None, channels: Tensor | None) -> Tensor:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from compressor.core.outputs import named_outputs
+from compressor.graph.blocks import patched
+from compressor.learning.head import Head, Logits
 from compressor.sweeps.network import Network, Stop
 
 _POSITIONS = 512
@@ -39,20 +41,37 @@ def head_input(network: Network, call: Callable[[], Any]) -> Tensor:
 
 
 @torch.no_grad()
+def find_logits(network: Network, call: Callable[[], Any]) -> None:
+    """Sets `network.logits` to what the network makes of its head's outputs in `call`, which runs it."""
+    head = head_of(network.module)
+    assert head is not None
+
+    def ends(values: Tensor) -> Tensor:
+        given = values.repeat(1, -(-head.out_features // len(values)))[None, :, : head.out_features]
+        with patched({head: lambda *args, **kwargs: given}):
+            logits = named_outputs(call()).get("logits")
+        return torch.empty(0) if logits is None else logits.float().flatten()[: len(values)]
+
+    network.logits = Logits.measured(ends)
+
+
+@torch.no_grad()
 def label_gradient(
     network: Network, rows: Tensor, labels: Tensor | None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """∂ Σ −log p(y) / ∂rows: (softmax(xWᵀ + b) − onehot(y))·W for head inputs (tokens, width), a few rows at a time.
+    """∂ Σ −log p(y) / ∂rows for head inputs (tokens, width), a few rows at a time.
 
+    (softmax(xWᵀ + b) − onehot(y))·W, and by the slope of `network.logits` where the head's outputs are not the logits.
     Labels (tokens,) that are negative count nothing; without labels they are drawn from p.
     """
-    head = head_of(network.module)
-    assert head is not None
+    found = head_of(network.module)
+    assert found is not None
     dtype = torch.bfloat16 if network.fast else torch.float32
-    matrix, parts = head.weight.to(dtype), []
+    head = Head(found.weight.to(dtype), found.bias, network.logits or Logits())
+    matrix, parts = head.table, []
     for start in range(0, len(rows), _POSITIONS):
-        probability = functional.linear(rows[start : start + _POSITIONS].to(dtype), matrix).float()
-        probability = (probability if head.bias is None else probability + head.bias).softmax(-1)
+        logits = head(rows[start : start + _POSITIONS].to(dtype))
+        probability = logits.softmax(-1)
         if labels is None:
             label = torch.multinomial(probability, 1, generator=generator)
         else:
@@ -60,7 +79,7 @@ def label_gradient(
             probability.masked_fill_(label < 0, 0.0)
         counted = -(label >= 0).float()
         probability.scatter_add_(1, label.clamp_min(0), counted)
-        parts.append((probability.to(dtype) @ matrix).float())
+        parts.append((head.logits.through(probability, logits).to(dtype) @ matrix).float())
     return torch.cat(parts)
 
 

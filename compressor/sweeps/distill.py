@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch
+from compressor.core.errors import CheckpointError
 from compressor.core.passes import Moves, Rates
 from compressor.core.progress import Progress
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.core.work import Work
 from compressor.graph.blocks import without_cache
 from compressor.learning.distillation import distill
+from compressor.learning.head import Head
 from compressor.learning.student import Student
 from compressor.plan.plan import Plan
 from compressor.plan.recipe import Distill, Recipe
@@ -43,7 +45,17 @@ def learn(
     if not file.exists():
         with progress.task("running the original", len(network.blocks)) as task:
             rows = head_inputs(network, batches, lambda: task.advance())
-        teacher_head = checkpoint.read(_name_of(original_head.weight, network)).float()
+        if network.logits is None:
+            raise CheckpointError(
+                f"{checkpoint.path}: what it makes of its head's outputs is neither a scale nor a cap, and learning "
+                "needs its own logits; write distill: {steps: 0}"
+            )
+        table, bias = (
+            None if part is None else checkpoint.read(_name_of(part, network)).float()
+            for part in (original_head.weight, original_head.bias)
+        )
+        assert table is not None
+        teacher = Head(table, bias, network.logits)
         student = _student(checkpoint, tensors, settings, plan.pruned, network.fast)
         dtype = torch.bfloat16 if network.fast else torch.float32
         head = head_of(student.module)
@@ -51,7 +63,7 @@ def learn(
         rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
         with progress.task("distilling", settings.steps) as task:
             for entry in distill(
-                student, _cycle(batches, rows), teacher_head, head, settings.steps, rates, dtype,
+                student, _cycle(batches, rows), teacher, head, settings.steps, rates, dtype,
                 lambda note: task.advance(note=note),
             ):  # fmt: skip
                 work.log.append(entry)

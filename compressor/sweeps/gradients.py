@@ -26,15 +26,13 @@ from compressor.core.errors import CheckpointError
 from compressor.core.files import whole
 from compressor.core.memory import give_back
 from compressor.graph.blocks import layers, layout_of, weight_of
-from compressor.sweeps.backward import HiddenFiles, back_through, head_input, head_of, label_gradient
+from compressor.sweeps.backward import HiddenFiles, back_through, find_logits, head_input, head_of, label_gradient
 from compressor.sweeps.network import Network, Stop, hidden_of
 
 OUTSIDE = "outside"
 """Block name of what lies in no block."""
 _MASKED_FRACTION = 0.15
 _IGNORED = -100
-_RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""In a config: the logits are not simply the head's output."""
 Sequence = tuple[Batch, Tensor | None]
 """One example as the network takes it, and its labels (1, tokens): −100 where nothing is predicted."""
 
@@ -168,6 +166,8 @@ def _through_tail(
     upstream = []
     states, network.last = network.last, []
     with network.tail() as run:
+        if sequences and sequences[0][1] is not None:
+            find_logits(network, lambda: run(sequences[0][0], states[0]))
         outside.open()
         for i, (batch, labels) in enumerate(sequences):
             state = states[i].detach().requires_grad_(True)
@@ -204,6 +204,8 @@ def _whole(
     """The same with all weights in memory."""
     sums = _Sums(files, files.chosen(network, None))
     with network.loaded(list(network.module.state_dict(keep_vars=True))), torch.enable_grad():
+        if sequences and sequences[0][1] is not None:
+            find_logits(network, lambda: network.call(sequences[0][0]))
         sums.open()
         advance()
         for i, (batch, labels) in enumerate(sequences):
@@ -230,7 +232,7 @@ def _share_weights(network: Network, files: GradientFiles) -> bool:
 
 def _backward(network: Network, run: Callable[[], Any], labels: Tensor | None, generator: torch.Generator) -> None:
     """The loss's gradient from the network's output to whatever of what `run` computes with is open."""
-    if labels is not None and _ends_in_head(network):
+    if labels is not None and network.logits is not None:
         caught = head_input(network, run)
         flat = labels.flatten()
         gradient = label_gradient(network, caught.detach().flatten(0, -2), flat)
@@ -240,11 +242,6 @@ def _backward(network: Network, run: Callable[[], Any], labels: Tensor | None, g
         output = run()
     loss = _own_loss(output, generator) if labels is None else _label_loss(output, labels)
     loss.backward()
-
-
-def _ends_in_head(network: Network) -> bool:
-    config = getattr(network.module, "config", None)
-    return all(getattr(config, name, None) in (None, 1, 1.0) for name in _RESCALED)
 
 
 def _label_loss(output: Any, labels: Tensor) -> Tensor:

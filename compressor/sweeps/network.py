@@ -28,6 +28,7 @@ from compressor.graph.blocks import (
     unfold_inputs,
     without_cache,
 )  # fmt: skip
+from compressor.learning.head import Logits
 from compressor.ops.gram import add_gram, mirror
 
 Arguments = tuple[tuple, dict]
@@ -45,6 +46,8 @@ class Network:
     """A checkpoint's module whose weights are read when their block is due.
 
     `batches` are the forward's keyword arguments (or {"": tensor} for one positional input).
+
+    logits   what becomes of an output head's outputs, once `backward.find_logits` has looked; None: unknown
     """
 
     def __init__(self, checkpoint: Any, fast: bool | None = None) -> None:
@@ -65,6 +68,7 @@ class Network:
         self._wrap: Callable[[Tensor], Any] = _as_it_is
         self._by_keyword = False
         self.last: list[Tensor] = []
+        self.logits: Logits | None = Logits()
 
     def replace(self, name: str, decode: Callable[[], Tensor]) -> None:
         """From now on the network computes with what `decode` gives, each time it is due, not with the checkpoint's."""

@@ -20,8 +20,17 @@ from torch import Tensor, nn
 
 from compressor.core.batch import Batch
 from compressor.core.errors import CheckpointError
+from compressor.core.log import LOGGER
 from compressor.graph.blocks import layers
-from compressor.sweeps.backward import HiddenFiles, back_through, gradient_of, head_input, head_of, label_gradient
+from compressor.sweeps.backward import (
+    HiddenFiles,
+    back_through,
+    find_logits,
+    gradient_of,
+    head_input,
+    head_of,
+    label_gradient,
+)
 from compressor.sweeps.gradients import GradientFiles, gather_gradients
 from compressor.sweeps.network import Network, hidden_of
 
@@ -61,6 +70,12 @@ class Survey:
             kinds[kind][name] = tensor
         scales = {name: float(value) for name, value in kinds["scales"].items()}
         return cls(kinds["importance"], kinds["channels"], kinds["head"].get("moment"), scales)
+
+
+_UNKNOWN = (
+    "%s: what it makes of its head's outputs is neither a scale nor a soft cap; importance is measured as if they were "
+    "its logits"
+)
 
 
 def survey(
@@ -106,11 +121,15 @@ def _importance(
 
 @torch.no_grad()
 def head_inputs(network: Network, batches: list[Batch], advance: Callable[[], None]) -> list[Tensor]:
-    """The untouched network's head inputs, bfloat16 (tokens, width) per batch: from them its logits are one product."""
+    """The untouched network's head inputs, bfloat16 (tokens, width) per batch: from them its logits are one product.
+
+    What it makes of that product is found as well, as `network.logits`.
+    """
     for _ in network.sweep(batches):
         advance()
     rows = []
     with network.tail() as run:
+        find_logits(network, lambda: run(batches[0], network.last[0]))
         for batch, state in zip(batches, network.last, strict=True):
             caught = head_input(network, lambda batch=batch, state=state: run(batch, state))
             rows.append(caught.detach().flatten(0, -2).to(torch.bfloat16))
@@ -125,6 +144,10 @@ def _through_head(
     upstream: list[Tensor] = []
     n_rows = 0
     with network.tail() as run:
+        if gradients:
+            find_logits(network, lambda: run(batches[0], hidden[0]))
+            if network.logits is None:
+                LOGGER.warning(_UNKNOWN, network.checkpoint.path)
         for batch, state in zip(batches, hidden, strict=True):
             state = state.detach().requires_grad_(gradients)
             with torch.set_grad_enabled(gradients):

@@ -15,6 +15,7 @@ from compressor.core.encoding import Affine, Binary, Codebook, Layout, Scales, d
 from compressor.core.passes import BlockLearning, Moves, Rates
 from compressor.core.tensors import EncodedTensor
 from compressor.learning.distillation import distill
+from compressor.learning.head import Head
 from compressor.learning.learned import LearnedCodebook, learnable
 from compressor.learning.reconstruction import reconstruct
 from compressor.learning.student import Student
@@ -304,7 +305,7 @@ def test_distillation_lowers_the_divergence(tmp_path, tied):
     before = divergence()
     entries = list(
         distill(
-            student, lambda i: (batches[i % 4], rows[i % 4]), head_of(teacher).weight, head_of(module), 24, RATES,
+            student, lambda i: (batches[i % 4], rows[i % 4]), Head(head_of(teacher).weight), head_of(module), 24, RATES,
             torch.float32, lambda note: None,
         )
     )  # fmt: skip
