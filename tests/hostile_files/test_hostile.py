@@ -18,7 +18,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError
 from compressor.data import load as load_data
-from tests.hostile_files.readers import READERS, attempt, damaged
+from tests.hostile_files.readers import READERS, attempt
 
 EXAMPLES = 40
 
@@ -33,7 +33,7 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     @given(st.integers(0, 2**32))
     @example(293)  # torchscript: of two disks
     def read(seed):
-        path.write_bytes(damaged(content, random.Random(seed)))
+        path.write_bytes(READERS[name].wrong(content, random.Random(seed)))
         attempt(READERS[name], path)
 
     assert attempt(READERS[name], path) is None or name in ("torchscript", "gguf", "artifact")
