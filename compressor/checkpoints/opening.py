@@ -95,7 +95,7 @@ def indexed_files(index: Path) -> list[Path]:
     if not isinstance(mapping, dict) or not mapping:
         raise CheckpointError(f"{index}: has no 'weight_map'; fetch the index again")
     names = sorted({str(name) for name in mapping.values()})
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in names if Path(name).name != name or not _can_be_named(index.parent / name)]
     if outside:
         raise CheckpointError(f"{index}: names '{outside[0]}', which is not a file beside it; fetch it again")
     missing = [name for name in names if not (index.parent / name).is_file()]
@@ -104,6 +104,17 @@ def indexed_files(index: Path) -> list[Path]:
             f"{index.parent}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}; fetch them"
         )
     return [index.parent / name for name in names]
+
+
+def _can_be_named(path: Path) -> bool:
+    """Whether the system takes the path for a name, of whatever there is or is not."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):  # too long, or of letters that it cannot write
+        return False
+    return True
 
 
 def model_digests(path: str | PathLike[str], arch: str | None = None) -> dict[str, str]:

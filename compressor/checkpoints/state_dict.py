@@ -25,6 +25,8 @@ from torch import nn
 
 from compressor.checkpoints.archive import (
     BROKEN,
+    MOST_INFLATED,
+    MOST_TIMES,
     Record,
     has_directory,
     is_archive,
@@ -35,6 +37,7 @@ from compressor.checkpoints.archive import (
 from compressor.checkpoints.safetensors_file import TORCH_NAMES
 from compressor.checkpoints.source import Source, TensorInfo, merge_shards, refuse_empty
 from compressor.core.errors import CheckpointError
+from compressor.core.resources import refuse_shortage
 
 USUAL_KEYS = (
     "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "params_ema",
@@ -94,16 +97,22 @@ class Archive:
     def read(self, path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The values of a tensor that was opened on meta."""
         storage = tensor.untyped_storage()
-        raw = torch.empty(storage.nbytes(), dtype=torch.uint8)
         offset = storage._checkpoint_offset
         record = None if offset is None else self.places.get(offset)
+        there = 0 if record is None else record.n_bytes  # memory is taken for what is there, not for what is promised
+        raw = torch.empty(min(storage.nbytes(), there), dtype=torch.uint8)
         present = read_record(path, record, raw.numpy().data) if record is not None and raw.numel() else 0
-        if present != raw.numel():
+        if present != storage.nbytes():
             raise CheckpointError(f"{path}: is truncated inside of tensor '{name}'; fetch it again")
         size = tensor.element_size() // (2 if tensor.is_complex() else 1)
         if self.swapped and size > 1:
             raw = torch.from_numpy(raw.numpy().view(numpy.dtype(f"u{size}")).byteswap().view(numpy.uint8))
-        return raw.view(tensor.dtype).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).clone()
+        try:
+            flat = raw.view(tensor.dtype)
+            return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).clone()
+        except RuntimeError as error:
+            refuse_shortage(error)
+            raise _unreadable(path, error) from error
 
 
 def find_shared(tensors: Mapping[str, torch.Tensor], homes: Mapping[str, Path]) -> dict[str, str]:
@@ -271,5 +280,10 @@ def _info(path: Path, name: str, tensor: torch.Tensor) -> TensorInfo:
             f"{path}: tensor '{name}' is {tensor.dtype}, {tensor.layout}; only dense tensors can be "
             "compressed; give the checkpoint before it was quantised or made sparse"
         )
-    size = tensor.numel() * tensor.element_size()
+    size, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if size > max(MOST_INFLATED, MOST_TIMES * held):
+        raise CheckpointError(
+            f"{path}: tensor '{name}' of shape {tuple(tensor.shape)} would become {size} bytes, and {held} are stored; "
+            "save it with .contiguous()"
+        )
     return TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], size)

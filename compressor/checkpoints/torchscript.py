@@ -94,11 +94,11 @@ def load_torchscript(path: Path) -> dict[str, torch.Tensor]:
         with opened_archive(path) as archive:
             root = archive.namelist()[0].partition("/")[0]  # as torch finds it
             content = Unpickler(path, archive, root).load()
+        return dict(_tensors(content, ""))
     except (*BROKEN, pickle.UnpicklingError, StopIteration, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"{path}: is a TorchScript archive that cannot be read; {error!r}; save the state dict alone"
         ) from error
-    return dict(_tensors(content, ""))
 
 
 def _tensors(content: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def named_arrays(source: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
     return Arrays(source, inputs, None if label is None else np.asarray(arrays[label]))
 
 
-_UNREADABLE = (*BROKEN, TypeError, KeyError, MemoryError)
+_UNREADABLE = (*BROKEN, TypeError, KeyError, MemoryError, SyntaxError, tokenize.TokenError)
 _MOST_INFLATED = 200
 """Times its size that compressed numbers may come to; ones that were measured seldom exceed ten."""
 

@@ -79,7 +79,33 @@ def _fitting(checkpoint: Checkpoint, sources: Sequence[Text | Arrays | None]) ->
     arrays = [each if isinstance(each, Arrays) else None for each in sources]
     if all(each is None for each in arrays):
         return list(sources)
+    for source in arrays:
+        if source is not None and "input_ids" in source.inputs:
+            _refuse_foreign(source, checkpoint)
     from compressor.data.fit import fitted
 
     fitting = fitted(checkpoint, arrays)
     return [each if isinstance(each, Text) else found for each, found in zip(sources, fitting, strict=True)]
+
+
+def _refuse_foreign(source: Arrays, checkpoint: Checkpoint) -> None:
+    """Refuses arrays of tokens that are longer than the network's positions, or beyond its vocabulary."""
+    tokens, longest, words = source.inputs["input_ids"], checkpoint.positions, vocabulary_of(checkpoint)
+    if longest is not None and tokens.ndim > 1 and tokens.shape[1] > longest:
+        raise DataError(
+            f"{source.source}: has sequences of {tokens.shape[1]} tokens, and {checkpoint.path} has positions for "
+            f"{longest}; cut them"
+        )
+    if words is not None and tokens.max() >= words:
+        raise DataError(
+            f"{source.source}: has token {tokens.max()}, and the table of {checkpoint.path} has {words} entries; make "
+            "tokens with its own tokenizer"
+        )
+
+
+def vocabulary_of(checkpoint: Checkpoint) -> int | None:
+    """Rows of the table of tokens, as the config says; where there is none, of the largest table."""
+    if checkpoint.config is None:
+        return max((info.shape[0] for info in checkpoint.tensors.values() if info.role == "embedding"), default=None)
+    found = checkpoint.config.get("vocab_size")
+    return found if isinstance(found, int) else None

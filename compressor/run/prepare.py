@@ -29,7 +29,6 @@ from compressor.plan.targets import aimed
 from compressor.widths.ladder import Ladder
 
 if TYPE_CHECKING:
-    from compressor.data.arrays import Arrays
     from compressor.data.samples import Samples
     from compressor.data.text import Text
 
@@ -224,14 +223,11 @@ def _refuse_without_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_unsuitable(found: Prepared) -> None:
-    """Refuses data that are not of the network's kind, too long for it, or too short for one window."""
+    """Refuses data that are not of the network's kind, do not fit it, or are too short for one window."""
     from compressor.data.arrays import Arrays
     from compressor.data.text import Text
 
     samples = found.samples
-    for source in (samples.calibration, samples.evaluation):
-        if isinstance(source, Arrays) and "input_ids" in source.inputs:
-            _refuse_foreign(source, found.checkpoint)
     if found.judges and found.checkpoint.family == "decoder" and isinstance(samples.evaluation, Arrays):
         raise DataError(
             f"{samples.evaluation.source}: holds arrays, and a language model is judged on text; give --eval with "
@@ -248,23 +244,9 @@ def _refuse_unsuitable(found: Prepared) -> None:
             _refuse_small(samples.evaluation, found.recipe.evaluation.window, found.checkpoint)
 
 
-def _refuse_foreign(source: Arrays, checkpoint: Checkpoint) -> None:
-    """Refuses arrays of tokens that are longer than the network's positions, or beyond its vocabulary."""
-    tokens, longest, words = source.inputs["input_ids"], checkpoint.positions, vocabulary_of(checkpoint)
-    if longest is not None and tokens.ndim > 1 and tokens.shape[1] > longest:
-        raise DataError(
-            f"{source.source}: has sequences of {tokens.shape[1]} tokens, and {checkpoint.path} has positions for "
-            f"{longest}; cut them"
-        )
-    if words is not None and tokens.max() >= words:
-        raise DataError(
-            f"{source.source}: has token {tokens.max()}, and the table of {checkpoint.path} has {words} entries; make "
-            "tokens with its own tokenizer"
-        )
-
-
 def _refuse_small(text: Text, window: int, checkpoint: Checkpoint) -> None:
     """Looks at the tokens of a text that may have fewer than a window; those of longer ones are left to the run."""
+    from compressor.data.samples import vocabulary_of
     from compressor.data.tokens import refuse_tokens
 
     if len(text.content) > CERTAIN * window:
@@ -280,6 +262,7 @@ def refuse_tokens_of(found: Prepared, tokenizer: Path) -> None:
     Raises:
         DataError: A text is too short for one window, or has tokens that the network has no entry for.
     """
+    from compressor.data.samples import vocabulary_of
     from compressor.data.text import Text
     from compressor.data.tokens import refuse_tokens
 
@@ -288,14 +271,6 @@ def refuse_tokens_of(found: Prepared, tokenizer: Path) -> None:
     for name, source in texts.items():
         if isinstance(source, Text) and (name == "calibration" or checkpoint.family == "decoder"):
             refuse_tokens(source, tokenizer, getattr(recipe, name).window, vocabulary_of(checkpoint))
-
-
-def vocabulary_of(checkpoint: Checkpoint) -> int | None:
-    """Rows of the table of tokens, as the config says; where there is none, of the largest table."""
-    if checkpoint.config is None:
-        return max((info.shape[0] for info in checkpoint.tensors.values() if info.role == "embedding"), default=None)
-    found = checkpoint.config.get("vocab_size")
-    return found if isinstance(found, int) else None
 
 
 def _refuse_speechless(checkpoint: Checkpoint) -> None:

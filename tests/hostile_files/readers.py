@@ -31,6 +31,7 @@ from compressor.plan.recipe_file import load_recipe
 from compressor.report.difference import compare
 from compressor.report.page import write_page
 from tests import pico
+from tests.hostile_files.mutations import MUTATIONS
 from tests.onnx import graphs
 
 INTEGERS = (0, 1, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
@@ -42,10 +43,19 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Reader:
-    """How a good file is written into a folder (its path is returned), and how it is read."""
+    """How a good file is written into a folder (its path is returned), how it is read, and what it is inside.
+
+    Of a format of `mutations.MUTATIONS` the file is also taken apart and put together wrongly.
+    """
 
     write: Callable[[Path], Path]
     read: Callable[[Path], object]
+    format: str = ""
+
+    def wrong(self, content: bytes, generator: random.Random) -> bytes:
+        """The content with something wrong with its bytes, or with what they say."""
+        mutate = MUTATIONS.get(self.format)
+        return damaged(content, generator) if mutate is None or generator.random() < 0.4 else mutate(content, generator)
 
 
 def damaged(content: bytes, generator: random.Random) -> bytes:
@@ -250,21 +260,21 @@ def _onnx_of(path: Path) -> None:
 
 
 READERS = {
-    "safetensors": Reader(_safetensors, _tensors_of),
-    "pt": Reader(_zipped, _tensors_of),
+    "safetensors": Reader(_safetensors, _tensors_of, "safetensors"),
+    "pt": Reader(_zipped, _tensors_of, "zip"),
     "pt-legacy": Reader(_legacy, _tensors_of),
-    "torchscript": Reader(_scripted, lambda path: open_checkpoint(path, arch="tests.pico:Tied")),
-    "pt2": Reader(_exported, _trusted),
-    "onnx": Reader(graphs.tokens, _onnx_of),
-    "onnx-external": Reader(graphs.external, _onnx_of),
-    "gguf": Reader(_gguf, _tensors_of),
-    "config": Reader(_config, _built),
-    "index": Reader(_index, _tensors_of),
-    "tokenizer": Reader(_tokenizer, _tokens),
-    "recipe": Reader(_recipe, load_recipe),
-    "manifest": Reader(_manifest, read_manifest),
-    "artifact": Reader(_artifact, _shown),
-    "packed": Reader(_packed, _decoded),
-    "npz": Reader(_arrays, _data),
+    "torchscript": Reader(_scripted, lambda path: open_checkpoint(path, arch="tests.pico:Tied"), "zip"),
+    "pt2": Reader(_exported, _trusted, "zip"),
+    "onnx": Reader(graphs.tokens, _onnx_of, "onnx"),
+    "onnx-external": Reader(graphs.external, _onnx_of, "onnx"),
+    "gguf": Reader(_gguf, _tensors_of, "gguf"),
+    "config": Reader(_config, _built, "json"),
+    "index": Reader(_index, _tensors_of, "json"),
+    "tokenizer": Reader(_tokenizer, _tokens, "json"),
+    "recipe": Reader(_recipe, load_recipe, "yaml"),
+    "manifest": Reader(_manifest, read_manifest, "yaml"),
+    "artifact": Reader(_artifact, _shown, "json"),
+    "packed": Reader(_packed, _decoded, "safetensors"),
+    "npz": Reader(_arrays, _data, "zip"),
     "jsonl": Reader(_lines, _data),
 }

@@ -18,7 +18,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError
 from compressor.data import load as load_data
-from tests.hostile_files.readers import READERS, attempt, damaged
+from tests.hostile_files.readers import READERS, attempt
 from tests.pico import llama
 
 EXAMPLES = 40
@@ -35,7 +35,7 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     @given(st.integers(0, 2**32))
     @example(293)  # torchscript: of two disks
     def read(seed):
-        path.write_bytes(damaged(content, random.Random(seed)))
+        path.write_bytes(READERS[name].wrong(content, random.Random(seed)))
         attempt(READERS[name], path)
 
     assert attempt(READERS[name], path) is None or name in ("torchscript", "gguf", "artifact")
@@ -75,6 +75,49 @@ def test_small_archives_that_would_become_large_are_refused(tmp_path):
         open_checkpoint(bomb(tmp_path / "model.pt", "archive/data.pkl"))
     with pytest.raises(DataError, match="bytes would become 200000000; save it uncompressed"):
         load_data(str(bomb(tmp_path / "data.npz", "x.npy")))
+
+
+def test_tensors_that_stand_for_more_than_is_stored_take_no_memory(tmp_path):
+    torch.save({"w": torch.zeros(1).expand(2**36)}, tmp_path / "net.pt")
+    with pytest.raises(
+        CheckpointError, match=r"'w' of shape .68719476736,. would become 274877906944 bytes, and 4 are"
+    ):
+        open_checkpoint(tmp_path / "net.pt")
+    torch.save({"w": torch.ones(1).expand(3)}, tmp_path / "net.pt")
+    assert open_checkpoint(tmp_path / "net.pt").read("w").tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("number", [b"\x8a\x0a" + (10**20).to_bytes(10, "little"), b"\x8a\x0a" + b"\xff" * 10])
+def test_sizes_that_no_tensor_has_are_refused(tmp_path, number):
+    torch.save({"w": torch.ones(6, 4)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "net.pt", "w") as made:
+        for name in good.namelist():
+            made.writestr(name, good.read(name).replace(b"K\x06K\x04\x86", number + b"K\x04\x86"))
+    with pytest.raises(CheckpointError, match="is truncated or corrupt|would become|is truncated inside"):
+        open_checkpoint(tmp_path / "net.pt").read("w")
+
+
+def test_a_scripted_module_that_holds_itself_is_refused(tmp_path):
+    path = READERS["torchscript"].write(tmp_path)
+    with zipfile.ZipFile(path) as good:
+        records = {name: good.read(name) for name in good.namelist()}
+    root = next(iter(records)).partition("/")[0]
+    bag = b"\x80\x02c__torch__\nNet\n)\x81q\x00}q\x01"
+    for content in (bag + b"X\1\0\0\0ah\0sb.", bag + b"K\1Nsb."):  # net.a = net; an attribute whose name is 1
+        with zipfile.ZipFile(path, "w") as made:
+            for name, found in (records | {f"{root}/data.pkl": content}).items():
+                made.writestr(name, found)
+        assert attempt(READERS["torchscript"], path)
+
+
+def test_a_header_of_numpy_that_is_no_python_is_refused(tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.ones(3))
+    with zipfile.ZipFile(tmp_path / "data.npz") as good:
+        content = good.read("x.npy")
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as made:
+        made.writestr("x.npy", content.replace(b"(3,)", b"(3,("))
+    with pytest.raises(DataError, match="data.npz: cannot be read as npz"):
+        load_data(str(tmp_path / "data.npz"))
 
 
 LOCATOR, END = b"PK\x06\x07", b"PK\x05\x06"
@@ -131,7 +174,7 @@ def test_configs_that_nobody_means_are_refused(tmp_path, changes, message):
 
 def test_shards_outside_of_the_directory_are_not_read(tmp_path):
     path = READERS["index"].write(tmp_path)
-    for name in ("../secret.safetensors", "/etc/passwd", "a/../b.safetensors"):
+    for name in ("../secret.safetensors", "/etc/passwd", "a/../b.safetensors", "x" * 300, "\ud800", "a\0b"):
         path.write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(CheckpointError, match="which is not a file beside it"):
             open_checkpoint(path)

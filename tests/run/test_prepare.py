@@ -182,7 +182,7 @@ WRONG_DATA = {
     "a text for a network of images": (
         "tied.pt",
         {"data": "calibration.txt"},
-        "calibration.txt (first part): is text, but",
+        "calibration.txt: is text, but",
     ),
     "a text to judge one on": ("tied.pt", {"eval": "calibration.txt"}, "calibration.txt: is text, but tests."),
     "arrays to judge a decoder on": ("llama", {"eval": "tokens.npz"}, "tokens.npz: holds arrays, and a language model"),
