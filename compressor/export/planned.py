@@ -12,8 +12,9 @@ from torch import Tensor
 
 from compressor.core.artifact import WEIGHTS
 from compressor.core.encoding import Layout
+from compressor.core.packed import part_name, spans
 from compressor.core.spec import DenseSpec
-from compressor.core.tensors import EncodedTensor, EncodedTensors, Place, part_name
+from compressor.core.tensors import EncodedTensor, EncodedTensors, Place
 from compressor.export.forms import Mode
 from compressor.export.writing import export_graph
 from compressor.plan.plan import Plan
@@ -26,18 +27,17 @@ class PlannedTensors(EncodedTensors):
     def __init__(self, plan: Plan, checkpoint: Any) -> None:
         super().__init__([], plan.tied)
         self._checkpoint = checkpoint
-        position = header_bytes(plan.tensors, plan.tied)
+        begin, sizes = header_bytes(plan.tensors, plan.tied), {}
         for tensor in plan.tensors:
             parts = tensor.spec.parts(*tensor.matrix)
             self._descriptions[tensor.name] = {
                 **tensor.describe(), "tensor_shape": list(tensor.shape),
                 "transposed": tensor.transposed and bool(tensor.by), "parts": sorted(parts),
             }  # fmt: skip
-            for part in sorted(parts):
-                dtype, shape = parts[part]
-                size = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
-                self._places[part_name(tensor.name, part)] = Place(WEIGHTS, position, size)
-                position += size
+            for part, (dtype, shape) in parts.items():
+                sizes[tensor.name, part] = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
+        for (name, part), (first, behind) in spans(sizes).items():
+            self._places[part_name(name, part)] = Place(WEIGHTS, begin + first, behind - first)
 
     def __contains__(self, name: object) -> bool:
         return name in self._descriptions
