@@ -34,7 +34,7 @@ from measured import markdown, read_results, write_results  # noqa: E402
 RUN = ("run", "llama", "--recipe", "recipe.yaml", "--data", "calibration.txt", "--eval", "evaluation.txt")
 READING = {
     "run --dry-run": (*RUN, "--dry-run"), "inspect": ("inspect", "whole"), "verify": ("verify", "whole"),
-    "eval": ("eval", "whole", "--eval", "evaluation.txt"), "bench": ("bench", "whole"),
+    "eval": ("eval", "whole", "--data", "evaluation.txt"), "bench": ("bench", "whole"),
     "diff": ("diff", "whole", "whole"),
     "generate": ("generate", "whole", "the river"), "report": ("report", "whole"),
 }  # fmt: skip

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor.core.reading import refuse_special
+
 METADATA_KEY = "compressor"
 LARGEST_HEADER = 100_000_000
 _PROJECTION = re.compile(r"\b([qkv])_proj\b")
@@ -37,7 +39,12 @@ def _in_turn(tensor: str) -> str:
 
 
 def packed_tensors(path: Path) -> dict[str, dict[str, Any]] | None:
-    """The tensors of a file that compress wrote: description and bytes by name; None for another or a damaged file."""
+    """The tensors of a file that compress wrote: description and bytes by name; None for another or a damaged file.
+
+    Raises:
+        CheckpointError: It is no regular file.
+    """
+    refuse_special(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

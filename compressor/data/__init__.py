@@ -8,6 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.core.errors import DataError
+from compressor.core.reading import refuse_special
+
 if TYPE_CHECKING:
     from compressor.data.arrays import Arrays
     from compressor.data.text import Text
@@ -35,9 +38,11 @@ def load(source: str | Path | None, part: str = "calibration") -> Text | Arrays:
         part: Which part of the built-in sample; "calibration" or "evaluation".
 
     Raises:
-        DataError: The source cannot be read.
+        DataError: The source cannot be read, or its end may never come.
     """
     kind = kind_of(source)
+    if source is not None:
+        refuse_special(Path(source), DataError, folders=True)
     if kind == "images":
         from compressor.data.images import load_images
 

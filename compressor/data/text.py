@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import DataError, suggestion
+from compressor.core.reading import refuse_special
 
 SEPARATOR = "\n\n"
 SAMPLE = Path(__file__).parent / "sample_text"
@@ -104,7 +105,11 @@ def _sample(part: str) -> Text:
 
 
 def _directory(path: Path) -> Iterator[str]:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
+    files = sorted(
+        file for file in path.rglob("*") if file.suffix.lower() in READERS and file.exists() and not file.is_dir()
+    )
+    for file in files:
+        refuse_special(file, DataError)
     if not files:
         raise DataError(f"{path}: holds no text files; expected files ending in {', '.join(READERS)}")
     return chain.from_iterable(READERS[file.suffix.lower()](file) for file in files)

@@ -89,7 +89,7 @@ class GraphBuilder:
     def external(
         self, name: str, location: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]
     ) -> ir.Value:
-        """An initialiser that is `length` bytes of the file `location`, relative to the model, or what has its name."""
+        """An initialiser that is `length` bytes of the file `location`, relative to the model, or the known one."""
         if name not in self._external:
             if name in self.graph.initializers:
                 return self.graph.initializers[name]

@@ -15,6 +15,8 @@ from compressor.runtime.sessions import optimised_graph
 
 _KERNELS = ("MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "Conv")
 _WEIGHT = 1  # position of the weights among a kernel's inputs
+_OPERANDS = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}
+"""Inputs of low-bit kernels that are stored in every graph that folds: weights, scales, zero points."""
 _FAST_INT2_BLOCKS = (32, 64, 128)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -30,7 +32,9 @@ def slow_paths(model_path: Path, exact: bool = False) -> list[str]:
 def _reasons(node: ir.Node, exact: bool) -> Iterator[str]:
     if node.op_type == "MatMulNBits":
         yield from _kernel_reasons(node, exact)
-    if node.op_type in _KERNELS:
+    for value in _made_operands(node):
+        yield f"{node.name}: its {value.name} is made at every run by {_maker(value)}; that should fold"
+    if node.op_type in _KERNELS and node.op_type not in _OPERANDS:
         unfolded = _unfolded(node)
         if unfolded:
             yield f"{node.name}: its weights are unpacked at every run by {' → '.join(unfolded)}; that should fold"
@@ -46,6 +50,18 @@ def _kernel_reasons(node: ir.Node, exact: bool) -> Iterator[str]:
     zeros = node.inputs[3] if len(node.inputs) > 3 else None
     if zeros is not None and zeros.dtype in _FLOATS:
         yield f"{node.name}: MatMulNBits with float zero points; only packed uint8 ones are fast"
+
+
+def _made_operands(node: ir.Node) -> list[ir.Value]:
+    """Operands of a low-bit kernel that nodes make, of constants or behind a gate that did not open."""
+    operands = [node.inputs[at] for at in _OPERANDS.get(node.op_type, ()) if at < len(node.inputs)]
+    return [value for value in operands if value is not None and value.producer() is not None]
+
+
+def _maker(value: ir.Value) -> str:
+    node = value.producer()
+    assert node is not None
+    return node.op_type
 
 
 def _unfolded(node: ir.Node) -> list[str]:

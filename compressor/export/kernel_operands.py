@@ -126,7 +126,7 @@ def _packed(parts: Parts, values: ir.Value, n: int, bits: int) -> ir.Value:
 def _ored_planes(
     parts: Parts, values: tuple[int, ...], kernel_bits: int, stem: str, n_codes: int, flat: bool = True
 ) -> ir.Value:
-    """Each plane's bytes looked up; planes hold separate bits, so OR joins them. (rows, bytes) if `flat`."""
+    """Each plane's bytes looked up; they hold separate bits, so OR joins them. (rows, bytes) if `flat`."""
     b, step, joined = parts.builder, 1, None
     needed, planes, tables = packed_columns(n_codes, kernel_bits), parts.planes(stem), []
     for _, plane in planes:

@@ -1,4 +1,4 @@
-"""Look-ups of two bytes at a time: half as many indices, each of which takes four bytes while they fold.
+"""Look-ups of two bytes at a time: half as many indices, each of which takes four bytes or eight while it folds.
 
 A table of all pairs is made of the bytes' own by nodes, once for a graph, since the file should not hold it.
 """

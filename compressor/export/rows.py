@@ -11,10 +11,10 @@ all rows, stays whole.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -95,7 +95,7 @@ class Rows:
         assert last is not None
         self.b.before = last
         bounds = [n * at // pieces for at in range(pieces + 1)]
-        made = [self._piece(value, *some) for some in itertools.pairwise(bounds)]
+        made = [self._piece(value, *some) for some in pairwise(bounds)]
         joined = self._stacked(made)
         self.cuts.add(_maker(joined))
         value.replace_all_uses_with(joined)

@@ -67,3 +67,18 @@ def test_what_the_lowering_writes_is_fast(tmp_path, name, mode):
         pytest.skip("refused in the plan")
     test_lowering.graph_of(tmp_path, encoding, "matmul", mode)
     assert slow_paths(tmp_path / "model.onnx", exact=True) == []
+
+
+def test_operands_behind_a_gate_that_never_opens_are_named(tmp_path):
+    """A look-up whose codes wait for something that only a run tells."""
+
+    def build(b: GraphBuilder, x: ir.Value) -> ir.Value:
+        codes = b.constant(np.zeros((16, 4, 16), np.uint8))
+        one = b.op("Min", b.op("Slice", b.op("Shape", x), *(b.integers(n) for n in (0, 1))), b.integers(1))
+        waiting = b.op("Reshape", codes, b.op("Mul", b.integers(16, 4, 16), one))
+        found = b.op("Gather", b.constant(np.arange(256, dtype=np.uint8)), b.cast(waiting, ir.DataType.INT32))
+        scales = b.constant(np.ones((16, 4), np.float32))
+        return b.contributed("MatMulNBits", x, found, scales, K=128, N=16, bits=4, block_size=32, accuracy_level=4)
+
+    found = written(tmp_path, build)
+    assert len(found) == 1 and "is made at every run by Gather; that should fold" in found[0]
