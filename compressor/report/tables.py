@@ -146,12 +146,12 @@ OUTPUT_COLUMNS = ("output", "of", "agreement", "KL", "cosine", "relative error",
 
 
 def quality_tables(report: dict[str, Any]) -> list[Any]:
-    """Every output where there are several, and what is to be said of figures."""
+    """All figures of every output, and what is to be said of them."""
     rows = output_rows(report.get("quality") or {})
     made = table(*OUTPUT_COLUMNS, numbers=OUTPUT_COLUMNS[2:])
     for row in rows:
         made.add_row(*row)
-    return ([made] if len(rows) > 1 else []) + quality_notes(report)
+    return ([made] if rows else []) + quality_notes(report)
 
 
 def output_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -75,12 +75,12 @@ class Judge:
     """How changed outputs are held against the original's: each of them by its own kind.
 
     kind       of the first output, or of the whole network
-    measures   (kind of loss, whether they are logits) of the outputs that are judged
+    measures   (kind of loss, whether they are logits, along which axis) of the outputs that are judged
     wanted     the original's, batch by batch
     """
 
     kind: Kind
-    measures: dict[str, tuple[Kind, bool]]
+    measures: dict[str, tuple[Kind, bool, int]]
     wanted: list[dict[str, Tensor]]
 
     @classmethod
@@ -94,21 +94,24 @@ class Judge:
         wanted = list(outputs(checkpoint, samples, {}))
         first = next(iter(wanted[0]))
         if kind == "perplexity" and ("logits" in wanted[0] or wanted[0][first].dim() == 3):
-            return cls(kind, {"logits" if "logits" in wanted[0] else first: ("perplexity", True)}, wanted)
+            return cls(kind, {"logits" if "logits" in wanted[0] else first: ("perplexity", True, -1)}, wanted)
         inputs = {name: tensor.numpy() for name, tensor in samples[0].items()}
-        measures: dict[str, tuple[Kind, bool]] = {}
+        measures: dict[str, tuple[Kind, bool, int]] = {}
         for name, tensor in wanted[0].items():
             found = kind_of(name, tensor.numpy(), inputs, checkpoint.config)
             each = _KINDS[found.label]
-            measures[name] = (each, each == "accuracy" and (labelled or "logit" in name))
+            measures[name] = (each, each == "accuracy" and (labelled or "logit" in name), found.axis)
         return cls(measures[first][0], measures, wanted)
 
     def judge(self, found: Sequence[dict[str, Tensor]]) -> Judged:
         """The rises of all outputs together, and the worst promised loss of one; `found` may end early."""
-        each = [
-            judged(kind, [batch[name] for batch in self.wanted[: len(found)]], [batch[name] for batch in found], logits)
-            for name, (kind, logits) in self.measures.items()
-        ]
+        each = []
+        for name, (kind, logits, axis) in self.measures.items():
+            wanted, given = (
+                [batch[name].movedim(axis, -1) if batch[name].dim() else batch[name] for batch in batches]
+                for batches in (self.wanted[: len(found)], found)
+            )
+            each.append(judged(kind, wanted, given, logits))
         return Judged(sum(one.rise for one in each), max(one.promised for one in each))
 
 

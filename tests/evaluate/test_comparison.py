@@ -10,6 +10,7 @@ import pytest
 from compressor.core.errors import DataError, VerificationError
 from compressor.evaluate.comparison import evaluate_outputs
 from compressor.evaluate.session import ModuleSession
+from compressor.report.tables import OUTPUT_COLUMNS, output_rows
 from tests.onnx.graphs import save_classifier
 
 LENGTHS = [5, 2, 3]
@@ -200,3 +201,14 @@ def test_other_numbers_of_batches_are_an_error():
         evaluate_outputs(Given({"a": values}), [{"a": values}] * 2, [{"x": values}])
     with pytest.raises(DataError, match="nothing to compare"):
         evaluate_outputs(Given(), [], [])
+
+
+def test_the_table_has_agreement_divergence_and_error_of_a_plain_network():
+    original = np.random.default_rng(2).normal(size=(40, 5))
+    quality = compared({"logits": noisy(original, 0.5)}, {"logits": original})
+    [row] = output_rows(quality)
+    shown, found = dict(zip(OUTPUT_COLUMNS, row, strict=True)), quality["outputs"]["logits"]
+    assert (shown["output"], shown["of"], shown["compared"]) == ("logits", "classes", "40")
+    for column, key in (("agreement", "agreement"), ("KL", "kl_divergence"), ("relative error", "relative_error")):
+        assert float(shown[column]) == pytest.approx(found[key], rel=1e-3)
+    assert 0 < found["agreement"] < 1

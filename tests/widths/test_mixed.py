@@ -30,7 +30,7 @@ from compressor.sweeps.network import Network
 from compressor.sweeps.survey import Survey
 from compressor.widths.allocate import Costs, Menu, closest
 from compressor.widths.ladder import Ladder
-from compressor.widths.losses import Curve, judged
+from compressor.widths.losses import Curve, Judge, judged
 from compressor.widths.sensitivity import ROWS, tensor_errors
 from tests import pico
 from tests.core.interrupting import Interrupting
@@ -283,3 +283,13 @@ def test_losses_are_those_of_the_definition():
     a, b = wanted[0], found[0]
     assert judged("accuracy", [a], [b], False).rise == pytest.approx(float((a - b).pow(2).sum() / a.pow(2).sum()))
     assert judged("accuracy", [a], [a], True).rise == judged("accuracy", [a], [a], False).promised == 0
+
+
+def test_classes_of_pixels_are_along_their_own_axis():
+    """Of (examples, classes, height, width): one pixel of four changes its class, in each of two examples."""
+    wanted = torch.zeros(2, 3, 2, 2)
+    wanted[:, 1] = 1.0
+    found = wanted.clone()
+    found[:, 2, 0, 0] = 2.0
+    judge = Judge("accuracy", {"logits": ("accuracy", True, 1)}, [{"logits": wanted}])
+    assert judge.judge([{"logits": found}]).promised == pytest.approx(1 / 4)
