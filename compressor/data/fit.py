@@ -169,7 +169,7 @@ def _cast(source: Arrays) -> list[Arrays]:
 
 def _example(network: nn.Module, source: Arrays, seen: _Seen) -> Tensor | None:
     """The first output for the first example; `seen` takes the tables that are read."""
-    batch = as_batch({name: array[:1] for name, array in source.inputs.items()})
+    batch = as_batch({name: np.array(array[:1]) for name, array in source.inputs.items()})
     device = next((each.device for each in network.parameters()), torch.device("cpu"))
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
 
