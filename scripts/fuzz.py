@@ -106,7 +106,7 @@ class Answer:
     def finding(self) -> str:
         if self.status < 0:
             return "hang" if self.status == -signal.SIGALRM else "crash"
-        if self.status == 5 and (A_BUG in self.text or not self.text.startswith("Error")):
+        if self.status == 5 and (A_BUG in self.text or not _last_error(self.text)):
             return "bug"
         if self.status == 4 or self.grown > LARGEST:  # these files are small: what they claim is the file's fault
             return "memory"

@@ -51,7 +51,7 @@ def packed_tensors(path: Path) -> dict[str, dict[str, Any]] | None:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < min(size, LARGEST_HEADER) else {}
         described = json.loads(header["__metadata__"][METADATA_KEY])["tensors"]
-        found = {name: each | {"bytes": _bytes(header, name, each["parts"])} for name, each in described.items()}
+        found = {name: each | {"bytes": _bytes(header, name, each["parts"], size)} for name, each in described.items()}
         return found if all(_is_sound(each) for each in found.values()) else None
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError, OverflowError):
         return None
@@ -62,8 +62,10 @@ def _is_sound(description: dict[str, Any]) -> bool:
     return isinstance(description["kind"], str) and all(type(size) is int and 0 <= size < 2**40 for size in shape)
 
 
-def _bytes(header: dict[str, Any], name: str, parts: list[str]) -> int:
+def _bytes(header: dict[str, Any], name: str, parts: list[str], size: int) -> int:
     found = [header[part_name(name, part)]["data_offsets"] for part in parts]
+    if not all(0 <= begin <= end <= size for begin, end in found):
+        raise ValueError("beyond the file's end")
     return sum(end - begin for begin, end in found)
 
 

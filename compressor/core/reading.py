@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from compressor.core.resources import refuse_shortage
 
 LARGEST_JSON = 64_000_000
 """Bytes: twice the largest tokenizer.json that we know."""
+_ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder"),
@@ -75,7 +77,7 @@ def read_json(
         measured: Whether numbers in it were measured; only such can be NaN, a setting cannot.
 
     Raises:
-        CompressorError: Of this kind: it cannot be read, is no JSON object, or holds NaN.
+        CompressorError: Of this kind: it cannot be read, is no JSON object, or holds NaN or half a character.
     """
     return parse_json(read_bytes(path, most, kind), str(path), kind, measured)
 
@@ -98,4 +100,14 @@ def parse_json(
         raise kind(f"{where}: is nested too deeply; repair the file or fetch it again") from error
     if not isinstance(content, dict):
         raise kind(f"{where}: holds a JSON {type(content).__name__}; an object was expected")
+    if _ESCAPED_HALF.search(raw) and not _can_be_written(content):
+        raise kind(f"{where}: holds half of a character (a lone surrogate); repair the file or fetch it again")
     return content
+
+
+def _can_be_written(content: dict[str, Any]) -> bool:
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -68,7 +68,7 @@ def encode_sentences(sentences: Sequence[str], tokenizer: str | Path, length: in
             list(sentences), padding=True, truncation=True, max_length=length, return_tensors="np"
         )
         return {name: np.asarray(value, dtype=np.int64) for name, value in encoded.items()}
-    fast = _fast_tokenizer(files[0])
+    fast = fast_tokenizer(files[0])
     padding = fast.padding or {}
     fast.enable_truncation(length)
     fast.enable_padding(pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", "[PAD]"))
@@ -168,7 +168,7 @@ def _tokenizer_files(path: Path) -> list[Path]:
 
 def _tokenize(content: str, files: list[Path]) -> np.ndarray:
     if files[0].suffix == ".json" and (len(files) == 1):
-        fast = _fast_tokenizer(files[0])
+        fast = fast_tokenizer(files[0])
         ids = [fast.encode(piece, add_special_tokens=False).ids for piece in _pieces(content)]
     else:
         slow = _auto_tokenizer(files[0].parent)
@@ -186,7 +186,12 @@ def _pieces(content: str) -> list[str]:
     return [*pieces, content]
 
 
-def _fast_tokenizer(file: Path) -> Any:
+def fast_tokenizer(file: Path) -> Any:
+    """The tokenizer of a tokenizer.json, which cuts off nothing.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     from tokenizers import Tokenizer
 
     try:

@@ -22,16 +22,16 @@ def generate_text(
 
     Raises:
         CheckpointError: It is no artifact of a language model, or of a chat's, or the prompt is empty or too long.
+        DataError: Its tokenizer cannot be read.
     """
-    from tokenizers import Tokenizer
-
+    from compressor.data.tokens import fast_tokenizer
     from compressor.evaluate.installation import graph_to_run
     from compressor.evaluate.session import DecoderSession
 
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{directory}: has no tokenizer.json; give the artifact of a language model")
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = fast_tokenizer(file)
     text = _turn(directory, prompt) if chat else prompt
     ids = tokenizer.encode(text, add_special_tokens=not chat).ids
     if not ids:

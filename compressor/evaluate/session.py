@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import onnxruntime
 
 from compressor.core.artifact import INSTALLED_GRAPH
 from compressor.core.errors import CheckpointError
+from compressor.core.reading import read_json
 from compressor.runtime.sessions import Settings, filled, in_pieces, open_inference
 
 GRAPH = "model.onnx"
@@ -212,7 +212,7 @@ def _open(path: Path, threads: int | None, exact: bool, apart: bool) -> Any:
 
 def _config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _heads(config: dict[str, Any], path: Path) -> tuple[int, int]:

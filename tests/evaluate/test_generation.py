@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from compressor.core.artifact import Artifact
-from compressor.core.errors import CheckpointError
+from compressor.core.errors import CheckpointError, DataError
 from compressor.core.options import RunOptions
 from compressor.evaluate.generation import generate_text
 from compressor.evaluate.session import open_session
@@ -80,3 +81,11 @@ def test_without_a_template_there_is_no_chat(made, tmp_path):
         (tmp_path / name).write_text((made.directory / name).read_text())
     with pytest.raises(CheckpointError, match="no template of a chat can be used"):
         next(generate_text(tmp_path, "red hill", 6, chat=True))
+
+
+@pytest.mark.parametrize("file, content", [("tokenizer.json", '{"model": 3}'), ("config.json", "[1, 2]")])
+def test_a_damaged_file_of_it_is_named(made, tmp_path, file, content):
+    shutil.copytree(made.directory, tmp_path / "small")
+    (tmp_path / "small" / file).write_text(content)
+    with pytest.raises((CheckpointError, DataError), match=file):
+        list(generate_text(tmp_path / "small", "the river", 2))

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from compressor.checkpoints import open_checkpoint
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError
+from compressor.core.packed import METADATA_KEY, packed_tensors
+from compressor.core.reading import parse_json
 from compressor.data import load as load_data
 from tests.hostile_files.readers import READERS, attempt
 from tests.pico import llama
@@ -221,3 +223,22 @@ def test_a_config_of_more_memory_than_there_is_is_refused_as_what_it_is(key, tmp
     (tmp_path / "config.json").write_text(json.dumps({**config, key: 1_000_000_000}))
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path).check()
+
+
+def test_json_that_cannot_be_written_again_is_refused():
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}', "x") == {"a": "\U0001f600"}
+    with pytest.raises(CheckpointError, match="x: holds half of a character"):
+        parse_json(b'{"a": ["b", "\\udcff"]}', "x")
+
+
+@pytest.mark.parametrize("span", [[0, 10**400], [-8, 0], [8, 0]])
+def test_parts_beyond_the_file_are_no_packed_tensors(tmp_path, span):
+    description = {"tensors": {"w": {"kind": "dense", "tensor_shape": [1], "parts": ["weight"]}}}
+    header = {"__metadata__": {METADATA_KEY: json.dumps(description)}, "w": {"data_offsets": span}}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    assert packed_tensors(tmp_path / "model.safetensors") is None
+    fine = json.dumps(header | {"w": {"data_offsets": [0, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(fine).to_bytes(8, "little") + fine + bytes(8))
+    found = packed_tensors(tmp_path / "model.safetensors")
+    assert found is not None and found["w"]["bytes"] == 8
