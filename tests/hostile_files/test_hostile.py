@@ -178,7 +178,7 @@ def test_shards_outside_of_the_directory_are_not_read(tmp_path):
     path = READERS["index"].write(tmp_path)
     for name in ("../secret.safetensors", "/etc/passwd", "a/../b.safetensors", "x" * 300, "\ud800", "a\0b"):
         path.write_text(json.dumps({"weight_map": {"w": name}}))
-        with pytest.raises(CheckpointError, match="which is not a file beside it"):
+        with pytest.raises(CheckpointError, match="which is not a file beside it|holds half of a character"):
             open_checkpoint(path)
 
 
