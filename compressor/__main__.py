@@ -11,14 +11,15 @@ import sys
 if not sys.flags.safe_path and sys.path and sys.path[0] == os.getcwd():
     del sys.path[0]
 
-from compressor.runtime.supervisor import RESOURCES, end_with_stdin, supervised
+from compressor.runtime.supervisor import HELP_OPTIONS, RESOURCES, end_with_stdin, supervised
 
 
 def main() -> None:
     """Runs the command; whatever ends it, the status says why."""
-    if {"--help", "-h", "--version"} & set(sys.argv[1:]):  # not worth a second process
+    if HELP_OPTIONS & set(sys.argv[1:]):
         _command()
-    supervised(_command)
+    else:
+        supervised(_command)
 
 
 def worker() -> None:

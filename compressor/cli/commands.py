@@ -23,13 +23,13 @@ from compressor.core.errors import GateFailed, ResourceError, UsageError, sugges
 from compressor.core.failures import RESOURCES
 from compressor.core.options import RunOptions
 from compressor.core.terminal import failure_of, open_streams, printable
+from compressor.runtime.supervisor import HELP_OPTIONS
 
 if TYPE_CHECKING:
     from compressor.core.artifact import Artifact
 
 _RESUMABLE: list[Callable[[], bool]] = []
 """Tell whether the command that is running has work that --resume would go on from."""
-HELP_OPTIONS = ("--help", "-h", "--version")
 
 
 class Format(str, Enum):

@@ -8,8 +8,6 @@ other module reads /proc.
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import sys
 from pathlib import Path
 
@@ -69,6 +67,9 @@ def multiplies_bfloat16() -> bool:
 
 def processor() -> str:
     """Its kind, name and instructions, for what was made for it; on other systems than Linux the first two alone."""
+    import hashlib
+    import platform
+
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

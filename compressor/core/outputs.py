@@ -30,17 +30,6 @@ def named_outputs(found: Any) -> dict[str, Tensor]:
     return {f"output_{name}": tensor for name, tensor in named.items()}
 
 
-def first_named(found: Any) -> tuple[str, Tensor]:
-    """The first output, by which the network is known where one is asked for.
-
-    Raises:
-        TypeError: The forward returned no tensor.
-    """
-    for name, tensor in named_outputs(found).items():
-        return name, tensor
-    raise TypeError(f"a network returned {type(found).__name__} without a tensor")
-
-
 def _named(found: Mapping | tuple | list, prefix: str) -> Iterator[tuple[str, Tensor]]:
     items = found.items() if isinstance(found, Mapping) else enumerate(found)
     for name, value in items:

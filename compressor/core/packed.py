@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compressor.core.reading import refuse_special
 
 METADATA_KEY = "compressor"
+_ALIGNMENT = 64
 LARGEST_HEADER = 100_000_000
+Spans = dict[tuple[str, str], tuple[int, int]]
+"""By (tensor, part), the first byte and the one behind the last."""
 _PROJECTION = re.compile(r"\b([qkv])_proj\b")
 
 
@@ -20,7 +24,7 @@ def part_name(tensor: str, part: str) -> str:
     return tensor if part == "weight" else f"{tensor}.{part}"
 
 
-def spans(sizes: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], tuple[int, int]]:
+def spans(sizes: Mapping[tuple[str, str], int]) -> Spans:
     """Where the parts of tensors lie: by (tensor, part), the first of their bytes and the one behind them.
 
     The same parts of all tensors lie side by side, and those of layers that are made one product follow each other: a
@@ -36,6 +40,38 @@ def spans(sizes: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], tuple[i
 def _in_turn(tensor: str) -> str:
     """A name to sort by, which has query, key and value in this order."""
     return _PROJECTION.sub(lambda found: f"q_proj.{'qkv'.index(found[1])}", tensor)
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A part as the file says it is: `dtype` by safetensors' name, shape, and bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def packed_header(
+    descriptions: dict[str, dict[str, Any]], stored: Mapping[tuple[str, str], StoredPart], tied: dict[str, str]
+) -> tuple[bytes, Spans]:
+    """All bytes before the first part, and where the parts lie from there on.
+
+    Args:
+        descriptions: Of tensors by name, with the names of their `parts`.
+        stored: The parts by (tensor, part).
+        tied: Alias to name.
+    """
+    found, header = spans({key: part.nbytes for key, part in stored.items()}), {}
+    for name, description in descriptions.items():
+        for part in description["parts"]:
+            each = stored[name, part]
+            header[part_name(name, part)] = {
+                "dtype": each.dtype, "shape": list(each.shape), "data_offsets": list(found[name, part]),
+            }  # fmt: skip
+    metadata = json.dumps({"tensors": descriptions, "tied": tied}, separators=(",", ":"))
+    text = json.dumps({"__metadata__": {METADATA_KEY: metadata}, **header}, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, found
 
 
 def packed_tensors(path: Path) -> dict[str, dict[str, Any]] | None:

@@ -18,13 +18,12 @@ from torch import Tensor
 from compressor.core.encoding import Dense, Encoding, Layout, describe, parts_under, restore
 from compressor.core.errors import CheckpointError
 from compressor.core.files import whole
-from compressor.core.packed import METADATA_KEY, part_name, spans
+from compressor.core.packed import METADATA_KEY, StoredPart, packed_header, part_name
 
 _DTYPES = {
     torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int32: "I32", torch.int64: "I64",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.bool: "BOOL",
 }  # fmt: skip
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -152,24 +151,19 @@ def write_tensors(path: Path, tensors: Mapping[str, EncodedTensor], tied: Mappin
     The file appears whole or not at all. The same tensors give the same bytes. `tied` are names that stand for another
     tensor's: alias to name.
     """
-    header, descriptions, sizes = {}, {}, {}
+    descriptions, stored = {}, {}
     for name in tensors:
         tensor = tensors[name]
         parts = tensor.encoding.parts()
         descriptions[name] = {**_description(tensor), "parts": sorted(parts)}
-        for part in sorted(parts):
-            sizes[name, part] = parts[part].numel() * parts[part].element_size()
-            header[part_name(name, part)] = {"dtype": _DTYPES[parts[part].dtype], "shape": list(parts[part].shape)}
-    places = spans(sizes)
-    for (name, part), span in places.items():
-        header[part_name(name, part)]["data_offsets"] = list(span)
-    metadata = json.dumps({"tensors": descriptions, "tied": dict(tied or {})}, separators=(",", ":"))
-    text = json.dumps({"__metadata__": {METADATA_KEY: metadata}, **header}, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+        for part, values in parts.items():
+            nbytes = values.numel() * values.element_size()
+            stored[name, part] = StoredPart(_DTYPES[values.dtype], tuple(values.shape), nbytes)
+    header, places = packed_header(descriptions, stored, dict(tied or {}))
     with whole(path) as partial, open(partial, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for name in tensors:
             parts = tensors[name].encoding.parts()
             for part in sorted(parts):
-                file.seek(8 + len(text) + places[name, part][0])
+                file.seek(len(header) + places[name, part][0])
                 file.write(parts[part].contiguous().flatten().view(torch.uint8).numpy().tobytes())

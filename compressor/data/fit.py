@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,11 +30,8 @@ IGNORED_LABEL = -100
 _CHUNK = 1 << 22
 
 
-@dataclass
-class _Seen:
-    """What the network's tables were asked for: (array's name, rows of the table)."""
-
-    tables: list[tuple[str, int]]
+Tables = list[tuple[str, int]]
+"""What a network's tables were asked for: (array's name, rows of the table)."""
 
 
 def fitted(checkpoint: Checkpoint, sources: Iterable[Arrays | None]) -> list[Arrays | None]:
@@ -43,9 +40,6 @@ def fitted(checkpoint: Checkpoint, sources: Iterable[Arrays | None]) -> list[Arr
     Raises:
         DataError: They do not fit: names, types, shapes, numbers or classes.
     """
-    sources = list(sources)
-    if all(each is None for each in sources):
-        return sources
     network = _built(checkpoint)
     return [None if source is None else _fitted(checkpoint, network, source) for source in sources]
 
@@ -62,7 +56,7 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
         _refuse_not_finite(source.source, name, array)
     refusals: list[str] = []
     for candidate in (source, *_cast(source)):
-        seen = _Seen([])
+        seen: Tables = []
         try:
             output = _example(network, candidate, seen)
         except CompressorError:
@@ -167,7 +161,7 @@ def _cast(source: Arrays) -> list[Arrays]:
     return [replace(source, inputs={name: a.astype(kinds[name], copy=False) for name, a in source.inputs.items()})]
 
 
-def _example(network: nn.Module, source: Arrays, seen: _Seen) -> Tensor | None:
+def _example(network: nn.Module, source: Arrays, seen: Tables) -> Tensor | None:
     """The first output for the first example; `seen` takes the tables that are read."""
     batch = as_batch({name: np.array(array[:1]) for name, array in source.inputs.items()})
     device = next((each.device for each in network.parameters()), torch.device("cpu"))
@@ -176,7 +170,7 @@ def _example(network: nn.Module, source: Arrays, seen: _Seen) -> Tensor | None:
     def note(module: nn.Embedding, args: tuple[Any, ...]) -> None:
         for name, tensor in batch.items():
             if args and isinstance(args[0], Tensor) and args[0].shape == tensor.shape and _alike(args[0], tensor):
-                seen.tables.append((name or next(iter(source.inputs)), module.num_embeddings))
+                seen.append((name or next(iter(source.inputs)), module.num_embeddings))
 
     hooks = [module.register_forward_pre_hook(note) for module in network.modules() if isinstance(module, nn.Embedding)]
     try:
@@ -205,8 +199,8 @@ def _knows_no_values(network: nn.Module, error: Exception) -> bool:
     return on_meta and (isinstance(error, NotImplementedError) or "meta" in str(error).lower())
 
 
-def _refuse_beyond_tables(source: Arrays, seen: _Seen) -> None:
-    for name, n_rows in seen.tables:
+def _refuse_beyond_tables(source: Arrays, seen: Tables) -> None:
+    for name, n_rows in seen:
         array = source.inputs[name]
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= n_rows:

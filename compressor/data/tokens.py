@@ -64,7 +64,7 @@ def encode_sentences(sentences: Sequence[str], tokenizer: str | Path, length: in
     """
     files = _tokenizer_files(Path(tokenizer))
     if files[0].name != "tokenizer.json":
-        encoded = _auto_tokenizer(files[0].parent)(
+        encoded = auto_tokenizer(files[0].parent)(
             list(sentences), padding=True, truncation=True, max_length=length, return_tensors="np"
         )
         return {name: np.asarray(value, dtype=np.int64) for name, value in encoded.items()}
@@ -171,7 +171,7 @@ def _tokenize(content: str, files: list[Path]) -> np.ndarray:
         fast = fast_tokenizer(files[0])
         ids = [fast.encode(piece, add_special_tokens=False).ids for piece in _pieces(content)]
     else:
-        slow = _auto_tokenizer(files[0].parent)
+        slow = auto_tokenizer(files[0].parent)
         ids = [slow.encode(piece, add_special_tokens=False) for piece in _pieces(content)]
     return np.concatenate([np.array(part, dtype=np.int32) for part in ids])
 
@@ -202,7 +202,12 @@ def fast_tokenizer(file: Path) -> Any:
     return fast
 
 
-def _auto_tokenizer(directory: Path) -> Any:
+def auto_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a folder as transformers reads it; nothing of it is run, nothing fetched.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:

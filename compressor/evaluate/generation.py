@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compressor.checkpoints.architecture import family_of
 from compressor.checkpoints.positions import positions_of
-from compressor.core.errors import CheckpointError
+from compressor.core.errors import CheckpointError, DataError
 
 
 def generate_text(
@@ -59,13 +59,13 @@ def generate_text(
 def _turn(directory: Path, prompt: str) -> str:
     """What a chat's template makes of one thing that a user says, up to where the answer begins."""
     from jinja2 import TemplateError
-    from transformers import AutoTokenizer
+
+    from compressor.data.tokens import auto_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         asked = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    except (OSError, ValueError, TemplateError) as error:
+        text = auto_tokenizer(directory).apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except (DataError, OSError, ValueError, TemplateError) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{directory}: no template of a chat can be used: {first}; leave --chat out") from error
     assert isinstance(text, str)

@@ -24,12 +24,12 @@ import onnxruntime
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compressor.core.artifact import INSTALLED, INSTALLED_GRAPH, INSTALLED_RECORD, REPORT, Artifact, file_digest
-from compressor.core.errors import CheckpointError, CompressorError
+from compressor.core.errors import CompressorError
 from compressor.core.files import whole, write_text
 from compressor.core.locking import locked
 from compressor.core.machine import processor
 from compressor.core.reading import read_json
-from compressor.evaluate.session import GRAPH, graph_path
+from compressor.evaluate.session import GRAPH, graph_path, unloadable
 from compressor.runtime.sessions import optimised_graph
 
 _SCRATCH = ".installing"
@@ -168,10 +168,7 @@ def _folded(directory: Path, folder: Path) -> list[Path]:
     try:
         optimised_graph(directory / GRAPH, folder, _STEM)
     except Exception as error:  # onnxruntime's own errors share no narrower class
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{directory / GRAPH}: onnxruntime {onnxruntime.__version__} cannot load it; {first}"
-        ) from error
+        raise unloadable(directory / GRAPH, error) from error
     return sorted(path for path in folder.iterdir() if path.name in INSTALLED)
 
 

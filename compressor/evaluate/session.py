@@ -206,8 +206,13 @@ def _open(path: Path, threads: int | None, exact: bool, apart: bool) -> Any:
     try:
         return open_inference(path, Settings(threads, entries, as_it_is=path.name == INSTALLED_GRAPH), apart)
     except Exception as error:  # onnxruntime's own errors share no narrower class
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it; {first}") from error
+        raise unloadable(path, error) from error
+
+
+def unloadable(path: Path, error: Exception) -> CheckpointError:
+    """Says of a graph that onnxruntime does not load it, and why."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it; {first}")
 
 
 def _config(directory: Path) -> dict[str, Any]:

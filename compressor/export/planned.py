@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from compressor.core.artifact import WEIGHTS
 from compressor.core.encoding import Layout
-from compressor.core.packed import part_name, spans
-from compressor.core.spec import DenseSpec
+from compressor.core.packed import packed_header, part_name
 from compressor.core.tensors import EncodedTensor, EncodedTensors, Place
 from compressor.export.forms import Mode
 from compressor.export.writing import export_graph
 from compressor.plan.plan import Plan
-from compressor.plan.sizes import header_bytes
+from compressor.plan.sizes import described, stored_parts
 
 
 class PlannedTensors(EncodedTensors):
@@ -27,17 +25,10 @@ class PlannedTensors(EncodedTensors):
     def __init__(self, plan: Plan, checkpoint: Any) -> None:
         super().__init__([], plan.tied)
         self._checkpoint = checkpoint
-        begin, sizes = header_bytes(plan.tensors, plan.tied), {}
-        for tensor in plan.tensors:
-            parts = tensor.spec.parts(*tensor.matrix)
-            self._descriptions[tensor.name] = {
-                **tensor.describe(), "tensor_shape": list(tensor.shape),
-                "transposed": tensor.transposed and bool(tensor.by), "parts": sorted(parts),
-            }  # fmt: skip
-            for part, (dtype, shape) in parts.items():
-                sizes[tensor.name, part] = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
-        for (name, part), (first, behind) in spans(sizes).items():
-            self._places[part_name(name, part)] = Place(WEIGHTS, begin + first, behind - first)
+        self._descriptions = described(plan.tensors)
+        header, spans = packed_header(self._descriptions, stored_parts(plan.tensors), plan.tied)
+        for (name, part), (first, behind) in spans.items():
+            self._places[part_name(name, part)] = Place(WEIGHTS, len(header) + first, behind - first)
 
     def __contains__(self, name: object) -> bool:
         return name in self._descriptions
@@ -54,9 +45,7 @@ def planned_bytes(plan: Plan, checkpoint: Any, mode: Mode, exact: bool, batches:
     """
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         directory = Path(scratch)
-        export_graph(
-            checkpoint, PlannedTensors(plan, checkpoint), directory, mode, exact, batches
-        )  # fmt: skip
+        export_graph(checkpoint, PlannedTensors(plan, checkpoint), directory, mode, exact, batches)
         written = sum(file.stat().st_size for file in directory.iterdir())
     if checkpoint.config is not None:
         written += len(json.dumps(checkpoint.config, indent=1, ensure_ascii=False).encode()) + 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 from compressor.core.machine import multiplies_bfloat16
-from compressor.core.packed import part_name, spans
+from compressor.core.packed import StoredPart, packed_header
 from compressor.core.passes import StructureSettings
 from compressor.core.roles import block_of
 from compressor.core.spec import DenseSpec
@@ -22,7 +21,6 @@ SECONDS_PER_STEP = 2e-8
 """CPU-seconds to decode a weight and learn what it is made of, about, in a step of the distillation."""
 GRAPH_BYTES_PER_PART = 420
 GRAPH_BYTES_PER_CONVOLUTION = 1500
-_ALIGNMENT = 64
 
 
 def model_files(
@@ -58,24 +56,27 @@ def graph_bytes(tensor: PlannedTensor, static: bool) -> int:
 
 def header_bytes(tensors: tuple[PlannedTensor, ...], tied: dict[str, str]) -> int:
     """Bytes before the first tensor in the safetensors file that `core.tensors.write_tensors` makes."""
-    header: dict[str, Any] = {}
-    descriptions: dict[str, Any] = {}
-    sizes: dict[tuple[str, str], int] = {}
-    for tensor in tensors:
-        parts = tensor.spec.parts(*tensor.matrix)
-        descriptions[tensor.name] = {
+    return len(packed_header(described(tensors), stored_parts(tensors), tied)[0])
+
+
+def described(tensors: tuple[PlannedTensor, ...]) -> dict[str, dict[str, Any]]:
+    """What the file will say of tensors by name."""
+    return {
+        tensor.name: {
             **tensor.describe(), "tensor_shape": list(tensor.shape),
-            "transposed": tensor.transposed and bool(tensor.by), "parts": sorted(parts),
-        }  # fmt: skip
-        for part in sorted(parts):
-            dtype, shape = parts[part]
-            sizes[tensor.name, part] = DenseSpec(dtype=dtype).nbytes(1, math.prod(shape))
-            header[part_name(tensor.name, part)] = {"dtype": dtype, "shape": list(shape)}
-    for (name, part), span in spans(sizes).items():
-        header[part_name(name, part)]["data_offsets"] = list(span)
-    metadata = json.dumps({"tensors": descriptions, "tied": tied}, separators=(",", ":"))
-    text = json.dumps({"__metadata__": {"compressor": metadata}, **header}, separators=(",", ":")).encode()
-    return -(-(len(text) + 8) // _ALIGNMENT) * _ALIGNMENT
+            "transposed": tensor.transposed and bool(tensor.by), "parts": sorted(tensor.spec.parts(*tensor.matrix)),
+        }
+        for tensor in tensors
+    }  # fmt: skip
+
+
+def stored_parts(tensors: tuple[PlannedTensor, ...]) -> dict[tuple[str, str], StoredPart]:
+    """The parts that tensors will have, by (tensor, part)."""
+    return {
+        (tensor.name, part): StoredPart(dtype, shape, DenseSpec(dtype=dtype).nbytes(1, math.prod(shape)))
+        for tensor in tensors
+        for part, (dtype, shape) in tensor.spec.parts(*tensor.matrix).items()
+    }
 
 
 def _weights(tensors: tuple[PlannedTensor, ...]) -> int:

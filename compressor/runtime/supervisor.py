@@ -23,6 +23,8 @@ from compressor.core.terminal import occupy_descriptors
 GRACE_SECONDS = 10.0
 """From an interrupt, which a run ends on resumably, to the end by force."""
 RESOURCES, BUG, INTERRUPTED = 4, 5, 130
+HELP_OPTIONS = frozenset({"--help", "-h", "--version"})
+"""With any of them a command does too little to be watched."""
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 _DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
