@@ -11,6 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+if sys.platform != "win32":
+    import resource
+
 _SCARCE = 200_000_000
 """Bytes that are free, below which anything may fail."""
 
@@ -35,12 +38,13 @@ def cores() -> int:
 def is_scarce(share: float = 0.5) -> bool:
     """Whether memory may have been what an odd error came of: little is left, or much of what this process may have
     is taken. A limit may be lower than what the machine has (`ulimit -v`)."""
-    if available_memory() < _SCARCE:
-        return True
+    return _is_near_limit(share) or available_memory() < _SCARCE
+
+
+def _is_near_limit(share: float) -> bool:
+    """Asked first, and without an import: near its limit a process may not get through one."""
     if sys.platform == "win32":
         return False
-    import resource
-
     limits = (resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     finite = [limit for limit in limits if limit != resource.RLIM_INFINITY]
     return bool(finite) and _address_space() >= share * min(finite)
@@ -48,11 +52,11 @@ def is_scarce(share: float = 0.5) -> bool:
 
 def _address_space() -> int:
     """Bytes that this process has had mapped at most."""
-    import psutil
-
     if sys.platform == "linux":
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak:")), 0)
+    import psutil
+
     return psutil.Process().memory_info().vms
 
 
@@ -132,7 +136,5 @@ def _peak(pid: int | None) -> int | None:
         import psutil
 
         return psutil.Process().memory_info().peak_wset
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

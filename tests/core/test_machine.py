@@ -82,3 +82,18 @@ def test_elsewhere_what_is_private_is_not_known(monkeypatch, system):
 def test_bfloat16_in_hardware_is_as_torch_says():
     torch = pytest.importorskip("torch")
     assert multiplies_bfloat16() == (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@on_linux
+def test_near_its_limit_a_process_is_told_so_without_importing_anything():
+    """An import that runs out of memory may end in any error, and then what went wrong is told as a bug."""
+    code = (
+        "import resource, sys\n"
+        "from compressor.core import machine\n"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmPeak:')).split()[1]\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1536 * int(peak), -1))\n"
+        "sys.meta_path.clear()\n"
+        "print(machine.is_scarce(), 'psutil' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["True", "False"], "")
