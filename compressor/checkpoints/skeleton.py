@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from compressor.checkpoints.architecture import Architecture
 from compressor.checkpoints.expected import COMPUTED
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Checkpoint(Protocol):
@@ -137,33 +141,33 @@ def align(checkpoint: Checkpoint, module: nn.Module) -> None:
 
 
 def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
-    expected = set(module.state_dict(keep_vars=True))
-    prefix = getattr(module, "base_model_prefix", "") or "model"
-    stored = list(checkpoint.source.tensors)
-    rename = {name: _module_name(name, expected, f"{prefix}.") for name in stored}
+    """By the rules of transformers for its own networks; else a prefix and old spellings are all that may differ."""
     groups = [group for group in parameter_names(module).values() if len(group) > 1]
 
     def ties(names: Iterable[str], _: Any) -> dict[str, str]:
         present = set(names)
         return {alias: group[0] for group in groups if present & set(group) for alias in group[1:]}
 
-    checkpoint.name_tensors({name: target for name, target in rename.items() if target in expected}, ties)
+    if is_of_transformers(module):
+        from compressor.checkpoints.converted import converted
+
+        found = converted(checkpoint.source, module, checkpoint.path)
+        checkpoint.source, rename, dropped = found.source, found.names, found.unused
+    else:
+        expected, stored = set(module.state_dict(keep_vars=True)), list(checkpoint.source.tensors)
+        targets = {name: _module_name(name, expected) for name in stored}
+        rename = {name: target for name, target in targets.items() if target in expected}
+        dropped = [name for name in stored if name not in rename]
+    checkpoint.name_tensors(rename, ties)
     _refuse_conflicts(checkpoint, groups)
-    dropped = [name for name in stored if rename[name] not in expected]
     checkpoint.skipped = [name for name in dropped if not COMPUTED.search(name)]
-    _refuse_fused_experts(checkpoint, expected)
     checkpoint.aligned = True
 
 
-def _refuse_fused_experts(checkpoint: Checkpoint, expected: set[str]) -> None:
-    """transformers 5 stacks the experts of a layer into one tensor as it loads them; here nothing is stacked."""
-    stored = next((name for name in checkpoint.skipped if ".experts." in name), None)
-    fused = sorted(name for name in expected if ".experts." in name and name not in checkpoint.tensors)
-    if stored is not None and fused:
-        raise CheckpointError(
-            f"{checkpoint.path}: experts that transformers fuses are not supported yet; found '{stored}', "
-            f"{checkpoint.architecture} computes with '{fused[0]}'; give a model without mixtures of experts"
-        )
+def is_of_transformers(module: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether a module is a network of transformers' classes, which then are imported already."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
 def _refuse_conflicts(checkpoint: Checkpoint, groups: list[list[str]]) -> None:
@@ -176,10 +180,10 @@ def _refuse_conflicts(checkpoint: Checkpoint, groups: list[list[str]]) -> None:
                 )
 
 
-def _module_name(name: str, expected: set[str], prefix: str) -> str:
+def _module_name(name: str, expected: set[str]) -> str:
     for pattern, replacement in LEGACY:
         name = pattern.sub(replacement, name)
-    candidates = (name, prefix + name, name.removeprefix(prefix))
+    candidates = (name, f"model.{name}", name.removeprefix("model."))
     return next((candidate for candidate in candidates if candidate in expected), name)
 
 
