@@ -12,13 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from compressor.checkpoints.experts import Experts, Part
 from compressor.checkpoints.safetensors_file import TORCH_NAMES
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.errors import CheckpointError
@@ -31,51 +32,89 @@ DTYPES = {code: getattr(torch, name) for code, name in TORCH_NAMES.items()}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+class Origin(Protocol):
+    """Where a tensor of a module comes from: the stored tensors that it is made of, and how."""
+
+    @property
+    def stored(self) -> tuple[str, ...]: ...
+
+    def read(self, source: Source) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Conversion:
-    """A rule of transformers and what it is applied to, which may give several tensors; `first` is one's name.
+    """One of the tensors that a rule of transformers makes of stored ones; `first` names the first of them.
 
     `parts` are (pattern of the rule, stored name).
     """
 
+    name: str
     first: str
     rule: WeightConverter
     module: PreTrainedModel
     parts: tuple[tuple[str, str], ...]
 
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return tuple(name for _, name in self.parts)
+
+    def read(self, source: Source) -> Tensor:
+        return self.apply(source.read(name) for name in self.stored)[self.name].contiguous()
+
     def apply(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The tensors of the module, of those of `parts` in their order."""
+        """All that the rule makes of the tensors of `parts`, in their order."""
         rule = deepcopy(self.rule)
         for (pattern, name), tensor in zip(self.parts, tensors, strict=True):
-            rule.add_tensor(self.first, name, pattern, tensor)  # type: ignore[arg-type]  # takes tensors as well
+            rule.add_tensor(self.first, name, pattern, cast(Any, tensor))
         made = rule.convert(self.first, model=self.module, config=self.module.config)
         return {name: found[0] if isinstance(found, list) else found for name, found in made.items()}
 
 
+@dataclass(frozen=True)
+class Cut:
+    """One expert of a tensor of all: of a stored one, by its name, or of one that is made."""
+
+    whole: str | Conversion
+    part: Part
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return (self.whole,) if isinstance(self.whole, str) else self.whole.stored
+
+    def read(self, source: Source) -> Tensor:
+        if isinstance(self.whole, str):
+            found = source.read_row(self.whole, self.part.index)
+        else:
+            found = self.whole.read(source)[self.part.index]
+        return (found.T if self.part.transposed else found).contiguous()
+
+
+@dataclass(frozen=True)
+class Initial:
+    """A parameter that stands in no file: the class computes it."""
+
+    model: PreTrainedModel
+    name: str
+
+    stored = ()
+
+    def read(self, source: Source) -> Tensor:
+        return _initialised(self.model, self.name)
+
+
 @dataclass
 class ConvertedSource(Source):
-    """The files of `original` by other names: what is converted or computed has a name of the module.
-
-    Names of neither `original` nor `conversions` are of parameters that `computed`'s class initialises.
-    """
+    """The files of `original`, and what is made of their tensors."""
 
     original: Source = field(kw_only=True)
-    conversions: dict[str, Conversion] = field(kw_only=True)
-    computed: PreTrainedModel = field(kw_only=True)
+    origins: dict[str, Origin] = field(kw_only=True)
 
     def file_of(self, name: str) -> Path:
-        if name in self.conversions:
-            return self.original.file_of(self.conversions[name].parts[0][1])
-        return self.original.file_of(name) if name in self.original.tensors else self.files[0]
+        stored = self.origins[name].stored if name in self.origins else (name,)
+        return self.original.file_of(stored[0]) if stored else self.files[0]
 
     def read(self, name: str) -> Tensor:
-        if name in self.conversions:
-            conversion = self.conversions[name]
-            made = conversion.apply(self.original.read(part) for _, part in conversion.parts)
-            return made[name].clone(memory_format=torch.contiguous_format)
-        if name in self.original.tensors:
-            return self.original.read(name)
-        return _initialised(self.computed, name)
+        return self.origins[name].read(self.original) if name in self.origins else self.original.read(name)
 
 
 @dataclass(frozen=True)
@@ -93,6 +132,58 @@ def converted(source: Source, module: PreTrainedModel, path: Path) -> Converted:
     Raises:
         CheckpointError: A rule of transformers cannot be applied to what is there.
     """
+    parts = _experts(module)
+    expected = {**module.state_dict(keep_vars=True), **dict.fromkeys(part.whole for part in parts.values())}
+    renamed, made, unused = _matched(source, module, list(expected))
+    names = {name: target for target, name in renamed.items()}
+    origins: dict[str, Origin] = {}
+    infos: dict[str, TensorInfo] = {}
+    cut: dict[str, dict[str, Part]] = {}
+    for name, part in parts.items():
+        cut.setdefault(part.whole, {})[name] = part
+    for conversion in made:
+        described = _described(source, conversion, path)
+        for name, info in described.items():
+            found = replace(conversion, name=name)
+            if name not in cut:
+                origins[name], infos[name] = found, info
+                continue
+            for expert, part in cut[name].items():
+                origins[expert], infos[expert] = _one_of(found, part, info.shape[0]), _info_of_part(expert, info, part)
+    for whole, experts in cut.items():
+        if whole not in renamed:
+            continue
+        info = source.tensors[renamed[whole]]
+        for expert, part in experts.items():
+            if part.index < info.shape[0]:
+                origins[expert], infos[expert] = Cut(renamed[whole], part), _info_of_part(expert, info, part)
+        del names[renamed[whole]]
+    for name, parameter in _computed(module).items():
+        if name not in renamed and name not in origins:
+            origins[name], infos[name] = Initial(module, name), _info(name, parameter)
+    if not origins:
+        return Converted(source, names, unused)
+    kept = {name: source.tensors[name] for name in names}
+    by_names = ConvertedSource(
+        source.kind, source.files, kept | infos, source.shared, source.module, original=source, origins=origins
+    )
+    return Converted(by_names, names | {name: name for name in origins}, unused)
+
+
+def _experts(module: nn.Module) -> dict[str, Part]:
+    """Every parameter of an expert: which part of which parameter of a fused mixture it is."""
+    found: dict[str, Part] = {}
+    for path, child in module.named_modules():
+        if isinstance(child, Experts):
+            prefix = f"{path}." if path else ""
+            found |= {prefix + name: replace(part, whole=prefix + part.whole) for name, part in child.parts().items()}
+    return found
+
+
+def _matched(
+    source: Source, module: PreTrainedModel, expected: list[str]
+) -> tuple[dict[str, str], list[Conversion], list[str]]:
+    """The module's name -> the stored one, where that is all; what is made of several or cut; what has no use."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -100,42 +191,38 @@ def converted(source: Source, module: PreTrainedModel, path: Path) -> Converted:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    expected, prefix = module.state_dict(keep_vars=True), module.base_model_prefix
-    renamed: dict[str, str] = {}  # the module's name -> the stored one
+    known = dict.fromkeys(expected, True)
+    renamed: dict[str, str] = {}
     parts: dict[str, list[tuple[str, str]]] = {}
     unused: list[str] = []
     for name in sorted(source.tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
-        if target not in expected and name in expected:
+        target, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, known)
+        if target not in known and name in known:
             target, pattern = name, None
-        if target not in expected:
+        if target not in known:
             unused.append(name)
         elif pattern is None:
             renamed.setdefault(target, name)
         else:
             parts.setdefault(target, []).append((pattern, name))
-    made: dict[str, Conversion] = {}
-    infos: dict[str, TensorInfo] = {}
-    for first, found in parts.items():
-        conversion = Conversion(first, by_pattern[found[0][0]], module, tuple(found))
-        described = _described(source, conversion, path)
-        made |= dict.fromkeys(described, conversion)
-        infos |= described
-    computed = {name: info for name, info in _computed(module).items() if name not in renamed and name not in made}
-    names = {name: target for target, name in renamed.items()}
-    if not made and not computed:
-        return Converted(source, names, unused)
-    kept = {name: source.tensors[name] for name in names}
-    by_names = ConvertedSource(
-        source.kind, source.files, kept | infos | computed, source.shared, source.module,
-        original=source, conversions=made, computed=module,
-    )  # fmt: skip
-    return Converted(by_names, names | {name: name for name in (*infos, *computed)}, unused)
+    made = [Conversion(first, first, by_pattern[found[0][0]], module, tuple(found)) for first, found in parts.items()]
+    return renamed, made, unused
+
+
+def _one_of(whole: Conversion, part: Part, n_experts: int) -> Cut:
+    """One expert of what a rule makes: of its own stored tensors alone, where each pattern has one for each expert."""
+    by_pattern: dict[str, list[str]] = {}
+    for pattern, name in whole.parts:
+        by_pattern.setdefault(pattern, []).append(name)
+    if any(len(names) != n_experts for names in by_pattern.values()):
+        return Cut(whole, part)
+    own = tuple((pattern, names[part.index]) for pattern, names in by_pattern.items())
+    return Cut(replace(whole, parts=own), replace(part, index=0))
 
 
 def _described(source: Source, conversion: Conversion, path: Path) -> dict[str, TensorInfo]:
     """What a conversion will give: it is applied to tensors without memory."""
-    stored = [source.tensors[name] for _, name in conversion.parts]
+    stored = [source.tensors[name] for name in conversion.stored]
     try:
         made = conversion.apply(torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for info in stored)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, StopIteration) as error:
@@ -150,17 +237,20 @@ def _info(name: str, tensor: Tensor) -> TensorInfo:
     return TensorInfo(name, tuple(tensor.shape), CODES[tensor.dtype], tensor.nbytes)
 
 
-def _computed(module: PreTrainedModel) -> dict[str, TensorInfo]:
+def _info_of_part(name: str, whole: TensorInfo, part: Part) -> TensorInfo:
+    shape = whole.shape[1:]
+    return TensorInfo(name, shape[::-1] if part.transposed else shape, whole.dtype, whole.nbytes // whole.shape[0])
+
+
+def _computed(module: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The parameters that a class says may be missing, and initialises with no chance in it."""
     ignored = getattr(module, "_keys_to_ignore_on_load_missing", None) or ()
-    found: dict[str, TensorInfo] = {}
-    for name, parameter in module.named_parameters():
-        if not any(re.search(pattern, name) for pattern in ignored):
-            continue
-        first, second = (_initialised(module, name, seed) for seed in (0, 1))
-        if torch.equal(first, second):
-            found[name] = _info(name, parameter)
-    return found
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if any(re.search(pattern, name) for pattern in ignored)
+        and torch.equal(_initialised(module, name, 0), _initialised(module, name, 1))
+    }
 
 
 def _initialised(model: PreTrainedModel, name: str, seed: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from compressor.checkpoints.architecture import Architecture
 from compressor.checkpoints.expected import COMPUTED
+from compressor.checkpoints.experts import unfuse
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.errors import CheckpointError
 
@@ -101,6 +102,8 @@ def construct(architecture: Architecture, config: dict[str, Any] | None) -> nn.M
     """The module of an architecture in eval mode, its parameters on meta, its buffers real."""
     with empty_parameters():
         module = architecture.construct(config)
+    if is_of_transformers(module):
+        unfuse(module)
     for group in parameter_names(module).values():
         parameter = module.get_parameter(group[0])
         if parameter.device.type != "meta":
