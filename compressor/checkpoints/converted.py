@@ -10,7 +10,7 @@ those are computed as the class does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -142,21 +142,16 @@ def converted(source: Source, module: PreTrainedModel, path: Path) -> Converted:
     for name, part in parts.items():
         cut.setdefault(part.whole, {})[name] = part
     for conversion in made:
-        described = _described(source, conversion, path)
-        for name, info in described.items():
+        for name, info in _described(source, conversion, path).items():
             found = replace(conversion, name=name)
             if name not in cut:
                 origins[name], infos[name] = found, info
-                continue
-            for expert, part in cut[name].items():
+            for expert, part in _held(cut.get(name, {}), info):
                 origins[expert], infos[expert] = _one_of(found, part, info.shape[0]), _info_of_part(expert, info, part)
-    for whole, experts in cut.items():
-        if whole not in renamed:
-            continue
+    for whole in [each for each in cut if each in renamed]:
         info = source.tensors[renamed[whole]]
-        for expert, part in experts.items():
-            if part.index < info.shape[0]:
-                origins[expert], infos[expert] = Cut(renamed[whole], part), _info_of_part(expert, info, part)
+        for expert, part in _held(cut[whole], info):
+            origins[expert], infos[expert] = Cut(renamed[whole], part), _info_of_part(expert, info, part)
         del names[renamed[whole]]
     for name, parameter in _computed(module).items():
         if name not in renamed and name not in origins:
@@ -207,6 +202,11 @@ def _matched(
             parts.setdefault(target, []).append((pattern, name))
     made = [Conversion(first, first, by_pattern[found[0][0]], module, tuple(found)) for first, found in parts.items()]
     return renamed, made, unused
+
+
+def _held(experts: dict[str, Part], whole: TensorInfo) -> Iterator[tuple[str, Part]]:
+    """Those experts that a tensor has; the others are missing."""
+    return ((name, part) for name, part in experts.items() if part.index < whole.shape[0])
 
 
 def _one_of(whole: Conversion, part: Part, n_experts: int) -> Cut:

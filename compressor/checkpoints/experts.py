@@ -55,8 +55,6 @@ class Experts(nn.Module):
         total = torch.zeros_like(hidden_states)
         for number in range(self.n_experts):
             rows, place = torch.where(top_k_index == number)
-            if not torch.compiler.is_exporting() and not len(rows):
-                continue
             expert = self.get_submodule(str(number))
             hidden = between(expert.get_submodule(self.up)(hidden_states[rows]))
             outputs = expert.get_submodule(DOWN)(hidden) * top_k_weights[rows, place, None]
@@ -80,6 +78,17 @@ def unfuse(network: nn.Module) -> nn.Module:
             parent, _, attribute = name.rpartition(".")
             setattr(network.get_submodule(parent), attribute, Experts(module))
     return network
+
+
+def routed(block: nn.Module, prefix: str) -> set[str]:
+    """The weights that only some of the tokens reach, by their names under `prefix`."""
+    found = ((name, module) for name, module in block.named_modules() if isinstance(module, Experts))
+    return {
+        f"{prefix}{name}.{weight}" if name else f"{prefix}{weight}"
+        for name, module in found
+        for weight, _ in module.named_parameters()
+        if weight.endswith(".weight")
+    }
 
 
 def _is_fused(module: nn.Module) -> bool:

@@ -286,8 +286,9 @@ def second_moments(
 ) -> tuple[dict[str, Tensor], int]:
     """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
 
-    The layers share their input, so that without importance they share one H. The forward of batch number i runs
-    within `begun(i)`, and ends at the last call.
+    Where there are none, as with an expert that no token is sent to, every input counts alike. The layers share their
+    input, so that without importance they share one H. The forward of batch number i runs within `begun(i)`, and ends
+    at the last call.
     """
     sums: dict[str, Tensor] = {}
     counts = {"tokens": 0, "calls": 0}
@@ -314,6 +315,6 @@ def second_moments(
             with begun(i), contextlib.suppress(Stop):
                 network.step(block, arguments)
     for total in sums.values():
-        mirror(total.div_(max(1, counts["tokens"])))
+        mirror(total.div_(counts["tokens"]) if counts["tokens"] else total.fill_diagonal_(1))
     shared = next(iter(sums.values()))
     return {name: sums.get(name, shared) for name in names}, counts["tokens"]
