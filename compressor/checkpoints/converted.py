@@ -190,7 +190,7 @@ def _matched(
     renamed: dict[str, str] = {}
     parts: dict[str, list[tuple[str, str]]] = {}
     unused: list[str] = []
-    for name in sorted(source.tensors, key=dot_natural_key):
+    for name in source.tensors:
         target, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, known)
         if target not in known and name in known:
             target, pattern = name, None
@@ -200,7 +200,10 @@ def _matched(
             renamed.setdefault(target, name)
         else:
             parts.setdefault(target, []).append((pattern, name))
-    made = [Conversion(first, first, by_pattern[found[0][0]], module, tuple(found)) for first, found in parts.items()]
+    made = []
+    for first, found in parts.items():
+        found.sort(key=lambda part: dot_natural_key(part[1]))
+        made.append(Conversion(first, first, by_pattern[found[0][0]], module, tuple(found)))
     return renamed, made, unused
 
 
