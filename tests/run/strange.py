@@ -15,6 +15,26 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+class Several(nn.Module):
+    """Networks of one input side by side, with an output of each by its name: one run of the command for all of them.
+
+    One that is made of blocks is none of these: side by side they are no chain.
+    """
+
+    kinds: tuple[type[nn.Module], ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleDict({kind.__name__: kind() for kind in self.kinds})
+
+    @classmethod
+    def inputs(cls) -> dict[str, np.ndarray]:
+        return cls.kinds[0].inputs()  # type: ignore[attr-defined]
+
+    def forward(self, x):
+        return {name: network(x) for name, network in self.each.items()}
+
+
 class Block(nn.Module):
     """Vectors (batch, 64) to vectors (batch, 64)."""
 
@@ -285,6 +305,10 @@ class EmptyList(ListsOfLists):
         return self.last(x)
 
 
+class Lists(Several):
+    kinds = (ListsOfLists, ListsOfDicts, DictOfLists, EmptyList)
+
+
 class UNet(nn.Module):
     """Ways down and up in lists of lists, with skips from one to the other."""
 
@@ -376,6 +400,12 @@ class BiasMade(Vectors):
 
     def forward(self, x):
         return self.b(torch.addmm(self.a(x), x, self.a.weight))
+
+
+class UsedAgain(Several):
+    kinds = (
+        TwiceInARow, ThriceInARow, TwiceApart, TwiceTheLast, TwiceWithItself, TiedAutoencoder, TiedInARow, BiasMade,
+    )  # fmt: skip
 
 
 class TableAndHead(nn.Module):
