@@ -5,10 +5,13 @@ What a class is called is what is odd about it. `inputs` are rows that its forwa
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -436,3 +439,76 @@ class ConvolvedTwice(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(self.a(x)))
+
+
+def _normalised(layer: nn.Module, form: str) -> nn.Module:
+    if form == "old":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return nn.utils.weight_norm(layer)
+    if form == "old spectral":
+        return nn.utils.spectral_norm(layer)
+    if form == "new":
+        return parametrizations.weight_norm(layer)
+    if form == "spectral":
+        return parametrizations.spectral_norm(layer)
+    if form == "orthogonal":
+        return parametrizations.orthogonal(layer)
+    if form == "own":
+        parametrize.register_parametrization(layer, "weight", Symmetric())
+    return layer
+
+
+class Symmetric(nn.Module):
+    """A parametrisation of somebody's own, of layers with as many outputs as inputs."""
+
+    def forward(self, weight):
+        return weight.triu() + weight.triu(1).mT
+
+
+class Normalised(nn.Module):
+    """Sequences (batch, 16, 20) to 12 numbers, whose layers' weights are computed from others."""
+
+    form = "none"
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.form in ("own", "orthogonal"):
+            layers = [nn.Flatten(), nn.Linear(320, 64), nn.ReLU(), _normalised(nn.Linear(64, 64), self.form)]
+        else:
+            layers = [
+                _normalised(nn.Conv1d(16, 64, 3), self.form), nn.ReLU(), _normalised(nn.Conv1d(64, 32, 3), self.form),
+                nn.ReLU(), nn.Flatten(), _normalised(nn.Linear(512, 12), self.form),
+            ]  # fmt: skip
+        self.layers = nn.Sequential(*layers)
+
+    @classmethod
+    def inputs(cls) -> dict[str, np.ndarray]:
+        return {"x": normal(48, 16, 20)}
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class WeightNorm(Normalised):
+    form = "new"
+
+
+class OldWeightNorm(Normalised):
+    form = "old"
+
+
+class SpectralNorm(Normalised):
+    form = "spectral"
+
+
+class OldSpectralNorm(Normalised):
+    form = "old spectral"
+
+
+class Orthogonal(Normalised):
+    form = "orthogonal"
+
+
+class OwnParametrisation(Normalised):
+    form = "own"

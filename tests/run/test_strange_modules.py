@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+import compressor
 from compressor.checkpoints import open_checkpoint
 from compressor.cli.commands import main
 from compressor.core.outputs import named_outputs
+from compressor.core.tensors import EncodedTensors
 from compressor.sweeps.network import Network
 from tests import pico
 from tests.run import strange
@@ -118,3 +120,63 @@ def test_lists_of_lists_are_no_blocks(kind: type, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [strange.UsedAgain, strange.TableAndHead, strange.ConvolvedTwice])
 def test_a_layer_may_be_used_twice_in_a_row(kind: type, tmp_path: Path) -> None:
     assert_right(kind, tmp_path)
+
+
+NORMALISED = [
+    strange.WeightNorm, strange.OldWeightNorm, strange.SpectralNorm, strange.OldSpectralNorm, strange.Orthogonal,
+    strange.OwnParametrisation,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NORMALISED)
+def test_weights_that_are_computed_from_others_are_read_as_they_are_computed(kind: Any, tmp_path: Path) -> None:
+    network, named = made(kind, tmp_path)
+    checkpoint = open_checkpoint(named[0], arch=named[2])
+    checkpoint.check()
+    names = {name for name in checkpoint.tensors if name.endswith("weight")}
+    layers = {f"{name}.weight": layer for name, layer in network.named_modules() if hasattr(layer, "bias")}
+    with torch.no_grad():
+        network(torch.tensor(kind.inputs()["x"]))  # which is when a hook computes
+    assert names == layers.keys() and not checkpoint.skipped
+    for name, layer in layers.items():
+        assert torch.allclose(checkpoint.read(name), layer.weight.data, atol=1e-6)
+        assert checkpoint.tensors[name].shape == tuple(layer.weight.shape)
+
+
+@pytest.mark.parametrize("kind", [strange.WeightNorm, strange.OldSpectralNorm, strange.OwnParametrisation])
+def test_weights_that_are_computed_from_others_are_encoded(kind: Any, tmp_path: Path) -> None:
+    assert_right(kind, tmp_path)
+    encoded = EncodedTensors([tmp_path / "out" / "model.safetensors"])
+    assert sum(encoded.describe(name)["kind"] == "affine" for name in encoded) >= 1
+    assert not any("parametrizations" in name or name.endswith(("_v", "_orig")) for name in encoded)
+
+
+@pytest.mark.parametrize("file", ["old", "new"])
+def test_a_file_of_lengths_and_directions_fits_a_module_without_them(file: str, tmp_path: Path) -> None:
+    kind = strange.WeightNorm if file == "new" else strange.OldWeightNorm
+    network, named = made(kind, tmp_path)
+    with torch.no_grad():
+        network(torch.tensor(kind.inputs()["x"]))  # which is when a hook computes
+    plain = open_checkpoint(named[0], arch="tests.run.strange:Normalised")
+    plain.check()
+    assert torch.allclose(plain.read("layers.5.weight"), network.layers[5].weight.data, atol=1e-6)
+    other = "OldWeightNorm" if file == "new" else "WeightNorm"
+    crossed = open_checkpoint(named[0], arch=f"tests.run.strange:{other}")
+    crossed.check()
+    assert torch.allclose(crossed.read("layers.0.weight"), network.layers[0].weight.data, atol=1e-6)
+
+
+def test_a_plain_file_fits_a_module_that_computes_its_weights(tmp_path: Path) -> None:
+    network, named = made(strange.Normalised, tmp_path)
+    checkpoint = open_checkpoint(named[0], arch="tests.run.strange:SpectralNorm")
+    checkpoint.check()
+    assert torch.equal(checkpoint.read("layers.2.weight"), network.layers[2].weight.data)
+
+
+@pytest.mark.parametrize("kind", [strange.WeightNorm, strange.OldWeightNorm])
+def test_a_network_in_memory_may_have_parametrisations(kind: Any, tmp_path: Path) -> None:
+    network, _ = made(kind, tmp_path)
+    before = dict(network.state_dict())
+    compressor.compress(network, str(tmp_path / "recipe.yaml"), tmp_path / "out", data=str(tmp_path / "x.npz"))
+    assert_same(network, tmp_path / "out", kind.inputs())
+    assert before.keys() == network.state_dict().keys()
