@@ -156,8 +156,14 @@ def _needs_no_arguments(reference: str, found: Any) -> None:
 
 
 def _copy(module: nn.Module) -> nn.Module:
+    """A copy; weights that a hook has computed, which torch does not copy, are what they are by then."""
     import copy
 
+    from torch import Tensor
+
+    for layer in module.modules():
+        made = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor) and not value.is_leaf}
+        vars(layer).update({name: value.detach() for name, value in made.items()})
     return copy.deepcopy(module)
 
 

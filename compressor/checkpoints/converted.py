@@ -10,7 +10,7 @@ those are computed as the class does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,25 +117,23 @@ class ConvertedSource(Source):
         return self.origins[name].read(self.original) if name in self.origins else self.original.read(name)
 
 
-@dataclass(frozen=True)
-class Converted:
-    """What a module's tensors are made of: a source, its names -> the module's names, and what has no use."""
-
-    source: Source
-    names: dict[str, str]
-    unused: list[str]
-
-
-def converted(source: Source, module: PreTrainedModel, path: Path) -> Converted:
+def converted(
+    source: Source, module: PreTrainedModel, known: Collection[str], path: Path
+) -> tuple[Source, dict[str, str]]:
     """A source by the names of a module, as `from_pretrained` decides them; itself where names alone differ.
+
+    Args:
+        known: The names of all that the module is made of.
+
+    Returns:
+        The source, and each of its names -> the module's name for it, which is not in `known` where it has no use.
 
     Raises:
         CheckpointError: A rule of transformers cannot be applied to what is there.
     """
     parts = _experts(module)
-    expected = {**module.state_dict(keep_vars=True), **dict.fromkeys(part.whole for part in parts.values())}
-    renamed, made, unused = _matched(source, module, list(expected))
-    names = {name: target for target, name in renamed.items()}
+    targets, made = _matched(source, module, {*known, *(part.whole for part in parts.values())})
+    stored = {target: name for name, target in reversed(targets.items())}
     origins: dict[str, Origin] = {}
     infos: dict[str, TensorInfo] = {}
     cut: dict[str, dict[str, Part]] = {}
@@ -148,21 +146,21 @@ def converted(source: Source, module: PreTrainedModel, path: Path) -> Converted:
                 origins[name], infos[name] = found, info
             for expert, part in _held(cut.get(name, {}), info):
                 origins[expert], infos[expert] = _one_of(found, part, info.shape[0]), _info_of_part(expert, info, part)
-    for whole in [each for each in cut if each in renamed]:
-        info = source.tensors[renamed[whole]]
+    for whole in [each for each in cut if each in stored]:
+        info = source.tensors[stored[whole]]
         for expert, part in _held(cut[whole], info):
-            origins[expert], infos[expert] = Cut(renamed[whole], part), _info_of_part(expert, info, part)
-        del names[renamed[whole]]
-    for name, parameter in _computed(module).items():
-        if name not in renamed and name not in origins:
+            origins[expert], infos[expert] = Cut(stored[whole], part), _info_of_part(expert, info, part)
+        del targets[stored[whole]]
+    for name, parameter in _initial(module).items():
+        if name not in stored and name not in origins:
             origins[name], infos[name] = Initial(module, name), _info(name, parameter)
     if not origins:
-        return Converted(source, names, unused)
-    kept = {name: source.tensors[name] for name in names}
+        return source, targets
     by_names = ConvertedSource(
-        source.kind, source.files, kept | infos, source.shared, source.module, original=source, origins=origins
-    )
-    return Converted(by_names, names | {name: name for name in origins}, unused)
+        source.kind, source.files, source.tensors | infos, source.shared, source.module,
+        original=source, origins=origins,
+    )  # fmt: skip
+    return by_names, targets | {name: name for name in origins}
 
 
 def _experts(module: nn.Module) -> dict[str, Part]:
@@ -176,9 +174,9 @@ def _experts(module: nn.Module) -> dict[str, Part]:
 
 
 def _matched(
-    source: Source, module: PreTrainedModel, expected: list[str]
-) -> tuple[dict[str, str], list[Conversion], list[str]]:
-    """The module's name -> the stored one, where that is all; what is made of several or cut; what has no use."""
+    source: Source, module: PreTrainedModel, known: Collection[str]
+) -> tuple[dict[str, str], list[Conversion]]:
+    """Stored name -> the module's for what stays as it is, used or not; and what is made of the others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -186,25 +184,22 @@ def _matched(
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    known = dict.fromkeys(expected, True)
-    renamed: dict[str, str] = {}
+    names = dict.fromkeys(known, True)
+    targets: dict[str, str] = {}
     parts: dict[str, list[tuple[str, str]]] = {}
-    unused: list[str] = []
     for name in source.tensors:
-        target, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, known)
-        if target not in known and name in known:
+        target, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, names)
+        if target not in names and name in names:
             target, pattern = name, None
-        if target not in known:
-            unused.append(name)
-        elif pattern is None:
-            renamed.setdefault(target, name)
+        if pattern is None or target not in names:
+            targets[name] = target if pattern is None else name
         else:
             parts.setdefault(target, []).append((pattern, name))
     made = []
     for first, found in parts.items():
         found.sort(key=lambda part: dot_natural_key(part[1]))
         made.append(Conversion(first, first, by_pattern[found[0][0]], module, tuple(found)))
-    return renamed, made, unused
+    return targets, made
 
 
 def _held(experts: dict[str, Part], whole: TensorInfo) -> Iterator[tuple[str, Part]]:
@@ -245,7 +240,7 @@ def _info_of_part(name: str, whole: TensorInfo, part: Part) -> TensorInfo:
     return TensorInfo(name, shape[::-1] if part.transposed else shape, whole.dtype, whole.nbytes // whole.shape[0])
 
 
-def _computed(module: PreTrainedModel) -> dict[str, nn.Parameter]:
+def _initial(module: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The parameters that a class says may be missing, and initialises with no chance in it."""
     ignored = getattr(module, "_keys_to_ignore_on_load_missing", None) or ()
     return {
