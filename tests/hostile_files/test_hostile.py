@@ -112,6 +112,14 @@ def test_a_scripted_module_that_holds_itself_is_refused(tmp_path):
         assert attempt(READERS["torchscript"], path)
 
 
+@pytest.mark.parametrize("shape", ["[2.0, 3]", "[-2, -3]", "[1e999]", "[true, 6]", f"[{10**400}]"])
+def test_a_header_of_safetensors_counts_in_whole_numbers(tmp_path, shape):
+    header = f'{{"w": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 24]}}}}'.encode()
+    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    with pytest.raises(CheckpointError, match="header of tensor 'w' is corrupt; .*is no count"):
+        open_checkpoint(tmp_path / "m.safetensors")
+
+
 def test_a_header_of_numpy_that_is_no_python_is_refused(tmp_path):
     np.savez(tmp_path / "data.npz", x=np.ones(3))
     with zipfile.ZipFile(tmp_path / "data.npz") as good:
