@@ -250,3 +250,56 @@ def test_parts_beyond_the_file_are_no_packed_tensors(tmp_path, span):
     (tmp_path / "model.safetensors").write_bytes(len(fine).to_bytes(8, "little") + fine + bytes(8))
     found = packed_tensors(tmp_path / "model.safetensors")
     assert found is not None and found["w"]["bytes"] == 8
+
+
+TRIAL = {"stage": "removal", "epoch": 0, "reward": 0.5, "student": "a", "parameters": 10, "accuracy": 0.9}
+SHOWN = {
+    "recipe": {"name": "cnn-n2n", "description": "", "gates": {"max_loss": 0.05, "max_size": None}},
+    "structure": [{
+        "parameters": 10, "search": {
+            "trials": [TRIAL, TRIAL | {"stage": "shrinkage", "accuracy": None}], "removed": ["block_1"],
+            "shrunk": [["block_2", "channels", 0.5]], "teacher": {"parameters": 40}, "policy": "actor-critic",
+            "n_judged": 2, "measure": "accuracy", "validation": "validation.npz", "best": "a",
+        },
+    }],
+    "allocation": {"kind": "cosine", "predicted_loss": 0.01, "loss": 0.02, "target_size": 1000},
+}  # fmt: skip
+
+
+def _nodes(tree, path=()):
+    """The path of every value within."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield (*path, key)
+        yield from _nodes(tree[key], (*path, key))
+
+
+def test_a_report_is_shown_or_refused_whatever_stands_where():
+    import rich.console
+
+    from compressor.core.report import misshapen
+    from compressor.report.page import _gates, _searches
+    from compressor.report.tables import run_tables
+
+    console, n_shown, n_refused = rich.console.Console(quiet=True), 0, 0
+    assert not misshapen(SHOWN) and _searches(SHOWN)[0].sizes
+    for path in _nodes(SHOWN):
+        for wrong in ("x", "", 3, -1, 0.5, 10**30, True, None, [], {}, [1], {"a": 1}, [[]]):
+            tree = json.loads(json.dumps(SHOWN))
+            holder = tree
+            for key in path[:-1]:
+                holder = holder[key]
+            holder[path[-1]] = wrong
+            if misshapen(tree):
+                n_refused += 1
+                continue
+            n_shown += 1
+            _gates(tree), _searches(tree)
+            console.print(*run_tables(tree, "x"))
+    assert n_shown > 50 and n_refused > 200
+
+
+def test_a_recipe_that_is_no_mapping_is_no_report(tmp_path):
+    for wrong in ("llm-2bit", [], {"gates": "x"}, {"gates": {"max_loss": "5%"}}):
+        (tmp_path / "compression.json").write_text(json.dumps({"recipe": wrong}))
+        with pytest.raises(CheckpointError, match=r"compression.json: is damaged; recipe.*compress again"):
+            Artifact.open(tmp_path)
