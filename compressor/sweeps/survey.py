@@ -22,6 +22,7 @@ from compressor.core.batch import Batch
 from compressor.core.errors import CheckpointError
 from compressor.core.log import LOGGER
 from compressor.graph.blocks import layers
+from compressor.ops.sums import mean
 from compressor.sweeps.backward import (
     HiddenFiles,
     back_through,
@@ -187,16 +188,16 @@ def _backward(
                 handle.remove()
         for weight, parts in collected.items():
             values = torch.cat(parts)
-            found.importance[weight], found.scales[weight] = _shares(values, weight, network), float(values.mean())
+            found.importance[weight], found.scales[weight] = _shares(values, weight, network), float(mean(values))
         advance()
-    found.scales[""] = float(torch.stack([part.pow(2).mean() for part in upstream]).mean())
+    found.scales[""] = float(torch.stack([mean(part.pow(2)) for part in upstream]).mean())
 
 
 def _shares(values: Tensor, name: str, network: Network) -> Tensor:
     """Relative to their mean, at most 50."""
     if not bool(values.isfinite().all()):
         raise CheckpointError(f"{network.checkpoint.path}: the gradient at '{name}' is not finite")
-    return (values / values.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=LARGEST_IMPORTANCE)
+    return (values / mean(values).clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=LARGEST_IMPORTANCE)
 
 
 def _collector(into: list[Tensor]):
