@@ -127,11 +127,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _count(value: Any) -> int:
+    """A number of things as JSON says it: no 4.0, no true, no Infinity, none below nothing."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{str(value)[:40]} is no count")
+    return value
+
+
 def _info(path: Path, name: str, entry: Any) -> TensorInfo:
     try:
-        shape = tuple(int(size) for size in entry["shape"])
+        shape = tuple(_count(size) for size in entry["shape"])
         dtype = str(entry["dtype"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        begin, end = (_count(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header of tensor '{name}' is corrupt; {error!r}; fetch it again") from error
     if dtype not in ITEM_SIZE:
@@ -139,7 +146,7 @@ def _info(path: Path, name: str, entry: Any) -> TensorInfo:
             f"{path}: tensor '{name}' is of type {dtype}; known: {', '.join(ITEM_SIZE)}; convert it to one of these"
         )
     expected = math.prod(shape) * ITEM_SIZE[dtype]
-    if begin < 0 or end - begin != expected:
+    if end - begin != expected:
         raise CheckpointError(
             f"{path}: the header of tensor '{name}' is corrupt; {end - begin} bytes for shape {shape} of "
             f"{dtype}, which needs {expected}; fetch it again"
