@@ -53,7 +53,7 @@ class Experts(nn.Module):
         """Of tokens (n, width), and the k experts that each goes to with their weights, (n, k), the sum (n, width)."""
         between = cast(Callable[[Tensor], Tensor], self.rule._apply_gate if self.rule.has_gate else self.rule.act_fn)
         total = torch.zeros_like(hidden_states)
-        shares = total.new_zeros(len(total), self.n_experts).scatter(1, top_k_index, top_k_weights.to(total.dtype))
+        shares = total.new_zeros(total.shape[0], self.n_experts).scatter(1, top_k_index, top_k_weights.to(total.dtype))
         for number, share in enumerate(shares.unbind(1)):
             rows = share.nonzero().flatten()
             expert = self.get_submodule(str(number))
