@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 from compressor.checkpoints.architecture import Architecture
 from compressor.checkpoints.computed import Computed, computed_in, fold, paired
 from compressor.checkpoints.expected import COMPUTED
+from compressor.checkpoints.scales import belongs_to_scales
 from compressor.checkpoints.source import Source, TensorInfo
+from compressor.checkpoints.unused import AVERAGES, refuse_unused
 from compressor.core.errors import CheckpointError
 
 
@@ -30,6 +32,7 @@ class Checkpoint(Protocol):
     tensors: dict[str, TensorInfo]
     tied: dict[str, str]
     skipped: list[str]
+    notes: list[str]
     aligned: bool
 
     def name_tensors(
@@ -48,6 +51,10 @@ RANDOM_INIT = (
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 LARGEST_BUFFER = 2**32
 """Bytes: sixteen times a causal mask of 8,192 positions in float32."""
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+"""Parts of names that whatever wraps a module, or a part of one, puts in: torch.compile, data parallelism, FSDP."""
+_BESIDE = "beside:"
+"""Begins the name of what is no part of the network that was taken."""
 LEGACY = (
     (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
     (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
@@ -155,6 +162,8 @@ def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
     computed = computed_in(module)
     known = expected.union(*(each.parts for each in computed.values()))
     rename = {name: _module_name(name, known, f"{prefix}.") for name in stored}
+    if not _covers(rename, module):
+        rename = _unwrapped(checkpoint, module, known) or rename
     made, parts = _computed(expected, computed, {target: name for name, target in rename.items()})
     groups = [group for group in parameter_names(module).values() if len(group) > 1]
 
@@ -164,10 +173,57 @@ def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
 
     checkpoint.name_tensors({name: target for name, target in rename.items() if target in expected}, ties, made)
     _refuse_conflicts(checkpoint, groups)
-    dropped = [name for name in stored if rename[name] not in expected and name not in parts]
+    dropped = [name for name in stored if rename.get(name, name) not in expected and name not in parts]
+    dropped = [name for name in dropped if not belongs_to_scales(name, checkpoint.source.tensors)]
     checkpoint.skipped = [name for name in dropped if not COMPUTED.search(name)]
+    beside = {name for name in dropped if rename.get(name, "").startswith(_BESIDE)}
+    refuse_unused(checkpoint, expected, [name for name in checkpoint.skipped if name not in beside])
     _refuse_fused_experts(checkpoint, expected)
     checkpoint.aligned = True
+
+
+def _covers(rename: Mapping[str, str], module: nn.Module) -> bool:
+    """Whether there is a tensor for each parameter that is stored as it is computed with."""
+    found, computed = set(rename.values()), computed_in(module)
+    groups = parameter_names(module).values()
+    return all(any(name in found or name in computed for name in group) for group in groups)
+
+
+def _unwrapped(checkpoint: Checkpoint, module: nn.Module, known: set[str]) -> dict[str, str] | None:
+    """Stored name -> name in the module, where the network was stored as a part of something larger, or wrapped in
+    parts: the name of what held it is taken off. None where that does not give the whole network.
+
+    Of several that fit, an average is taken last, and a note says what else there is.
+    """
+    stored = list(checkpoint.source.tensors)
+    plain = {name: _WRAPPERS.sub("", name) for name in stored}
+    beginnings = dict.fromkeys(_beginnings(plain.values()))
+    fitting = []
+    for beginning in beginnings:
+        found = {
+            name: target
+            for name, each in plain.items()
+            if each.startswith(beginning) and (target := each.removeprefix(beginning)) in known
+        }
+        if _covers(found, module):
+            fitting.append((beginning, found))
+    if not fitting:
+        return None
+    fitting.sort(key=lambda each: bool(AVERAGES.search(each[0].rstrip("."))))
+    beginning, found = fitting[0]
+    for other, _ in fitting[1:]:
+        what = "an average of the weights" if AVERAGES.search(other.rstrip(".")) else "another network of this kind"
+        checkpoint.notes.append(f"the tensors of '{beginning}' are taken; '{other}' holds {what}, which is left out")
+    inside = {name: found.get(name, plain[name].removeprefix(beginning)) for name in stored if name in found}
+    return inside | {name: f"{_BESIDE}{name}" for name in stored if not plain[name].startswith(beginning)}
+
+
+def _beginnings(names: Iterable[str]) -> Iterator[str]:
+    """What names begin with, one to three parts of them, shortest first; and nothing."""
+    split = [name.split(".") for name in names]
+    yield ""
+    for depth in (1, 2, 3):
+        yield from dict.fromkeys(".".join(parts[:depth]) + "." for parts in split if len(parts) > depth)
 
 
 def _computed(
@@ -230,6 +286,13 @@ def check(checkpoint: Checkpoint, module: nn.Module) -> None:
                 f"{checkpoint.path}: tensor '{name}' of shape {tuple(wanted.shape)} is missing{near}; "
                 f"{checkpoint.architecture} needs it; give the whole checkpoint, or the right config or "
                 "--arch"
+            )
+        stored = checkpoint.tensors[canonical].dtype
+        if wanted.is_floating_point() and re.fullmatch(r"BOOL|[IU]\d+", stored):
+            raise CheckpointError(
+                f"{checkpoint.file_of(canonical)}: tensor '{name}' is stored as whole numbers ({stored}), and "
+                f"{checkpoint.architecture} computes with floats; what they stand for is not beside them; give the "
+                "checkpoint before it was quantised"
             )
         found = checkpoint.tensors[canonical].shape
         if found != tuple(wanted.shape):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from compressor.core.resources import refuse_shortage
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,20 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Computed:
+    """A tensor that `compute` makes of others, by their names in the module, which are `parts`."""
+
+    parts: tuple[str, ...]
+    compute: Callable[[Mapping[str, Tensor]], Tensor]
+
+
 @dataclass
 class Source(ABC):
     """The weight files of one checkpoint, under the names that are stored in them.
 
     `shared` maps a name to the earlier name whose storage it shares. `module` is set where the file itself
-    holds a network (a trusted pickle, an exported program).
+    holds a network (a trusted pickle, an exported program). `notes` say what else was found in the files.
     """
 
     kind: str
@@ -52,6 +61,7 @@ class Source(ABC):
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     module: Any = None
+    notes: list[str] = field(default_factory=list)
 
     @abstractmethod
     def file_of(self, name: str) -> Path:

@@ -100,7 +100,7 @@ def prepare(asked: RunOptions) -> Prepared:
     options, recipe = aimed(asked, loaded, checkpoint)
     recipe, notes = within_positions(recipe, checkpoint)
     plan = make_plan(checkpoint, recipe, options.format)
-    plan = replace(plan, notes=(*plan.notes, *notes, *_without_cache(checkpoint, options)))
+    plan = replace(plan, notes=(*plan.notes, *notes, *checkpoint.notes, *_without_cache(checkpoint, options)))
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     refuse_unwritable(plan, options, recipe)
