@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,10 @@ from compressor.checkpoints.architecture import Architecture
 from compressor.checkpoints.computed import Computed, computed_in, fold, paired
 from compressor.checkpoints.expected import COMPUTED
 from compressor.checkpoints.scales import belongs_to_scales
-from compressor.checkpoints.source import Source, TensorInfo
+from compressor.checkpoints.source import Place, Source, TensorInfo
 from compressor.checkpoints.unused import AVERAGES, refuse_unused
 from compressor.core.errors import CheckpointError
+from compressor.graph.blocks import layers, recurrent, weight_of
 
 
 class Checkpoint(Protocol):
@@ -300,6 +302,22 @@ def check(checkpoint: Checkpoint, module: nn.Module) -> None:
                 f"{checkpoint.file_of(canonical)}: tensor '{name}' has shape {found}; "
                 f"{checkpoint.architecture} needs {tuple(wanted.shape)}; correct the config or --arch"
             )
+    _place(checkpoint, module)
+
+
+def _place(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Notes of each tensor what the module does with it."""
+    found = layers(module).values()
+    of_layers = {id(weight_of(layer)): getattr(layer, "groups", 1) for layer in found}
+    of_recurrent = {id(parameter) for parameter in recurrent(module).values()}
+    for name, parameter in module.named_parameters():
+        name = checkpoint.tied.get(name, name)
+        if id(parameter) in of_recurrent:
+            place: Place = "recurrent"
+        else:
+            place = "layer" if id(parameter) in of_layers else "elsewhere"
+        groups = of_layers.get(id(parameter))
+        checkpoint.tensors[name] = replace(checkpoint.tensors[name], place=place, groups=groups)
 
 
 def load(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str] | None, device: str) -> None:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.core.errors import CheckpointError
 from compressor.core.passes import Role
@@ -20,12 +20,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Place = Literal["layer", "recurrent", "elsewhere"]
+"""Whether a layer computes with a tensor, a recurrent network, or some module in a way of its own."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a file: `dtype` in safetensors' spelling ("F32"), or the GGUF type ("Q4_1").
 
     Where the file itself says what a tensor is for, `role` does, and `transposed` whether a matrix is stored
-    (inputs, outputs); elsewhere names and shapes tell.
+    (inputs, outputs); elsewhere names and shapes tell. Where the module was built, `place` says what it does with the
+    tensor, and `groups` how many a convolution has.
     """
 
     name: str
@@ -34,6 +39,8 @@ class TensorInfo:
     nbytes: int
     role: Role | None = None
     transposed: bool = False
+    place: Place | None = None
+    groups: int | None = None
 
     @property
     def numel(self) -> int:

@@ -120,6 +120,11 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         """Where a `part` of a `tensor` lies in its file; for external data of ONNX."""
         return self._places[part_name(self.tied.get(tensor, tensor), part)]
 
+    def nbytes(self, name: str) -> int:
+        """The bytes of all parts of a tensor in its file."""
+        name = self.tied.get(name, name)
+        return sum(self.place(name, part).nbytes for part in self._descriptions[name]["parts"])
+
     def _half(self, name: str) -> dict | None:
         whole, _, half = name.rpartition(".")
         description = self._descriptions.get(whole)

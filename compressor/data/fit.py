@@ -78,7 +78,7 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
 
 
 def _advice(checkpoint: Checkpoint, refusal: str) -> str:
-    """What to write instead; of a network that was saved in another width than artifacts compute in, that this is so."""
+    """What to write instead; of weights in another width than artifacts compute in, that this is so."""
     widths = {info.dtype for info in checkpoint.tensors.values()} & {"F64", "F16", "BF16"}
     if widths and "dtype" in refusal:
         return (

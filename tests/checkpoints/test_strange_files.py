@@ -1,4 +1,4 @@
-"""Files as trainers and quantisers write them: wrapped, averaged, with scales beside weights, with more than is taken."""
+"""Files as trainers and quantisers write them: wrapped, averaged, with scales beside weights, with more in them."""
 
 from __future__ import annotations
 
