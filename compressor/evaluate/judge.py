@@ -21,7 +21,7 @@ from compressor.data.arrays import Arrays
 from compressor.data.batches import evaluation_windows, sentence_batches
 from compressor.data.samples import Samples
 from compressor.data.text import Text
-from compressor.evaluate.again import Given, open_original, recipe_of, samples_again
+from compressor.evaluate.again import Given, open_original, recipe_of, refuse_unreadable, samples_again
 from compressor.evaluate.comparison import evaluate_outputs
 from compressor.evaluate.language import evaluate_language
 from compressor.evaluate.proof import compare_all
@@ -158,6 +158,7 @@ def evaluate(directory: Path | str, given: Given | None = None) -> dict[str, Any
         DataError: The data of the run are gone or are code; give others.
     """
     artifact, given = Artifact.open(directory), given or Given()
+    refuse_unreadable(given)
     checkpoint, recipe = open_original(artifact, given), recipe_of(artifact)
     return evaluate_on(artifact, checkpoint, samples_again(artifact, checkpoint, recipe, given), recipe)
 
