@@ -16,7 +16,7 @@ from compressor.core.encoding import Binary, Layout
 from compressor.core.errors import ExportError
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.export.decoder import export_decoder
-from compressor.export.decoder_config import decoder_refusal
+from compressor.export.decoder_config import DecoderConfig, decoder_refusal
 from tests.export.networks import opened, rounded, vectors
 
 PICO = {
@@ -184,3 +184,30 @@ def test_smollm2_in_four_bits_continues_a_sentence(tmp_path):
     with torch.no_grad():
         same_logits(logits, model(torch.from_numpy(ids)).logits.numpy(), 1e-3)
     assert json.loads((source / "config.json").read_text())["vocab_size"] == logits.shape[-1]
+
+
+OLD_WINDOWS = (
+    {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+    {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0},
+    {"model_type": "mistral"},
+    {"model_type": "mistral", "sliding_window": None},
+    {"model_type": "llama", "sliding_window": 5},
+)
+
+
+@pytest.mark.parametrize("settings", OLD_WINDOWS)
+def test_windows_of_configs_that_name_no_kinds_of_layers_are_those_of_transformers(settings):
+    config = PICO | settings
+    known = transformers.AutoConfig.for_model(**config)
+    window = getattr(known, "sliding_window", None) if settings["model_type"] != "llama" else None
+    kinds = getattr(known, "layer_types", None) or [window and "sliding_attention"] * 2
+    expected = tuple(window if kind == "sliding_attention" else -1 for kind in kinds)
+    assert DecoderConfig.of(config).windows == expected
+
+
+@pytest.mark.parametrize("size", [8, 20, 24, 100])
+def test_heads_that_onnxruntime_does_not_rotate_are_left_to_the_traced_graph(size):
+    reason = decoder_refusal(PICO | {"model_type": "llama", "head_dim": size})
+    assert reason == f"heads of {size} are not supported in GroupQueryAttention; known: multiples of 16"
