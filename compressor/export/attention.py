@@ -49,10 +49,12 @@ class GroupQueryAttention(Attention):
 
     def attend(self, layer: int, qkv: list[ir.Value], past: tuple[ir.Value, ir.Value]) -> list[ir.Value]:
         query, key, value = qkv if len(qkv) == 3 else (qkv[0], None, None)
+        rotated = self.config.rotated[layer]
+        tables = (self.cosines, self.sines) if rotated else ()
         return self.b.ops(
-            "GroupQueryAttention", query, key, value, *past, self._lengths, self._total, self.cosines, self.sines,
+            "GroupQueryAttention", query, key, value, *past, self._lengths, self._total, *tables,
             outputs=3, domain="com.microsoft", num_heads=self.config.heads, kv_num_heads=self.config.kv_heads,
-            do_rotary=1, rotary_interleaved=0, scale=self.config.head_dim**-0.5,
+            do_rotary=int(rotated), rotary_interleaved=0, scale=self.config.attention_scale,
             local_window_size=self.config.windows[layer], name=f"layers.{layer}.attention",
         )  # fmt: skip
 
@@ -84,9 +86,11 @@ class StandardAttention(Attention):
 
     def attend(self, layer: int, qkv: list[ir.Value], past: tuple[ir.Value, ir.Value]) -> list[ir.Value]:
         b, config, dim = self.b, self.config, self.config.head_dim
-        query = self._heads(self._rotated(qkv[0], config.heads), config.heads)
-        query = b.op("Mul", b.reshape(query, 0, config.kv_heads, -1, dim), b.constant(dim**-0.5))
-        new = (self._rotated(qkv[1], config.kv_heads), qkv[2])
+        query, key, value = qkv
+        if config.rotated[layer]:
+            query, key = self._rotated(query, config.heads), self._rotated(key, config.kv_heads)
+        query = b.reshape(self._heads(query, config.heads), 0, config.kv_heads, -1, dim)
+        query, new = b.op("Mul", query, b.constant(config.attention_scale)), (key, value)
         keys, values = (
             b.op("Concat", old, self._heads(x, config.kv_heads), axis=2) for old, x in zip(past, new, strict=True)
         )

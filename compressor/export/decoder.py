@@ -65,7 +65,8 @@ class _Decoder:
         mask = self._input("attention_mask", INT64, "batch", "total")
         pasts = [self._past(layer) for layer in range(config.layers)]
         attention = (StandardAttention if self.standard else GroupQueryAttention)(self.b, config, ids, mask)
-        stream, presents = self.lowering.embedding(ids, "model.embed_tokens.weight", tied=self._head_is_tied()), []
+        embedded = self.lowering.embedding(ids, "model.embed_tokens.weight", tied=self._head_is_tied())
+        stream, presents = self._scaled(embedded, config.embedding_scale), []
         normed = self._first_norm(stream, "model.layers.0.input_layernorm.weight")
         for layer in range(config.layers):
             stem = f"model.layers.{layer}"
@@ -75,10 +76,14 @@ class _Decoder:
             following = f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < config.layers else "model.norm"
             normed, stream = self._add_and_norm(stream, self._mlp(stem, normed), f"{following}.weight")
         head = "model.embed_tokens.weight" if self._head_is_tied() else "lm_head.weight"
+        normed = self._scaled(normed, config.logit_scale)
         logits = self.lowering.matmul(normed, head, self._bias("lm_head"), output="logits")
         self._output(logits, "batch", "length", config.vocabulary)
         for present in presents:
             self._output(present, "batch", config.kv_heads, "total", config.head_dim)
+
+    def _scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        return x if factor == 1.0 else self.b.op("Mul", x, self.b.constant(factor))
 
     def _head_is_tied(self) -> bool:
         tensors = self.lowering.tensors
@@ -116,6 +121,10 @@ class _Decoder:
         return [self._linear(found[0], f"{stem}.o_proj"), *found[1:]]
 
     def _projections(self, stem: str, x: ir.Value) -> list[ir.Value]:
+        if self.config.fused:
+            packed, heads = self._linear(x, f"{stem}.qkv_proj"), (self.config.heads, *2 * [self.config.kv_heads])
+            sizes = self.b.integers(*(n * self.config.head_dim for n in heads))
+            return self.b.ops("Split", packed, sizes, outputs=3, axis=-1) if self.standard else [packed]
         modules = [f"{stem}.{part}_proj" for part in "qkv"]
         biases = [self._bias(module) for module in modules]
         names = [f"{module}.weight" for module in modules]
@@ -134,8 +143,9 @@ class _Decoder:
     def _mlp(self, stem: str, x: ir.Value) -> ir.Value:
         modules = [f"{stem}.mlp.{part}_proj" for part in ("gate", "up")]
         names = [f"{module}.weight" for module in modules]
-        if self._bias(modules[0]) is None and self.lowering.joins(names):
-            both = self.lowering.joined_matmul(x, names)
+        fused = f"{stem}.mlp.gate_up_proj"
+        if self.config.fused or (self._bias(modules[0]) is None and self.lowering.joins(names)):
+            both = self._linear(x, fused) if self.config.fused else self.lowering.joined_matmul(x, names)
             gate, up = self.b.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
         else:
             gate, up = (self._linear(x, module) for module in modules)
@@ -148,6 +158,7 @@ class _Decoder:
 
     def _add_and_norm(self, stream: ir.Value, update: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         """(norm of the sum, the sum)."""
+        update = self._scaled(update, self.config.residual_scale)
         if self.standard:
             total = self.b.op("Add", stream, update)
             return self._first_norm(total, name), total

@@ -9,17 +9,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "smollm3")
+TIED = ("smollm3",)
+"""Whose head is the embedding's table where the config does not say."""
+EPSILONS = {"phi3": 1e-5}
+"""Of norms where the config has none; 1e-6 otherwise."""
+THETAS = {"smollm3": 2_000_000.0}
+"""Bases of rotation where the config has none; 10,000 otherwise."""
 ROPE_TYPES = ("default", "linear", "llama3")
 HEAD_STEP = 16
 """What onnxruntime's GroupQueryAttention wants the size of a head to be a multiple of, to rotate it."""
-FIRST_WINDOW, USUAL_WINDOW, QWEN3_HEAD = 28, 4096, 128
-"""transformers' own settings where a config has none: a qwen's first layer with a window, the window, qwen3's heads."""
+FIRST_WINDOW, USUAL_WINDOW, QWEN3_HEAD, NOPE_INTERVAL = 28, 4096, 128, 4
+"""transformers' own settings where a config has none: qwen's first layer with a window, the window, qwen3's heads, and
+every how many layers of smollm3 do not rotate."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and switches; `windows[i]` is the attention window of layer i, or −1."""
+    """Sizes and switches.
+
+    windows      of attention, of each layer; −1 for none
+    rotated      whether a layer rotates by positions
+    head_norms   queries and keys are normed by head
+    fused        queries, keys and values are one tensor, and so are gate and up
+    attention_scale, embedding_scale, residual_scale, logit_scale
+                 factors of scores, of embeddings, of what a layer adds, of logits
+    """
 
     layers: int
     hidden: int
@@ -31,22 +46,33 @@ class DecoderConfig:
     context: int
     inverse_frequencies: tuple[float, ...]
     windows: tuple[int, ...]
+    rotated: tuple[bool, ...]
     tied: bool
     head_norms: bool
+    fused: bool
+    attention_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
 
     @classmethod
     def of(cls, config: dict[str, Any], context: int | None = None) -> DecoderConfig:
         """Reads a config for which `decoder_refusal` is None; `context` shortens the longest sequence."""
-        heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+        heads, layers, kind = config["num_attention_heads"], config["num_hidden_layers"], config["model_type"]
+        granite = kind == "granite"
         head_dim = _head_dim(config)
         longest = config.get("max_position_embeddings") or 2048
         return cls(
             layers=layers, hidden=config["hidden_size"], heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads, head_dim=head_dim, vocabulary=config["vocab_size"],
-            epsilon=config.get("rms_norm_eps", 1e-6), context=min(longest, context or longest),
+            epsilon=config.get("rms_norm_eps", EPSILONS.get(kind, 1e-6)), context=min(longest, context or longest),
             inverse_frequencies=tuple(inverse_frequencies(_rope(config), head_dim).tolist()),
-            windows=_windows(config), tied=bool(config.get("tie_word_embeddings", False)),
-            head_norms=config["model_type"] == "qwen3",
+            windows=_windows(config), rotated=_rotated(config),
+            tied=bool(config.get("tie_word_embeddings", kind in TIED)), head_norms=kind == "qwen3", fused=kind == "phi3",
+            attention_scale=config.get("attention_multiplier", 1.0) if granite else head_dim**-0.5,
+            embedding_scale=config.get("embedding_multiplier", 1.0) if granite else 1.0,
+            residual_scale=config.get("residual_multiplier", 1.0) if granite else 1.0,
+            logit_scale=1 / config.get("logits_scaling", 1.0) if granite else 1.0,
         )  # fmt: skip
 
 
@@ -75,7 +101,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings of both generations of configs: rope_parameters, or rope_theta and rope_scaling."""
     found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     found.setdefault("rope_type", found.get("type", "default"))
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    found.setdefault("rope_theta", config.get("rope_theta", THETAS.get(str(config.get("model_type")), 10000.0)))
     found.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     return found
 
@@ -95,15 +121,25 @@ def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
     return (1 - blend) * plain / rope["factor"] + blend * plain
 
 
+def _rotated(config: dict[str, Any]) -> tuple[bool, ...]:
+    """Whether each layer rotates: of smollm3, those that `no_rope_layers` has a 1 for."""
+    layers = config["num_hidden_layers"]
+    if config["model_type"] != "smollm3":
+        return (True,) * layers
+    known, interval = config.get("no_rope_layers"), config.get("no_rope_layer_interval", NOPE_INTERVAL)
+    return tuple(bool(known[layer]) if known else (layer + 1) % interval != 0 for layer in range(layers))
+
+
 def _windows(config: dict[str, Any]) -> tuple[int, ...]:
     """The window of each layer, as transformers reads configs of every age."""
     layers, kind, kinds = config["num_hidden_layers"], config["model_type"], config.get("layer_types")
-    if kind == "mistral":
-        return (config.get("sliding_window", USUAL_WINDOW) or -1,) * layers
-    if kind == "llama" or not config.get("use_sliding_window"):
+    if kind in ("mistral", "phi3"):
+        return (config.get("sliding_window", USUAL_WINDOW if kind == "mistral" else None) or -1,) * layers
+    if kind in ("llama", "granite") or not config.get("use_sliding_window"):
         return (-1,) * layers
-    window = config.get("sliding_window", USUAL_WINDOW) or -1
+    window = config.get("sliding_window", None if kind == "smollm3" else USUAL_WINDOW) or -1
     if not kinds:
-        first = config.get("max_window_layers", FIRST_WINDOW)
-        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+        first, rotated = config.get("max_window_layers", FIRST_WINDOW), _rotated(config)
+        local = [not rotated[i] if kind == "smollm3" else i >= first for i in range(layers)]
+        kinds = ["sliding_attention" if each else "full_attention" for each in local]
     return tuple(window if kind == "sliding_attention" else -1 for kind in kinds)

@@ -39,8 +39,22 @@ NETWORKS = {
     "llama_llama3": {"model_type": "llama", "rope_parameters": LLAMA3},
     "mistral_window": {"model_type": "mistral", "sliding_window": 5},
     "qwen2": {"model_type": "qwen2"},
+    "qwen2_windows": {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3"},
-}
+    "granite": {
+        "model_type": "granite", "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0,
+        "attention_multiplier": 0.3,
+    },
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "head_dim": 32, "hidden_size": 96},
+    "phi3_window": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 5},
+    "smollm3": {"model_type": "smollm3", "pad_token_id": 0, "no_rope_layers": [0, 1]},
+    "smollm3_windows": {
+        "model_type": "smollm3", "pad_token_id": 0, "no_rope_layers": [1, 0], "use_sliding_window": True,
+        "sliding_window": 5,
+    },
+}  # fmt: skip
 
 
 ENCODERS = {
@@ -194,6 +208,9 @@ OLD_WINDOWS = (
     {"model_type": "mistral"},
     {"model_type": "mistral", "sliding_window": None},
     {"model_type": "llama", "sliding_window": 5},
+    {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [0, 1]},
+    {"model_type": "phi3", "sliding_window": 5, "pad_token_id": 0},
+    {"model_type": "phi3", "pad_token_id": 0},
 )
 
 
