@@ -47,6 +47,16 @@ NETWORKS = {
         "model_type": "granite", "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0,
         "attention_multiplier": 0.3,
     },
+    "olmo2": {"model_type": "olmo2", "num_key_value_heads": 3},
+    "gemma": {"model_type": "gemma"},
+    "gemma2": {
+        "model_type": "gemma2", "sliding_window": 5, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", "sliding_window": 5, "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi3": {"model_type": "phi3", "pad_token_id": 0, "head_dim": 32, "hidden_size": 96},
     "phi3_window": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 5},
     "smollm3": {"model_type": "smollm3", "pad_token_id": 0, "no_rope_layers": [0, 1]},
@@ -181,8 +191,8 @@ def test_unknown_decoders_are_refused_by_name(tmp_path):
     assert decoder_refusal(PICO | {"model_type": "llama"}) is None
     yarn = PICO | {"model_type": "llama", "rope_scaling": {"type": "yarn", "factor": 4.0}}
     assert decoder_refusal(yarn) == "rotary embedding 'yarn' is not supported; known: default, linear, llama3"
-    with pytest.raises(ExportError, match="no decoder graph for model_type 'gemma3'; known: llama, mistral"):
-        export_decoder(PICO | {"model_type": "gemma3"}, None, tmp_path)
+    with pytest.raises(ExportError, match="no decoder graph for model_type 'gptj'; known: llama, mistral"):
+        export_decoder(PICO | {"model_type": "gptj"}, None, tmp_path)
 
 
 @pytest.mark.slow
