@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import UsageError, suggestion
-from compressor.core.files import short_name
+from compressor.core.files import resolved, short_name
 from compressor.core.quantities import parse_share, parse_size
-from compressor.core.reading import read_text
+from compressor.core.reading import read_text, refuse_special
 from compressor.data import is_reference
 from compressor.passes.registry import SETTINGS
 from compressor.plan.recipe_file import load_recipe, parse_yaml, reaches_of
@@ -189,6 +189,7 @@ def _options(settings: dict[str, Any], where: str, folder: Path) -> tuple[list[s
             raise UsageError(f"{where}: {key} is {value!r:.40}; write a path or module:callable")
         beside = folder / value
         if beside.exists():
+            refuse_special(beside, UsageError, folders=True)
             value = str(beside)
             inputs.append(value)
         elif ":" not in value:
@@ -228,8 +229,8 @@ def _paths(pattern: Any, where: str, folder: Path) -> list[Path]:
 
 
 def _stem(path: Path) -> str:
-    resolved = path.resolve()
-    return resolved.name if resolved.is_dir() else resolved.stem
+    found = resolved(path)
+    return found.name if found.is_dir() else found.stem
 
 
 def _is_plain(name: Any) -> bool:

@@ -483,13 +483,14 @@ def report(
 ) -> None:  # fmt: skip
     """Show a run as one HTML page with pictures."""
     from compressor.core.artifact import PAGE, Artifact, refuse_unsealed, reseal
+    from compressor.core.files import resolved
     from compressor.report.facts import siblings
     from compressor.report.page import write_page
 
     opened = Artifact.open(artifact)
     beside = others or [other.directory for other in siblings(opened)]
     target = output or artifact / PAGE
-    own = target.name == PAGE and target.parent.resolve() == artifact.resolve()
+    own = target.name == PAGE and resolved(target.parent) == resolved(artifact)
     if own:
         refuse_unsealed(opened)
     write_page([artifact, *beside], target)

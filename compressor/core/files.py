@@ -20,6 +20,11 @@ _AT_CWD, _EXCHANGE = -100, 2
 _NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
 
+def resolved(path: Path) -> Path:
+    """Where links lead, as an absolute path; links that go in a circle are left as they are, and no error."""
+    return Path(os.path.realpath(path))
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; what was written there takes the name at the end, in one step and synced.

@@ -11,6 +11,7 @@ from typing import Any
 
 from compressor.core.artifact import WEIGHTS, Artifact
 from compressor.core.errors import CheckpointError
+from compressor.core.files import resolved
 from compressor.core.packed import encoding_label, packed_tensors
 from compressor.core.roles import block_of, folded
 
@@ -121,8 +122,8 @@ def loss_of(report: dict[str, Any]) -> Loss | None:
 def siblings(artifact: Artifact) -> list[Artifact]:
     """Other artifacts of the same original in the same folder."""
     digest = (artifact.report.get("source") or {}).get("sha256")
-    beside = artifact.directory.resolve().parent
-    paths = [path for path in sorted(beside.glob("*/compression.json")) if path.parent != artifact.directory.resolve()]
+    beside = resolved(artifact.directory).parent
+    paths = [path for path in sorted(beside.glob("*/compression.json")) if path.parent != resolved(artifact.directory)]
     found = []
     for path in paths:
         with contextlib.suppress(CheckpointError):  # a damaged one beside it is nothing to compare with
@@ -131,7 +132,7 @@ def siblings(artifact: Artifact) -> list[Artifact]:
 
 
 def title_of(directory: Path) -> str:
-    return directory.resolve().name
+    return resolved(directory).name
 
 
 def _product(shape: Iterable[int]) -> int:

@@ -26,6 +26,7 @@ from compressor.core.contract import Statistics
 from compressor.core.passes import WeightSettings
 from compressor.core.work import Work
 from compressor.graph.blocks import layers, matrix_of, unfolds, weight_of
+from compressor.ops.sums import total
 from compressor.passes.registry import load_pass
 from compressor.sweeps.backward import head_of
 from compressor.sweeps.encode import alike, has_blocks
@@ -143,7 +144,7 @@ def _errors(
 
     def error(method: WeightSettings) -> float:
         difference = weight - load_pass(method).encode(weight, Statistics(given), generator).decode()
-        return factor * float(((difference @ moment) * difference).sum().clamp_min(0))
+        return factor * float(total((difference @ moment) * difference).clamp_min(0))
 
     probe = len(options) // 2
     quick = [error(option.method.quick()) for option in options]
