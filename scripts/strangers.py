@@ -34,7 +34,7 @@ SOURCES = {
 }  # fmt: skip
 """Packages that hold data; pip's options for the archive that does."""
 IMAGENET_MEAN, IMAGENET_STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-N_CALIBRATION, N_EVALUATION = 128, 64
+N_CALIBRATION, N_EVALUATION = 64, 48
 
 
 @dataclass(frozen=True)
