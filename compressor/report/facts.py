@@ -140,8 +140,8 @@ def title_of(directory: Path) -> str:
 
 def _product(shape: Iterable[int]) -> int:
     product = 1
-    for size in shape:
-        product *= size
+    for length in shape:
+        product *= length
     return product
 
 
