@@ -46,7 +46,9 @@ def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
     tensors = facts.stored_tensors(artifact)
     return environment.get_template("page.html").render(
         title=title,
-        what=f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}",
+        what="; ".join(
+            (f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}", *facts.drawbacks(report))
+        ),
         description=recipe.get("description", ""),
         tiles=_tiles(report),
         gates=_gates(report),
