@@ -5,6 +5,7 @@ Here is what the page says, templates/page.html is how it looks. No path of the 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,31 +36,40 @@ def write_page(directories: Sequence[Path], target: Path, title: str = "") -> No
     write_text(target, page(artifacts[0], artifacts[1:], title or facts.title_of(directories[0])))
 
 
-def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
-    """The page as HTML."""
-    environment = Environment(
+@functools.cache
+def _environment() -> Environment:
+    """Compiles the templates once."""
+    return Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
+
+
+def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
+    """The page as HTML."""
     report = artifact.report
     source, recipe = report.get("source") or {}, report.get("recipe") or {}
     tensors = facts.stored_tensors(artifact)
-    return environment.get_template("page.html").render(
-        title=title,
-        what=f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}",
-        description=recipe.get("description", ""),
-        tiles=_tiles(report),
-        gates=_gates(report),
-        layers=_layers(tensors),
-        binary=_binary(report),
-        errors=_errors(tensors),
-        outputs=_outputs(report),
-        against_quality=_against_quality(artifact, others, title),
-        searches=_searches(report),
-        stages=_stages(report),
-        kinds=_kinds(tensors),
-        provenance=_provenance(report),
-        recipe=yaml.safe_dump(_named(recipe), sort_keys=False, allow_unicode=True),
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=title,
+            what=f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}",
+            description=recipe.get("description", ""),
+            tiles=_tiles(report),
+            gates=_gates(report),
+            layers=_layers(tensors),
+            binary=_binary(report),
+            errors=_errors(tensors),
+            outputs=_outputs(report),
+            against_quality=_against_quality(artifact, others, title),
+            searches=_searches(report),
+            stages=_stages(report),
+            kinds=_kinds(tensors),
+            provenance=_provenance(report),
+            recipe=yaml.safe_dump(_named(recipe), sort_keys=False, allow_unicode=True),
+        )
     )
 
 
