@@ -33,6 +33,7 @@ from bench_tables import tables_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
 from check_kills import kills_table
+from families import families_table
 from fuzz import fuzz_table
 from measured import ROOT, markdown, number, read_results
 
@@ -42,6 +43,7 @@ PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md",
     "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md", "docs/mixed-precision.md",
+    "docs/families.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
@@ -54,7 +56,7 @@ COMMANDS = {
     "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
     "n2n": "scripts/bench_n2n.py",
     "structure": "scripts/bench_structure.py", "mixed": "scripts/bench_mixed.py",
-    "fuzz": "scripts/fuzz.py",
+    "fuzz": "scripts/fuzz.py", "families": "scripts/families.py",
     "batch": "scripts/bench_batch.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
 }  # fmt: skip
@@ -124,6 +126,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "binary": lambda: measured_table("binary", binary_table),
     "search": lambda: measured_table("n2n", n2n_table),
     "structure": lambda: measured_table("structure", structure_table),
+    "families": lambda: measured_table("families", families_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
     "kills": lambda: measured_table("kills", kills_table),
     "batch": lambda: measured_table("batch", batch_table),

@@ -19,27 +19,16 @@ if TYPE_CHECKING:
 
 DECODERS = ("ForCausalLM", "LMHeadModel")
 ENCODER_HEADS = (
-    "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification",
-    "ForQuestionAnswering", "ForMultipleChoice",
+    "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
 )  # fmt: skip
-ENCODER_TYPES = frozenset(
-    [
-        "albert",
-        "bert",
-        "camembert",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "ernie",
-        "eurobert",
-        "modernbert",
-        "mpnet",
-        "nomic_bert",
-        "roberta",
-        "xlm-roberta",
-    ]
-)
+ENCODER_TYPES = frozenset((
+    "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert",
+    "electra", "ernie", "esm", "eurobert", "flaubert", "fnet", "funnel", "gte", "ibert", "jina_embeddings_v3",
+    "layoutlm", "lilt", "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra",
+    "nomic_bert", "nystromformer", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
+    "splinter", "squeezebert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso",
+))  # fmt: skip
+"""BERT's kin: they take text alone."""
 TOKEN_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
 
@@ -187,8 +176,14 @@ def _needs_no_arguments(reference: str, found: Any) -> None:
 
 
 def _copy(module: nn.Module) -> nn.Module:
+    """A copy; weights that a hook has computed, which torch does not copy, are what they are by then."""
     import copy
 
+    from torch import Tensor
+
+    for layer in module.modules():
+        made = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor) and not value.is_leaf}
+        vars(layer).update({name: value.detach() for name, value in made.items()})
     return copy.deepcopy(module)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from compressor.checkpoints.computed import Computed
     from compressor.checkpoints.reshaping import Reshaping
 
 __all__ = ["Checkpoint", "TensorInfo"]
@@ -68,10 +69,13 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {self.kind}, {self.architecture}, {len(self.tensors)} tensors)"
 
-    def name_tensors(self, rename: dict[str, str], ties: Any) -> None:
+    def name_tensors(
+        self, rename: dict[str, str], ties: Any, computed: dict[str, tuple[Computed, dict[str, str]]] | None = None
+    ) -> None:
         """Set `tensors` and `tied` from stored name -> module name and the declared ties of these names.
 
-        A declared tie whose two tables are both stored and differ is no tie; transformers does the same.
+        `computed` are further tensors: of each how it is computed, and the stored names of what from. A declared tie
+        whose two tables are both stored and differ is no tie; transformers does the same.
         """
         stored = {canonical: name for name, canonical in rename.items()}
         declared: dict[str, str] = ties(stored, self.config)
@@ -86,7 +90,9 @@ class Checkpoint:
                 tied = _join(tied, alias, canonical)
         self._stored = {name: stored[name] for name in stored if name not in tied}
         self.tied = dict(sorted(tied.items()))
+        self._computed = computed or {}
         self.tensors = {name: self._info(name) for name in self._stored}
+        self.tensors |= {name: self._computed_info(name) for name in self._computed if name not in tied}
 
     def _is_same(self, stored: dict[str, str], alias: str, canonical: str, tied: dict[str, str]) -> bool:
         if tied.get(alias, alias) == tied.get(canonical, canonical):
@@ -101,9 +107,16 @@ class Checkpoint:
         info = self.source.tensors[self._stored[name]]
         return replace(info, name=name)
 
+    def _computed_info(self, name: str) -> TensorInfo:
+        """What a tensor will be that is computed: of the size of the largest that it is computed from."""
+        parts = [self.source.tensors[part] for part in self._computed[name][1].values()]
+        return replace(max(parts, key=lambda info: info.numel), name=name)
+
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self.source.file_of(self._stored[self.tied.get(name, name)])
+        """The file that holds a tensor, or the first of what it is computed from."""
+        canonical = self.tied.get(name, name)
+        computed = self._computed.get(canonical)
+        return self.source.file_of(next(iter(computed[1].values())) if computed else self._stored[canonical])
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its name or an alias, in its stored dtype (float32 for GGUF), in memory of its own.
@@ -114,7 +127,7 @@ class Checkpoint:
         canonical = self.tied.get(name, name)
         if canonical not in self.tensors:
             raise CheckpointError(f"{self.path}: has no tensor '{name}'; it has {len(self.tensors)} others")
-        tensor = self.source.read(self._stored[canonical])
+        tensor = self._read(canonical)
         bad = _count_not_finite(tensor) if tensor.is_floating_point() else 0
         if bad:
             raise CheckpointError(
@@ -122,6 +135,12 @@ class Checkpoint:
                 f"{tensor.numel()}; give a checkpoint from before the training diverged"
             )
         return tensor
+
+    def _read(self, canonical: str) -> torch.Tensor:
+        if canonical not in self._computed:
+            return self.source.read(self._stored[canonical])
+        how, parts = self._computed[canonical]
+        return how.compute({name: self.source.read(stored).float() for name, stored in parts.items()})
 
     def build(self, device: str = "meta") -> nn.Module:
         """The module in eval mode. On "meta" its parameters have no memory; its buffers are real.

@@ -165,7 +165,9 @@ class Reshaping:
 
     def architecture(self, original: Architecture) -> Architecture:
         """The original's architecture, which then builds the smaller module."""
-        return replace(original, construct=lambda config: self.apply(original.construct(self.config or config)))
+        from compressor.checkpoints.computed import fold
+
+        return replace(original, construct=lambda config: self.apply(fold(original.construct(self.config or config))))
 
 
 @contextlib.contextmanager

@@ -50,16 +50,24 @@ class SafetensorsSource(Source):
         return self.homes[name]
 
     def read(self, name: str) -> torch.Tensor:
+        return self._read(name, 0, self.tensors[name].shape)
+
+    def read_row(self, name: str, index: int) -> torch.Tensor:
+        return self._read(name, index, self.tensors[name].shape[1:])
+
+    def _read(self, name: str, place: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The `place`-th of the tensors of this shape that follow each other in one."""
         import torch
 
         info = self.tensors[name]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        n_bytes = math.prod(shape) * ITEM_SIZE[info.dtype]
+        raw = torch.empty(n_bytes, dtype=torch.uint8)
         with self.homes[name].open("rb") as file:
-            file.seek(self.starts[name])
-            present = file.readinto(raw.numpy().data) if info.nbytes else 0
-        if present != info.nbytes:
+            file.seek(self.starts[name] + place * n_bytes)
+            present = file.readinto(raw.numpy().data) if n_bytes else 0
+        if present != n_bytes:
             raise CheckpointError(f"{self.homes[name]}: changed while it was read, at tensor '{name}'")
-        return raw.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(info.shape)
+        return raw.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(shape)
 
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors are equal bit for bit; compared without torch, in chunks."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.checkpoints.architecture import Architecture
+from compressor.checkpoints.computed import Computed, computed_in, fold, paired
 from compressor.checkpoints.expected import COMPUTED
+from compressor.checkpoints.experts import unfuse
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Checkpoint(Protocol):
@@ -31,7 +37,9 @@ class Checkpoint(Protocol):
     skipped: list[str]
     aligned: bool
 
-    def name_tensors(self, rename: dict[str, str], ties: Any) -> None: ...
+    def name_tensors(
+        self, rename: dict[str, str], ties: Any, computed: dict[str, tuple[Computed, dict[str, str]]] = ...
+    ) -> None: ...
 
     def file_of(self, name: str) -> Path: ...
 
@@ -94,9 +102,20 @@ def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def construct(architecture: Architecture, config: dict[str, Any] | None) -> nn.Module:
-    """The module of an architecture in eval mode, its parameters on meta, its buffers real."""
-    with empty_parameters():
+    """The module of an architecture in eval mode, its parameters on meta, its buffers real.
+
+    Code of the user's that looks at values of parameters while it makes them is run again as it is.
+    """
+    try:
+        with empty_parameters():
+            module = architecture.construct(config)
+    except CheckpointError as error:
+        if config is not None or "meta" not in str(error.__cause__):
+            raise
         module = architecture.construct(config)
+    if is_of_transformers(module):
+        unfuse(module)
+    fold(module)
     for group in parameter_names(module).values():
         parameter = module.get_parameter(group[0])
         if parameter.device.type != "meta":
@@ -137,33 +156,53 @@ def align(checkpoint: Checkpoint, module: nn.Module) -> None:
 
 
 def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """By the rules of transformers for its own networks; else a prefix and old spellings are all that may differ."""
     expected = set(module.state_dict(keep_vars=True))
-    prefix = getattr(module, "base_model_prefix", "") or "model"
-    stored = list(checkpoint.source.tensors)
-    rename = {name: _module_name(name, expected, f"{prefix}.") for name in stored}
+    computed = computed_in(module)
+    known = expected.union(*(each.parts for each in computed.values()))
+    if is_of_transformers(module):
+        from compressor.checkpoints.converted import converted
+
+        checkpoint.source, targets = converted(checkpoint.source, module, known, checkpoint.path)
+    else:
+        targets = {name: _module_name(name, known) for name in checkpoint.source.tensors}
+    made, parts = _computed(expected, computed, {target: name for name, target in targets.items()})
     groups = [group for group in parameter_names(module).values() if len(group) > 1]
 
     def ties(names: Iterable[str], _: Any) -> dict[str, str]:
         present = set(names)
         return {alias: group[0] for group in groups if present & set(group) for alias in group[1:]}
 
-    checkpoint.name_tensors({name: target for name, target in rename.items() if target in expected}, ties)
+    checkpoint.name_tensors({name: target for name, target in targets.items() if target in expected}, ties, made)
     _refuse_conflicts(checkpoint, groups)
-    dropped = [name for name in stored if rename[name] not in expected]
+    dropped = [name for name, target in targets.items() if target not in expected and name not in parts]
     checkpoint.skipped = [name for name in dropped if not COMPUTED.search(name)]
-    _refuse_fused_experts(checkpoint, expected)
     checkpoint.aligned = True
 
 
-def _refuse_fused_experts(checkpoint: Checkpoint, expected: set[str]) -> None:
-    """transformers 5 stacks the experts of a layer into one tensor as it loads them; here nothing is stacked."""
-    stored = next((name for name in checkpoint.skipped if ".experts." in name), None)
-    fused = sorted(name for name in expected if ".experts." in name and name not in checkpoint.tensors)
-    if stored is not None and fused:
-        raise CheckpointError(
-            f"{checkpoint.path}: experts that transformers fuses are not supported yet; found '{stored}', "
-            f"{checkpoint.architecture} computes with '{fused[0]}'; give a model without mixtures of experts"
-        )
+def is_of_transformers(module: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether a module is a network of transformers' classes, which then are imported already."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+def _computed(
+    expected: set[str], computed: dict[str, Computed], stored: dict[str, str]
+) -> tuple[dict[str, tuple[Computed, dict[str, str]]], set[str]]:
+    """Each weight that is in no file as it is and is computed from what is: how, and the stored names of the parts by
+    the module's; and all of these.
+
+    Args:
+        stored: The name in the files of what the module calls so.
+    """
+    made: dict[str, tuple[Computed, dict[str, str]]] = {}
+    for name in sorted(expected - stored.keys()):
+        known = computed.get(name)
+        if known is None or not all(part in stored for part in known.parts):
+            known = paired(name, stored)
+        if known is not None:
+            made[name] = (known, {part: stored[part] for part in known.parts})
+    return made, {part for _, parts in made.values() for part in parts.values()}
 
 
 def _refuse_conflicts(checkpoint: Checkpoint, groups: list[list[str]]) -> None:
@@ -176,10 +215,10 @@ def _refuse_conflicts(checkpoint: Checkpoint, groups: list[list[str]]) -> None:
                 )
 
 
-def _module_name(name: str, expected: set[str], prefix: str) -> str:
+def _module_name(name: str, expected: set[str]) -> str:
     for pattern, replacement in LEGACY:
         name = pattern.sub(replacement, name)
-    candidates = (name, prefix + name, name.removeprefix(prefix))
+    candidates = (name, f"model.{name}", name.removeprefix("model."))
     return next((candidate for candidate in candidates if candidate in expected), name)
 
 

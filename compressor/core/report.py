@@ -77,9 +77,13 @@ class Distance(_Section):
 
 
 class Proof(_Section):
-    """How far the graph is from the network of the decoded weights: with exact activations, and as it is shipped."""
+    """How far the graph is from the network of the decoded weights: with exact activations, and as it is shipped.
+
+    in_steps   of a decoder with a cache, with exact activations: the last tokens are read one at a time
+    """
 
     exact: Distance | None = None
+    in_steps: Distance | None = None
     as_shipped: Distance | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,23 @@ class DecoderSession(ModuleSession):
         ids = np.asarray(ids, dtype=np.int64)
         feed = self._feed(ids, 0) | {name: self._empty(name, len(ids)) for name in self.past}
         return self.session.run(["logits"], feed)[0].astype(np.float32, copy=False)
+
+    def logits_in_steps(self, ids: np.ndarray, n_steps: int) -> np.ndarray:
+        """The same, of which the last `n_steps` tokens are read one at a time, with what was read before in the cache.
+
+        Raises:
+            CheckpointError: There is no cache.
+        """
+        if not self.past:
+            raise CheckpointError(f"{self.path}: has no KV cache to read step by step with")
+        ids = np.asarray(ids, dtype=np.int64)
+        first, past, found = ids.shape[1] - n_steps, {name: self._empty(name, len(ids)) for name in self.past}, []
+        for start, stop in pairwise([0, *range(first, ids.shape[1] + 1)]):
+            feed = self._feed(ids[:, start:stop], start) | past
+            logits, *present = self.session.run(["logits", *self.present], feed)
+            past = dict(zip(self.past, present, strict=True))
+            found.append(logits.astype(np.float32, copy=False))
+        return np.concatenate(found, axis=1)
 
     def outputs_of(self, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
         """The logits; what goes into the next step's cache follows from the same."""

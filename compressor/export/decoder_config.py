@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
+HEAD_STEP = 16
+"""What onnxruntime's GroupQueryAttention wants the size of a head to be a multiple of, to rotate it."""
+FIRST_WINDOW, USUAL_WINDOW, QWEN3_HEAD = 28, 4096, 128
+"""transformers' own settings where a config has none: a qwen's first layer with a window, the window, qwen3's heads."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class DecoderConfig:
     def of(cls, config: dict[str, Any], context: int | None = None) -> DecoderConfig:
         """Reads a config for which `decoder_refusal` is None; `context` shortens the longest sequence."""
         heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        head_dim = _head_dim(config)
         longest = config.get("max_position_embeddings") or 2048
         return cls(
             layers=layers, hidden=config["hidden_size"], heads=heads,
@@ -57,7 +61,14 @@ def decoder_refusal(config: dict[str, Any]) -> str | None:
         return f"activation '{config['hidden_act']}' is not supported in a decoder; known: silu"
     if config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
         return "rotary embeddings over a part of the head are not supported"
+    if _head_dim(config) % HEAD_STEP:
+        return f"heads of {_head_dim(config)} are not supported in GroupQueryAttention; known: multiples of {HEAD_STEP}"
     return None
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    usual = QWEN3_HEAD if config["model_type"] == "qwen3" else config["hidden_size"] // config["num_attention_heads"]
+    return config.get("head_dim") or usual
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -85,10 +96,14 @@ def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
 
 
 def _windows(config: dict[str, Any]) -> tuple[int, ...]:
-    layers, window = config["num_hidden_layers"], config.get("sliding_window")
-    kinds = config.get("layer_types")
-    if not window or (not kinds and config["model_type"] != "mistral"):
+    """The window of each layer, as transformers reads configs of every age."""
+    layers, kind, kinds = config["num_hidden_layers"], config["model_type"], config.get("layer_types")
+    if kind == "mistral":
+        return (config.get("sliding_window", USUAL_WINDOW) or -1,) * layers
+    if kind == "llama" or not config.get("use_sliding_window"):
         return (-1,) * layers
-    if not kinds or config["model_type"] == "mistral":
-        return (window,) * layers
+    window = config.get("sliding_window", USUAL_WINDOW) or -1
+    if not kinds:
+        first = config.get("max_window_layers", FIRST_WINDOW)
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     return tuple(window if kind == "sliding_attention" else -1 for kind in kinds)

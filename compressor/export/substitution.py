@@ -13,12 +13,24 @@ from compressor.export.lowering import Lowering, refusal
 
 @dataclass(frozen=True)
 class _Product:
-    """A node that multiplies `x` with a weight matrix (inputs, outputs), or (outputs, inputs) if `transpose`."""
+    """A node that multiplies something with a weight matrix (inputs, outputs), or (outputs, inputs) if `transpose`.
+
+    What it multiplies and adds is asked of the node when it is its turn: it may be the output of a product before it,
+    which is another value by then.
+    """
 
     node: ir.Node
-    x: ir.Value
     transpose: bool
-    bias: ir.Value | None = None
+
+    @property
+    def x(self) -> ir.Value:
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def bias(self) -> ir.Value | None:
+        return self.node.inputs[2] if self.node.op_type == "Gemm" and len(self.node.inputs) > 2 else None
 
 
 class Substitution:
@@ -120,10 +132,9 @@ def _products_with(value: ir.Value, transposed: bool) -> Iterator[_Product]:
         if index != 1 or x is None or x is value:
             continue
         if node.op_type == "MatMul" and node.domain == "":
-            yield _Product(node, x, transposed)
+            yield _Product(node, transposed)
         elif node.op_type == "Gemm" and _is_plain(node):
-            bias = node.inputs[2] if len(node.inputs) > 2 else None
-            yield _Product(node, x, transposed != bool(node.attributes.get_int("transB", 0)), bias)
+            yield _Product(node, transposed != bool(node.attributes.get_int("transB", 0)))
 
 
 def _is_plain(gemm: ir.Node) -> bool:

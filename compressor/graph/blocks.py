@@ -1,7 +1,8 @@
 """What a network is made of: its repeated blocks in execution order, and the layers whose weights are encoded.
 
 A block is a child of the largest ModuleList whose children are alike. Its first argument is the hidden state and so is
-its output (or the first of a tuple). A network without such a list, or that calls a block twice, is one block.
+its output (or the first of a tuple). A network without such a list, or that calls a block twice, is one block. Lists of
+lists are none: what is in them runs in an order of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch.nn import functional
 
 from compressor.core.encoding import Layout
 
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Which have no forward: whoever holds them runs what is in them."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -48,7 +51,8 @@ def block_names(module: nn.Module) -> list[str]:
         return [""]
     best: tuple[int, list[str]] = (0, [])
     for name, child in module.named_modules():
-        if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(block) for block in child}) == 1:
+        alike = isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(block) for block in child}) == 1
+        if alike and not isinstance(child[0], _NEVER_CALLED):
             size = sum(parameter.numel() for parameter in child.parameters())
             if size > best[0]:
                 best = (size, [f"{name}.{i}" for i in range(len(child))])
@@ -207,6 +211,15 @@ def detached(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: detached(item) for key, item in value.items()}
     return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors of a structure."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
 
 
 def fast_bfloat16() -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from compressor.checkpoints import Checkpoint
+from compressor.checkpoints.computed import without_parametrisations
 from compressor.core.artifact import Artifact, beside
 from compressor.core.errors import ChangedError, GateFailed, UsageError
 from compressor.core.files import resolved
@@ -167,7 +168,7 @@ def compress(
             save(scratch)
             return run(RunOptions(model=scratch, **options))
         path = Path(scratch) / f"{type(model).__name__.lower()}.pt"
-        torch.save(model, path)
+        torch.save(without_parametrisations(model), path)
         return run(RunOptions(model=str(path), trust_pickle=True, **options))
 
 

@@ -137,7 +137,11 @@ def _without_cache(checkpoint: Checkpoint, options: RunOptions) -> tuple[str, ..
     """A note where the graph of a language model will not keep what it has read."""
     if options.format != "onnx" or checkpoint.kind == "onnx" or checkpoint.family != "decoder":
         return ()
-    reason = decoder_refusal(checkpoint.config or {})
+    if decoder_refusal(checkpoint.config or {}) is None:
+        return ()
+    from compressor.export.writing import why_without_cache
+
+    reason = why_without_cache(checkpoint)
     return (f"no KV cache: the graph reads the whole text again for each token; {reason}",) if reason else ()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressor.core.batch import Batch
 from compressor.core.contract import Statistics
 from compressor.core.encoding import Affine, Dense, Refined
+from compressor.core.log import LOGGER
 from compressor.core.passes import WeightSettings
 from compressor.core.spec import RefinedSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
@@ -33,6 +34,8 @@ from compressor.sweeps.network import Arguments, Network, hidden_of, layer_stage
 from compressor.sweeps.prefix import Settled
 from compressor.sweeps.sparsity import allocated_shares
 from compressor.sweeps.survey import Survey
+
+_UNREACHED = "%s: no token of the calibration data reaches it, so it is rounded as if every input counted alike"
 
 
 @torch.no_grad()
@@ -205,6 +208,8 @@ def _encode_block(
                 moments, n_rows = second_moments(
                     network, block, found, due, stage.calls, reached, survey.importance, settled.begun
                 )  # fmt: skip
+                if not n_rows:
+                    LOGGER.warning(_UNREACHED, ", ".join(due))
             for name in due:
                 known = Statistics(
                     moments.get(name), gradients.get(name), n_sequences, n_rows // n_sequences, shares.get(name)

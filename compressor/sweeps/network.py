@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.batch import Batch, arguments, call
 from compressor.core.memory import give_back
+from compressor.core.resources import refuse_shortage
 from compressor.graph.blocks import (
     block_names,
     detached,
@@ -25,6 +26,7 @@ from compressor.graph.blocks import (
     layers,
     patched,
     stages,
+    tensors_in,
     unfold_inputs,
     without_cache,
 )  # fmt: skip
@@ -124,13 +126,13 @@ class Network:
 
         Blocks may differ in what else they are called with (masks, position embeddings), so the network is run once
         with blocks that only note it. A network whose blocks are not called once each, in order, each on what the one
-        before gave, is one block.
+        before gave, is one block; so is one that makes more of what a block gives than its hidden state.
         """
         if self.blocks != [""]:
             with self.loaded(self._before_head()), contextlib.suppress(NoChain):
                 for wrap in (_as_it_is, _in_a_tuple):
                     self._calls, self._wrap = [self._note_calls(batch, wrap) for batch in batches], wrap
-                    if all(len(calls) == len(self.blocks) for calls in self._calls):
+                    if all(len(calls) == len(self.blocks) for calls in self._calls) and self._passes_on(batches[0]):
                         entered, self._entered = self._entered, []
                         return [self.arguments(i, 0, state) for i, state in enumerate(entered)]
                     self._entered.clear()
@@ -171,9 +173,42 @@ class Network:
 
             return forward
 
-        with self._replaced_blocks([noting(index) for index in range(len(self.blocks))]), contextlib.suppress(Stop):
-            self.call(batch)
+        with self._replaced_blocks([noting(index) for index in range(len(self.blocks))]):
+            try:
+                self.call(batch)
+            except Stop:
+                pass
+            except NoChain:
+                raise
+            except Exception as error:  # a stranger's forward, which asks for more than what its blocks seemed to give
+                refuse_shortage(error)
+                calls.clear()
         return calls
+
+    def _passes_on(self, batch: Batch) -> bool:
+        """Whether what a block gives goes to the next one and nowhere else: NaN in its place is seen nowhere else.
+
+        What a language model makes of it after the last block is not asked: its head is not there.
+        """
+        whole, last = self._before_head() == self.outside, self.blocks[-1]
+        shown: list[Any] = []
+
+        def poisoned(name: str) -> Callable:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                shown.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+                if name == last and not whole:
+                    raise Stop
+                return self._wrap(self._entered[0] if name == last else torch.full_like(self._entered[0], torch.nan))
+
+            return forward
+
+        try:
+            with self._replaced_blocks([poisoned(name) for name in self.blocks]), contextlib.suppress(Stop):
+                shown.append(self.call(batch))
+        except Exception as error:  # a stranger's forward
+            refuse_shortage(error)
+            return False
+        return not any(bool(tensor.isnan().any()) for tensor in tensors_in(shown) if tensor.is_floating_point())
 
     def _replaced_blocks(self, forwards: list[Callable]) -> contextlib.AbstractContextManager[None]:
         return patched(dict(zip(map(self.block, self.blocks), forwards, strict=True)))
@@ -286,8 +321,9 @@ def second_moments(
 ) -> tuple[dict[str, Tensor], int]:
     """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
 
-    The layers share their input, so that without importance they share one H. The forward of batch number i runs
-    within `begun(i)`, and ends at the last call.
+    Where there are none, as with an expert that no token is sent to, every input counts alike. The layers share their
+    input, so that without importance they share one H. The forward of batch number i runs within `begun(i)`, and ends
+    at the last call.
     """
     sums: dict[str, Tensor] = {}
     counts = {"tokens": 0, "calls": 0}
@@ -314,6 +350,6 @@ def second_moments(
             with begun(i), contextlib.suppress(Stop):
                 network.step(block, arguments)
     for total in sums.values():
-        mirror(total.div_(max(1, counts["tokens"])))
+        mirror(total.div_(counts["tokens"]) if counts["tokens"] else total.fill_diagonal_(1))
     shared = next(iter(sums.values()))
     return {name: sums.get(name, shared) for name in names}, counts["tokens"]

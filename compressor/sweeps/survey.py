@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoints.experts import routed
 from compressor.core.batch import Batch
 from compressor.core.errors import CheckpointError
 from compressor.core.log import LOGGER
@@ -186,9 +187,12 @@ def _backward(
             back_through(network, index, stored, upstream, lambda _: None)
             for handle in handles:
                 handle.remove()
+        apart = routed(block, f"{name}.")
         for weight, parts in collected.items():
             values = torch.cat(parts)
-            found.importance[weight], found.scales[weight] = _shares(values, weight, network), float(mean(values))
+            found.scales[weight] = float(mean(values)) if len(values) else 0.0
+            if weight not in apart:  # which tokens reach an expert differs once weights are encoded
+                found.importance[weight] = _shares(values, weight, network)
         advance()
     found.scales[""] = float(torch.stack([mean(part.pow(2)) for part in upstream]).mean())
 
