@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compressor.core.artifact import Artifact
+from compressor.core.errors import UsageError
 from compressor.core.files import write_text
 from compressor.core.quantities import duration, size
 from compressor.report import facts
@@ -31,9 +32,23 @@ _NUMBER = re.compile(r"^[a-z_]*?_(\d[\d_]*)$")
 
 
 def write_page(directories: Sequence[Path], target: Path, title: str = "") -> None:
-    """Writes the page of the first artifact; the others are beside it where size is held against quality."""
+    """Writes the page of the first artifact; the others are beside it where size is held against quality.
+
+    Raises:
+        UsageError: There is another kind of file at `target`, which a page would destroy.
+    """
+    _refuse_other_than_page(target)
     artifacts = [Artifact.open(directory) for directory in directories]
     write_text(target, page(artifacts[0], artifacts[1:], title or facts.title_of(directories[0])))
+
+
+def _refuse_other_than_page(target: Path) -> None:
+    if target.is_symlink() or not target.is_file():  # a link is replaced itself
+        return
+    with target.open("rb") as file:
+        begins = file.read(200).lstrip().lower()
+    if begins and not begins.startswith((b"<!doctype html", b"<html")):
+        raise UsageError(f"{target}: is there and is no page; give another file with -o, or remove it")
 
 
 @functools.cache
