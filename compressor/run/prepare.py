@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import refuse_target
 from compressor.core.errors import CheckpointError, DataError, UsageError
-from compressor.core.options import RunOptions
+from compressor.core.options import RunOptions, refuse_seed
 from compressor.core.training import Training, unlabelled
 from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
@@ -84,8 +84,9 @@ def first_recipe(asked: RunOptions) -> Recipe:
     """The recipe as it is written, where nothing stands in the output's place: what takes no time to refuse.
 
     Raises:
-        UsageError: Something does, or the recipe is wrong.
+        UsageError: Something does, or the recipe or the seed is wrong.
     """
+    refuse_seed(asked.seed)
     refuse_target(asked.directory, asked.force, asked.resume)
     refuse_reaching(asked.recipe, asked.trust_recipe)
     return load_recipe(asked.recipe, asked.sets)
