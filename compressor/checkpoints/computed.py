@@ -101,7 +101,7 @@ def _hooked(layer: nn.Module, prefix: str) -> Iterator[tuple[str, Computed]]:
 
 def _by_length(hook: WeightNorm) -> Callable[..., Tensor]:
     dim = hook.dim
-    return lambda length, direction: torch._weight_norm(direction, length, dim)
+    return lambda length, direction: torch.ops.aten._weight_norm(direction, length, dim)
 
 
 def _by_spectrum(hook: SpectralNorm) -> Callable[..., Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Protocol
 
 from compressor.checkpoints.source import Source
@@ -26,7 +27,7 @@ SHOWN = 4
 class Holder(Protocol):
     """What of a checkpoint is asked."""
 
-    path: object
+    path: Path
     architecture: str
     source: Source
     notes: list[str]

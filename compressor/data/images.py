@@ -196,7 +196,8 @@ def _in_colour(image: Image, wanted: Preprocessing) -> np.ndarray:
     """What is seen of a picture as float32 (height, width, 3) in 0 … 1."""
     from PIL.Image import Resampling
 
-    (height, width), box = wanted.size, (0.0, 0.0, *map(float, image.size))
+    height, width = wanted.size
+    box = (0.0, 0.0, float(image.size[0]), float(image.size[1]))
     if wanted.edge is not None:  # of the picture scaled to that edge the middle, or all that there is
         shrunk = min(image.size) / wanted.edge
         sides = [min(length, side * shrunk) for length, side in zip(image.size, (width, height), strict=True)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -56,7 +57,7 @@ class KeyValueCache:
 
     layers: tuple[CachedLayer, ...]
     slots: int
-    settings: tuple[int | None, ...] = ()
+    settings: tuple[int | None, int | None, int | None] = (None, None, None)
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -81,12 +82,13 @@ class KeyValueCache:
         for layer, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
             layers[layer.slot].begin(keys, values, layer.window)
         cache = DynamicCache()
-        cache.layers, cache.layer_class_to_replicate = list(layers), None
+        cast(Any, cache).layers = list(layers)
+        cache.layer_class_to_replicate = None
         return cache
 
     def kept(self, cache: Cache) -> list[Tensor]:
         """The keys and values that a forward left in the cache, in the order of the graph."""
-        found = [cache.layers[layer.slot] for layer in self.layers]
+        found = [cast(DynamicLayer, cache.layers[layer.slot]) for layer in self.layers]
         return [tensor for layer in found for tensor in (layer.keys, layer.values) if tensor is not None]
 
 
@@ -116,7 +118,7 @@ def kv_cache(module: nn.Module) -> KeyValueCache | str:
         return f"{name} keeps {type(found).__name__}, which is not keys and values alone"
     layers = []
     for slot, layer in enumerate(found.layers):
-        if type(layer) not in _KNOWN:
+        if not isinstance(layer, DynamicLayer | DummyLayer) or type(layer) not in _KNOWN:
             return f"{name} keeps {type(layer).__name__}, which is not keys and values alone"
         keys, values = layer.keys, layer.values
         if keys is None or values is None:
@@ -128,8 +130,8 @@ def kv_cache(module: nn.Module) -> KeyValueCache | str:
     if not layers:
         return f"{name} keeps no keys and values"
     config = getattr(module, "config", None)
-    settings = tuple(getattr(config, key, None) for key in ("num_attention_heads", "hidden_size", "vocab_size"))
-    return KeyValueCache(tuple(layers), len(found.layers), settings)
+    heads, hidden, words = (getattr(config, key, None) for key in ("num_attention_heads", "hidden_size", "vocab_size"))
+    return KeyValueCache(tuple(layers), len(found.layers), (heads, hidden, words))
 
 
 def _plain(module: nn.Module) -> nn.Module:
@@ -143,7 +145,7 @@ def _plain(module: nn.Module) -> nn.Module:
         network.set_experts_implementation("batched_mm")
     for child in network.modules():
         if getattr(child, "rope_type", None) == "dynamic":
-            child.rope_type = "default"
+            vars(child)["rope_type"] = "default"
     return network
 
 

@@ -52,9 +52,9 @@ def chosen_ranges(
     def error(rules: Sequence[Rule]) -> float:
         return distance(outputs([each[rule] for each, rule in zip(known, rules, strict=True)]), wanted, inputs)
 
-    errors = {rule: error([rule] * len(known)) for rule in RULES}
+    errors = {rule: error([rule for _ in known]) for rule in RULES}
     first = min(RULES, key=errors.__getitem__)
-    least, best = errors[first], [first] * len(known)
+    least, best = errors[first], list[Rule](first for _ in known)
     for group in np.array_split(np.arange(len(known)), min(N_GROUPS, len(known))) if least > NEAR else ():
         for rule in RULES:
             rules = list(best)
@@ -70,7 +70,7 @@ def distance(found: Outputs, wanted: Outputs, inputs: Mapping[str, np.ndarray]) 
     """How far outputs are from what is wanted, each by what it is, summed; infinite where a value is not finite."""
     total = 0.0
     for name in wanted[0]:
-        a, b = (np.concatenate([np.atleast_1d(each[name]) for each in given]) for given in (found, wanted))
+        a, b = (np.concatenate([np.atleast_1d(each[name]) for each in rows]) for rows in (found, wanted))
         if b.dtype.kind not in "fc":
             total += float((a != b).mean())
             continue
@@ -78,7 +78,8 @@ def distance(found: Outputs, wanted: Outputs, inputs: Mapping[str, np.ndarray]) 
             return np.inf
         kind = kind_of(name, b, inputs)
         if kind.label in ("classes", "tokens", "positions"):
-            total += _divergence(*(np.moveaxis(each, kind.axis, -1) for each in (a, b)), kind.probabilities)
+            given, right = (np.moveaxis(each, kind.axis, -1) for each in (a, b))
+            total += _divergence(given, right, kind.probabilities)
         else:
             total += _relative(a, b) + (_of_extremes(a, b) if b.ndim > 2 else 0.0)
     return total

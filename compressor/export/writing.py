@@ -129,9 +129,10 @@ def _write_genai_config(checkpoint: Checkpoint, cache: KeyValueCache, directory:
     from compressor.export.genai import Sizes, write_genai_config
 
     kept, known = {size for layer in cache.layers for size in (layer.key, layer.value)}, cache.settings
-    if len(kept) > 1 or None in known:
+    heads, hidden, vocabulary = known
+    if len(kept) > 1 or heads is None or hidden is None or vocabulary is None:
         return
-    (kv_heads, head_dim), (heads, hidden, vocabulary) = kept.pop(), known
+    kv_heads, head_dim = kept.pop()
     context = checkpoint.positions or UNLIMITED
     sizes = Sizes(len(cache.layers), hidden, heads, kv_heads, head_dim, vocabulary, context)
     write_genai_config(checkpoint.config or {}, sizes, directory)

@@ -51,8 +51,9 @@ def block_names(module: nn.Module) -> list[str]:
         return [""]
     best: tuple[int, list[str]] = (0, [])
     for name, child in module.named_modules():
-        alike = isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(block) for block in child}) == 1
-        if alike and not isinstance(child[0], _NEVER_CALLED):
+        if not isinstance(child, nn.ModuleList) or len(child) < 2 or len({type(block) for block in child}) > 1:
+            continue
+        if not isinstance(child[0], _NEVER_CALLED):
             size = sum(parameter.numel() for parameter in child.parameters())
             if size > best[0]:
                 best = (size, [f"{name}.{i}" for i in range(len(child))])

@@ -152,11 +152,11 @@ def drawbacks(report: dict[str, Any]) -> list[str]:
     if before and after and after >= before:
         found.append(f"larger than its original: {size(after)}, not {size(before)}")
     speed, original = report.get("speed") or {}, report.get("original_speed") or {}
-    times = [each.get("latency_seconds") for each in (original, speed)]
+    times = [each.get("latency_seconds") or 0.0 for each in (original, speed)]
     errors = [each.get("latency_error") or 0.0 for each in (original, speed)]
     if all(times) and times[0] / times[1] < 1 - max(LITTLE, 3 * sum(errors)):
         found.append(f"slower than its original: {times[0] / times[1]:.2f} × its speed")
-    rates = [each.get("decode_tokens_per_second") for each in (original, speed)]
+    rates = [each.get("decode_tokens_per_second") or 0.0 for each in (original, speed)]
     if all(rates) and rates[1] / rates[0] < 1 - LITTLE:
         found.append(f"slower than its original: {rates[1] / rates[0]:.2f} × its tokens per second")
     return found
