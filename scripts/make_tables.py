@@ -33,7 +33,10 @@ from bench_structure import structure_table
 from bench_tables import tables_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
+from check_crashes import crashes_table
 from check_kills import kills_table
+from check_memory import shortage_table
+from check_same_bytes import same_bytes_table
 from families import families_table
 from fuzz import fuzz_table
 from measured import ROOT, markdown, number, read_results
@@ -60,6 +63,8 @@ COMMANDS = {
     "structure": "scripts/bench_structure.py", "mixed": "scripts/bench_mixed.py",
     "fuzz": "scripts/fuzz.py", "families": "scripts/families.py",
     "batch": "scripts/bench_batch.py",
+    "crashes": "scripts/check_crashes.py", "shortage": "scripts/check_memory.py",
+    "same_bytes": "scripts/check_same_bytes.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
 }  # fmt: skip
 LLAMA_CPP = (
@@ -132,6 +137,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": lambda: measured_table("families", families_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
     "kills": lambda: measured_table("kills", kills_table),
+    "crashes": lambda: measured_table("crashes", crashes_table),
+    "shortage": lambda: measured_table("shortage", shortage_table),
+    "elsewhere": lambda: measured_table("same_bytes", same_bytes_table),
     "batch": lambda: measured_table("batch", batch_table),
     "onnx": lambda: measured_table("onnx", onnx_table),
     "mixed": lambda: measured_table("mixed", mixed_table),

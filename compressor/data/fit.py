@@ -75,8 +75,19 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
         return candidate
     raise DataError(
         f"{source.source}: {checkpoint.architecture} cannot be run on the first example; found {_described(source)}, "
-        f"and {refusals[0]}; give what its forward takes, an example per row of the first axis"
+        f"and {refusals[0]}; {_advice(checkpoint, refusals[0])}"
     )
+
+
+def _advice(checkpoint: Checkpoint, refusal: str) -> str:
+    """What to write instead; of weights in another width than artifacts compute in, that this is so."""
+    widths = {info.dtype for info in checkpoint.tensors.values()} & {"F64", "F16", "BF16"}
+    if widths and "dtype" in refusal:
+        return (
+            f"its weights are stored as {', '.join(sorted(widths))} and artifacts compute in float32: a forward that "
+            "casts its inputs has to cast them to its weights' own type (x.to(self.weight.dtype))"
+        )
+    return "give what its forward takes, an example per row of the first axis"
 
 
 def _native(source: Arrays) -> Arrays:
