@@ -79,6 +79,7 @@ def distance(found: Outputs, wanted: Outputs, inputs: Mapping[str, np.ndarray]) 
         kind = kind_of(name, b, inputs)
         if kind.label in ("classes", "tokens", "positions"):
             total += _divergence(*(np.moveaxis(each, kind.axis, -1) for each in (a, b)), kind.probabilities)
+            total += 0.0 if kind.probabilities else _relative(a, b)  # four numbers may be logits, or a box
         else:
             total += _relative(a, b) + (_of_extremes(a, b) if b.ndim > 2 else 0.0)
     return total
