@@ -104,15 +104,16 @@ def measured(name: str, recipe: str) -> dict[str, Any]:
     artifact = target / "model.onnx"
     found, wanted = outputs(artifact, data["evaluation"]), outputs(graph, data["evaluation"])
     seconds = in_turn([graph, artifact], data["evaluation"])
-    memory = [(report[key] or {})["memory"]["peak_private"] for key in ("original_speed", "speed")]
+    speeds = [report[key] for key in ("original_speed", "speed")]
+    memory = [each["memory"]["peak_private"] for each in speeds]
     stages = report["cost"]
     return {
         "original_bytes": report["size"]["original_bytes"], "bytes": report["size"]["bytes"],
         "bytes_share": round(report["size"]["bytes"] / report["size"]["original_bytes"], 4),
-        "planned_bytes": planned["bytes_after"], "measure": round(STRANGERS[name].measure(found, wanted), 4),
+        "planned_bytes": planned["bytes_after"], "measure": round(float(STRANGERS[name].measure(found, wanted)), 4),
         "quality": report["quality"]["outputs"], "original_ms": round(1e3 * float(np.median(seconds[:, 0])), 3),
         "times_faster": round(float(np.median(seconds[:, 0] / seconds[:, 1])), 3),
-        "bench_times_faster": report["original_speed"]["latency_seconds"] / report["speed"]["latency_seconds"],
+        "bench_times_faster": round(speeds[0]["latency_seconds"] / speeds[1]["latency_seconds"], 3),
         "memory_share": round(memory[1] / memory[0], 3),
         "planned_seconds": round(planned["cpu_seconds"], 1), "planned_memory": planned["peak_memory"],
         "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in stages.values()), 1),

@@ -282,8 +282,8 @@ def probability(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
 
 
 def closeness(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
-    """One less the mean relative difference of numbers."""
-    return 1 - float((np.abs(found[0] - wanted[0]) / np.abs(wanted[0])).mean())
+    """1 − Σ|a − b| / Σ|b|, the least of all outputs."""
+    return min(1 - float(np.abs(a - b).sum() / np.abs(b).sum()) for a, b in zip(found, wanted, strict=True))
 
 
 def same_text(found: list[np.ndarray], wanted: list[np.ndarray], blank: int, axis: int) -> float:

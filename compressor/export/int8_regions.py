@@ -49,6 +49,8 @@ def regions(
         floats, int8 = times(operation, shapes, weights.get(operation))
         cut.add("int8", operation, floats)
         cut.add(operation, "float", int8 * _CLEAR)
+        if operation.kind == "move":  # without channels last, as convolutions leave them, its int8 kernel crawls
+            cut.add(operation, writer.get(operation.inputs[0], "float"), _INFINITE)
     inner = {node: operation for operation in operations for node in operation.nodes}
     for value in dict.fromkeys(value for op in operations for value in (*op.inputs, op.output)):
         _charge(cut, value, writer.get(value), inner, shapes)

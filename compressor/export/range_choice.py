@@ -80,6 +80,7 @@ def distance(found: Outputs, wanted: Outputs, inputs: Mapping[str, np.ndarray]) 
         if kind.label in ("classes", "tokens", "positions"):
             given, right = (np.moveaxis(each, kind.axis, -1) for each in (a, b))
             total += _divergence(given, right, kind.probabilities)
+            total += 0.0 if kind.probabilities else _relative(a, b)  # four numbers may be logits, or a box
         else:
             total += _relative(a, b) + (_of_extremes(a, b) if b.ndim > 2 else 0.0)
     return total

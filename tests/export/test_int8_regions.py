@@ -120,6 +120,16 @@ def test_a_depthwise_convolution_alone_stays_on_floats():
     assert found == []
 
 
+def test_a_pool_is_int8_only_behind_what_is():
+    graph = Graph(28)
+    pooled = graph.op("MaxPool", graph.op("Tanh", graph.inputs[0]), kernel_shape=[2, 2])
+    x = graph.conv(graph.conv(pooled, 64, 3), 64, 3)
+    y = graph.conv(graph.op("MaxPool", x, kernel_shape=[2, 2]), 64, 3)
+    candidates, found, _ = graph.chosen(y)
+    assert [op.node.op_type for op in candidates] == ["MaxPool", "Conv", "Conv", "MaxPool", "Conv"]
+    assert found == candidates[1:]
+
+
 @pytest.mark.parametrize(("weight", "group", "positions", "floats", "int8"), [
     ((128, 128, 3, 3), 1, 1600, 3119, 841), ((64, 64, 1, 1), 1, 1600, 115, 54), ((24, 24, 3, 3), 1, 1600, 306, 109),
     ((128, 1, 3, 3), 128, 784, 62, 72), ((32, 1, 5, 5), 32, 3136, 65, 263), ((16, 16, 1, 1), 1, 1600, 21, 23),

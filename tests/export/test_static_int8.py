@@ -212,3 +212,32 @@ def test_a_hard_swish_is_a_sum_that_saturates_and_a_product(tmp_path):
     with torch.no_grad():
         expected = module(image).numpy()
     assert np.linalg.norm(run(path, image) - expected) < 0.02 * np.linalg.norm(expected)
+
+
+class Pooled(nn.Module):
+    """A stem on floats, a pool, and wide convolutions, as residual networks begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.first, self.second = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.stem(x)), 2)
+        return x + self.second(torch.relu(self.first(x)))
+
+
+def test_onnxruntime_does_not_round_before_a_pool_on_floats(tmp_path):
+    torch.manual_seed(2)
+    module = Pooled().eval()
+    image = images(4, 5, 48)
+    encoded = compressed(module, tmp_path, by_row)
+    path = traced_and_written(module, {"": image[:1]}, encoded, tmp_path, calibration=[{"": image}])
+    assert fused(path)["QLinearConv"] == 2
+    graph = onnx.load(path.with_suffix(".fused"), load_external_data=False).graph
+    writers = {name: node for node in graph.node for name in node.output}
+    (pool,) = [node for node in graph.node if "MaxPool" in node.op_type]
+    assert writers[pool.input[0]].op_type not in ("QuantizeLinear", "Transpose")
+    with torch.no_grad():
+        expected = module(image).numpy()
+    assert np.linalg.norm(run(path, image) - expected) < 0.02 * np.linalg.norm(expected)
