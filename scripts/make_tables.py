@@ -28,6 +28,7 @@ from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
 from bench_speed import speed_table
+from bench_strangers import strangers_table
 from bench_structure import structure_table
 from bench_tables import tables_table
 from bench_vision import vision_table
@@ -53,6 +54,7 @@ COMMANDS = {
     "quality": "scripts/bench_quality.py artifacts DIR…", "baselines": "scripts/bench_quality.py baselines",
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py DIR…",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
+    "strangers": "scripts/bench_strangers.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
@@ -123,6 +125,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": lambda: measured_table("loading", loading_table),
     "pruning": lambda: measured_table("pruning", pruning_table),
     "gradients": lambda: measured_table("gradients", gradients_table),
+    "strangers": lambda: measured_table("strangers", strangers_table),
     "vision": lambda: measured_table("vision", vision_table),
     "rounding": lambda: measured_table("rounding", rounding_table),
     "zeros": lambda: measured_table("zeros", zeros_table),

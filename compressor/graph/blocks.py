@@ -106,6 +106,23 @@ def layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     return found
 
 
+def recurrent(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
+    """The matrices (gates and outputs, inputs) of recurrent networks and cells below `module`, by name, each once.
+
+    They are no layers: their module computes with several, and what one is given shows nowhere.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, child in module.named_modules():
+        if not isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
+            continue
+        for key, parameter in child.named_parameters(recurse=False):
+            if parameter.dim() == 2 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{prefix}{name}.{key}" if name else f"{prefix}{key}"] = parameter
+    return found
+
+
 def unfold_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
     """The inputs of a layer as rows (tokens or positions, columns of its matrix), float32.
 

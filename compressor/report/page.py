@@ -65,12 +65,13 @@ def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
     report = artifact.report
     source, recipe = report.get("source") or {}, report.get("recipe") or {}
     tensors = facts.stored_tensors(artifact)
+    made = f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}"
     return (
         _environment()
         .get_template("page.html")
         .render(
             title=title,
-            what=f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}",
+            what="; ".join((made, *facts.drawbacks(report))),
             description=recipe.get("description", ""),
             tiles=_tiles(report),
             gates=_gates(report),

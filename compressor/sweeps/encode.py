@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from compressor.core.batch import Batch
 from compressor.core.contract import Statistics
-from compressor.core.encoding import Affine, Dense, Refined
+from compressor.core.encoding import Affine, Dense, Layout, Refined
 from compressor.core.log import LOGGER
 from compressor.core.passes import WeightSettings
 from compressor.core.spec import RefinedSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.core.work import Work
-from compressor.graph.blocks import layers, unfolds, weight_of
+from compressor.graph.blocks import layers, recurrent, unfolds, weight_of
 from compressor.learning.reconstruction import reconstruct
 from compressor.learning.student import Student
 from compressor.passes.registry import load_pass
@@ -156,6 +156,10 @@ def encode_outside(
 ) -> EncodedTensor:
     """A tensor that lies in no block, from what is loaded."""
     module = layers(network.module).get(name)
+    if name in recurrent(network.module) and (chain := choice.of_matrix(name)) is not None:
+        matrix = network.module.get_parameter(name).data.float()
+        encoding = chain.of_matrix(name, matrix, Statistics(), work.generator(name))
+        return EncodedTensor(encoding, Layout(tuple(matrix.shape)))
     chain = choice.of(name, module) if module is not None else None
     if module is None or chain is None:
         return choice.dense(name, network.module.state_dict(keep_vars=True)[name])
@@ -197,7 +201,7 @@ def _encode_block(
     chains = {name: chain for name, module in found.items() if (chain := choice.of(name, module)) is not None}
     gradients = load_gradients(work.folder, prefix) if any(chain.wants_gradient for chain in chains.values()) else {}
     n_sequences = max(1, sum(n_examples(arguments) for arguments in reached))
-    tensors: dict[str, EncodedTensor] = {}
+    tensors = encode_recurrent(block, dotted, choice, work)
     encoded = [weight_of(found[name]) for name in chains]
     settled = Settled(network, block, () if prefix else reached, encoded)
     for stage in layer_stages(network, block, dotted, reached[0]) if reached else ():
@@ -226,6 +230,19 @@ def _encode_block(
         for name, tensor in block.state_dict(keep_vars=True).items()
         if f"{dotted}{name}" not in done
     }
+
+
+def encode_recurrent(module: nn.Module, prefix: str, choice: Choice, work: Work) -> dict[str, EncodedTensor]:
+    """The matrices of recurrent networks, by their values alone, which are replaced: what follows makes up for it."""
+    tensors: dict[str, EncodedTensor] = {}
+    for name, parameter in recurrent(module, prefix).items():
+        chain = choice.of_matrix(name)
+        if chain is None:
+            continue
+        encoding = chain.of_matrix(name, parameter.data.float(), Statistics(), work.generator(name))
+        tensors[name] = EncodedTensor(encoding, Layout(tuple(parameter.shape)))
+        parameter.data = tensors[name].decode()
+    return tensors
 
 
 def _compute_with(network: Network, block: nn.Module, prefix: str, tensors: EncodedTensors) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -16,18 +20,26 @@ from tests.export.test_decoder import run
 
 NAMES = (
     "gpt2", "gpt_neo", "gptj", "opt", "bloom", "phi3, longrope", "gemma2", "gemma3", "cohere2", "minicpm3",
-    "llama, heads of 20", "llama, dynamic rope", "falcon, alibi",
+    "llama, heads of 20", "llama, dynamic rope",
 )  # fmt: skip
 IDS = np.random.default_rng(3).integers(2, 290, (2, 2 * WINDOW + 7))
 
 
-def exported(name: str, folder) -> tuple[nn.Module, onnxruntime.InferenceSession]:
-    """The network, which computes with the decoded weights, and its graph."""
+Exported = Callable[[str], tuple[nn.Module, onnxruntime.InferenceSession]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A network by its name, which computes with the decoded weights, and its graph; each is traced once."""
+    return cache(lambda name: _exported(name, tmp_path_factory.mktemp("causal")))
+
+
+def _exported(name: str, folder: Path) -> tuple[nn.Module, onnxruntime.InferenceSession]:
     module = built(DECODERS[name])
     tensors = compressed(module, folder, lambda weight: rounded(weight, 8, 16))
-    cache = kv_cache(module)
-    assert isinstance(cache, KeyValueCache)
-    graph = trace_decoder(module, cache, tensors, folder)
+    kept = kv_cache(module)
+    assert isinstance(kept, KeyValueCache)
+    graph = trace_decoder(module, kept, tensors, folder)
     return module, opened(export_module(graph, tensors, folder, exact=True))
 
 
@@ -36,8 +48,8 @@ def near(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_decoder_reads_all_at_once_and_step_by_step(tmp_path, name):
-    module, session = exported(name, tmp_path)
+def test_a_decoder_reads_all_at_once_and_step_by_step(exported, name):
+    module, session = exported(name)
     assert [entry.name for entry in session.get_inputs()][:3] == [
         "input_ids", "attention_mask", "past_key_values.0.key"]  # fmt: skip
     with torch.no_grad():
@@ -52,8 +64,8 @@ def test_a_decoder_reads_all_at_once_and_step_by_step(tmp_path, name):
     near(np.concatenate(parts, 1), expected)
 
 
-def test_padding_stands_on_either_side(tmp_path):
-    module, session = exported("gemma3", tmp_path)
+def test_padding_stands_on_either_side(exported):
+    module, session = exported("gemma3")
     with torch.no_grad():
         expected = module(torch.from_numpy(IDS[1:, :30])).logits.numpy()
     for at in (slice(6, None), slice(0, 30)):
@@ -64,14 +76,14 @@ def test_padding_stands_on_either_side(tmp_path):
         near(logits[1:, at], expected)
 
 
-def test_the_cache_is_named_and_shaped_as_that_of_the_written_graph(tmp_path):
-    _, session = exported("gpt_bigcode", tmp_path)
+def test_the_cache_is_named_and_shaped_as_that_of_the_written_graph(exported):
+    (_, session), sizes = exported("minicpm3"), (("key", 16), ("value", 8))
     shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
     assert shapes == {
         "input_ids": ["batch", "length"], "attention_mask": ["batch", "total"],
-        **{f"past_key_values.{i}.{part}": ["batch", 1, "past", 24] for i in (0, 1) for part in ("key", "value")},
+        **{f"past_key_values.{i}.{part}": ["batch", 1, "past", size] for i in (0, 1) for part, size in sizes},
         "logits": ["batch", "length", 300],
-        **{f"present.{i}.{part}": ["batch", 1, "total", 24] for i in (0, 1) for part in ("key", "value")},
+        **{f"present.{i}.{part}": ["batch", 1, "total", size] for i in (0, 1) for part, size in sizes},
     }  # fmt: skip
 
 
