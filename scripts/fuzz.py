@@ -296,7 +296,8 @@ def _counted(count: Count, each: Try, answer: Answer, content: bytes, seed: int,
     count.files += 1
     count.statuses[str(answer.status)] += 1
     count.slowest = max(count.slowest, answer.seconds)
-    if not answer.finding:
+    at_work = each.share < 1 and answer.status == 0  # a file that is right after all, whose command did what it does
+    if not answer.finding or (answer.finding == "hang" and at_work):
         return
     count.findings[answer.finding] += 1
     kind = f"{answer.finding} of {each.name}{_place(answer.text)}"

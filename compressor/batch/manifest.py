@@ -14,8 +14,9 @@ Paths are relative to the manifest. What stands at a model goes over what stands
 
 from __future__ import annotations
 
+import functools
 import glob
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,14 @@ def read_manifest(path: Path) -> list[Job]:
         raise UsageError(f"{path}: models is {models!r:.40}; write a list of paths, or of `path: …` with settings")
     above = {key: value for key, value in content.items() if key != "models"}
     jobs: list[Job] = []
+    checked = _each_once()
     for number, model in enumerate(models, start=1):
         where = f"{path}, model {number}"
         own = {"path": model} if isinstance(model, str) else model
         if not isinstance(own, dict):
             raise UsageError(f"{where}: is {model!r:.40}; write a path, or `path: …` and its settings")
         _refuse_unknown(own, MODEL_KEYS, where)
-        jobs += _jobs(_merged(above, own, where), where, path.parent)
+        jobs += _jobs(_merged(above, own, where), where, path.parent, checked)
         if len(jobs) > MOST_JOBS:
             raise UsageError(f"{where}: makes more than {MOST_JOBS:,} jobs; split the manifest")
     return _told_apart(jobs, str(path))
@@ -95,7 +97,8 @@ def jobs_of_line(models: Iterable[str], settings: Mapping[str, Any], sets: Itera
     Raises:
         UsageError: A pattern matches nothing, or a setting is wrong.
     """
-    jobs = [job for model in models for job in _jobs({"path": model, **settings}, model, Path(), tuple(sets))]
+    checked, more = _each_once(), tuple(sets)
+    jobs = [job for model in models for job in _jobs({"path": model, **settings}, model, Path(), checked, more)]
     return _told_apart(jobs, "the line")
 
 
@@ -128,7 +131,24 @@ def _merged(above: dict[str, Any], own: dict[str, Any], where: str) -> dict[str,
     return merged
 
 
-def _jobs(settings: dict[str, Any], where: str, folder: Path, further: tuple[str, ...] = ()) -> list[Job]:
+_Recipes = Callable[[str, tuple[str, ...]], tuple[str, ...]]
+"""Of a recipe and what is set in it, once it was checked: what of it runs code or leads out of the process."""
+
+
+def _each_once() -> _Recipes:
+    """Thousands of models by one recipe read it once."""
+
+    @functools.cache
+    def checked(recipe: str, sets: tuple[str, ...]) -> tuple[str, ...]:
+        load_recipe(recipe, sets)
+        return tuple(reaches_of(recipe))
+
+    return checked
+
+
+def _jobs(
+    settings: dict[str, Any], where: str, folder: Path, checked: _Recipes, further: tuple[str, ...] = ()
+) -> list[Job]:  # fmt: skip
     recipes = _recipes(settings, where)
     options, inputs = _options(settings, where, folder)
     sets = [*_assignments(settings.get("set", {})), *_assignments(settings.get("gates", {}), "gates."), *further]
@@ -136,8 +156,7 @@ def _jobs(settings: dict[str, Any], where: str, folder: Path, further: tuple[str
     for recipe in recipes:
         place = str(folder / recipe) if recipe.endswith((".yaml", ".yml")) else recipe
         try:
-            load_recipe(place, sets)
-            code = (*_code(settings, options, where), *reaches_of(place))
+            code = (*_code(settings, options, where), *checked(place, tuple(sets)))
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
         words = (*options, *(word for assignment in sets for word in ("--set", assignment)))

@@ -307,3 +307,16 @@ def test_a_recipe_that_is_no_mapping_is_no_report(tmp_path):
         (tmp_path / "compression.json").write_text(json.dumps({"recipe": wrong}))
         with pytest.raises(CheckpointError, match=r"compression.json: is damaged; recipe.*compress again"):
             Artifact.open(tmp_path)
+
+
+def test_a_manifest_of_many_models_reads_their_recipe_once(tmp_path, monkeypatch):
+    from compressor.batch import manifest
+
+    read = []
+    monkeypatch.setattr(manifest, "load_recipe", lambda name, sets=(): read.append(name))
+    monkeypatch.setattr(manifest, "reaches_of", lambda name: [])
+    models = [{"path": "m.pt", "name": f"m{number}"} for number in range(300)]
+    (tmp_path / "m.pt").write_bytes(b"")
+    (tmp_path / "many.yaml").write_text(json.dumps({"recipe": "cnn-int8", "models": models}))
+    assert len(manifest.read_manifest(tmp_path / "many.yaml")) == 300
+    assert read == ["cnn-int8"]
