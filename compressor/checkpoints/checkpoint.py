@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from compressor.checkpoints.architecture import Architecture
 from compressor.checkpoints.expected import COMPUTED, expected_tensors
 from compressor.checkpoints.positions import positions_of
-from compressor.checkpoints.source import Source, TensorInfo, digest_of
+from compressor.checkpoints.scales import belongs_to_scales, scaled, unread
+from compressor.checkpoints.source import Computed, Source, TensorInfo, digest_of
 from compressor.checkpoints.ties import declared_ties, prefixed
 from compressor.checkpoints.tokenizer import copy_tokenizer
 from compressor.core.errors import CheckpointError
@@ -24,12 +25,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from compressor.checkpoints.computed import Computed
     from compressor.checkpoints.reshaping import Reshaping
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
-PACKED = (".qweight", ".weight_packed", ".weight_scale_inv", ".SCB", ".absmax", ".g_idx")
+PACKED = (".qweight", ".weight_packed", ".SCB", ".absmax", ".g_idx")
 
 
 class Checkpoint:
@@ -58,6 +58,7 @@ class Checkpoint:
         self.tokenizer_files = list(tokenizer_files)
         self.seen = seen or Snapshot({})  # its files as they were before any was read
         self.skipped: list[str] = []
+        self.notes: list[str] = list(source.notes)  # what a plan says of the files
         self.source = source
         self.positions = positions_of(config)  # of tokens in a row; None where nothing says how many
         self.reshaping: Reshaping | None = None  # of a network that became smaller in a way no config can say
@@ -77,6 +78,8 @@ class Checkpoint:
         `computed` are further tensors: of each how it is computed, and the stored names of what from. A declared tie
         whose two tables are both stored and differ is no tie; transformers does the same.
         """
+        rename = {name: target for name, target in rename.items() if not belongs_to_scales(name, self.source.tensors)}
+        computed = scaled(self.source.tensors, rename) | (computed or {})
         stored = {canonical: name for name, canonical in rename.items()}
         declared: dict[str, str] = ties(stored, self.config)
         tied = _shared_names(self.source.shared, rename)
@@ -88,9 +91,9 @@ class Checkpoint:
                 stored[canonical] = stored[alias]
             if canonical in stored:
                 tied = _join(tied, alias, canonical)
-        self._stored = {name: stored[name] for name in stored if name not in tied}
+        self._stored = {name: stored[name] for name in stored if name not in tied and name not in computed}
         self.tied = dict(sorted(tied.items()))
-        self._computed = computed or {}
+        self._computed = computed
         self.tensors = {name: self._info(name) for name in self._stored}
         self.tensors |= {name: self._computed_info(name) for name in self._computed if name not in tied}
 
@@ -110,7 +113,8 @@ class Checkpoint:
     def _computed_info(self, name: str) -> TensorInfo:
         """What a tensor will be that is computed: of the size of the largest that it is computed from."""
         parts = [self.source.tensors[part] for part in self._computed[name][1].values()]
-        return replace(max(parts, key=lambda info: info.numel), name=name)
+        largest = max(parts, key=lambda info: info.numel)
+        return replace(largest, name=name, dtype="F32" if largest.dtype == "I8" else largest.dtype)
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor, or the first of what it is computed from."""
@@ -192,9 +196,12 @@ class Checkpoint:
         if expected is None:
             return False
         needed = {name: info for name, info in self.tensors.items() if name in expected or not COMPUTED.search(name)}
+        if any(info.dtype[0] in "IU" for info in needed.values()):
+            return False
         if {name: info.shape for name, info in needed.items()} != expected:
             return False
-        self._stored, self.tensors = {name: self._stored[name] for name in needed}, needed
+        self._stored = {name: self._stored[name] for name in needed if name in self._stored}
+        self.tensors = needed
         return True
 
     def write_tokenizer(self, directory: Path) -> list[Path]:
@@ -257,7 +264,9 @@ def _join(tied: dict[str, str], alias: str, canonical: str) -> dict[str, str]:
 
 
 def _refuse_packed(checkpoint: Checkpoint) -> None:
+    tensors = checkpoint.source.tensors
     packed = [name for name in checkpoint.tensors if name.endswith(PACKED)]
+    packed += unread(tensors, [stored for _, parts in checkpoint._computed.values() for stored in parts.values()])
     if packed:
         raise CheckpointError(
             f"{checkpoint.path}: is already quantised; found '{packed[0]}' and {len(packed) - 1} more "

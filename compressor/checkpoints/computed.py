@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,16 +19,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from compressor.checkpoints.source import Computed
+
 PAIRS = (("_g", "_v"), (".original0", ".original1"))
 """Endings of the length and the direction of a weight, in the old form and in the new one."""
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A tensor that `compute` makes of others, by their names in the module, which are `parts`."""
-
-    parts: tuple[str, ...]
-    compute: Callable[[Mapping[str, Tensor]], Tensor]
 
 
 _FOUND: WeakKeyDictionary[nn.Module, dict[str, Computed]] = WeakKeyDictionary()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoints.experts import Experts, Part
 from compressor.checkpoints.safetensors_file import TORCH_NAMES
+from compressor.checkpoints.scales import belongs_to_scales, has_scales, with_scales
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.errors import CheckpointError
 
@@ -59,7 +60,7 @@ class Conversion:
         return tuple(name for _, name in self.parts)
 
     def read(self, source: Source) -> Tensor:
-        return self.apply(source.read(name) for name in self.stored)[self.name].contiguous()
+        return self.apply(with_scales(source, name) for name in self.stored)[self.name].contiguous()
 
     def apply(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         """All that the rule makes of the tensors of `parts`, in their order."""
@@ -82,10 +83,12 @@ class Cut:
         return (self.whole,) if isinstance(self.whole, str) else self.whole.stored
 
     def read(self, source: Source) -> Tensor:
-        if isinstance(self.whole, str):
-            found = source.read_row(self.whole, self.part.index)
-        else:
+        if not isinstance(self.whole, str):
             found = self.whole.read(source)[self.part.index]
+        elif has_scales(source.tensors, self.whole):
+            found = with_scales(source, self.whole)[self.part.index]
+        else:
+            found = source.read_row(self.whole, self.part.index)
         return (found.T if self.part.transposed else found).contiguous()
 
 
@@ -156,11 +159,13 @@ def converted(
             origins[name], infos[name] = Initial(module, name), _info(name, parameter)
     if not origins:
         return source, targets
+    used = {name: info for name, info in source.tensors.items() if name not in targets}
+    left = {name: info for name, info in source.tensors.items() if name in targets}
+    left = {name: info for name, info in left.items() if not belongs_to_scales(name, used)}
     by_names = ConvertedSource(
-        source.kind, source.files, source.tensors | infos, source.shared, source.module,
-        original=source, origins=origins,
-    )  # fmt: skip
-    return by_names, targets | {name: name for name in origins}
+        source.kind, source.files, left | infos, source.shared, source.module, original=source, origins=origins
+    )
+    return by_names, {name: targets[name] for name in left} | {name: name for name in origins}
 
 
 def _experts(module: nn.Module) -> dict[str, Part]:
@@ -222,13 +227,19 @@ def _described(source: Source, conversion: Conversion, path: Path) -> dict[str, 
     """What a conversion will give: it is applied to tensors without memory."""
     stored = [source.tensors[name] for name in conversion.stored]
     try:
-        made = conversion.apply(torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for info in stored)
+        made = conversion.apply(
+            torch.empty(info.shape, dtype=_read_as(source, info), device="meta") for info in stored
+        )  # fmt: skip
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, StopIteration) as error:
         raise CheckpointError(
             f"{path}: transformers makes '{conversion.first}' of {len(stored)} stored tensors, '{stored[0].name}' of "
             f"shape {stored[0].shape} and so on, and cannot; {error}; give the whole checkpoint, or the right config"
         ) from error
     return {name: _info(name, tensor) for name, tensor in made.items()}
+
+
+def _read_as(source: Source, info: TensorInfo) -> torch.dtype:
+    return torch.float32 if has_scales(source.tensors, info.name) else DTYPES[info.dtype]
 
 
 def _info(name: str, tensor: Tensor) -> TensorInfo:

@@ -53,11 +53,12 @@ class Experts(nn.Module):
         """Of tokens (n, width), and the k experts that each goes to with their weights, (n, k), the sum (n, width)."""
         between = cast(Callable[[Tensor], Tensor], self.rule._apply_gate if self.rule.has_gate else self.rule.act_fn)
         total = torch.zeros_like(hidden_states)
-        for number in range(self.n_experts):
-            rows, place = torch.where(top_k_index == number)
+        shares = total.new_zeros(total.shape[0], self.n_experts).scatter(1, top_k_index, top_k_weights.to(total.dtype))
+        for number, share in enumerate(shares.unbind(1)):
+            rows = share.nonzero().flatten()
             expert = self.get_submodule(str(number))
-            hidden = between(expert.get_submodule(self.up)(hidden_states[rows]))
-            outputs = expert.get_submodule(DOWN)(hidden) * top_k_weights[rows, place, None]
+            hidden = between(expert.get_submodule(self.up)(hidden_states.index_select(0, rows)))
+            outputs = expert.get_submodule(DOWN)(hidden) * share.index_select(0, rows).unsqueeze(1)
             total = total.index_add(0, rows, outputs.to(total.dtype))
         return total
 

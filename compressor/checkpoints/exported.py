@@ -36,4 +36,4 @@ def open_exported(path: Path, *, trust_pickle: bool) -> StateDictSource:
     infos = {name: tensor_info(path, name, tensor) for name, tensor in tensors.items()}
     homes = dict.fromkeys(tensors, path)
     shared = find_shared(tensors, homes)
-    return StateDictSource("pt2", [path], infos, shared, module, homes, tensors)
+    return StateDictSource("pt2", [path], infos, shared, module, homes=homes, loaded=tensors)

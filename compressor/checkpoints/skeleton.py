@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -17,8 +18,11 @@ from compressor.checkpoints.architecture import Architecture
 from compressor.checkpoints.computed import Computed, computed_in, fold, paired
 from compressor.checkpoints.expected import COMPUTED
 from compressor.checkpoints.experts import unfuse
-from compressor.checkpoints.source import Source, TensorInfo
+from compressor.checkpoints.scales import belongs_to_scales
+from compressor.checkpoints.source import Place, Source, TensorInfo
+from compressor.checkpoints.unused import AVERAGES, refuse_unused
 from compressor.core.errors import CheckpointError
+from compressor.graph.blocks import layers, recurrent, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +39,7 @@ class Checkpoint(Protocol):
     tensors: dict[str, TensorInfo]
     tied: dict[str, str]
     skipped: list[str]
+    notes: list[str]
     aligned: bool
 
     def name_tensors(
@@ -53,6 +58,10 @@ RANDOM_INIT = (
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 LARGEST_BUFFER = 2**32
 """Bytes: sixteen times a causal mask of 8,192 positions in float32."""
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+"""Parts of names that whatever wraps a module, or a part of one, puts in: torch.compile, data parallelism, FSDP."""
+_BESIDE = "beside:"
+"""Begins the name of what is no part of the network that was taken."""
 LEGACY = (
     (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
     (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
@@ -166,6 +175,8 @@ def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
         checkpoint.source, targets = converted(checkpoint.source, module, known, checkpoint.path)
     else:
         targets = {name: _module_name(name, known) for name in checkpoint.source.tensors}
+    if not _covers(targets, module):
+        targets = _unwrapped(checkpoint, module, known) or targets
     made, parts = _computed(expected, computed, {target: name for name, target in targets.items()})
     groups = [group for group in parameter_names(module).values() if len(group) > 1]
 
@@ -175,8 +186,12 @@ def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
 
     checkpoint.name_tensors({name: target for name, target in targets.items() if target in expected}, ties, made)
     _refuse_conflicts(checkpoint, groups)
-    dropped = [name for name, target in targets.items() if target not in expected and name not in parts]
+    stored = checkpoint.source.tensors
+    dropped = [name for name in stored if targets.get(name, name) not in expected and name not in parts]
+    dropped = [name for name in dropped if not belongs_to_scales(name, stored)]
     checkpoint.skipped = [name for name in dropped if not COMPUTED.search(name)]
+    beside = {name for name in dropped if targets.get(name, "").startswith(_BESIDE)}
+    refuse_unused(checkpoint, expected, [name for name in checkpoint.skipped if name not in beside])
     checkpoint.aligned = True
 
 
@@ -184,6 +199,50 @@ def is_of_transformers(module: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether a module is a network of transformers' classes, which then are imported already."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+def _covers(rename: Mapping[str, str], module: nn.Module) -> bool:
+    """Whether there is a tensor for each parameter that is stored as it is computed with."""
+    found, computed = set(rename.values()), computed_in(module)
+    groups = parameter_names(module).values()
+    return all(any(name in found or name in computed for name in group) for group in groups)
+
+
+def _unwrapped(checkpoint: Checkpoint, module: nn.Module, known: set[str]) -> dict[str, str] | None:
+    """Stored name -> name in the module, where the network was stored as a part of something larger, or wrapped in
+    parts: the name of what held it is taken off. None where that does not give the whole network.
+
+    Of several that fit, an average is taken last, and a note says what else there is.
+    """
+    stored = list(checkpoint.source.tensors)
+    plain = {name: _WRAPPERS.sub("", name) for name in stored}
+    beginnings = dict.fromkeys(_beginnings(plain.values()))
+    fitting = []
+    for beginning in beginnings:
+        found = {
+            name: target
+            for name, each in plain.items()
+            if each.startswith(beginning) and (target := each.removeprefix(beginning)) in known
+        }
+        if _covers(found, module):
+            fitting.append((beginning, found))
+    if not fitting:
+        return None
+    fitting.sort(key=lambda each: bool(AVERAGES.search(each[0].rstrip("."))))
+    beginning, found = fitting[0]
+    for other, _ in fitting[1:]:
+        what = "an average of the weights" if AVERAGES.search(other.rstrip(".")) else "another network of this kind"
+        checkpoint.notes.append(f"the tensors of '{beginning}' are taken; '{other}' holds {what}, which is left out")
+    inside = {name: found.get(name, plain[name].removeprefix(beginning)) for name in stored if name in found}
+    return inside | {name: f"{_BESIDE}{name}" for name in stored if not plain[name].startswith(beginning)}
+
+
+def _beginnings(names: Iterable[str]) -> Iterator[str]:
+    """What names begin with, one to three parts of them, shortest first; and nothing."""
+    split = [name.split(".") for name in names]
+    yield ""
+    for depth in (1, 2, 3):
+        yield from dict.fromkeys(".".join(parts[:depth]) + "." for parts in split if len(parts) > depth)
 
 
 def _computed(
@@ -236,12 +295,35 @@ def check(checkpoint: Checkpoint, module: nn.Module) -> None:
                 f"{checkpoint.architecture} needs it; give the whole checkpoint, or the right config or "
                 "--arch"
             )
+        stored = checkpoint.tensors[canonical].dtype
+        if wanted.is_floating_point() and re.fullmatch(r"BOOL|[IU]\d+", stored):
+            raise CheckpointError(
+                f"{checkpoint.file_of(canonical)}: tensor '{name}' is stored as whole numbers ({stored}), and "
+                f"{checkpoint.architecture} computes with floats; what they stand for is not beside them; give the "
+                "checkpoint before it was quantised"
+            )
         found = checkpoint.tensors[canonical].shape
         if found != tuple(wanted.shape):
             raise CheckpointError(
                 f"{checkpoint.file_of(canonical)}: tensor '{name}' has shape {found}; "
                 f"{checkpoint.architecture} needs {tuple(wanted.shape)}; correct the config or --arch"
             )
+    _place(checkpoint, module)
+
+
+def _place(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Notes of each tensor what the module does with it."""
+    found = layers(module).values()
+    of_layers = {id(weight_of(layer)): getattr(layer, "groups", 1) for layer in found}
+    of_recurrent = {id(parameter) for parameter in recurrent(module).values()}
+    for name, parameter in module.named_parameters():
+        name = checkpoint.tied.get(name, name)
+        if id(parameter) in of_recurrent:
+            place: Place = "recurrent"
+        else:
+            place = "layer" if id(parameter) in of_layers else "elsewhere"
+        groups = of_layers.get(id(parameter))
+        checkpoint.tensors[name] = replace(checkpoint.tensors[name], place=place, groups=groups)
 
 
 def load(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str] | None, device: str) -> None:

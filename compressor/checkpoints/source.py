@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.core.errors import CheckpointError
 from compressor.core.passes import Role
@@ -17,6 +17,11 @@ from compressor.core.resources import refuse_shortage
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+
+Place = Literal["layer", "recurrent", "elsewhere"]
+"""Whether a layer computes with a tensor, a recurrent network, or some module in a way of its own."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class TensorInfo:
     """One tensor of a file: `dtype` in safetensors' spelling ("F32"), or the GGUF type ("Q4_1").
 
     Where the file itself says what a tensor is for, `role` does, and `transposed` whether a matrix is stored
-    (inputs, outputs); elsewhere names and shapes tell.
+    (inputs, outputs); elsewhere names and shapes tell. Where the module was built, `place` says what it does with the
+    tensor, and `groups` how many a convolution has.
     """
 
     name: str
@@ -33,10 +39,20 @@ class TensorInfo:
     nbytes: int
     role: Role | None = None
     transposed: bool = False
+    place: Place | None = None
+    groups: int | None = None
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor that `compute` makes of others, by their names in the module, which are `parts`."""
+
+    parts: tuple[str, ...]
+    compute: Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @dataclass
@@ -44,7 +60,7 @@ class Source(ABC):
     """The weight files of one checkpoint, under the names that are stored in them.
 
     `shared` maps a name to the earlier name whose storage it shares. `module` is set where the file itself
-    holds a network (a trusted pickle, an exported program).
+    holds a network (a trusted pickle, an exported program). `notes` say what else was found in the files.
     """
 
     kind: str
@@ -52,6 +68,7 @@ class Source(ABC):
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     module: Any = None
+    notes: list[str] = field(default_factory=list)
 
     @abstractmethod
     def file_of(self, name: str) -> Path:

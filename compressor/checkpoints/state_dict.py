@@ -14,7 +14,7 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,19 @@ from compressor.checkpoints.archive import (
 )
 from compressor.checkpoints.safetensors_file import TORCH_NAMES
 from compressor.checkpoints.source import Source, TensorInfo, merge_shards, refuse_empty
+from compressor.checkpoints.unused import AVERAGES
 from compressor.core.errors import CheckpointError
 from compressor.core.resources import refuse_shortage
 
 USUAL_KEYS = (
-    "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "params_ema",
-    "ema",
+    "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params",
+    "model_weights", "net_state_dict", "params_ema", "ema",
 )  # fmt: skip
+NO_NETWORK = re.compile(r"optim|sched|scaler|(^|_)(lr|rng|loss|metric|callback|epoch)", re.IGNORECASE)
+"""In keys of what a training keeps beside its network."""
 PREFIXES = ("module.", "_orig_mod.")
+_COUNT = "n_averaged"
+"""What torch's AveragedModel counts beside its module."""
 DTYPE_NAMES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
 REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|whose module (\S+) is blocked|but got (.+?)[>.]")
 READ_ERRORS = (
@@ -72,7 +77,8 @@ class StateDictSource(Source):
         shared = find_shared(loaded, homes)
         kind = "pickle" if modules else "state_dict"
         module = modules[0] if len(modules) == 1 else None
-        return cls(kind, files, tensors, shared, module, homes, loaded, archives)
+        notes = [note for path, content in contents.items() for note in _averages(path, content)]
+        return cls(kind, files, tensors, shared, module, notes, homes=homes, loaded=loaded, archives=archives)
 
     def file_of(self, name: str) -> Path:
         return self.homes[name]
@@ -216,6 +222,11 @@ def _load_weights(path: Path, file: Path | io.BytesIO, device: str) -> Any:
                 "run; save the state dict alone (torch.save(model.state_dict(), ...)), or give "
                 "--trust-pickle if you trust whoever made the file"
             ) from error
+        if "quantized" in message.lower():
+            raise CheckpointError(
+                f"{path}: holds tensors that torch has quantised, whose codes would be coded again; give the "
+                "checkpoint before it was quantised"
+            ) from error
         raise _unreadable(path, error) from error
 
 
@@ -255,8 +266,8 @@ def find_state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
         )
     for _ in PREFIXES:
         for prefix in PREFIXES:
-            if all(name.startswith(prefix) for name in found):
-                found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+            if all(name.startswith(prefix) or name == _COUNT for name in found):
+                found = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name != _COUNT}
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
@@ -271,7 +282,37 @@ def _search(content: Any, depth: int) -> dict[str, torch.Tensor] | None:
             if below is not None:
                 return below
     tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    return tensors if tensors and all(isinstance(key, str) for key in tensors) else None
+    if tensors and all(isinstance(key, str) for key in tensors):
+        return tensors
+    return _only_network(content, depth)
+
+
+def _only_network(content: Mapping[Any, Any], depth: int) -> dict[str, torch.Tensor] | None:
+    """What lies under a key of somebody's own, where no other could be meant."""
+    found = {
+        key: below
+        for key, value in content.items()
+        if isinstance(key, str) and not NO_NETWORK.search(key) and isinstance(value, Mapping | nn.Module)
+        and (below := _search(value, depth - 1)) is not None
+    }  # fmt: skip
+    plain = [key for key in found if not AVERAGES.search(key)]
+    chosen = plain if plain else list(found)
+    return found[chosen[0]] if len(chosen) == 1 else None
+
+
+def _averages(path: Path, content: Any) -> Iterator[str]:
+    """Says where an average of the weights lies beside those that are taken."""
+    taken = _search(content, depth=3)
+    if not isinstance(content, Mapping) or taken is None:
+        return
+    for key, value in content.items():
+        below = _search(value, 3) if isinstance(key, str) and isinstance(value, Mapping | nn.Module) else None
+        if below is None or not AVERAGES.search(key) or next(iter(below.values())) is next(iter(taken.values())):
+            continue
+        yield (
+            f"{path.name}: the weights of the training are taken; '{key}' beside them holds {len(below)} tensors of an "
+            "average, which is often the better network: to take it, save it alone"
+        )
 
 
 def _info(path: Path, name: str, tensor: torch.Tensor) -> TensorInfo:

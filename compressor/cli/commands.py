@@ -368,7 +368,9 @@ def evaluate(
 @app.command(epilog=epilog("bench"))
 def bench(
     artifact: ArtifactPath,
-    threads: Annotated[int | None, typer.Option(min=1, show_default="all cores", help="Of onnxruntime.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, show_default="all cores", help="Of onnxruntime.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

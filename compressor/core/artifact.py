@@ -159,6 +159,8 @@ def refuse_target(directory: Path, force: bool = False, resume: bool = False) ->
     Raises:
         UsageError: Something stands there, or it cannot get its name by a rename.
     """
+    if directory.name in ("", "..") and not resolved(directory).name:
+        raise UsageError(f"{directory}: is the root of a disk; give a folder on it with -o")
     failed = failed_directory(directory)
     for path in (directory, failed):
         if path.is_symlink():

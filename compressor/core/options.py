@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from compressor.core.errors import UsageError
 from compressor.core.files import resolved, short_name
 
 if TYPE_CHECKING:
@@ -78,3 +79,13 @@ class RunOptions:
         model = resolved(Path(self.model))
         stem = model.name if model.is_dir() else model.stem
         return Path(short_name(f"{stem}-{Path(self.recipe).stem}"))
+
+
+def refuse_seed(seed: int) -> None:
+    """Refuses a seed that generators do not take.
+
+    Raises:
+        UsageError: It is below 0, or too large.
+    """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed: is {seed}; give a whole number from 0 to {2**63 - 1}")

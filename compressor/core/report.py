@@ -140,7 +140,10 @@ class Memory(_Section):
 
 
 class Speed(_Section):
-    """What `bench` says of a graph; `measured` is false where the recipe leaves it out, `failure` why it could not."""
+    """What `bench` says of a graph; `measured` is false where the recipe leaves it out, `failure` why it could not.
+
+    `latency_error` is the latency's relative standard error. Those of artifact and original were timed in turn.
+    """
 
     measured: bool = True
     failure: str | None = None
@@ -152,6 +155,7 @@ class Speed(_Section):
     decode_tokens_per_second: Number | None = None
     prefill_tokens_per_second: Number | None = None
     latency_seconds: Number | None = None
+    latency_error: Number | None = None
     input_shapes: dict[str, list[int]] | None = None
 
 

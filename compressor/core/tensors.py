@@ -7,6 +7,7 @@ the file's metadata under the key `compressor`, so that one file is complete in 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ class EncodedTensor:
     def dense(cls, tensor: Tensor, dtype: torch.dtype = torch.float32) -> EncodedTensor:
         """Stores `tensor` as it is, in `dtype`."""
         layout = Layout(tuple(tensor.shape))
-        matrix = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1).to(dtype)
+        first = tensor.shape[0] if tensor.dim() else 1
+        matrix = tensor.detach().reshape(first, math.prod(tensor.shape[1:])).to(dtype)
         rows, columns = matrix.shape
         return cls(Dense((rows, columns), matrix), layout)
 
@@ -117,6 +119,11 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
     def place(self, tensor: str, part: str) -> Place:
         """Where a `part` of a `tensor` lies in its file; for external data of ONNX."""
         return self._places[part_name(self.tied.get(tensor, tensor), part)]
+
+    def nbytes(self, name: str) -> int:
+        """The bytes of all parts of a tensor in its file."""
+        name = self.tied.get(name, name)
+        return sum(self.place(name, part).nbytes for part in self._descriptions[name]["parts"])
 
     def _half(self, name: str) -> dict | None:
         whole, _, half = name.rpartition(".")

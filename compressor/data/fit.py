@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressor.core.batch import as_batch, call
 from compressor.core.errors import CompressorError, DataError
+from compressor.core.log import LOGGER
 from compressor.core.resources import refuse_shortage
 from compressor.data.arrays import LABELS, Arrays
 
@@ -69,12 +70,24 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
             refusals.append(_reason(error))
             continue
         _refuse_beyond_tables(candidate, seen)
+        candidate = _with_classes(candidate, output)
         _refuse_classes(candidate, output)
         return candidate
     raise DataError(
         f"{source.source}: {checkpoint.architecture} cannot be run on the first example; found {_described(source)}, "
-        f"and {refusals[0]}; give what its forward takes, an example per row of the first axis"
+        f"and {refusals[0]}; {_advice(checkpoint, refusals[0])}"
     )
+
+
+def _advice(checkpoint: Checkpoint, refusal: str) -> str:
+    """What to write instead; of weights in another width than artifacts compute in, that this is so."""
+    widths = {info.dtype for info in checkpoint.tensors.values()} & {"F64", "F16", "BF16"}
+    if widths and "dtype" in refusal:
+        return (
+            f"its weights are stored as {', '.join(sorted(widths))} and artifacts compute in float32: a forward that "
+            "casts its inputs has to cast them to its weights' own type (x.to(self.weight.dtype))"
+        )
+    return "give what its forward takes, an example per row of the first axis"
 
 
 def _native(source: Arrays) -> Arrays:
@@ -211,6 +224,21 @@ def _refuse_beyond_tables(source: Arrays, seen: Tables) -> None:
                 f"{source.source}: array '{name}' holds {high if high >= n_rows else low} in row {row}, and the "
                 f"network's table has rows 0 to {n_rows - 1}; give the data that it was trained with"
             )
+
+
+def _with_classes(source: Arrays, output: Tensor | None) -> Arrays:
+    """Without labels where folders were taken for classes and the network has another number of them."""
+    labels = source.labels
+    if not source.guessed or labels is None or output is None:
+        return source
+    n_folders, n_classes = int(labels.max()) + 1, output.shape[-1] if output.dim() > 1 else 1
+    if n_folders == n_classes:
+        LOGGER.warning("%s: its %d folders are taken as the classes in sorted order; if they are others, set "
+                       "images.classes", source.source, n_folders)  # fmt: skip
+        return source
+    LOGGER.warning("%s: its %d folders are no labels, the network has %d classes; name them in images.classes to count "
+                   "them", source.source, n_folders, n_classes)  # fmt: skip
+    return replace(source, labels=None, guessed=False)
 
 
 def _refuse_classes(source: Arrays, output: Tensor | None) -> None:

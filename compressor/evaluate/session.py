@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import onnxruntime
 
 from compressor.core.artifact import INSTALLED_GRAPH
 from compressor.core.errors import CheckpointError
+from compressor.core.options import refuse_seed
 from compressor.core.reading import read_json
 from compressor.runtime.sessions import Settings, filled, in_pieces, open_inference
 
@@ -136,6 +138,7 @@ class DecoderSession(ModuleSession):
             top_p: Sample among the likeliest tokens that together hold this probability.
             stop: Tokens that end the text and are not yielded; by default those of the config.
         """
+        refuse_seed(seed)
         stop = self.stop_tokens if stop is None else stop
         generator = np.random.default_rng(seed)
         step = np.asarray(ids, dtype=np.int64).reshape(1, -1)
@@ -210,8 +213,11 @@ def sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
     """A token from logits (vocabulary,): the likeliest at temperature 0; of equal ones the first."""
     if temperature <= 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    probability = np.exp(scaled - scaled.max())
+    exact = logits.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # a difference over nearly nothing is infinite, and rightly so
+        probability = np.exp((exact - exact.max()) / temperature)
+    if not math.isfinite(probability.sum()):
+        raise CheckpointError("the graph gives logits that are not finite; see `compress verify`")
     probability /= probability.sum()
     order = np.argsort(-probability, kind="stable")
     before = np.cumsum(probability[order]) - probability[order]

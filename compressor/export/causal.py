@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -149,7 +150,7 @@ def _plain(module: nn.Module) -> nn.Module:
 def _first_cache(module: nn.Module) -> object:
     """What the forward gives as `past_key_values`, or as text why it fails."""
     network = _plain(module)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
         ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
         try:
             found = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)

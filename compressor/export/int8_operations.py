@@ -24,6 +24,7 @@ from compressor.export.forms import int8_refusal
 IMAGE_CHANNELS = 4
 Kind = Literal["conv", "join", "map", "swish", "move"]
 Describe = Callable[[ir.Value], "dict[str, Any] | None"]
+IsFloat = Callable[[ir.Value], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +53,18 @@ class Int8Operation:
         return (self.node, *self.absorbed)
 
 
-def int8_operations(graph: ir.Graph, describe: Describe) -> list[Int8Operation]:
-    """The candidates in order; `describe` gives the description of the tensor that a value stands for, if any."""
+def int8_operations(graph: ir.Graph, describe: Describe, is_float: IsFloat) -> list[Int8Operation]:
+    """The candidates in order.
+
+    Args:
+        describe: Gives the description of the tensor that a value stands for, if any.
+        is_float: Whether a value is known to be float32.
+    """
     outputs = set(graph.outputs)
     taken: set[ir.Node] = set()
     found: list[Int8Operation] = []
     for node in graph:
-        operation = None if node in taken else _operation(node, outputs, describe)
+        operation = None if node in taken else _operation(node, outputs, describe, is_float)
         if operation is not None:
             taken.update(operation.nodes)
             found.append(operation)
@@ -83,7 +89,9 @@ def is_int8(description: dict[str, Any] | None) -> bool:
     return description is not None and int8_refusal(description) is None
 
 
-def _operation(node: ir.Node, outputs: set[ir.Value], describe: Describe) -> Int8Operation | None:
+def _operation(
+    node: ir.Node, outputs: set[ir.Value], describe: Describe, is_float: IsFloat
+) -> Int8Operation | None:  # fmt: skip
     inputs = [value for value in node.inputs if value is not None]
     if node.domain not in ("", "ai.onnx") or not inputs or len(node.outputs) != 1:
         return None
@@ -92,14 +100,14 @@ def _operation(node: ir.Node, outputs: set[ir.Value], describe: Describe) -> Int
         if not is_int8(description) or description is None or not _is_wide(node, description):
             return None
         return _followed("conv", node, (inputs[0],), outputs, _norm_after(node, outputs, describe))
+    if not is_float(inputs[0]) or not is_float(node.outputs[0]):
+        return None
     return _swish(node, outputs) or _activation(node, inputs, outputs, describe)
 
 
 def _activation(
     node: ir.Node, inputs: list[ir.Value], outputs: set[ir.Value], describe: Describe
 ) -> Int8Operation | None:  # fmt: skip
-    if any(value.dtype not in (None, ir.DataType.FLOAT) for value in (inputs[0], node.outputs[0])):
-        return None
     if node.op_type in ("Add", "Mul", "Concat") and len(inputs) > 1:
         flow = all(value.const_value is None and describe(value) is None for value in inputs)
         return _followed("join", node, tuple(inputs), outputs, None) if flow and len(set(inputs)) > 1 else None

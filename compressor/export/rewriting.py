@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from onnx_ir.passes.common import ShapeInferencePass
 from torch import Tensor
 
 from compressor.core.errors import ExportError
@@ -54,28 +55,32 @@ class Rewriting:
             calibration: Where there are any, convolutions compute on int8 activations where that pays, in ranges that
                 are chosen on these batches.
         """
-        chosen = self._that_pay(model, calibration) if calibration else []
-        ranges = self._ranges(model, chosen, calibration) if chosen else []
+        names = [str(output.name) for output in model.graph.outputs]
+        floats = _floats(model) if calibration else set()
+        chosen = self._that_pay(model, floats, calibration) if calibration else []
+        ranges = self._ranges(model, floats, chosen, calibration) if chosen else []
         lowering = self._lowering(GraphBuilder(model.graph, stem=self.stem), self.mode, self.exact)
         if chosen:
-            StaticInt8(lowering, self._candidates(model.graph, chosen), ranges).rewrite()
-        return self._saved(model, lowering, path)
+            StaticInt8(lowering, self._candidates(model.graph, floats, chosen), ranges).rewrite()
+        return self._saved(model, lowering, path, names)
 
-    def _candidates(self, graph: ir.Graph, chosen: Sequence[int] | None = None) -> list[Int8Operation]:
+    def _candidates(
+        self, graph: ir.Graph, floats: set[str], chosen: Sequence[int] | None = None
+    ) -> list[Int8Operation]:  # fmt: skip
         """What may compute on int8; of a copy of the graph the same ones are at the same places."""
-        found = int8_operations(graph, self._describe)
+        found = int8_operations(graph, self._describe, lambda value: value.name in floats)
         return found if chosen is None else [found[at] for at in chosen]
 
-    def _that_pay(self, model: ir.Model, calibration: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    def _that_pay(self, model: ir.Model, floats: set[str], calibration: Sequence[Mapping[str, Tensor]]) -> list[int]:
         """Which of the candidates are faster on int8, by the sizes that one example has."""
-        candidates = self._candidates(model.graph)
+        candidates = self._candidates(model.graph, floats)
         if not any(operation.kind == "conv" for operation in candidates):
             raise ExportError(
                 f"{self.directory}: no convolution is stored as int8; activations: static_int8 needs some"
             )
         values = _values_of(candidates)
-        of_copy = dict(zip(values, _values_of(self._candidates((copy := model.clone()).graph)), strict=True))
-        with self._observing(copy, list(of_copy.values())) as (session, names):
+        copy = model.clone()
+        with self._observing(copy, _values_of(self._candidates(copy.graph, floats))) as (session, names):
             first = examples_of(session, calibration[:1])[0]
             found = values_of(session, first, names)
         shapes = {value: array.shape for value, array in zip(values, found, strict=True)}
@@ -86,19 +91,21 @@ class Rewriting:
             return []
         return [at for at, operation in enumerate(candidates) if operation in paying]
 
-    def _ranges(self, model: ir.Model, chosen: list[int], calibration: Sequence[Mapping[str, Tensor]]) -> list[Range]:
+    def _ranges(
+        self, model: ir.Model, floats: set[str], chosen: list[int], calibration: Sequence[Mapping[str, Tensor]]
+    ) -> list[Range]:  # fmt: skip
         """The ranges that these candidates need, chosen by what they do to the outputs."""
         outputs = [str(output.name) for output in model.graph.outputs]
         copy = model.clone()
-        with self._observing(copy, observed(self._candidates(copy.graph, chosen))) as (session, names):
+        with self._observing(copy, observed(self._candidates(copy.graph, floats, chosen))) as (session, names):
             examples = examples_of(session, calibration)
             judged = examples[len(examples) - held_out(len(examples)) :] or examples[:N_JUDGED]
             found = seen(session, examples[: len(examples) - held_out(len(examples))], names)
             wanted = [dict(zip(outputs, values_of(session, feed, outputs), strict=True)) for feed in judged]
         trial = model.clone()
         lowering = self._lowering(GraphBuilder(trial.graph, stem=self.stem), "default", True)
-        StaticInt8(lowering, self._candidates(trial.graph, chosen), None).rewrite()
-        with self._opened(trial, lowering) as session:
+        StaticInt8(lowering, self._candidates(trial.graph, floats, chosen), None).rewrite()
+        with self._opened(trial, lowering, outputs) as session:
 
             def tried(ranges: list[Range]) -> list[dict[str, np.ndarray]]:
                 scales = free_scales(ranges)
@@ -118,14 +125,17 @@ class Rewriting:
             copied = builder.op("Identity", value, name=name)
             copied.type = ir.TensorType(ir.DataType.FLOAT)
             model.graph.outputs.append(copied)
-        with self._opened(model, self._lowering(builder, "default", True)) as session:
+        every = [str(output.name) for output in model.graph.outputs]
+        with self._opened(model, self._lowering(builder, "default", True), every) as session:
             yield session, names
 
     @contextmanager
-    def _opened(self, model: ir.Model, lowering: Lowering) -> Iterator[onnxruntime.InferenceSession]:
+    def _opened(
+        self, model: ir.Model, lowering: Lowering, outputs: list[str]
+    ) -> Iterator[onnxruntime.InferenceSession]:  # fmt: skip
         path = self.directory / OBSERVED_FILE
         try:
-            self._saved(model, lowering, path)
+            self._saved(model, lowering, path, outputs)
             yield open_graph(path)
         finally:
             path.unlink(missing_ok=True)
@@ -142,8 +152,8 @@ class Rewriting:
         name = None if value is None else value.metadata_props.get("tensor")
         return None if name is None else self.tensors.describe(name)
 
-    def _saved(self, model: ir.Model, lowering: Lowering, path: Path) -> Path:
-        names = [output.name for output in model.graph.outputs]
+    def _saved(self, model: ir.Model, lowering: Lowering, path: Path, names: list[str]) -> Path:
+        """Saves the graph under weights; its outputs are called `names`, whatever writes them now."""
         model.graph.opset_imports[CONTRIBUTED] = 1
         weights = [value for value in model.graph.inputs if "tensor" in value.metadata_props]
         Substitution(model.graph, lowering).substitute(weights)
@@ -159,3 +169,10 @@ class Rewriting:
 def _values_of(operations: Sequence[Int8Operation]) -> list[ir.Value]:
     """What operations read and write, each once."""
     return list(dict.fromkeys(value for operation in operations for value in (*operation.inputs, operation.output)))
+
+
+def _floats(model: ir.Model) -> set[str]:
+    """The names of all values that are known to be float32."""
+    graph = ShapeInferencePass()(model.clone()).model.graph
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    return {str(value.name) for value in values if value.dtype == ir.DataType.FLOAT}

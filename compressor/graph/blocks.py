@@ -106,6 +106,23 @@ def layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     return found
 
 
+def recurrent(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
+    """The matrices (gates and outputs, inputs) of recurrent networks and cells below `module`, by name, each once.
+
+    They are no layers: their module computes with several, and what one is given shows nowhere.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, child in module.named_modules():
+        if not isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
+            continue
+        for key, parameter in child.named_parameters(recurse=False):
+            if parameter.dim() == 2 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{prefix}{name}.{key}" if name else f"{prefix}{key}"] = parameter
+    return found
+
+
 def unfold_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
     """The inputs of a layer as rows (tokens or positions, columns of its matrix), float32.
 
@@ -157,10 +174,14 @@ def geometry(module: nn.Module) -> tuple:
 
 @dataclass
 class Stage:
-    """Layers that see the same input, in the order in which a forward reaches them."""
+    """Layers that see the same input, in the order in which a forward reaches them.
+
+    Or, where they do not `share` it, layers of which none sees what another makes: those of several experts.
+    """
 
     names: list[str]
     calls: int
+    share: bool = True
 
 
 def stages(order: list[tuple[str, int]]) -> list[Stage]:

@@ -83,8 +83,10 @@ def _planned(info: TensorInfo, config: dict[str, Any], recipe: Recipe, format: s
     matrix = (columns, rows) if info.transposed else (rows, columns)
     transposed = info.transposed or (is_transposed(info.name, config) and role == "linear")
     reason = _reason(info, role, recipe.smallest(role))
-    depthwise = is_depthwise(info.shape, role)
+    depthwise = is_depthwise(info.shape, role, info.groups)
     chosen = Chosen() if reason else recipe.choose(info.name, matrix, role, depthwise)
+    if info.place == "recurrent" and chosen.spec is not None:
+        chosen, reason = _recurrent(chosen, recipe, reason)
     if depthwise and chosen.spec is None:
         reason = reason or "depthwise convolution, and no step has 8 bits"
     if chosen.prune and (depthwise or (has_blocks and not block_of(info.name))):
@@ -155,8 +157,16 @@ def _is_float(info: TensorInfo) -> bool:
     return info.dtype in FLOATS or not re.fullmatch(r"BOOL|[IU]\d+", info.dtype)
 
 
-def is_depthwise(shape: tuple[int, ...], role: Role) -> bool:
-    return role == "conv" and shape[1] == 1 and shape[0] > 1
+def _recurrent(chosen: Chosen, recipe: Recipe, reason: str) -> tuple[Chosen, str]:
+    """A matrix of a recurrent network is stored by passes that need nothing but its values, and is not pruned."""
+    if chosen.method is None or chosen.method.trains or (chosen.prune and chosen.by == chosen.prune.name):
+        return Chosen(), f"of a recurrent network, which {chosen.by or recipe.name} does not go through"
+    return replace(chosen, prune=None), reason
+
+
+def is_depthwise(shape: tuple[int, ...], role: Role, groups: int | None = None) -> bool:
+    """A convolution with a kernel for each channel; where nobody says in how many groups it is, one of one input."""
+    return role == "conv" and shape[1] == 1 and shape[0] > 1 and groups != 1
 
 
 def _reason(info: TensorInfo, role: Role, smallest: int) -> str:
@@ -168,6 +178,8 @@ def _reason(info: TensorInfo, role: Role, smallest: int) -> str:
         return f"{len(info.shape)} dimensions: no layer that is known"
     if info.name.endswith("in_proj_weight"):
         return "joined projection of torch's MultiheadAttention: no layer of its own"
+    if info.place == "elsewhere":
+        return "no layer's weight: the network computes with it in a way of its own"
     if math.prod(info.shape) < smallest:
         return f"small: fewer than {smallest} weights"
     return ""

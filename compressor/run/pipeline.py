@@ -90,6 +90,8 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
     identity = identity_of(options, start.loaded, samples.digest(), torch.get_num_threads())
     target = target_of(start.options, original.family, samples)
     progress.say(_announcement(start.plan, original))
+    for note in original.notes:
+        progress.say(f"{original.path}: {note}")
     partial = place.partial
     if (there := delivered(place, identity)) is not None:
         progress.say(f"{there}: was delivered by the run that is to be resumed")

@@ -7,6 +7,7 @@ that is.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import refuse_target
 from compressor.core.errors import CheckpointError, DataError, UsageError
-from compressor.core.options import RunOptions
+from compressor.core.options import RunOptions, refuse_seed
 from compressor.core.training import Training, unlabelled
 from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 CERTAIN = 64
 """Bytes that no token of a text exceeds on average: of longer texts the tokens need not be counted."""
+PROJECTED = re.compile(r"(^|\.)weight_hr_l\d+(_reverse)?$")
+"""Names of the matrices that project the state of torch's LSTM."""
 TOKENIZERS = ("tokenizer", "vocab", "merges")
 """What names of a tokenizer's files begin with."""
 
@@ -81,8 +84,9 @@ def first_recipe(asked: RunOptions) -> Recipe:
     """The recipe as it is written, where nothing stands in the output's place: what takes no time to refuse.
 
     Raises:
-        UsageError: Something does, or the recipe is wrong.
+        UsageError: Something does, or the recipe or the seed is wrong.
     """
+    refuse_seed(asked.seed)
     refuse_target(asked.directory, asked.force, asked.resume)
     refuse_reaching(asked.recipe, asked.trust_recipe)
     return load_recipe(asked.recipe, asked.sets)
@@ -100,7 +104,7 @@ def prepare(asked: RunOptions) -> Prepared:
     options, recipe = aimed(asked, loaded, checkpoint)
     recipe, notes = within_positions(recipe, checkpoint)
     plan = make_plan(checkpoint, recipe, options.format)
-    plan = replace(plan, notes=(*plan.notes, *notes, *_without_cache(checkpoint, options)))
+    plan = replace(plan, notes=(*plan.notes, *notes, *checkpoint.notes, *_without_cache(checkpoint, options)))
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     refuse_unwritable(plan, options, recipe)
@@ -157,6 +161,12 @@ def refuse_unwritable(plan: Plan, options: RunOptions, recipe: Recipe) -> None:
     """Refuses what the format cannot hold."""
     if options.format != "onnx":
         return
+    projected = next((tensor.name for tensor in plan.tensors if PROJECTED.search(tensor.name)), None)
+    if projected is not None:
+        raise CheckpointError(
+            f"{plan.model}: '{projected}' is of an LSTM with proj_size, and ONNX's LSTM projects nothing; write "
+            "--format safetensors, or give a network without"
+        )
     static = recipe.export.activations == "static_int8"
     if static and not any(tensor.by and tensor.role == "conv" for tensor in plan.tensors):
         raise UsageError(

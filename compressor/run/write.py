@@ -27,7 +27,25 @@ def write_weights(checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, f
     if checkpoint.reshaping is not None:
         (folder / RECORD).write_text(checkpoint.reshaping.text())
     write_tensors(folder / WEIGHTS, _Stored(tensors, plan), tensors.tied)
-    return EncodedTensors([folder / WEIGHTS])
+    written = EncodedTensors([folder / WEIGHTS])
+    refuse_unplanned(plan, written)
+    return written
+
+
+def refuse_unplanned(plan: Plan, written: EncodedTensors) -> None:
+    """Holds what is written against what was promised.
+
+    Raises:
+        ExportError: A tensor is not stored as the plan says.
+    """
+    for tensor in plan.tensors:
+        found = written.nbytes(tensor.name)
+        if found != tensor.bytes_after:
+            kind = written.describe(tensor.name)["kind"]
+            raise ExportError(
+                f"'{tensor.name}' was planned as {tensor.spec.kind} of {tensor.bytes_after} bytes, and is written as "
+                f"{kind} of {found}; please report the network and the recipe"
+            )
 
 
 class _Stored(Mapping[str, EncodedTensor]):

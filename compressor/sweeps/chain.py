@@ -92,8 +92,12 @@ class Choice:
 
     def of(self, name: str, module: nn.Module) -> Chain | None:
         """The passes, or None where the tensor stays dense."""
+        return None if layout_of(module) is None else self.of_matrix(name)
+
+    def of_matrix(self, name: str) -> Chain | None:
+        """The passes of a tensor that is a matrix as it is, or None where it stays dense."""
         planned = self._planned.get(name)
-        if planned is None or planned.method is None or layout_of(module) is None:
+        if planned is None or planned.method is None:
             return None
         return Chain(load_pass(planned.method), None if planned.prune is None else load_pass(planned.prune))
 

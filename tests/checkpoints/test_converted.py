@@ -168,3 +168,21 @@ def test_an_index_of_shards_is_converted_across_them(tmp_path):
     checkpoint.check()
     fused = wanted["model.layers.1.mlp.experts.gate_up_proj"]
     assert torch.equal(checkpoint.read("model.layers.1.mlp.experts.2.gate_up_proj.weight"), fused[2])
+
+
+def test_experts_in_eight_bits_are_read_with_their_scales(tmp_path):
+    """One scale for each row, as FP8 checkpoints have them; the values are those that 8 bits hold exactly."""
+    saved("MixtralForCausalLM", MIXTURES["MixtralForCausalLM"], tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stem, scale = "model.layers.0.block_sparse_moe.experts.1", torch.full((40, 1), 0.25)
+    wanted = {}
+    for part in ("w1", "w3"):
+        codes = torch.randint(-6, 7, (40, 24)).to(torch.float8_e4m3fn)
+        stored[f"{stem}.{part}.weight"], stored[f"{stem}.{part}.weight_scale_inv"] = codes, scale.clone()
+        wanted[part] = codes.float() * scale
+    save_file(stored, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    checkpoint.check()
+    matrix = checkpoint.read("model.layers.0.mlp.experts.1.gate_up_proj.weight")
+    assert torch.equal(matrix, torch.cat([wanted["w1"], wanted["w3"]]))
+    assert checkpoint.skipped == []

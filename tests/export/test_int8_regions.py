@@ -53,7 +53,7 @@ class Graph:
 
     def chosen(self, *outputs: ir.Value):
         graph = ir.Graph(self.inputs, list(outputs), nodes=self.nodes, opset_imports={"": 21})
-        candidates = int8_operations(graph, self.descriptions.get)
+        candidates = int8_operations(graph, self.descriptions.get, lambda value: value.dtype == ir.DataType.FLOAT)
         weights = {
             op: self.descriptions[op.node.inputs[1]]["tensor_shape"] for op in candidates if op.kind == "conv"
         }  # fmt: skip

@@ -180,3 +180,35 @@ def test_scales_are_enlarged_only_where_the_bias_needs_it():
     found = enlarged(scale, bias)
     np.testing.assert_allclose(found, [0.5, -4 / 2**30, 1e-20, 8 / 2**30])
     assert (np.abs(bias / found) <= 2**30).all()
+
+
+class Swishes(nn.Module):
+    """Hard swishes by their name, by a hard sigmoid, and written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+        self.last = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.hardswish(self.first(x))
+        x = self.second(x)
+        x = x * nn.functional.hardsigmoid(x)
+        x = self.third(x)
+        x = x * nn.functional.relu6(x + 3) / 6
+        return self.last(x)
+
+
+@pytest.mark.usefixtures("everything")
+def test_a_hard_swish_is_a_sum_that_saturates_and_a_product(tmp_path):
+    torch.manual_seed(1)
+    module = Swishes().eval()
+    image = 3 * torch.randn(4, 8, 12, 12, generator=torch.Generator().manual_seed(4))
+    encoded = compressed(module, tmp_path, by_row)
+    path = traced_and_written(module, {"": image[:1]}, encoded, tmp_path, calibration=[{"": image}])
+    operators = fused(path)
+    assert (operators["QLinearConv"], operators["QLinearAdd"], operators["QLinearMul"]) == (4, 3, 3)
+    assert operators["DequantizeLinear"] == 1, "of the output alone"
+    with torch.no_grad():
+        expected = module(image).numpy()
+    assert np.linalg.norm(run(path, image) - expected) < 0.02 * np.linalg.norm(expected)

@@ -512,3 +512,115 @@ class Orthogonal(Normalised):
 
 class OwnParametrisation(Normalised):
     form = "own"
+
+
+class Recurrent(nn.Module):
+    """Sequences (batch, 9, 40) to 7 numbers, of the states of a recurrent network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.last = self.made(), nn.Linear(self.width, 7)
+
+    width = 64
+
+    def made(self) -> nn.Module:
+        raise NotImplementedError
+
+    @classmethod
+    def inputs(cls) -> dict[str, np.ndarray]:
+        return {"x": normal(48, 9, 40)}
+
+    def forward(self, x):
+        return self.last(self.cells(x)[0][:, -1])
+
+
+class Lstm(Recurrent):
+    def made(self):
+        return nn.LSTM(40, 64, batch_first=True)
+
+
+class DeepLstm(Recurrent):
+    width = 128
+
+    def made(self):
+        return nn.LSTM(40, 64, 2, batch_first=True, bidirectional=True)
+
+
+class ProjectedLstm(Recurrent):
+    width = 32
+
+    def made(self):
+        return nn.LSTM(40, 64, batch_first=True, proj_size=32)
+
+
+class Gru(Recurrent):
+    def made(self):
+        return nn.GRU(40, 64, batch_first=True)
+
+
+class DeepGru(Recurrent):
+    width = 128
+
+    def made(self):
+        return nn.GRU(40, 64, 2, batch_first=True, bidirectional=True, bias=False)
+
+
+class Elman(Recurrent):
+    def made(self):
+        return nn.RNN(40, 64, batch_first=True)
+
+
+class SequenceFirst(Recurrent):
+    def made(self):
+        return nn.LSTM(40, 64)
+
+    def forward(self, x):
+        return self.last(self.cells(x.transpose(0, 1))[0][-1])
+
+
+class Given(Recurrent):
+    """Whose first state is given, and whose last one is an output."""
+
+    def made(self):
+        return nn.GRU(40, 64, batch_first=True)
+
+    @classmethod
+    def inputs(cls) -> dict[str, np.ndarray]:
+        return {"x": normal(48, 9, 40), "state": normal(48, 64, seed=1)}
+
+    def forward(self, x, state):
+        seen, last = self.cells(x, state[None])
+        return {"answer": self.last(seen[:, -1]), "state": last[0]}
+
+
+class LstmCell(Recurrent):
+    def made(self):
+        return nn.LSTMCell(40, 64)
+
+    def forward(self, x):
+        state = x.new_zeros(x.shape[0], 64), x.new_zeros(x.shape[0], 64)
+        for t in range(9):
+            state = self.cells(x[:, t], state)
+        return self.last(state[0])
+
+
+class GruCell(Recurrent):
+    def made(self):
+        return nn.GRUCell(40, 64)
+
+    def forward(self, x):
+        state = x.new_zeros(x.shape[0], 64)
+        for t in range(9):
+            state = self.cells(x[:, t], state)
+        return self.last(state)
+
+
+class RnnCell(Recurrent):
+    def made(self):
+        return nn.RNNCell(40, 64)
+
+    forward = GruCell.forward
+
+
+class RecurrentAll(Several):
+    kinds = (Lstm, Gru, DeepGru, Elman, SequenceFirst, LstmCell, GruCell, RnnCell)

@@ -16,6 +16,8 @@ from compressor.checkpoints import open_checkpoint
 from compressor.cli.commands import main
 from compressor.core.outputs import named_outputs
 from compressor.core.tensors import EncodedTensors
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe_file import load_recipe
 from compressor.sweeps.network import Network
 from tests import pico
 from tests.run import strange
@@ -180,3 +182,27 @@ def test_a_network_in_memory_may_have_parametrisations(kind: Any, tmp_path: Path
     compressor.compress(network, str(tmp_path / "recipe.yaml"), tmp_path / "out", data=str(tmp_path / "x.npz"))
     assert_same(network, tmp_path / "out", kind.inputs())
     assert before.keys() == network.state_dict().keys()
+
+
+def test_an_lstm_that_projects_is_refused_before_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, named = made(strange.ProjectedLstm, tmp_path)
+    recipe = ["--recipe", str(tmp_path / "recipe.yaml")]
+    assert status([*named, *recipe, "--dry-run"]) == status([*named, *recipe]) == 3
+    assert "proj_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [strange.RecurrentAll, strange.DeepLstm, strange.Given])
+def test_recurrent_networks_are_stored_as_the_plan_says(kind: Any, tmp_path: Path) -> None:
+    assert_right(kind, tmp_path)
+    checkpoint = open_checkpoint(tmp_path / "net.pt", arch=f"tests.run.strange:{kind.__name__}")
+    checkpoint.check()
+    plan = make_plan(checkpoint, load_recipe(str(tmp_path / "recipe.yaml")))
+    written = EncodedTensors([tmp_path / "out" / "model.safetensors"])
+    matrices = [tensor for tensor in plan.tensors if ".weight_" in tensor.name]
+    assert len(matrices) >= 2 and all(tensor.by == "affine" for tensor in matrices if tensor.bytes_before > 16384)
+    assert {tensor.name: tensor.spec.kind for tensor in plan.tensors} == {
+        name: written.describe(name)["kind"] for name in written
+    }
+    assert {tensor.name: tensor.bytes_after for tensor in plan.tensors} == {
+        name: written.nbytes(name) for name in written
+    }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from compressor.cli.commands import _status
-from compressor.core.errors import DataError, ResourceError
+from compressor.core.errors import CheckpointError, DataError, ResourceError
 from compressor.evaluate import session as sessions
 from compressor.evaluate.again import Given
 from compressor.evaluate.verification import verify
@@ -124,3 +124,29 @@ def test_what_is_given_and_is_not_what_was_evaluated_on_is_said(there):
     assert found["quality"].passed is None and "not those that it was evaluated on" in found["quality"].found
     with pytest.raises(DataError, match="named"):
         verify(there / "text", True, Given(evaluation="named"))
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**80), str(-(2**70))])
+def test_a_seed_that_no_generator_takes_is_refused_before_the_work(there, capfd, seed):
+    (there / "m.yaml").write_text(f"recipe: llama.yaml\nseed: {seed}\nmodels: [llama]\n")
+    for line in (f"run llama -r llama.yaml --seed {seed}", f"run llama -r llama.yaml --seed {seed} --dry-run",
+                 f"generate text a --seed {seed} --temperature 1", "batch m.yaml"):  # fmt: skip
+        assert _status(shlex.split(line)) == 2, line
+        assert f"seed: is {seed}; give a whole number from 0" in capfd.readouterr().err, line
+
+
+def test_the_root_of_a_disk_is_no_output(there, capfd):
+    for root in ("/", "//", "/..", "/../.."):
+        assert _status(["run", "llama", "-r", "llama.yaml", "-o", root, "--dry-run"]) == 2
+        assert "is the root of a disk" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", ["1e-320", "1e-9", "inf", "1e300"])
+def test_any_temperature_gives_a_token(there, temperature):
+    assert _status(["generate", "text", "a", "-n", "2", "--temperature", temperature]) == 0
+
+
+def test_logits_that_are_not_finite_are_the_artifacts_fault():
+    logits = np.array([0.0, np.nan, 1.0], np.float32)
+    with pytest.raises(CheckpointError, match="logits that are not finite"):
+        sessions.sample(logits, 1.0, 1.0, np.random.default_rng(0))
