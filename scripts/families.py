@@ -269,7 +269,8 @@ def main() -> None:
         results = read_results("families")
         if name in results and not given.again:
             continue
-        results[name] = found = in_a_process(name, given.seconds)
+        found = in_a_process(name, given.seconds)
+        results = read_results("families") | {name: found}
         write_results("families", {each: results[each] for each in FAMILIES if each in results})
         print(name, json.dumps({key: value for key, value in found.items() if key != "kind"}), flush=True)
     subprocess.run([sys.executable, str(ROOT / "scripts" / "make_tables.py")], check=True)
