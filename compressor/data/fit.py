@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import as_batch, call
-from compressor.core.errors import CompressorError, DataError
+from compressor.core.errors import CheckpointError, CompressorError, DataError
 from compressor.core.resources import refuse_shortage
 from compressor.data.arrays import LABELS, Arrays
 
@@ -69,6 +69,7 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
             refusals.append(_reason(error))
             continue
         _refuse_beyond_tables(candidate, seen)
+        _refuse_random(checkpoint, output, _example(network, candidate, []))
         _refuse_classes(candidate, output)
         return candidate
     raise DataError(
@@ -86,6 +87,18 @@ def _advice(checkpoint: Checkpoint, refusal: str) -> str:
             "casts its inputs has to cast them to its weights' own type (x.to(self.weight.dtype))"
         )
     return "give what its forward takes, an example per row of the first axis"
+
+
+def _refuse_random(checkpoint: Checkpoint, once: Tensor | None, again: Tensor | None) -> None:
+    """Refuses a network that answers otherwise each time, as one does whose dropout is never off."""
+    if once is None or again is None or once.device.type == "meta" or not once.is_floating_point():
+        return
+    if once.shape != again.shape or not torch.allclose(once, again, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise CheckpointError(
+            f"{checkpoint.path}: {checkpoint.architecture} gives another output each time for one input: its forward "
+            "draws random numbers, as functional.dropout does without training=self.training; make it deterministic "
+            "in eval mode"
+        )
 
 
 def _native(source: Arrays) -> Arrays:

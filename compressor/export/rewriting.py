@@ -47,11 +47,12 @@ class Rewriting:
         Args:
             calibration: Where there are any, convolutions compute on int8 activations in the ranges of these batches.
         """
+        names = [str(output.name) for output in model.graph.outputs]
         ranges = self._ranges(model.clone(), calibration) if calibration else []
         lowering = self._lowering(GraphBuilder(model.graph, stem=self.stem), self.mode, self.exact)
         if calibration:
             StaticInt8(lowering, int8_operations(model.graph, self._describe), ranges).rewrite()
-        return self._saved(model, lowering, path)
+        return self._saved(model, lowering, path, names)
 
     def _ranges(self, model: ir.Model, calibration: Sequence[Mapping[str, Tensor]]) -> list[Range]:
         """The ranges that int8 operations need, from the same graph on floats."""
@@ -68,7 +69,8 @@ class Rewriting:
             model.graph.outputs.append(seen)
         path = self.directory / OBSERVED_FILE
         try:
-            self._saved(model, self._lowering(builder, "default", True), path)
+            every = [str(output.name) for output in model.graph.outputs]
+            self._saved(model, self._lowering(builder, "default", True), path, every)
             return output_ranges(path, calibration, names)
         finally:
             path.unlink(missing_ok=True)
@@ -80,8 +82,8 @@ class Rewriting:
         name = None if value is None else value.metadata_props.get("tensor")
         return None if name is None else self.tensors.describe(name)
 
-    def _saved(self, model: ir.Model, lowering: Lowering, path: Path) -> Path:
-        names = [output.name for output in model.graph.outputs]
+    def _saved(self, model: ir.Model, lowering: Lowering, path: Path, names: Sequence[str]) -> Path:
+        """Lowers what is left, and saves the graph, whose outputs have these names, whatever gives them now."""
         model.graph.opset_imports[CONTRIBUTED] = 1
         weights = [value for value in model.graph.inputs if "tensor" in value.metadata_props]
         Substitution(model.graph, lowering).substitute(weights)
