@@ -54,6 +54,7 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
     source = _named(checkpoint, network, _native(source))
     for name, array in source.inputs.items():
         _refuse_not_finite(source.source, name, array)
+    _refuse_axes(checkpoint, source)
     refusals: list[str] = []
     for candidate in (source, *_cast(source)):
         seen: Tables = []
@@ -76,6 +77,28 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
         f"{source.source}: {checkpoint.architecture} cannot be run on the first example; found {_described(source)}, "
         f"and {refusals[0]}; {_advice(checkpoint, refusals[0])}"
     )
+
+
+def _refuse_axes(checkpoint: Checkpoint, source: Arrays) -> None:
+    """Refuses what an ONNX graph takes as a whole, and not an example a row: arrays have an axis of examples first."""
+    from compressor.onnx.file import OnnxSource
+
+    if not isinstance(checkpoint.source, OnnxSource):
+        return
+    for value in checkpoint.source.model.graph.inputs:
+        array = source.inputs.get(str(value.name))
+        if array is None or value.shape is None or array.ndim == len(value.shape):
+            continue
+        wanted = ", ".join(str(size) for size in value.shape)
+        if array.ndim == len(value.shape) + 1:
+            raise CheckpointError(
+                f"{checkpoint.path}: its input '{value.name}' of shape [{wanted}] has no axis of examples; found "
+                f"{array.shape} in {source.source}; export it with a batch axis first"
+            )
+        raise DataError(
+            f"{source.source}: array '{value.name}' of shape {array.shape} has {array.ndim} axes; {checkpoint.path} "
+            f"takes [{wanted}], an example per row of the first axis"
+        )
 
 
 def _advice(checkpoint: Checkpoint, refusal: str) -> str:
