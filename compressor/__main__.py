@@ -11,6 +11,9 @@ import sys
 if not sys.flags.safe_path and sys.path and sys.path[0] == os.getcwd():
     del sys.path[0]
 
+# MKL divides long products among its threads, and the last bits with them, unless it is told not to before its first.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 from compressor.runtime.supervisor import HELP_OPTIONS, RESOURCES, end_with_stdin, supervised
 
 

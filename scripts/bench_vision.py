@@ -30,7 +30,7 @@ from measured import cached, interleaved, markdown, number, read_results, write_
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.options import RunOptions
-from compressor.data.images import MEAN, STD, _pixels
+from compressor.data.images import MEAN, STD, Preprocessing, _pixels
 from compressor.evaluate.bench import size
 from compressor.evaluate.language import log_softmax
 from compressor.evaluate.original import export_original
@@ -146,7 +146,7 @@ def main() -> None:
     seconds = time.process_time() - began
     sets = {
         "crops of other photos": crops(photos[1::2], arguments.crops, 3),
-        "photos": np.stack([_pixels(file, SIDE) for file in photos]),
+        "photos": np.stack([_pixels(file, Preprocessing()) for file in photos]),
         "CIFAR, enlarged": enlarged(sorted(model_dir("photos").glob("cifar10*_*.png"))),
     }
     labels = np.array([int(file.stem.split("_")[2]) for file in photos])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ends runs at every step that changes the disk, and checks what each leaves and what the next command makes of it.
 
-scripts/check_crashes.py [--only fresh resume force batch batch-force] [--every 1] [--short] [--audit]. Of a fresh run,
+scripts/check_crashes.py [--only fresh resume force batch batch-force] [--rotate] [--short] [--audit]. Of a fresh run,
 a resumed one, one that replaces an artifact by --force, and a batch of two models, all on a network of a few thousand
 weights. After each end, whatever has the artifact's name is whole, old or new; then the next command is given: the same
 again, with --resume and with --force, each from the very state that was left. Writes docs/measured/crashes.json.
@@ -307,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(scenarios()), default=list(scenarios()))
     parser.add_argument("--every", type=int, default=1, help="one crash in so many")
+    parser.add_argument("--rotate", action="store_true", help="one next command after each crash, in turn, not all")
     parser.add_argument("--short", action="store_true", help="a few of each, for a test; one next command after each")
     parser.add_argument("--audit", action="store_true", help="compare with strace, and stop")
     arguments = parser.parse_args()
@@ -323,7 +324,8 @@ def main() -> None:
         results.setdefault("scenarios", {})
         for name in arguments.only:
             scenario, began = scenarios()[name], time.monotonic()
-            check(scenario, lab, folder, SHORT if arguments.short else arguments.every, rotate=arguments.short)
+            rotate = arguments.rotate or arguments.short
+            check(scenario, lab, folder, SHORT if arguments.short else arguments.every, rotate)
             found = {"crashes": scenario.n_crashes, "commands": scenario.n_commands, "failures": len(scenario.failures)}
             results["scenarios"][name] = (
                 {"steps": scenario.n_steps} | found | {"seconds": round(time.monotonic() - began)}

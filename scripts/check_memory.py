@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Runs commands under limits of memory: each is done (status 0) or says that memory is too little (4), never else.
 
-scripts/check_memory.py [--limits 16] [--only pico wide] [--short]. Of two networks: a run from nothing, a --resume of
-one that was killed in the middle, and the commands on an artifact, each at limits of address space (`ulimit -v`) from
-less than Python's libraries take to what a run takes. What a run had finished is there after a --resume that failed,
-byte by byte, and a --resume without a limit then gives the bytes of an undisturbed run. Writes
+scripts/check_memory.py [--limits 16] [--only pico cnn wide] [--short]. Of some networks: a run from nothing, a --resume
+of one that was killed in the middle, and the commands on an artifact, each at limits of address space (`ulimit -v`)
+from less than Python's libraries take to what a run takes. What a run had finished is there after a --resume that
+failed, byte by byte, and a --resume without a limit then gives the bytes of an undisturbed run. Writes
 docs/measured/shortage.json.
 """
 
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,49 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from check_kills import RECIPE, digests  # noqa: E402
 from measured import markdown, read_results, write_results  # noqa: E402
 
-RUN = ("run", "llama", "--recipe", "recipe.yaml", "--data", "calibration.txt", "--eval", "evaluation.txt")
-READING = {
-    "run --dry-run": (*RUN, "--dry-run"), "inspect": ("inspect", "whole"), "verify": ("verify", "whole"),
-    "eval": ("eval", "whole", "--data", "evaluation.txt"), "bench": ("bench", "whole"),
-    "diff": ("diff", "whole", "whole"),
-    "generate": ("generate", "whole", "the river"), "report": ("report", "whole"),
+TEXTS = ("--data", "calibration.txt", "--eval", "evaluation.txt")
+ARRAYS = ("--data", "calibration.npz", "--eval", "evaluation.npz")
+CODE = ("--arch", "tests.pico:ResNet")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is compressed: the words of a run, what is other than in tests/pico.py, and the commands on its artifact.
+
+    A network of blocks `resumes` where one of them is done.
+    """
+
+    run: tuple[str, ...]
+    more: dict[str, int] = field(default_factory=dict)
+    reading: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    resumes: bool = True
+
+
+LLAMA = ("run", "llama", "--recipe", "recipe.yaml", *TEXTS)
+CNN = ("run", "cnn.pt", "--recipe", "cnn.yaml", *CODE, *ARRAYS)
+ALWAYS: dict[str, tuple[str, ...]] = {
+    "inspect": ("inspect", "whole"), "bench": ("bench", "whole"), "diff": ("diff", "whole", "whole"),
+    "report": ("report", "whole"),
 }  # fmt: skip
-"""Commands that leave models and weights as they are."""
-NETWORKS = {"pico": {}, "wide": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6}}
-"""What is other than in tests/pico.py; `wide` has the widths of SmolLM2-135M, and a fifth of its layers."""
+"""Commands that leave models and weights as they are, on an artifact of any network."""
+NETWORKS = {
+    "pico": Network(LLAMA, reading={
+        "run --dry-run": (*LLAMA, "--dry-run"), "verify": ("verify", "whole"),
+        "eval": ("eval", "whole", "--data", "evaluation.txt"), "generate": ("generate", "whole", "the river"), **ALWAYS,
+    }),
+    "cnn": Network(CNN, resumes=False, reading={
+        "run --dry-run": (*CNN, "--dry-run"), "verify": ("verify", "whole", *CODE),
+        "eval": ("eval", "whole", "--data", "evaluation.npz", *CODE), **ALWAYS,
+    }),
+    "wide": Network(LLAMA, {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6}),
+}  # fmt: skip
+"""`wide` has the widths of SmolLM2-135M, and a fifth of its layers."""
+CNN_RECIPE = """
+passes: [{pass: affine, method: rtn, bits: 4, group: 16}]
+evaluation: {samples: 8, speed: false}
+"""
+Tried = Callable[[Path, int], tuple[int, str, bool]]
+"""Of a folder and a limit: the status and the last line of a command, and whether finished work is lost."""
 LEAST, MOST = 50_000_000, 4_000_000_000
 HUNG_SECONDS = 300
 SHORT = 5
@@ -89,10 +123,10 @@ def start(folder: Path, words: Sequence[str], limit: int | None, output: int) ->
     )  # fmt: skip
 
 
-def interrupted(folder: Path) -> None:
+def interrupted(folder: Path, words: Sequence[str]) -> None:
     """Leaves `begun.partial` with at least one block that is finished, and without the process that made it."""
     blocks = folder / "begun.partial" / "work"
-    process = start(folder, [*RUN, "-o", "begun"], None, subprocess.DEVNULL)
+    process = start(folder, [*words, "-o", "begun"], None, subprocess.DEVNULL)
     while process.poll() is None and not list(blocks.glob("model.layers.1*")):
         time.sleep(0.01)
     if process.poll() is not None:
@@ -109,31 +143,39 @@ def finished(partial: Path) -> dict[str, str]:
     }
 
 
-def from_nothing(folder: Path, limit: int) -> tuple[int, str, bool]:
-    """Status and last line of a run, and whether what it left is lost to the run after it."""
-    status, said = command(folder, [*RUN, "-o", "out"], limit)
-    resumable = (folder / "out.partial" / "work" / "run.json").exists()
-    lost = status != 0 and resumable and command(folder, [*RUN, "-o", "out", "--resume"])[0] != 0
-    lost |= (status == 0 or resumable) and digests(folder / "out") != digests(folder / "whole")
-    return status, said, lost
+def from_nothing(words: Sequence[str]) -> Tried:
+    """A run."""
+
+    def one(folder: Path, limit: int) -> tuple[int, str, bool]:
+        status, said = command(folder, [*words, "-o", "out"], limit)
+        resumable = (folder / "out.partial" / "work" / "run.json").exists()
+        lost = status != 0 and resumable and command(folder, [*words, "-o", "out", "--resume"])[0] != 0
+        lost |= (status == 0 or resumable) and digests(folder / "out") != digests(folder / "whole")
+        return status, said, lost
+
+    return one
 
 
-def resumed(folder: Path, limit: int) -> tuple[int, str, bool]:
-    """The same of a --resume of what `interrupted` left."""
-    shutil.copytree(folder / "begun.partial", folder / "out.partial")
-    (folder / "out.partial" / ".lock").unlink(missing_ok=True)
-    before = finished(folder / "out.partial")
-    status, said = command(folder, [*RUN, "-o", "out", "--resume"], limit)
-    if status:
-        kept = finished(folder / "out.partial")
-        if any(kept.get(name) != digest for name, digest in before.items()):
-            return status, said, True
-        if command(folder, [*RUN, "-o", "out", "--resume"])[0]:
-            return status, said, True
-    return status, said, digests(folder / "out") != digests(folder / "whole")
+def resumed(words: Sequence[str]) -> Tried:
+    """A --resume of what `interrupted` left."""
+
+    def one(folder: Path, limit: int) -> tuple[int, str, bool]:
+        shutil.copytree(folder / "begun.partial", folder / "out.partial")
+        (folder / "out.partial" / ".lock").unlink(missing_ok=True)
+        before = finished(folder / "out.partial")
+        status, said = command(folder, [*words, "-o", "out", "--resume"], limit)
+        if status:
+            kept = finished(folder / "out.partial")
+            if any(kept.get(name) != digest for name, digest in before.items()):
+                return status, said, True
+            if command(folder, [*words, "-o", "out", "--resume"])[0]:
+                return status, said, True
+        return status, said, digests(folder / "out") != digests(folder / "whole")
+
+    return one
 
 
-def on_artifacts(words: Sequence[str]) -> Callable[[Path, int], tuple[int, str, bool]]:
+def on_artifacts(words: Sequence[str]) -> Tried:
     def one(folder: Path, limit: int) -> tuple[int, str, bool]:
         before = digests(folder / "whole")
         status, said = command(folder, words, limit)
@@ -142,7 +184,7 @@ def on_artifacts(words: Sequence[str]) -> Callable[[Path, int], tuple[int, str, 
     return one
 
 
-def checked(folder: Path, kind: str, one: Callable[[Path, int], tuple[int, str, bool]], at: list[int]) -> dict:
+def checked(folder: Path, kind: str, one: Tried, at: list[int]) -> dict:
     """What came of one kind of command at each limit; each that ends otherwise is printed with what it said."""
     ends: Counter[str] = Counter()
     for limit in at:
@@ -157,23 +199,32 @@ def checked(folder: Path, kind: str, one: Callable[[Path, int], tuple[int, str, 
     return {"limits_mb": [round(limit / 1e6) for limit in at], **found}
 
 
-def prepare(folder: Path, more: dict[str, int]) -> None:
-    """A network, its data, an artifact of it, and an interrupted run."""
+def prepare(folder: Path, network: Network) -> None:
+    """A network, its data, an artifact of it, and where it has blocks an interrupted run."""
+    import numpy as np
     import transformers
 
     from tests import pico
 
-    config = transformers.AutoConfig.from_pretrained(pico.llama(folder / "llama"))
-    if more:
-        config.update({**more, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "layer_types": None})
-        pico.saved(config, transformers.LlamaForCausalLM, folder / "llama")
+    if network.run == LLAMA:
+        config = transformers.AutoConfig.from_pretrained(pico.llama(folder / "llama"))
+        if network.more:
+            heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "layer_types": None}
+            config.update({**network.more, **heads})
+            pico.saved(config, transformers.LlamaForCausalLM, folder / "llama")
+    else:
+        pico.write_state_dict(pico.ResNet, folder / "cnn.pt")
+    generator = np.random.default_rng(0)
     (folder / "recipe.yaml").write_text(RECIPE)
-    (folder / "calibration.txt").write_text(pico.text(1))
-    (folder / "evaluation.txt").write_text(pico.text(2))
-    status, said = command(folder, [*RUN, "-o", "whole"])
+    (folder / "cnn.yaml").write_text(CNN_RECIPE)
+    for number, part in enumerate(("calibration", "evaluation"), 1):
+        (folder / f"{part}.txt").write_text(pico.text(number))
+        np.savez(folder / f"{part}.npz", input=generator.standard_normal((16, 3, 12, 12)).astype("f4"))
+    status, said = command(folder, [*network.run, "-o", "whole"])
     if status:
         raise SystemExit(f"without a limit: status {status}: {said}")
-    interrupted(folder)
+    if network.resumes:
+        interrupted(folder, network.run)
 
 
 def main() -> None:
@@ -187,10 +238,12 @@ def main() -> None:
     for name in options.only[: 1 if options.short else None]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            prepare(folder, NETWORKS[name])
-            kinds = {"run": from_nothing, "run --resume": resumed}
+            network = NETWORKS[name]
+            prepare(folder, network)
+            kinds = {"run": from_nothing(network.run)}
+            kinds |= {"run --resume": resumed(network.run)} if network.resumes else {}
             results[name] = {kind: checked(folder, kind, one, at) for kind, one in kinds.items()}
-            for kind, words in READING.items() if name == "pico" else ():
+            for kind, words in network.reading.items():
                 results[name][kind] = checked(folder, kind, on_artifacts(words), at[::2])
         if not options.short:
             write_results("shortage", read_results("shortage") | results)

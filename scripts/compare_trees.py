@@ -87,7 +87,9 @@ def description(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
     hashes = found.get("sha256", {})
     found["recipe"]["evaluation"].pop("speed", None)
-    found["source"].pop("path", None)  # of the folder that the run was in
+    found["source"].pop("path", None)  # of the folder that the run was in, as the data's are
+    given = found.get("data", {}).get("arguments", {})
+    given |= {name: Path(path).name for name, path in given.items() if path is not None}
     return {key: value for key, value in found.items() if key not in OF_THE_RUN} | {"sha256": hashes}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import io
 import mmap
 import os
@@ -97,6 +98,8 @@ class Counter:
 
     def install(self) -> None:
         """Puts itself between this process and the disk."""
+        os.fsync = lambda descriptor: None  # a step as any other; what is killed loses nothing that it wrote
+        gc.collect = lambda generation=2: 0  # of all that the parent has imported, once for every child
         for name in CHANGING:
             setattr(os, name, self._counted(name, getattr(os, name)))
         os.open = self._opened

@@ -332,9 +332,7 @@ def fuzz_processes(options: argparse.Namespace) -> dict[str, Any]:
             for number in range(options.processes):
                 good.write_bytes(made(each, content, number, options.seed + 1))
                 answer = _process(number, command.arguments(good))
-                _counted(
-                    count, name, answer, options.keep, lambda k, c=content, e=each: made(e, c, k, options.seed + 1)
-                )
+                _counted(count, each, answer, content, options.seed + 1, options.keep)
     _show("processes", count, began)
     return count.as_json()
 

@@ -28,11 +28,16 @@ from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
 from bench_speed import speed_table
+from bench_strangers import strangers_table
 from bench_structure import structure_table
 from bench_tables import tables_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
+from check_crashes import crashes_table
 from check_kills import kills_table
+from check_memory import shortage_table
+from check_same_bytes import same_bytes_table
+from families import families_table
 from fuzz import fuzz_table
 from measured import ROOT, markdown, number, read_results
 
@@ -42,20 +47,24 @@ PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md",
     "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md", "docs/mixed-precision.md",
+    "docs/families.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "quality": "scripts/bench_quality.py artifacts DIR…", "baselines": "scripts/bench_quality.py baselines",
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py DIR…",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
+    "strangers": "scripts/bench_strangers.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
     "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
     "n2n": "scripts/bench_n2n.py",
     "structure": "scripts/bench_structure.py", "mixed": "scripts/bench_mixed.py",
-    "fuzz": "scripts/fuzz.py",
+    "fuzz": "scripts/fuzz.py", "families": "scripts/families.py",
     "batch": "scripts/bench_batch.py",
+    "crashes": "scripts/check_crashes.py", "shortage": "scripts/check_memory.py",
+    "same_bytes": "scripts/check_same_bytes.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
 }  # fmt: skip
 LLAMA_CPP = (
@@ -116,6 +125,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": lambda: measured_table("loading", loading_table),
     "pruning": lambda: measured_table("pruning", pruning_table),
     "gradients": lambda: measured_table("gradients", gradients_table),
+    "strangers": lambda: measured_table("strangers", strangers_table),
     "vision": lambda: measured_table("vision", vision_table),
     "rounding": lambda: measured_table("rounding", rounding_table),
     "zeros": lambda: measured_table("zeros", zeros_table),
@@ -124,8 +134,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "binary": lambda: measured_table("binary", binary_table),
     "search": lambda: measured_table("n2n", n2n_table),
     "structure": lambda: measured_table("structure", structure_table),
+    "families": lambda: measured_table("families", families_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
     "kills": lambda: measured_table("kills", kills_table),
+    "crashes": lambda: measured_table("crashes", crashes_table),
+    "shortage": lambda: measured_table("shortage", shortage_table),
+    "elsewhere": lambda: measured_table("same_bytes", same_bytes_table),
     "batch": lambda: measured_table("batch", batch_table),
     "onnx": lambda: measured_table("onnx", onnx_table),
     "mixed": lambda: measured_table("mixed", mixed_table),

@@ -92,6 +92,21 @@ def gpt2(directory: Path) -> Path:
     return saved(config, transformers.GPT2LMHeadModel, directory)
 
 
+def openai_gpt(directory: Path) -> Path:
+    """A decoder that keeps nothing of what it has read."""
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=VOCABULARY,
+        n_embd=72,
+        n_layer=2,
+        n_head=3,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    return saved(config, transformers.OpenAIGPTLMHeadModel, directory)
+
+
 def bert(directory: Path) -> Path:
     """An encoder with a masked-language head, whose table and bias are tied."""
     config = transformers.BertConfig(

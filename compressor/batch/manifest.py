@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import UsageError, suggestion
-from compressor.core.files import short_name
+from compressor.core.files import resolved, short_name
+from compressor.core.options import refuse_seed
 from compressor.core.quantities import parse_share, parse_size
-from compressor.core.reading import read_text
+from compressor.core.reading import read_text, refuse_special
 from compressor.data import is_reference
 from compressor.passes.registry import SETTINGS
 from compressor.plan.recipe_file import load_recipe, parse_yaml, reaches_of
@@ -189,6 +190,7 @@ def _options(settings: dict[str, Any], where: str, folder: Path) -> tuple[list[s
             raise UsageError(f"{where}: {key} is {value!r:.40}; write a path or module:callable")
         beside = folder / value
         if beside.exists():
+            refuse_special(beside, UsageError, folders=True)
             value = str(beside)
             inputs.append(value)
         elif ":" not in value:
@@ -202,6 +204,8 @@ def _options(settings: dict[str, Any], where: str, folder: Path) -> tuple[list[s
         if (value := settings.get(key, kind())) is None or type(value) is not kind:
             wanted = {int: "an integer", bool: "true or false"}[kind]
             raise UsageError(f"{where}: {key} is {value!r:.40}; write {wanted}")
+        if kind is int:
+            refuse_seed(value)
         words += ["--trust-pickle"] * value if kind is bool else ["--seed", str(value)] if value else []
     for key, parse in (("target_size", parse_size), ("target_flops", parse_share), ("max_loss", parse_share)):
         if (value := settings.get(key)) is not None:
@@ -228,8 +232,8 @@ def _paths(pattern: Any, where: str, folder: Path) -> list[Path]:
 
 
 def _stem(path: Path) -> str:
-    resolved = path.resolve()
-    return resolved.name if resolved.is_dir() else resolved.stem
+    found = resolved(path)
+    return found.name if found.is_dir() else found.stem
 
 
 def _is_plain(name: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,27 +19,16 @@ if TYPE_CHECKING:
 
 DECODERS = ("ForCausalLM", "LMHeadModel")
 ENCODER_HEADS = (
-    "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification",
-    "ForQuestionAnswering", "ForMultipleChoice",
+    "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
 )  # fmt: skip
-ENCODER_TYPES = frozenset(
-    [
-        "albert",
-        "bert",
-        "camembert",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "ernie",
-        "eurobert",
-        "modernbert",
-        "mpnet",
-        "nomic_bert",
-        "roberta",
-        "xlm-roberta",
-    ]
-)
+ENCODER_TYPES = frozenset((
+    "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert",
+    "electra", "ernie", "esm", "eurobert", "flaubert", "fnet", "funnel", "gte", "ibert", "jina_embeddings_v3",
+    "layoutlm", "lilt", "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra",
+    "nomic_bert", "nystromformer", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
+    "splinter", "squeezebert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso",
+))  # fmt: skip
+"""BERT's kin: they take text alone."""
 TOKEN_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
 
@@ -84,7 +73,10 @@ _MISCONFIGURED = (
     ImportError, NotImplementedError,
 )  # fmt: skip
 _LARGEST = 2**40
-_MOST = {"layer": 10_000, "position": 2**24, "expert": 10_000, "window": 2**24, "groups": 100_000, "heads": 100_000}
+_MOST = {
+    "layer": 10_000, "position": 2**24, "expert": 10_000, "window": 2**24, "groups": 100_000, "heads": 100_000,
+    **dict.fromkeys(("dim", "hidden", "intermediate", "d_model", "d_kv", "d_ff", "embd", "inner", "channels"), 2**20),
+}  # fmt: skip
 """Word in a setting's name -> the largest number that a network may have there."""
 
 
@@ -137,12 +129,29 @@ def _named_backbone(config: dict[str, Any]) -> str:
 
 def _refuse_implausible(path: Path, config: dict[str, Any]) -> None:
     """Refuses numbers that would build modules, or fill buffers, for hours."""
-    for key, value in config.items():
-        if type(value) not in (int, float):
-            continue
+    for key, value in _numbers(config):
         most = next((most for word, most in _MOST.items() if word in key), _LARGEST)
         if not abs(value) <= most:
-            raise CheckpointError(f"{path}: config.json has {key} {value:.6g}; expected at most {most:,}; correct it")
+            raise CheckpointError(
+                f"{path}: config.json has {key} {_short(value)}; expected at most {most:,}; correct it"
+            )
+
+
+def _numbers(config: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers of a config, its parts' and lists' too, each with the nearest name."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _numbers(value, str(name))
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers(value, key)
+    elif type(config) in (int, float):
+        yield key, config
+
+
+def _short(value: int | float) -> str:
+    """A whole number of any length, which no float need hold."""
+    return f"{value:.6g}" if isinstance(value, float) or abs(value) < 10**300 else f"{value!s:.8}…"
 
 
 def call_reference(reference: str) -> nn.Module:

@@ -50,6 +50,8 @@ def locate(path: str | PathLike[str]) -> Location:
         raise CheckpointError(
             f"{path}: does not exist; give a Hugging Face directory or a file ending in {', '.join(SUFFIXES)}"
         )
+    if not path.is_dir() and not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file; give a Hugging Face directory or a file of weights")
     directory = path if path.is_dir() else path.parent
     config = directory / "config.json"
     files = weight_files(path) if path.is_dir() else [path]
@@ -61,8 +63,6 @@ def locate(path: str | PathLike[str]) -> Location:
             f"{unknown[0]}: files ending in '{unknown[0].suffix}' are not supported; supported are "
             f"{', '.join(SUFFIXES)} and Hugging Face directories"
         )
-    if not path.is_dir() and not path.is_file():
-        raise CheckpointError(f"{path}: is no regular file; give a Hugging Face directory or a file of weights")
     for file in files:
         if file != path:  # which the user has named
             refuse_outside(file, directory)

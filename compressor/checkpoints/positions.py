@@ -29,5 +29,5 @@ def _before_first(config: Mapping[str, Any]) -> int:
     """Rows of the table of positions that no token of a text is given."""
     if config.get("model_type") not in BEHIND_PADDING:
         return 0
-    padding = config.get("pad_token_id", 1)
+    padding = 1 if config["model_type"] == "mpnet" else config.get("pad_token_id", 1)  # where the class says so
     return 1 + (padding if isinstance(padding, int) else 1)

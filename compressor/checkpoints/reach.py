@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import CheckpointError
+from compressor.core.files import resolved
 
 CODE = ("auto_map", "custom_pipelines", "custom_generate")
 """Keys under which a config names modules in Python that lie beside it, or on a hub."""
@@ -85,7 +86,7 @@ def refuse_outside(file: Path, folder: Path) -> Path:
 
 def is_inside(file: Path, folder: Path) -> bool:
     """Whether a file, wherever links lead, is in a folder or in the blobs of the hub's cache that the folder is of."""
-    return any(file.resolve().is_relative_to(place) for place in _places(folder.resolve()))
+    return any(resolved(file).is_relative_to(place) for place in _places(resolved(folder)))
 
 
 def _places(folder: Path) -> Iterator[Path]:

@@ -50,16 +50,24 @@ class SafetensorsSource(Source):
         return self.homes[name]
 
     def read(self, name: str) -> torch.Tensor:
+        return self._read(name, 0, self.tensors[name].shape)
+
+    def read_row(self, name: str, index: int) -> torch.Tensor:
+        return self._read(name, index, self.tensors[name].shape[1:])
+
+    def _read(self, name: str, place: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The `place`-th of the tensors of this shape that follow each other in one."""
         import torch
 
         info = self.tensors[name]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        n_bytes = math.prod(shape) * ITEM_SIZE[info.dtype]
+        raw = torch.empty(n_bytes, dtype=torch.uint8)
         with self.homes[name].open("rb") as file:
-            file.seek(self.starts[name])
-            present = file.readinto(raw.numpy().data) if info.nbytes else 0
-        if present != info.nbytes:
+            file.seek(self.starts[name] + place * n_bytes)
+            present = file.readinto(raw.numpy().data) if n_bytes else 0
+        if present != n_bytes:
             raise CheckpointError(f"{self.homes[name]}: changed while it was read, at tensor '{name}'")
-        return raw.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(info.shape)
+        return raw.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(shape)
 
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors are equal bit for bit; compared without torch, in chunks."""
@@ -119,11 +127,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _count(value: Any) -> int:
+    """A number of things as JSON says it: no 4.0, no true, no Infinity, none below nothing."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{str(value)[:40]} is no count")
+    return value
+
+
 def _info(path: Path, name: str, entry: Any) -> TensorInfo:
     try:
-        shape = tuple(int(size) for size in entry["shape"])
+        shape = tuple(_count(size) for size in entry["shape"])
         dtype = str(entry["dtype"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        begin, end = (_count(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header of tensor '{name}' is corrupt; {error!r}; fetch it again") from error
     if dtype not in ITEM_SIZE:
@@ -131,7 +146,7 @@ def _info(path: Path, name: str, entry: Any) -> TensorInfo:
             f"{path}: tensor '{name}' is of type {dtype}; known: {', '.join(ITEM_SIZE)}; convert it to one of these"
         )
     expected = math.prod(shape) * ITEM_SIZE[dtype]
-    if begin < 0 or end - begin != expected:
+    if end - begin != expected:
         raise CheckpointError(
             f"{path}: the header of tensor '{name}' is corrupt; {end - begin} bytes for shape {shape} of "
             f"{dtype}, which needs {expected}; fetch it again"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from compressor.checkpoints.source import Computed, TensorInfo
+from compressor.checkpoints.source import Computed, Source, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,20 @@ def scaled(tensors: Mapping[str, TensorInfo], rename: Mapping[str, str]) -> dict
         parts = {"codes": name, "scale": scale} | ({"zero": zero} if zero else {})
         found[target] = (Computed(tuple(parts), _multiplied), parts)
     return found
+
+
+def with_scales(source: Source, name: str) -> Tensor:
+    """A stored tensor; with its scales where some lie beside it."""
+    found = scaled(source.tensors, {name: name})
+    if name not in found:
+        return source.read(name)
+    how, parts = found[name]
+    return how.compute({part: source.read(stored).float() for part, stored in parts.items()})
+
+
+def has_scales(tensors: Mapping[str, TensorInfo], name: str) -> bool:
+    """Whether scales lie beside a stored tensor."""
+    return bool(scaled(tensors, {name: name}))
 
 
 def belongs_to_scales(name: str, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,15 @@ from torch.overrides import TorchFunctionMode
 from compressor.checkpoints.architecture import Architecture
 from compressor.checkpoints.computed import Computed, computed_in, fold, paired
 from compressor.checkpoints.expected import COMPUTED
+from compressor.checkpoints.experts import unfuse
 from compressor.checkpoints.scales import belongs_to_scales
 from compressor.checkpoints.source import Place, Source, TensorInfo
 from compressor.checkpoints.unused import AVERAGES, refuse_unused
 from compressor.core.errors import CheckpointError
 from compressor.graph.blocks import layers, recurrent, weight_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Checkpoint(Protocol):
@@ -118,6 +123,8 @@ def construct(architecture: Architecture, config: dict[str, Any] | None) -> nn.M
         if config is not None or "meta" not in str(error.__cause__):
             raise
         module = architecture.construct(config)
+    if is_of_transformers(module):
+        unfuse(module)
     fold(module)
     for group in parameter_names(module).values():
         parameter = module.get_parameter(group[0])
@@ -159,30 +166,40 @@ def align(checkpoint: Checkpoint, module: nn.Module) -> None:
 
 
 def _rename(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """By the rules of transformers for its own networks; else a prefix and old spellings are all that may differ."""
     expected = set(module.state_dict(keep_vars=True))
-    prefix = getattr(module, "base_model_prefix", "") or "model"
-    stored = list(checkpoint.source.tensors)
     computed = computed_in(module)
     known = expected.union(*(each.parts for each in computed.values()))
-    rename = {name: _module_name(name, known, f"{prefix}.") for name in stored}
-    if not _covers(rename, module):
-        rename = _unwrapped(checkpoint, module, known) or rename
-    made, parts = _computed(expected, computed, {target: name for name, target in rename.items()})
+    if is_of_transformers(module):
+        from compressor.checkpoints.converted import converted
+
+        checkpoint.source, targets = converted(checkpoint.source, module, known, checkpoint.path)
+    else:
+        targets = {name: _module_name(name, known) for name in checkpoint.source.tensors}
+    if not _covers(targets, module):
+        targets = _unwrapped(checkpoint, module, known) or targets
+    made, parts = _computed(expected, computed, {target: name for name, target in targets.items()})
     groups = [group for group in parameter_names(module).values() if len(group) > 1]
 
     def ties(names: Iterable[str], _: Any) -> dict[str, str]:
         present = set(names)
         return {alias: group[0] for group in groups if present & set(group) for alias in group[1:]}
 
-    checkpoint.name_tensors({name: target for name, target in rename.items() if target in expected}, ties, made)
+    checkpoint.name_tensors({name: target for name, target in targets.items() if target in expected}, ties, made)
     _refuse_conflicts(checkpoint, groups)
-    dropped = [name for name in stored if rename.get(name, name) not in expected and name not in parts]
-    dropped = [name for name in dropped if not belongs_to_scales(name, checkpoint.source.tensors)]
+    stored = checkpoint.source.tensors
+    dropped = [name for name in stored if targets.get(name, name) not in expected and name not in parts]
+    dropped = [name for name in dropped if not belongs_to_scales(name, stored)]
     checkpoint.skipped = [name for name in dropped if not COMPUTED.search(name)]
-    beside = {name for name in dropped if rename.get(name, "").startswith(_BESIDE)}
+    beside = {name for name in dropped if targets.get(name, "").startswith(_BESIDE)}
     refuse_unused(checkpoint, expected, [name for name in checkpoint.skipped if name not in beside])
-    _refuse_fused_experts(checkpoint, expected)
     checkpoint.aligned = True
+
+
+def is_of_transformers(module: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether a module is a network of transformers' classes, which then are imported already."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
 def _covers(rename: Mapping[str, str], module: nn.Module) -> bool:
@@ -248,17 +265,6 @@ def _computed(
     return made, {part for _, parts in made.values() for part in parts.values()}
 
 
-def _refuse_fused_experts(checkpoint: Checkpoint, expected: set[str]) -> None:
-    """transformers 5 stacks the experts of a layer into one tensor as it loads them; here nothing is stacked."""
-    stored = next((name for name in checkpoint.skipped if ".experts." in name), None)
-    fused = sorted(name for name in expected if ".experts." in name and name not in checkpoint.tensors)
-    if stored is not None and fused:
-        raise CheckpointError(
-            f"{checkpoint.path}: experts that transformers fuses are not supported yet; found '{stored}', "
-            f"{checkpoint.architecture} computes with '{fused[0]}'; give a model without mixtures of experts"
-        )
-
-
 def _refuse_conflicts(checkpoint: Checkpoint, groups: list[list[str]]) -> None:
     for group in groups:
         for name in group[1:]:
@@ -269,10 +275,10 @@ def _refuse_conflicts(checkpoint: Checkpoint, groups: list[list[str]]) -> None:
                 )
 
 
-def _module_name(name: str, expected: set[str], prefix: str) -> str:
+def _module_name(name: str, expected: set[str]) -> str:
     for pattern, replacement in LEGACY:
         name = pattern.sub(replacement, name)
-    candidates = (name, prefix + name, name.removeprefix(prefix))
+    candidates = (name, f"model.{name}", name.removeprefix("model."))
     return next((candidate for candidate in candidates if candidate in expected), name)
 
 

@@ -79,6 +79,10 @@ class Source(ABC):
     def read(self, name: str) -> torch.Tensor:
         """A tensor in its own memory; the caller may write to it."""
 
+    def read_row(self, name: str, index: int) -> torch.Tensor:
+        """As `read`, the `index`-th of a tensor's first axis alone."""
+        return self.read(name)[index].clone()
+
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same values."""
         import torch

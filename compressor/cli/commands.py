@@ -368,7 +368,9 @@ def evaluate(
 @app.command(epilog=epilog("bench"))
 def bench(
     artifact: ArtifactPath,
-    threads: Annotated[int | None, typer.Option(min=1, show_default="all cores", help="Of onnxruntime.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, show_default="all cores", help="Of onnxruntime.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -483,13 +485,14 @@ def report(
 ) -> None:  # fmt: skip
     """Show a run as one HTML page with pictures."""
     from compressor.core.artifact import PAGE, Artifact, refuse_unsealed, reseal
+    from compressor.core.files import resolved
     from compressor.report.facts import siblings
     from compressor.report.page import write_page
 
     opened = Artifact.open(artifact)
     beside = others or [other.directory for other in siblings(opened)]
     target = output or artifact / PAGE
-    own = target.name == PAGE and target.parent.resolve() == artifact.resolve()
+    own = target.name == PAGE and resolved(target.parent) == resolved(artifact)
     if own:
         refuse_unsealed(opened)
     write_page([artifact, *beside], target)

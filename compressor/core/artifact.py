@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import CheckpointError, UsageError
-from compressor.core.files import write_text
+from compressor.core.files import resolved, write_text
 from compressor.core.reading import read_json, refuse_special
 
 REPORT = "compression.json"
@@ -147,7 +147,7 @@ def failed_directory(directory: Path) -> Path:
 
 def beside(directory: Path, suffix: str) -> Path:
     """The directory's sibling whose name has a suffix."""
-    named = directory if directory.name not in ("", "..") else directory.resolve()
+    named = directory if directory.name not in ("", "..") else resolved(directory)
     return named.with_name(named.name + suffix)
 
 
@@ -159,6 +159,8 @@ def refuse_target(directory: Path, force: bool = False, resume: bool = False) ->
     Raises:
         UsageError: Something stands there, or it cannot get its name by a rename.
     """
+    if directory.name in ("", "..") and not resolved(directory).name:
+        raise UsageError(f"{directory}: is the root of a disk; give a folder on it with -o")
     failed = failed_directory(directory)
     for path in (directory, failed):
         if path.is_symlink():
@@ -206,6 +208,6 @@ def foreign_files(directory: Path) -> list[str]:
 def _holds_this_process(directory: Path) -> bool:
     """Whether the working folder is this one, or within it."""
     try:
-        return Path.cwd().is_relative_to(directory.resolve())
+        return Path.cwd().is_relative_to(resolved(directory))
     except OSError:  # the working folder is gone
         return False

@@ -14,10 +14,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from compressor.core.errors import UsageError
+
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _AT_CWD, _EXCHANGE = -100, 2
 """Of renameat2(2); macOS' renamex_np takes the same flag for a swap."""
 _NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
+
+
+def resolved(path: Path) -> Path:
+    """Where links lead, as an absolute path; links that go in a circle are left as they are, and no error."""
+    return Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
@@ -26,7 +33,11 @@ def whole(path: Path) -> Iterator[Path]:
 
     Where the block raises, nothing is left of it and what `path` was stays. A crash can leave the file beside it,
     `.<name>.partial`, which the next write replaces. A link at `path` is itself replaced: what it points to stays.
+
+    Raises:
+        UsageError: There is a folder, a device or a pipe at `path`, which no file may replace, or no folder for it.
     """
+    _refuse_replacing(path)
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     try:
@@ -37,6 +48,18 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _refuse_replacing(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except (OSError, ValueError):  # nothing is there, or no name can be
+        if path.name and not path.parent.is_dir():
+            raise UsageError(f"{path}: its folder is not there; make it, or give another file") from None
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise UsageError(f"{path}: is {what}, and is not replaced; give another file")
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:

@@ -47,10 +47,10 @@ def _is_near_limit(share: float) -> bool:
         return False
     limits = (resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     finite = [limit for limit in limits if limit != resource.RLIM_INFINITY]
-    return bool(finite) and _address_space() >= share * min(finite)
+    return bool(finite) and address_space() >= share * min(finite)
 
 
-def _address_space() -> int:
+def address_space() -> int:
     """Bytes that this process has had mapped at most."""
     if sys.platform == "linux":
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from compressor.core.files import short_name
+from compressor.core.errors import UsageError
+from compressor.core.files import resolved, short_name
 
 if TYPE_CHECKING:
     from compressor.core.progress import Progress
@@ -75,6 +76,16 @@ class RunOptions:
         """Where the artifact goes."""
         if self.output is not None:
             return self.output
-        model = Path(self.model).resolve()
+        model = resolved(Path(self.model))
         stem = model.name if model.is_dir() else model.stem
         return Path(short_name(f"{stem}-{Path(self.recipe).stem}"))
+
+
+def refuse_seed(seed: int) -> None:
+    """Refuses a seed that generators do not take.
+
+    Raises:
+        UsageError: It is below 0, or too large.
+    """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed: is {seed}; give a whole number from 0 to {2**63 - 1}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.core.identity import Identity
 
@@ -77,9 +77,13 @@ class Distance(_Section):
 
 
 class Proof(_Section):
-    """How far the graph is from the network of the decoded weights: with exact activations, and as it is shipped."""
+    """How far the graph is from the network of the decoded weights: with exact activations, and as it is shipped.
+
+    in_steps   of a decoder with a cache, with exact activations: the last tokens are read one at a time
+    """
 
     exact: Distance | None = None
+    in_steps: Distance | None = None
     as_shipped: Distance | None = None
 
 
@@ -136,7 +140,10 @@ class Memory(_Section):
 
 
 class Speed(_Section):
-    """What `bench` says of a graph; `measured` is false where the recipe leaves it out, `failure` why it could not."""
+    """What `bench` says of a graph; `measured` is false where the recipe leaves it out, `failure` why it could not.
+
+    `latency_error` is the latency's relative standard error. Those of artifact and original were timed in turn.
+    """
 
     measured: bool = True
     failure: str | None = None
@@ -148,6 +155,7 @@ class Speed(_Section):
     decode_tokens_per_second: Number | None = None
     prefill_tokens_per_second: Number | None = None
     latency_seconds: Number | None = None
+    latency_error: Number | None = None
     input_shapes: dict[str, list[int]] | None = None
 
 
@@ -157,6 +165,74 @@ class Size(_Section):
     bytes: Annotated[int, Field(ge=1, lt=2**62)]
     files: dict[str, Count] = {}
     original_bytes: Count | None = None
+
+
+class Trial(_Section):
+    """A student that a search judged; its accuracy is None where it was not."""
+
+    stage: str
+    epoch: Count
+    reward: Number
+    student: str
+    parameters: Count
+    accuracy: Number | None
+
+
+class Teacher(_Section):
+    parameters: Count
+
+
+class Search(_Section):
+    """How a student was searched for, as the page draws it."""
+
+    trials: list[Trial] = []
+    removed: list[str]
+    shrunk: list[Annotated[tuple[str, str, Number], Field(strict=False)]]
+    teacher: Teacher
+    policy: str
+    n_judged: Count
+    measure: str
+    validation: str
+    best: str
+
+
+class Step(_Section):
+    """Of what a structure pass says, that which is shown."""
+
+    parameters: Count | None = None
+    search: Search | None = None
+
+    @model_validator(mode="after")
+    def _of_a_student(self) -> Step:
+        if self.search is not None and self.parameters is None:
+            raise ValueError("a student was found, and not how many parameters it has")
+        return self
+
+
+class Allocation(_Section):
+    """Of what is said on chosen widths, that which is shown; the loss is None before it is measured."""
+
+    kind: str
+    predicted_loss: Number
+    target_size: Count | None = None
+    loss: Number | None = None
+
+
+class Recipe(_Section):
+    """Of a recipe, that which is shown."""
+
+    name: str | None = None
+    gates: dict[str, Number | None] | None = None
+
+
+def _as(shape: type[BaseModel]) -> AfterValidator:
+    """Facts are held against a shape, and stay as they are, in their order."""
+
+    def held(facts: Facts) -> Facts:
+        shape.model_validate(facts)
+        return facts
+
+    return AfterValidator(held)
 
 
 class Blame(_Section):
@@ -201,7 +277,7 @@ class Report(_Section):
 
     compressor: str | None = None
     source: Source | None = None
-    recipe: dict[str, Any] | str | None = None
+    recipe: Annotated[Facts, _as(Recipe)] | None = None
     seed: int | None = None
     mode: str | None = None
     identity: Identity | None = None
@@ -210,11 +286,11 @@ class Report(_Section):
     cost: dict[str, Stage] | None = None
     skipped: dict[str, str] | None = None
     learning: list[Facts] | None = None
-    structure: list[Facts] | None = None
+    structure: list[Annotated[Facts, _as(Step)]] | None = None
     proof: Proof | None = None
     quality: Quality | None = None
     least_onnxruntime: str | None = None
-    allocation: Facts | None = None
+    allocation: Annotated[Facts, _as(Allocation)] | None = None
     binary: Binary | None = None
     speed: Speed | None = None
     original_speed: Speed | None = None

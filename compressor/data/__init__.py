@@ -13,6 +13,7 @@ from compressor.core.reading import refuse_special
 
 if TYPE_CHECKING:
     from compressor.data.arrays import Arrays
+    from compressor.data.images import Preprocessing
     from compressor.data.text import Text
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".safetensors")
@@ -30,12 +31,15 @@ def kind_of(source: str | Path | None) -> str:
     return "images" if path.is_dir() and is_image_folder(path) else "text"
 
 
-def load(source: str | Path | None, part: str = "calibration") -> Text | Arrays:
+def load(
+    source: str | Path | None, part: str = "calibration", pictures: Preprocessing | None = None
+) -> Text | Arrays:  # fmt: skip
     """The data of a source: text, or named arrays.
 
     Args:
         source: A file, a directory, `module:callable`, or None for the built-in text sample.
         part: Which part of the built-in sample; "calibration" or "evaluation".
+        pictures: How pictures become inputs.
 
     Raises:
         DataError: The source cannot be read, or its end may never come.
@@ -46,7 +50,7 @@ def load(source: str | Path | None, part: str = "calibration") -> Text | Arrays:
     if kind == "images":
         from compressor.data.images import load_images
 
-        return load_images(Path(str(source)))
+        return load_images(Path(str(source)), pictures)
     if kind == "arrays":
         from compressor.data.arrays import load_arrays
 

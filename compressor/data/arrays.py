@@ -23,11 +23,15 @@ MAX_BATCHES = 1024
 
 @dataclass(frozen=True)
 class Arrays:
-    """Examples along the first axis of every array; `labels` (n,) where there are any."""
+    """Examples along the first axis of every array; `labels` (n,) where there are any.
+
+    `guessed`: the labels are places of folders in sorted order, which nobody said are the network's classes.
+    """
 
     source: str
     inputs: dict[str, np.ndarray]
     labels: np.ndarray | None = None
+    guessed: bool = False
 
     def __post_init__(self) -> None:
         lengths = {name: len(array) if np.ndim(array) else 0 for name, array in self._all().items()}
@@ -52,7 +56,7 @@ class Arrays:
     def take(self, index: slice | np.ndarray) -> Arrays:
         """Some of the examples."""
         labels = None if self.labels is None else self.labels[index]
-        return Arrays(self.source, {name: array[index] for name, array in self.inputs.items()}, labels)
+        return Arrays(self.source, {name: array[index] for name, array in self.inputs.items()}, labels, self.guessed)
 
     def split(self, evaluation_fraction: float = 0.2, seed: int = 0) -> tuple[Arrays, Arrays]:
         """To calibrate on and to evaluate on, at random: files are often sorted by label."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressor.core.batch import as_batch, call
 from compressor.core.errors import CheckpointError, CompressorError, DataError
+from compressor.core.log import LOGGER
 from compressor.core.resources import refuse_shortage
 from compressor.data.arrays import LABELS, Arrays
 
@@ -71,6 +72,7 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
             continue
         _refuse_beyond_tables(candidate, seen)
         _refuse_random(checkpoint, output, _example(network, candidate, []))
+        candidate = _with_classes(candidate, output)
         _refuse_classes(candidate, output)
         return candidate
     raise DataError(
@@ -258,6 +260,21 @@ def _refuse_beyond_tables(source: Arrays, seen: Tables) -> None:
                 f"{source.source}: array '{name}' holds {high if high >= n_rows else low} in row {row}, and the "
                 f"network's table has rows 0 to {n_rows - 1}; give the data that it was trained with"
             )
+
+
+def _with_classes(source: Arrays, output: Tensor | None) -> Arrays:
+    """Without labels where folders were taken for classes and the network has another number of them."""
+    labels = source.labels
+    if not source.guessed or labels is None or output is None:
+        return source
+    n_folders, n_classes = int(labels.max()) + 1, output.shape[-1] if output.dim() > 1 else 1
+    if n_folders == n_classes:
+        LOGGER.warning("%s: its %d folders are taken as the classes in sorted order; if they are others, set "
+                       "images.classes", source.source, n_folders)  # fmt: skip
+        return source
+    LOGGER.warning("%s: its %d folders are no labels, the network has %d classes; name them in images.classes to count "
+                   "them", source.source, n_folders, n_classes)  # fmt: skip
+    return replace(source, labels=None, guessed=False)
 
 
 def _refuse_classes(source: Arrays, output: Tensor | None) -> None:

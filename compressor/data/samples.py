@@ -17,6 +17,7 @@ from compressor.core.errors import DataError
 from compressor.core.options import RunOptions
 from compressor.data.arrays import Arrays
 from compressor.data.disjoint import check_disjoint
+from compressor.data.images import preprocessing
 from compressor.data.text import Text
 from compressor.plan.recipe import Recipe
 
@@ -54,16 +55,22 @@ def load_samples(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) ->
         DataError: A network that is no language model has no built-in data; or the two overlap, or do not fit.
     """
     reads_text = checkpoint.family in ("decoder", "encoder")
+    pictures = preprocessing(recipe.images, checkpoint.path, checkpoint.config or {})
     if options.data is None and not reads_text:
         if "data" in recipe.required:
             raise DataError(
                 f"{checkpoint.path}: recipe '{recipe.name}' calibrates, and only language models have built-in data; "
                 "give --data with a few hundred inputs (.npz, .safetensors or module:callable)"
             )
-        (evaluation,) = _fitting(checkpoint, [None if options.eval is None else data.load(options.eval)])
+        (evaluation,) = _fitting(
+            checkpoint, [None if options.eval is None else data.load(options.eval, pictures=pictures)]
+        )
         return Samples(None, evaluation)
     splits = options.eval is None and options.data is not None
-    loaded = [data.load(options.data, "calibration"), None if splits else data.load(options.eval, "evaluation")]
+    loaded = [
+        data.load(options.data, "calibration", pictures),
+        None if splits else data.load(options.eval, "evaluation", pictures),
+    ]
     calibration, evaluation = _fitting(checkpoint, loaded)
     assert calibration is not None
     if evaluation is None:

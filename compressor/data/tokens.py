@@ -6,15 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compressor.checkpoints.reach import offline
-from compressor.core.errors import DataError
+from compressor.core.errors import CompressorError, DataError
 from compressor.core.files import whole
+from compressor.core.resources import refuse_shortage
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint
@@ -50,7 +51,8 @@ def tokenize(text: Text | str, tokenizer: str | Path, cache_dir: str | Path | No
     kept = Path(cache_dir or cache_directory()) / "tokens" / f"{digest.hexdigest()[:40]}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # absent or damaged: tokenised again
         return np.load(kept)
-    tokens = _tokenize(content, files)
+    with explained(files[0]):
+        tokens = _tokenize(content, files)
     with contextlib.suppress(OSError):  # a cache that cannot be written is only slower
         _keep(tokens, kept)
     return tokens
@@ -64,11 +66,16 @@ def encode_sentences(sentences: Sequence[str], tokenizer: str | Path, length: in
     """
     files = _tokenizer_files(Path(tokenizer))
     if files[0].name != "tokenizer.json":
-        encoded = auto_tokenizer(files[0].parent)(
-            list(sentences), padding=True, truncation=True, max_length=length, return_tensors="np"
-        )
-        return {name: np.asarray(value, dtype=np.int64) for name, value in encoded.items()}
-    fast = fast_tokenizer(files[0])
+        slow = auto_tokenizer(files[0].parent)
+        with explained(files[0].parent):
+            encoded = slow(list(sentences), padding=True, truncation=True, max_length=length, return_tensors="np")
+            return {name: np.asarray(value, dtype=np.int64) for name, value in encoded.items()}
+    with explained(files[0]):
+        return _encoded_fast(sentences, files[0], length)
+
+
+def _encoded_fast(sentences: Sequence[str], file: Path, length: int) -> dict[str, np.ndarray]:
+    fast = fast_tokenizer(file)
     padding = fast.padding or {}
     fast.enable_truncation(length)
     fast.enable_padding(pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", "[PAD]"))
@@ -194,10 +201,8 @@ def fast_tokenizer(file: Path) -> Any:
     """
     from tokenizers import Tokenizer
 
-    try:
+    with explained(file, "is not a tokenizer that `tokenizers` reads"):
         fast = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{file}: is not a tokenizer that `tokenizers` reads; {error}") from error
     fast.no_truncation()
     return fast
 
@@ -210,12 +215,27 @@ def auto_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    with offline(), explained(directory, "its tokenizer cannot be read"):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def explained(place: Path, what: str = "its tokenizer cannot be used") -> Iterator[None]:
+    """Whatever the libraries raise over somebody's tokenizer is the tokenizer's fault, unless memory is too little.
+
+    They raise bare Exception, what Python raises where a setting has another type, and panics of Rust, which are none.
+
+    Raises:
+        DataError: They did.
+    """
     try:
-        with offline():
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise DataError(f"{directory}: its tokenizer cannot be read; {first}; add the tokenizer.json") from error
+        yield
+    except (CompressorError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        refuse_shortage(error)
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        raise DataError(f"{place}: {what}; {first}; add the tokenizer.json of the model") from error
 
 
 def _keep(tokens: np.ndarray, path: Path) -> None:

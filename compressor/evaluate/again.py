@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
+from compressor.checkpoints.opening import parse_arch
 from compressor.core.artifact import REPORT, Artifact
 from compressor.core.errors import CheckpointError, DataError, RecipeError
 from compressor.core.options import RunOptions
@@ -34,6 +35,22 @@ class Given:
     arch: str | None = None
     data: str | None = None
     evaluation: str | None = None
+
+
+def refuse_unreadable(given: Given) -> None:
+    """Refuses what the user gives and cannot be read, before anything is done with the rest.
+
+    Raises:
+        CheckpointError: The original or the folder of its architecture is not there.
+        DataError: The data cannot be read.
+    """
+    parse_arch(given.arch)
+    if given.original is not None and not (Path(given.original).is_file() or Path(given.original).is_dir()):
+        what = "is no file and no folder" if Path(given.original).exists() else "is not there"
+        raise CheckpointError(f"{given.original}: {what}; give the original with --original PATH")
+    for source in (given.data, given.evaluation):
+        if source is not None and not is_reference(source):
+            load(source)
 
 
 def original_of(artifact: Artifact, given: Given) -> Path:

@@ -39,13 +39,14 @@ def bench(
         threads: Of onnxruntime; all cores when None.
         prompt, new: Tokens given and tokens generated for `decode_tokens_per_second` (the prompt's time left out).
         prefill: Tokens given at once for `prefill_tokens_per_second`.
-        repeats: Of which the median counts.
+        repeats: Of a decoder's speeds, of which the median counts; latencies are timed until they are stable.
         shapes: Of the inputs, by name, where sizes are open; of an artifact those that it was measured with before.
 
     Returns:
         `kind`, `threads`, `load_seconds`, `load_cpu_seconds`, `memory` (bytes: start, loaded, peak_private,
         peak_resident; `loading`: what opening the graph adds, resident: its `peak`, and what is there `after`), and for
-        decoders the two speeds, for other graphs `latency_seconds` per run of one input.
+        decoders the two speeds, for other graphs `latency_seconds` per run of one input and `latency_error`, its
+        relative standard error.
 
     Raises:
         CheckpointError: The artifact cannot be opened or run.
@@ -56,6 +57,29 @@ def bench(
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "path": str(graph), "threads": threads, "prompt": prompt, "new": new, "prefill": prefill, "repeats": repeats,
     }  # fmt: skip
+    output, peak = _in_a_process(settings, graph)
+    found = json.loads(output)
+    found["memory"]["peak_private"] = max(peak, found["memory"]["loaded"]["private"] or 0) or None
+    return found
+
+
+def alternated(
+    graphs: Sequence[Path], threads: int | None = None, shapes: Mapping[str, Sequence[int]] | None = None
+) -> list[dict[str, float]]:  # fmt: skip
+    """`latency_seconds` and `latency_error` of each graph, run in turn in one fresh process until they are stable.
+
+    Raises:
+        CheckpointError: One cannot be opened or run.
+    """
+    settings = {
+        "alternated": [str(graph) for graph in graphs], "threads": threads,
+        "shapes": {name: list(shape) for name, shape in (shapes or {}).items()},
+    }  # fmt: skip
+    return json.loads(_in_a_process(settings, graphs[0])[0])
+
+
+def _in_a_process(settings: Mapping[str, Any], graph: Path) -> tuple[str, int]:
+    """What `bench_process` prints of settings, and the most private memory that its process had."""
     command = python("-m", "compressor.evaluate.bench_process", json.dumps(settings))
     process = subprocess.Popen(
         command, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -72,9 +96,7 @@ def bench(
     if process.returncode != 0:
         last = (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         raise CheckpointError(f"{graph}: could not be measured; {last.partition('CheckpointError: ')[2] or last}")
-    found = json.loads(output)
-    found["memory"]["peak_private"] = max(peak, found["memory"]["loaded"]["private"] or 0) or None
-    return found
+    return output, peak
 
 
 def _shapes_before(directory: Path) -> dict[str, Any]:

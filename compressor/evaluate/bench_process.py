@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from compressor.checkpoints.positions import positions_of
 from compressor.core.machine import memory_of
 from compressor.evaluate.session import DTYPES, DecoderSession, ModuleSession, open_session
 
+STABLE = 0.01
+"""Relative standard error of a latency that is known well enough."""
+LEAST_RUNS, LEAST_SECONDS, MOST_SECONDS = 5, 0.5, 10.0
+"""Of timing, however steady or unsteady the machine is."""
 SEQUENCE = 128
 """For open axes of token inputs."""
 PIXELS = 224
@@ -38,8 +42,9 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     else:
         kind = "encoder" if "input_ids" in session.inputs else "module"
         inputs = inputs_for(session, settings["shapes"])
+        (latency,) = latencies([lambda: session.run(inputs)])
         speed = {
-            "latency_seconds": seconds(lambda: session.run(inputs), settings["repeats"]),
+            **latency,
             "input_shapes": {name: list(array.shape) for name, array in inputs.items()},
         }
     return {
@@ -84,12 +89,51 @@ def decode_seconds(session: DecoderSession, prompt: np.ndarray, n: int) -> float
 def seconds(run: Callable[[], object], repeats: int) -> float:
     """The median after one run to warm up."""
     run()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
+    return statistics.median(_timed(run) for _ in range(repeats))
+
+
+def latencies(runs: Sequence[Callable[[], object]]) -> list[dict[str, float]]:
+    """The median seconds of each, and its relative standard error: run in turn, until all of them are stable.
+
+    In turn, since a machine that is slow for a while is so for all. Of n runs the error of a median is 1.25 σ / √n,
+    where σ is what the quartiles of a normal distribution say.
+    """
+    for run in runs:
         run()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    taken: list[list[float]] = [[] for _ in runs]
+    began = time.perf_counter()
+    while True:
+        for run, times in zip(runs, taken, strict=True):
+            times.append(_timed(run))
+        passed, n = time.perf_counter() - began, len(taken[0])
+        if n >= LEAST_RUNS and (
+            passed >= MOST_SECONDS or (passed >= LEAST_SECONDS and max(map(_relative_error, taken)) <= STABLE)
+        ):
+            break
+    return [{"latency_seconds": statistics.median(times), "latency_error": _relative_error(times)} for times in taken]
+
+
+def _timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _relative_error(times: Sequence[float]) -> float:
+    low, middle, high = statistics.quantiles(times, n=4)
+    return 1.25 * (high - low) / 1.35 / len(times) ** 0.5 / middle
+
+
+def alternated(settings: dict[str, Any]) -> list[dict[str, float]]:
+    """Latencies of several graphs on the same inputs, of the same sizes."""
+    sessions = [open_session(path, settings["threads"]) for path in settings["alternated"]]
+    inputs = [inputs_for(session, settings["shapes"]) for session in sessions]
+    return latencies(
+        [
+            lambda session=session, given=given: session.run(given)
+            for session, given in zip(sessions, inputs, strict=True)
+        ]
+    )
 
 
 def inputs_for(session: ModuleSession, shapes: dict[str, list[int]] | None = None) -> dict[str, np.ndarray]:
@@ -120,4 +164,5 @@ def inputs_for(session: ModuleSession, shapes: dict[str, list[int]] | None = Non
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    asked = json.loads(sys.argv[1])
+    print(json.dumps(alternated(asked) if "alternated" in asked else measure(asked)))

@@ -24,7 +24,7 @@ def generate_text(
         CheckpointError: It is no artifact of a language model, or of a chat's, or the prompt is empty or too long.
         DataError: Its tokenizer cannot be read.
     """
-    from compressor.data.tokens import fast_tokenizer
+    from compressor.data.tokens import explained, fast_tokenizer
     from compressor.evaluate.installation import graph_to_run
     from compressor.evaluate.session import DecoderSession
 
@@ -33,7 +33,8 @@ def generate_text(
         raise CheckpointError(f"{directory}: has no tokenizer.json; give the artifact of a language model")
     tokenizer = fast_tokenizer(file)
     text = _turn(directory, prompt) if chat else prompt
-    ids = tokenizer.encode(text, add_special_tokens=not chat).ids
+    with explained(file):
+        ids = tokenizer.encode(text, add_special_tokens=not chat).ids
     if not ids:
         raise CheckpointError(f"{directory}: the prompt has no tokens; give some text to go on from")
     session = DecoderSession(graph_to_run(directory))
@@ -50,23 +51,25 @@ def generate_text(
     shown = ""
     for token in session.generate(ids, n, temperature=temperature, top_p=top_p, seed=seed):  # type: ignore[arg-type]
         tokens.append(token)
-        text = tokenizer.decode(tokens)
+        with explained(file):
+            text = tokenizer.decode(tokens)
         if not text.endswith("�"):  # an unfinished character
             yield text[len(shown) :]
             shown = text
 
 
 def _turn(directory: Path, prompt: str) -> str:
-    """What a chat's template makes of one thing that a user says, up to where the answer begins."""
-    from jinja2 import TemplateError
+    """What a chat's template makes of one thing that a user says, up to where the answer begins.
 
+    A template is a program: it gets so much time and memory, and what it raises is its own.
+    """
     from compressor.data.tokens import auto_tokenizer
+    from compressor.runtime.bounded import Exceeded, bounded
 
+    asked = [{"role": "user", "content": prompt}]
     try:
-        asked = [{"role": "user", "content": prompt}]
-        text = auto_tokenizer(directory).apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    except (DataError, OSError, ValueError, TemplateError) as error:
+        tokenizer = auto_tokenizer(directory)
+        return bounded(lambda: str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)))
+    except (DataError, ValueError, Exceeded) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{directory}: no template of a chat can be used: {first}; leave --chat out") from error
-    assert isinstance(text, str)
-    return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from compressor.data.arrays import Arrays
 from compressor.data.batches import evaluation_windows, sentence_batches
 from compressor.data.samples import Samples
 from compressor.data.text import Text
-from compressor.evaluate.again import Given, open_original, recipe_of, samples_again
+from compressor.evaluate.again import Given, open_original, recipe_of, refuse_unreadable, samples_again
 from compressor.evaluate.comparison import evaluate_outputs
 from compressor.evaluate.language import evaluate_language
 from compressor.evaluate.proof import compare_all
@@ -30,7 +30,10 @@ from compressor.evaluate.session import DecoderSession, EncoderSession, ModuleSe
 from compressor.plan.recipe import Recipe
 
 LARGEST_ERROR = 1e-3
-_PROOF_TOKENS = 96
+_PROOF_TOKENS, _PROOF_STEPS = 112, 8
+"""Tokens of a text that are compared, and how many of them are read one at a time where there is a cache."""
+_BEYOND_WINDOW = 32
+"""Of attention, where the text is long enough."""
 _LARGEST_GRAPH = 2**31 - 2**24
 """Bytes of weights that a single .onnx file can hold."""
 
@@ -41,7 +44,8 @@ def prove(
 ) -> dict[str, Any] | None:  # fmt: skip
     """Compares every output of the graph, with exact activations and as shipped, with torch on the decoded weights.
 
-    What came as an ONNX graph is compared with that graph on the decoded weights, in onnxruntime.
+    A decoder with a cache reads the last tokens one at a time, too. What came as an ONNX graph is compared with that
+    graph on the decoded weights, in onnxruntime.
 
     Raises:
         VerificationError: One differs by more than 1e-3 of its largest value: the lowering is wrong.
@@ -52,7 +56,8 @@ def prove(
 
     inputs = {name or "input": tensor[:1].numpy() for name, tensor in batches[0].items()}
     if "input_ids" in inputs:
-        inputs = {name: array[:, :_PROOF_TOKENS] for name, array in inputs.items()}
+        n = max(_PROOF_TOKENS, _window(checkpoint.config or {}) + _BEYOND_WINDOW)
+        inputs = {name: array[:, :n] for name, array in inputs.items()}
     expected = _expected(checkpoint, tensors, inputs, directory)
     config = checkpoint.config
     shipped = compare_all(open_session(directory, apart=True).outputs_of(inputs), expected, inputs, config)
@@ -65,19 +70,37 @@ def prove(
         shutil.copy2(path, copy)
     try:
         export_graph(checkpoint, tensors, directory, options.mode, True, batches)
-        found = open_session(directory, exact=True, apart=True).outputs_of(inputs)
-        exact = compare_all(found, expected, inputs, config)
+        session = open_session(directory, exact=True, apart=True)
+        exact = compare_all(session.outputs_of(inputs), expected, inputs, config)
+        stepped = _in_steps(session, expected, inputs)
     finally:
         shutil.move(kept, graph)
         for path, copy in copies:
             shutil.move(copy, path)
-    if exact["max_relative_error"] > LARGEST_ERROR:
-        raise VerificationError(
-            f"{graph}: '{exact['output']}' differs from its own encodings by {exact['max_relative_error']:.2g} of its "
-            f"largest value; expected less than {LARGEST_ERROR}; please report this with the recipe and the model's "
-            "config"
-        )
-    return {"exact": exact, "as_shipped": shipped}
+    for how, found in (("", exact), (", one token at a time,", stepped)):
+        if found is not None and found["max_relative_error"] > LARGEST_ERROR:
+            error = found["max_relative_error"]
+            raise VerificationError(
+                f"{graph}: '{found['output']}'{how} differs from its own encodings by {error:.2g} of its largest "
+                f"value; expected less than {LARGEST_ERROR}; please report this with the recipe and the model's config"
+            )
+    return {"exact": exact, "as_shipped": shipped} | ({} if stepped is None else {"in_steps": stepped})
+
+
+def _in_steps(
+    session: ModuleSession, expected: dict[str, np.ndarray], inputs: dict[str, np.ndarray]
+) -> dict[str, Any] | None:  # fmt: skip
+    """The comparison where a decoder's cache is used; None where there is none."""
+    if not isinstance(session, DecoderSession) or inputs["input_ids"].shape[1] <= _PROOF_STEPS:
+        return None
+    logits = session.logits_in_steps(inputs["input_ids"], _PROOF_STEPS)
+    return compare_all({"logits": logits}, {"logits": expected["logits"]}, inputs)
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """The longest window of attention that a config speaks of; 0 where it speaks of none."""
+    found = (config.get(name) for name in ("sliding_window", "attention_chunk_size", "window_size", "local_attention"))
+    return max((size for size in found if isinstance(size, int)), default=0)
 
 
 def _expected(
@@ -135,6 +158,7 @@ def evaluate(directory: Path | str, given: Given | None = None) -> dict[str, Any
         DataError: The data of the run are gone or are code; give others.
     """
     artifact, given = Artifact.open(directory), given or Given()
+    refuse_unreadable(given)
     checkpoint, recipe = open_original(artifact, given), recipe_of(artifact)
     return evaluate_on(artifact, checkpoint, samples_again(artifact, checkpoint, recipe, given), recipe)
 

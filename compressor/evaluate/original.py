@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from compressor.core.batch import Batch
 from compressor.core.errors import CheckpointError, ExportError
 from compressor.core.report import Speed
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
-from compressor.evaluate.bench import bench
+from compressor.evaluate.bench import alternated, bench
+from compressor.evaluate.installation import graph_to_run
 from compressor.plan.recipe import Evaluation
 
 LARGEST = 4_000_000_000
@@ -62,34 +64,56 @@ def speeds(
         return Speed.model_validate({"measured": False} | ({"input_shapes": shapes} if shapes else {})), None
     batches = [] if evaluation.skipped else batches
     found = _measured(lambda: bench(directory, shapes=shapes), directory)
-    assert found is not None
-    original = _measured(lambda: bench_original(checkpoint, directory, batches, shapes), directory) if batches else None
+    if not batches:
+        return found, None
+    with ExitStack() as stack:
+        try:
+            graph = stack.enter_context(original_graph(checkpoint, directory, batches))
+        except ExportError as error:
+            return found, Speed(failure=str(error).replace(f"{directory}/", ""))
+        if graph is None:
+            return found, None
+        original = _measured(lambda: bench(graph, shapes=shapes), directory)
+        if found.latency_seconds is not None and original.latency_seconds is not None:
+            return _side_by_side(found, original, [graph_to_run(directory), graph_to_run(graph)], shapes)
     return found, original
 
 
-def _measured(measure: Callable[[], dict[str, Any] | None], directory: Path) -> Speed | None:
+def _side_by_side(
+    found: Speed, original: Speed, graphs: Sequence[Path], shapes: Mapping[str, Sequence[int]]
+) -> tuple[Speed, Speed]:  # fmt: skip
+    """With latencies of both in turn, which a machine that is busy for a while cannot tell apart."""
+    try:
+        latencies = alternated(graphs, shapes=shapes)
+    except CheckpointError:
+        return found, original
+    both = [each.model_copy(update=latency) for each, latency in zip((found, original), latencies, strict=True)]
+    return both[0], both[1]
+
+
+def _measured(measure: Callable[[], dict[str, Any]], directory: Path) -> Speed:
     """What was measured, or why it could not be: an artifact that is proved and judged is not lost for a figure."""
     try:
-        found = measure()
+        return Speed.model_validate(measure())
     except (CheckpointError, ExportError) as error:
         return Speed(failure=str(error).replace(f"{directory}/", ""))
-    return None if found is None else Speed.model_validate(found)
 
 
-def bench_original(
-    checkpoint: Checkpoint, beside: Path, batches: list[Batch], shapes: Mapping[str, Sequence[int]] | None = None
-) -> dict[str, Any] | None:
-    """What `bench` says of the uncompressed artifact, None where it is too large; `beside` names the disk for it.
+@contextmanager
+def original_graph(checkpoint: Checkpoint, beside: Path, batches: list[Batch]) -> Iterator[Path | None]:
+    """The graph of the uncompressed artifact, or its folder, while it is needed; None where it is too large.
 
-    An ONNX graph is measured as it is.
+    `beside` names the disk for it. An ONNX graph is measured as it is.
     """
     if 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST:
-        return None
+        yield None
+        return
     if checkpoint.kind == "onnx":
-        return bench(checkpoint.source.files[0], shapes=shapes)
+        yield checkpoint.source.files[0]
+        return
     scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=beside))
     try:
         export_original(checkpoint, scratch, batches)
-        return bench(scratch, shapes=shapes)
+        yield scratch
     finally:
         shutil.rmtree(scratch)

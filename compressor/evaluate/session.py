@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import onnxruntime
 
 from compressor.core.artifact import INSTALLED_GRAPH
 from compressor.core.errors import CheckpointError
+from compressor.core.options import refuse_seed
 from compressor.core.reading import read_json
 from compressor.runtime.sessions import Settings, filled, in_pieces, open_inference
 
@@ -103,6 +106,23 @@ class DecoderSession(ModuleSession):
         feed = self._feed(ids, 0) | {name: self._empty(name, len(ids)) for name in self.past}
         return self.session.run(["logits"], feed)[0].astype(np.float32, copy=False)
 
+    def logits_in_steps(self, ids: np.ndarray, n_steps: int) -> np.ndarray:
+        """The same, of which the last `n_steps` tokens are read one at a time, with what was read before in the cache.
+
+        Raises:
+            CheckpointError: There is no cache.
+        """
+        if not self.past:
+            raise CheckpointError(f"{self.path}: has no KV cache to read step by step with")
+        ids = np.asarray(ids, dtype=np.int64)
+        first, past, found = ids.shape[1] - n_steps, {name: self._empty(name, len(ids)) for name in self.past}, []
+        for start, stop in pairwise([0, *range(first, ids.shape[1] + 1)]):
+            feed = self._feed(ids[:, start:stop], start) | past
+            logits, *present = self.session.run(["logits", *self.present], feed)
+            past = dict(zip(self.past, present, strict=True))
+            found.append(logits.astype(np.float32, copy=False))
+        return np.concatenate(found, axis=1)
+
     def outputs_of(self, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
         """The logits; what goes into the next step's cache follows from the same."""
         return {"logits": self.logits(inputs["input_ids"])}
@@ -118,6 +138,7 @@ class DecoderSession(ModuleSession):
             top_p: Sample among the likeliest tokens that together hold this probability.
             stop: Tokens that end the text and are not yielded; by default those of the config.
         """
+        refuse_seed(seed)
         stop = self.stop_tokens if stop is None else stop
         generator = np.random.default_rng(seed)
         step = np.asarray(ids, dtype=np.int64).reshape(1, -1)
@@ -192,8 +213,11 @@ def sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.r
     """A token from logits (vocabulary,): the likeliest at temperature 0; of equal ones the first."""
     if temperature <= 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    probability = np.exp(scaled - scaled.max())
+    exact = logits.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # a difference over nearly nothing is infinite, and rightly so
+        probability = np.exp((exact - exact.max()) / temperature)
+    if not math.isfinite(probability.sum()):
+        raise CheckpointError("the graph gives logits that are not finite; see `compress verify`")
     probability /= probability.sum()
     order = np.argsort(-probability, kind="stable")
     before = np.cumsum(probability[order]) - probability[order]

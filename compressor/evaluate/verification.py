@@ -23,7 +23,7 @@ from compressor.core.artifact import (
     foreign_files,
     is_installed,
 )  # fmt: skip
-from compressor.core.errors import CompressorError
+from compressor.core.errors import CompressorError, DataError, ResourceError
 from compressor.core.packed import packed_tensors
 from compressor.evaluate.again import (
     Given,
@@ -32,6 +32,7 @@ from compressor.evaluate.again import (
     open_weights,
     original_of,
     recipe_of,
+    refuse_unreadable,
     samples_again,
 )
 
@@ -65,9 +66,13 @@ def verify(directory: Path, measure: bool = True, given: Given | None = None) ->
         given: The original, its architecture and data, where they are not what and where they were.
 
     Raises:
-        CheckpointError: There is no artifact, or its compression.json is damaged.
+        CheckpointError: There is no artifact, or its compression.json is damaged; or the original that is given cannot
+            be read.
+        DataError: The data that are given cannot be read, or do not fit.
+        ResourceError: There is too little memory to look.
     """
     artifact, given = Artifact.open(directory), given or Given()
+    refuse_unreadable(given)
     checks = [
         _hashes(artifact), _files(artifact), _figures(artifact), _provenance(artifact), _original(artifact, given),
         _opens(artifact),
@@ -78,6 +83,13 @@ def verify(directory: Path, measure: bool = True, given: Given | None = None) ->
         against = [_weights(artifact, given), _quality(artifact, given)]
         checks += [*against, _conclusion(against, named_paths(artifact, given))]
     return checks
+
+
+def _reason(error: CompressorError, *given: str | None) -> str:
+    """Why something was not looked at; raised where that lies with the machine, or with what the user has `given`."""
+    if isinstance(error, ResourceError) or any(given):
+        raise error
+    return str(error)
 
 
 def failures(checks: list[Check]) -> str:
@@ -128,7 +140,7 @@ def _provenance(artifact: Artifact) -> Check:
     try:
         recipe = recipe_of(artifact)
     except CompressorError as error:
-        return Check("provenance", False, str(error))
+        return Check("provenance", False, _reason(error))
     gates = artifact.report.get("gates") or {}
     verdict = "" if gates.get("passed", True) else "; marked as failed: " + "; ".join(gates.get("failures", []))
     return Check("provenance", True, f"recipe {recipe.name}, seed {artifact.report['seed']}{verdict}")
@@ -138,11 +150,11 @@ def _original(artifact: Artifact, given: Given) -> Check:
     try:
         path = original_of(artifact, given)
     except CompressorError as error:
-        return Check("original", None, f"not compared: {error}")
+        return Check("original", None, f"not compared: {_reason(error)}")
     try:
         same = model_digests(path)["weights"] == (artifact.report.get("source") or {}).get("sha256")
     except CompressorError as error:
-        return Check("original", None, f"cannot be opened: {error}")
+        return Check("original", None, f"cannot be opened: {_reason(error, given.original)}")
     return Check("original", same, str(path) if same else f"{path} is not what it was compressed from")
 
 
@@ -156,7 +168,7 @@ def _opens(artifact: Artifact) -> Check:
     try:
         session = open_session(artifact.directory)
     except CompressorError as error:
-        return Check("opens", False, str(error))
+        return Check("opens", False, _reason(error))
     return Check("opens", True, f"in onnxruntime, as {type(session).__name__.removesuffix('Session').lower()}")
 
 
@@ -167,7 +179,7 @@ def _installed(artifact: Artifact) -> Check:
     try:
         return Check("installed", *installation_state(artifact))
     except CompressorError as error:
-        return Check("installed", False, str(error))
+        return Check("installed", False, _reason(error))
 
 
 def _weights(artifact: Artifact, given: Given) -> Check:
@@ -184,7 +196,7 @@ def _weights(artifact: Artifact, given: Given) -> Check:
         checkpoint = open_weights(artifact, given)
         found = weight_errors(checkpoint, EncodedTensors([artifact.directory / WEIGHTS]))
     except CompressorError as error:
-        return Check("weights", None, f"not compared: {error}")
+        return Check("weights", None, f"not compared: {_reason(error)}")
     if not found:
         return Check("weights", None, "not compared: none is another than the original's, by the names in its files")
     wrong = [
@@ -219,8 +231,10 @@ def _quality(artifact: Artifact, given: Given) -> Check:
         if samples.digest()["evaluation"] != (data.get("sha256") or {}).get("evaluation"):
             return Check("quality", None, "not measured again: the data are not those that it was evaluated on")
         return _beside(recorded, evaluate_on(artifact, checkpoint, samples, recipe))
+    except DataError as error:
+        return Check("quality", None, f"not measured again: {_reason(error, given.data, given.evaluation)}")
     except CompressorError as error:
-        return Check("quality", None, f"not measured again: {error}")
+        return Check("quality", None, f"not measured again: {_reason(error)}")
 
 
 def _beside(recorded: dict[str, Any], found: dict[str, Any]) -> Check:

@@ -12,7 +12,7 @@ from compressor.export.decoder_config import DecoderConfig
 
 
 class Attention(ABC):
-    """What is shared by all layers, made once: positions, mask, the cosine and sine tables.
+    """What is shared by all layers, made once: positions, mask, the cosine and sine tables of each layer.
 
     The tables are computed by nodes that fold at load, so that they cost the file nothing.
     """
@@ -20,9 +20,13 @@ class Attention(ABC):
     def __init__(self, b: GraphBuilder, config: DecoderConfig, ids: ir.Value, mask: ir.Value) -> None:
         self.b, self.config = b, config
         places = b.op("Range", *(b.constant(np.array(n, np.float32)) for n in (0, config.context, 1)))
-        frequencies = b.constant(np.array(config.inverse_frequencies, np.float32)[None, :])
-        angles = b.op("Mul", b.op("Unsqueeze", places, b.integers(1)), frequencies)
-        self.cosines, self.sines = b.op("Cos", angles), b.op("Sin", angles)
+        known: dict[tuple[float, ...], tuple[ir.Value, ir.Value]] = {}
+        for frequencies in config.inverse_frequencies:
+            if frequencies not in known:
+                row = b.constant(np.array(frequencies, np.float32)[None, :])
+                angles = b.op("Mul", b.op("Unsqueeze", places, b.integers(1)), row)
+                known[frequencies] = b.op("Cos", angles), b.op("Sin", angles)
+        self.tables = [known[frequencies] for frequencies in config.inverse_frequencies]
         self._prepare(ids, mask)
 
     @abstractmethod
@@ -49,11 +53,14 @@ class GroupQueryAttention(Attention):
 
     def attend(self, layer: int, qkv: list[ir.Value], past: tuple[ir.Value, ir.Value]) -> list[ir.Value]:
         query, key, value = qkv if len(qkv) == 3 else (qkv[0], None, None)
+        rotated = self.config.rotated[layer]
+        tables = self.tables[layer] if rotated else ()
+        cap = {"softcap": self.config.attention_cap} if self.config.attention_cap else {}
         return self.b.ops(
-            "GroupQueryAttention", query, key, value, *past, self._lengths, self._total, self.cosines, self.sines,
+            "GroupQueryAttention", query, key, value, *past, self._lengths, self._total, *tables,
             outputs=3, domain="com.microsoft", num_heads=self.config.heads, kv_num_heads=self.config.kv_heads,
-            do_rotary=1, rotary_interleaved=0, scale=self.config.head_dim**-0.5,
-            local_window_size=self.config.windows[layer], name=f"layers.{layer}.attention",
+            do_rotary=int(rotated), rotary_interleaved=0, scale=self.config.attention_scale,
+            local_window_size=self.config.windows[layer], name=f"layers.{layer}.attention", **cap,
         )  # fmt: skip
 
 
@@ -84,13 +91,17 @@ class StandardAttention(Attention):
 
     def attend(self, layer: int, qkv: list[ir.Value], past: tuple[ir.Value, ir.Value]) -> list[ir.Value]:
         b, config, dim = self.b, self.config, self.config.head_dim
-        query = self._heads(self._rotated(qkv[0], config.heads), config.heads)
-        query = b.op("Mul", b.reshape(query, 0, config.kv_heads, -1, dim), b.constant(dim**-0.5))
-        new = (self._rotated(qkv[1], config.kv_heads), qkv[2])
+        query, key, value = qkv
+        query = self._heads(self._rotated(layer, query, config.heads), config.heads)
+        query = b.op("Mul", b.reshape(query, 0, config.kv_heads, -1, dim), b.constant(config.attention_scale))
+        new = (self._rotated(layer, key, config.kv_heads), value)
         keys, values = (
             b.op("Concat", old, self._heads(x, config.kv_heads), axis=2) for old, x in zip(past, new, strict=True)
         )
         scores = b.op("MatMul", query, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+        if config.attention_cap:
+            cap = b.constant(config.attention_cap)
+            scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, cap)), cap)
         scores = b.op("Add", b.op("Reshape", scores, self._by_head), self._penalties[config.windows[layer]])
         weights = b.op("Reshape", b.op("Softmax", scores, axis=-1), self._by_group)
         mixed = b.reshape(b.op("MatMul", weights, values), 0, config.heads, -1, dim)
@@ -104,5 +115,7 @@ class StandardAttention(Attention):
     def _heads(self, x: ir.Value, heads: int) -> ir.Value:
         return self.b.op("Transpose", self.b.reshape(x, 0, 0, heads, self.config.head_dim), perm=[0, 2, 1, 3])
 
-    def _rotated(self, x: ir.Value, heads: int) -> ir.Value:
-        return self.b.op("RotaryEmbedding", x, self.cosines, self.sines, self._positions, num_heads=heads)
+    def _rotated(self, layer: int, x: ir.Value, heads: int) -> ir.Value:
+        if not self.config.rotated[layer]:
+            return x
+        return self.b.op("RotaryEmbedding", x, *self.tables[layer], self._positions, num_heads=heads)

@@ -65,20 +65,39 @@ class _Decoder:
         mask = self._input("attention_mask", INT64, "batch", "total")
         pasts = [self._past(layer) for layer in range(config.layers)]
         attention = (StandardAttention if self.standard else GroupQueryAttention)(self.b, config, ids, mask)
-        stream, presents = self.lowering.embedding(ids, "model.embed_tokens.weight", tied=self._head_is_tied()), []
-        normed = self._first_norm(stream, "model.layers.0.input_layernorm.weight")
+        embedded = self.lowering.embedding(ids, "model.embed_tokens.weight", tied=self._head_is_tied())
+        stream, presents = self._scaled(embedded, config.embedding_scale), []
+        before, after, between, last = config.norms
+        normed = self._first_norm(stream, f"model.layers.0.{before}.weight") if before else stream
         for layer in range(config.layers):
             stem = f"model.layers.{layer}"
             attended, *present = self._attention(attention, layer, normed, pasts[layer])
             presents += present
-            normed, stream = self._add_and_norm(stream, attended, f"{stem}.post_attention_layernorm.weight")
-            following = f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < config.layers else "model.norm"
-            normed, stream = self._add_and_norm(stream, self._mlp(stem, normed), f"{following}.weight")
+            attended = self._normed(attended, stem, after)
+            normed, stream = self._add_and_norm(stream, attended, between and f"{stem}.{between}.weight")
+            following = before and f"model.layers.{layer + 1}.{before}.weight"
+            following = following if layer + 1 < config.layers else "model.norm.weight"
+            normed, stream = self._add_and_norm(stream, self._normed(self._mlp(stem, normed), stem, last), following)
         head = "model.embed_tokens.weight" if self._head_is_tied() else "lm_head.weight"
-        logits = self.lowering.matmul(normed, head, self._bias("lm_head"), output="logits")
+        normed = self._scaled(normed, config.logit_scale)
+        capped = config.logit_cap is not None
+        logits = self.lowering.matmul(normed, head, self._bias("lm_head"), output=None if capped else "logits")
+        if config.logit_cap is not None:
+            cap = self.b.constant(config.logit_cap)
+            logits = self.b.op("Mul", self.b.op("Tanh", self.b.op("Div", logits, cap)), cap, name="logits")
         self._output(logits, "batch", "length", config.vocabulary)
         for present in presents:
             self._output(present, "batch", config.kv_heads, "total", config.head_dim)
+
+    def _scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        return x if factor == 1.0 else self.b.op("Mul", x, self.b.constant(factor))
+
+    def _normed(self, x: ir.Value, stem: str, norm: str | None) -> ir.Value:
+        return self._first_norm(x, f"{stem}.{norm}.weight") if norm else x
+
+    def _norm_weight(self, name: str) -> ir.Value:
+        weight = self.lowering.constant(name)
+        return self.b.op("Add", weight, self.b.constant(1.0)) if self.config.around_one else weight
 
     def _head_is_tied(self) -> bool:
         tensors = self.lowering.tensors
@@ -116,15 +135,23 @@ class _Decoder:
         return [self._linear(found[0], f"{stem}.o_proj"), *found[1:]]
 
     def _projections(self, stem: str, x: ir.Value) -> list[ir.Value]:
+        if self.config.fused:
+            packed, heads = self._linear(x, f"{stem}.qkv_proj"), (self.config.heads, *2 * [self.config.kv_heads])
+            sizes = self.b.integers(*(n * self.config.head_dim for n in heads))
+            return self.b.ops("Split", packed, sizes, outputs=3, axis=-1) if self.standard else [packed]
         modules = [f"{stem}.{part}_proj" for part in "qkv"]
         biases = [self._bias(module) for module in modules]
         names = [f"{module}.weight" for module in modules]
-        if not self.config.head_norms and not any(biases) and self.lowering.joins(names):
+        norms = self.config.head_norms or self.config.width_norms
+        if not norms and not any(biases) and self.lowering.joins(names):
             return [self.lowering.joined_matmul(x, names)]
         query, key, value = (self.lowering.matmul(x, *pair) for pair in zip(names, biases, strict=True))
         if self.config.head_norms:
             query = self._head_norm(query, self.config.heads, f"{stem}.q_norm.weight")
             key = self._head_norm(key, self.config.kv_heads, f"{stem}.k_norm.weight")
+        if self.config.width_norms:
+            query = self._first_norm(query, f"{stem}.q_norm.weight")
+            key = self._first_norm(key, f"{stem}.k_norm.weight")
         return [query, key, value]
 
     def _head_norm(self, x: ir.Value, heads: int, name: str) -> ir.Value:
@@ -134,25 +161,30 @@ class _Decoder:
     def _mlp(self, stem: str, x: ir.Value) -> ir.Value:
         modules = [f"{stem}.mlp.{part}_proj" for part in ("gate", "up")]
         names = [f"{module}.weight" for module in modules]
-        if self._bias(modules[0]) is None and self.lowering.joins(names):
-            both = self.lowering.joined_matmul(x, names)
+        fused = f"{stem}.mlp.gate_up_proj"
+        if self.config.fused or (self._bias(modules[0]) is None and self.lowering.joins(names)):
+            both = self._linear(x, fused) if self.config.fused else self.lowering.joined_matmul(x, names)
             gate, up = self.b.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
         else:
             gate, up = (self._linear(x, module) for module in modules)
-        active = self.b.op("Mul", gate, self.b.op("Sigmoid", gate))
+        if self.config.activation == "gelu":
+            active = self.b.op("Gelu", gate, approximate="tanh")
+        else:
+            active = self.b.op("Mul", gate, self.b.op("Sigmoid", gate))
         return self._linear(self.b.op("Mul", active, up), f"{stem}.mlp.down_proj")
 
     def _first_norm(self, x: ir.Value, name: str) -> ir.Value:
         operator = "RMSNormalization" if self.standard else "SimplifiedLayerNormalization"
-        return self.b.op(operator, x, self.lowering.constant(name), axis=-1, epsilon=self.config.epsilon, stash_type=1)
+        return self.b.op(operator, x, self._norm_weight(name), axis=-1, epsilon=self.config.epsilon, stash_type=1)
 
-    def _add_and_norm(self, stream: ir.Value, update: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
-        """(norm of the sum, the sum)."""
-        if self.standard:
+    def _add_and_norm(self, stream: ir.Value, update: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
+        """(norm of the sum, the sum); without a name the sum twice."""
+        update = self._scaled(update, self.config.residual_scale)
+        if self.standard or name is None:
             total = self.b.op("Add", stream, update)
-            return self._first_norm(total, name), total
+            return total if name is None else self._first_norm(total, name), total
         outputs = self.b.ops(
-            "SkipSimplifiedLayerNormalization", stream, update, self.lowering.constant(name), outputs=4,
+            "SkipSimplifiedLayerNormalization", stream, update, self._norm_weight(name), outputs=4,
             domain="com.microsoft", epsilon=self.config.epsilon,
         )  # fmt: skip
         outputs[1].name = outputs[2].name = ""

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compressor.export.decoder_config import DecoderConfig
+if TYPE_CHECKING:
+    from compressor.export.decoder_config import DecoderConfig
 
 FILE_NAME = "genai_config.json"
 _SEARCH = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What it must know of a decoder; `context` is the longest sequence."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+
+
 def write_genai_config(
-    config: dict[str, Any], generation_config: dict[str, Any] | None, out_dir: Path, model_file: str = "model.onnx"
-) -> Path:
+    config: dict[str, Any], sizes: Sizes | DecoderConfig, out_dir: Path,
+    generation_config: dict[str, Any] | None = None, model_file: str = "model.onnx",
+) -> Path:  # fmt: skip
     """Writes it beside the model; the tokenizer's files must lie there too. `type` is always "llama": its names fit."""
-    sizes, generation = DecoderConfig.of(config), generation_config or {}
+    generation = generation_config or {}
     known = {**config, **{key: value for key, value in generation.items() if value is not None}}
     ends, pad = known.get("eos_token_id") or 0, known.get("pad_token_id")
     first_end = ends[0] if isinstance(ends, list) else ends
@@ -36,7 +52,7 @@ def write_genai_config(
     return path
 
 
-def _decoder(sizes: DecoderConfig, model_file: str) -> dict[str, Any]:
+def _decoder(sizes: Sizes | DecoderConfig, model_file: str) -> dict[str, Any]:
     return {
         "filename": model_file,
         "session_options": {"provider_options": []},

@@ -7,31 +7,24 @@ lowered: MatMul and Gemm to a product, Gather to an embedding, everything else t
 
 from __future__ import annotations
 
-import copy
 import inspect
-import logging
-import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from torch import Tensor, nn
 
-from compressor.checkpoints.skeleton import parameter_names
-from compressor.core.errors import CheckpointError, ExportError
+from compressor.core.errors import ExportError
 from compressor.core.outputs import named_outputs
 from compressor.core.tensors import EncodedTensors
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Mode
 from compressor.export.rewriting import Rewriting
+from compressor.export.tracing import name_ends, over_weights, traced, without_weights
 
 MODEL_FILE = "model.onnx"
-PREFIX = "network."
-TRACED_OPSET = 21
 
 
 def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, path: Path) -> ir.Model:
@@ -49,13 +42,11 @@ def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: Enco
     if not example:
         raise ExportError(f"{path}: there is no example of the network's inputs to trace it with; give data")
     notes: list[list[str]] = []
-    shell = _Shell(_without_weights(module), list(example), notes.append)
+    shell = _Shell(without_weights(module), list(example), notes.append)
     inputs = {name or "input": value for name, value in _repeated(example).items()}
-    model = _traced(shell, inputs, path)
-    empty = {name for name, tensor in module.named_buffers() if tensor.is_meta} | set(dict(module.named_parameters()))
-    _free_weights(model.graph, shell.network, empty, tensors, path)
-    model = onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
-    _name_ends(model.graph, inputs, notes[-1])
+    axes = {name: _free_axes(value) for name, value in inputs.items()}
+    model = over_weights(traced(shell, inputs, axes, path), module, shell.network, tensors, path)
+    name_ends(model.graph, axes, notes[-1])
     return model
 
 
@@ -122,22 +113,6 @@ def _takes(module: nn.Module, argument: str) -> bool:
     )
 
 
-def _without_weights(module: nn.Module) -> nn.Module:
-    """A copy for tracing, in eval mode; its parameters are float32 memory that is never touched."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
-        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
-    network = copy.deepcopy(module, memo).eval()
-    for child in network.modules():
-        for name, buffer in child._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                child._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-            elif buffer is not None and buffer.is_floating_point():
-                child._buffers[name] = buffer.float()
-    return network
-
-
 def _repeated(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The example with 2 rows (3 where a sequence has 2 tokens) and no sequence of a single token: torch.export takes
     sizes of 0 and 1 as fixed, and equal sizes for one."""
@@ -153,87 +128,10 @@ def _is_tokens(value: Tensor) -> bool:
     return value.dim() == 2 and not value.is_floating_point()
 
 
-def _traced(shell: _Shell, inputs: dict[str, Tensor], path: Path) -> ir.Model:
-    free = torch.export.Dim.DYNAMIC
-    shapes = tuple(
-        dict.fromkeys(range(2 if _is_tokens(value) else 1), free) if value.dim() else {} for value in inputs.values()
-    )
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)  # it warns of the absence of torchvision
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                shell.eval(), (tuple(inputs.values()),), dynamic_shapes=(shapes,), dynamo=True, optimize=False,
-                opset_version=TRACED_OPSET, verbose=False,
-            )  # fmt: skip
-    except Exception as error:  # torch's tracer runs somebody else's forward; anything may come out of it
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        network = type(shell.network).__name__
-        raise CheckpointError(
-            f"{path}: torch.onnx cannot trace {network}; {reason[0]}; its forward must be free of Python branches on "
-            "values, and work for any batch"
-        ) from error
-    finally:
-        registration.setLevel(level)
-    assert program is not None
-    return program.model
-
-
-def _free_weights(graph: ir.Graph, network: nn.Module, empty: set[str], tensors: EncodedTensors, path: Path) -> None:
-    """Makes the initialisers that `tensors` hold inputs of the graph, which note their tensor's name."""
-    stored = {*tensors, *tensors.tied}
-    aliases = {name: group for group in parameter_names(network).values() for name in group}
-    for label, value in list(graph.initializers.items()):
-        name = label.removeprefix(PREFIX)
-        found = next((alias for alias in aliases.get(name, [name]) if alias in stored), None)
-        if found is None and name in empty:
-            raise ExportError(f"{path}: '{name}' has no values and no stored tensor; {len(stored)} others have")
-        if found is not None:
-            graph.initializers.pop(label)
-            value.const_value = None
-            graph.inputs.append(value)
-            value.metadata_props["tensor"] = tensors.tied.get(found, found)
-
-
-def _name_ends(graph: ir.Graph, inputs: Mapping[str, Tensor], outputs: list[str]) -> None:
-    """Names inputs, outputs and free dimensions; what is traced gets names that no builder gives."""
-    for i, node in enumerate(graph.all_nodes()):
-        node.name = f"traced.{node.op_type}.{i}"
-        for value in node.outputs:
-            value.name = f"traced.{value.name}"
-    for value in list(graph.initializers.values()):
-        value.name = f"traced.{value.name}"
-    symbols: dict[str, str] = {}
-    for value, (name, example) in zip(graph.inputs, inputs.items(), strict=False):
-        value.name = name
-        for axis, label in enumerate(("batch", "sequence") if _is_tokens(example) else ("batch",)):
-            dimension = value.shape[axis] if value.shape is not None and example.dim() else None
-            if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
-                symbols.setdefault(dimension.value, label)
-    for value in (*graph.inputs, *graph.outputs):
-        if value.shape is not None:
-            value.shape = ir.Shape([_renamed(dimension, symbols) for dimension in value.shape])
-    for i, (value, name) in enumerate(zip(graph.outputs, outputs, strict=True)):
-        if value in graph.inputs or value in list(graph.outputs)[:i]:  # one value has one name
-            graph.outputs[i] = value = _copied(graph, value, name)
-        value.name = name
-
-
-def _copied(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
-    node = ir.node("Identity", [value], name=f"traced.{name}")
-    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
-    graph.append(node)
-    return node.outputs[0]
-
-
-def _renamed(dimension: int | ir.SymbolicDim | None, symbols: Mapping[str, str]) -> int | str | None:
-    if dimension is None or isinstance(dimension, int):
-        return dimension
-    if dimension.value is None:
-        return None
-    return re.sub(r"\w+", lambda found: symbols.get(found[0], found[0]), str(dimension.value))
+def _free_axes(value: Tensor) -> dict[int, str]:
+    """The axes of an input that are free, and what they are called."""
+    axes = {0: "batch", 1: "sequence"} if _is_tokens(value) else {0: "batch"}
+    return axes if value.dim() else {}
 
 
 def _finish(model: ir.Model, mode: Mode) -> None:

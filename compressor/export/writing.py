@@ -8,18 +8,25 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from compressor.core.errors import CheckpointError
+from compressor.core.log import LOGGER
 from compressor.core.tensors import EncodedTensors
 from compressor.export.decoder import export_decoder
-from compressor.export.decoder_config import decoder_refusal
+from compressor.export.decoder_config import DecoderConfig, decoder_refusal
 from compressor.export.forms import Mode
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from compressor.checkpoints import Checkpoint
+    from compressor.export.causal import KeyValueCache
 
+UNLIMITED = 2**15
+"""Tokens that onnxruntime-genai is told of a network that sets no limit: it wants one."""
 _TRACES: WeakKeyDictionary[Any, dict[tuple, ir.Model]] = WeakKeyDictionary()
 """Of each checkpoint. Tracing takes most of the time of an export, and a network is exported several times."""
+_CACHES: WeakKeyDictionary[Any, KeyValueCache | str] = WeakKeyDictionary()
+"""Of each decoder that is traced: its cache, or why its graph has none."""
 
 
 def export_graph(
@@ -43,12 +50,17 @@ def export_graph(
         from compressor.export.genai import write_genai_config
 
         graph = export_decoder(config, tensors, directory, mode, exact)
-        write_genai_config(config, None, directory)
+        write_genai_config(config, DecoderConfig.of(config), directory)
         return graph
     from compressor.export.module import export_module
 
     calibration = batches if static else []
-    return export_module(traced(checkpoint, tensors, batches).clone(), tensors, directory, mode, exact, calibration)
+    graph = traced(checkpoint, tensors, batches).clone()
+    path = export_module(graph, tensors, directory, mode, exact, calibration)
+    cache = _CACHES.get(checkpoint)
+    if cache is not None and not isinstance(cache, str):
+        _write_genai_config(checkpoint, cache, directory)
+    return path
 
 
 def is_traced(checkpoint: Checkpoint) -> bool:
@@ -64,8 +76,22 @@ def _known_decoder(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return config
 
 
+def why_without_cache(checkpoint: Checkpoint) -> str | None:
+    """Why the traced graph of a causal decoder will have no cache; None where it will. Builds its network."""
+    cache = _cache_of(checkpoint)
+    return cache if isinstance(cache, str) else None
+
+
+def _cache_of(checkpoint: Checkpoint) -> KeyValueCache | str:
+    from compressor.export.causal import kv_cache
+
+    if checkpoint not in _CACHES:
+        _CACHES[checkpoint] = kv_cache(checkpoint.build())
+    return _CACHES[checkpoint]
+
+
 def traced(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[dict[str, Tensor]]) -> ir.Model:
-    """The graph by torch, traced once. Of `tensors` only the names count.
+    """The graph by torch, traced once: of a causal decoder with its cache. Of `tensors` only the names count.
 
     Raises:
         CheckpointError: torch cannot trace it.
@@ -74,7 +100,38 @@ def traced(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[dict[s
 
     example = encoder_example(checkpoint.config or {}) if checkpoint.family == "encoder" else (batches or [{}])[0]
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in example.items())
+    if checkpoint.family == "decoder":
+        shapes = ()
     traces, key = _TRACES.setdefault(checkpoint, {}), (frozenset({*tensors, *tensors.tied}), shapes)
     if key not in traces:
-        traces[key] = trace_module(checkpoint.build(), example, tensors, checkpoint.path)
+        found = _with_cache(checkpoint, tensors) if checkpoint.family == "decoder" else None
+        traces[key] = found or trace_module(checkpoint.build(), example, tensors, checkpoint.path)
     return traces[key]
+
+
+def _with_cache(checkpoint: Checkpoint, tensors: EncodedTensors) -> ir.Model | None:
+    """The graph of a decoder with its cache; None where there is none to be given, or torch cannot trace it."""
+    from compressor.export.causal import trace_decoder
+
+    cache = _cache_of(checkpoint)
+    if isinstance(cache, str):
+        return None
+    try:
+        return trace_decoder(checkpoint.build(), cache, tensors, checkpoint.path)
+    except CheckpointError as error:
+        LOGGER.warning("%s; its graph gets no KV cache", error)
+        _CACHES[checkpoint] = str(error)
+        return None
+
+
+def _write_genai_config(checkpoint: Checkpoint, cache: KeyValueCache, directory: Path) -> None:
+    """For onnxruntime-genai, where all layers keep heads of one size."""
+    from compressor.export.genai import Sizes, write_genai_config
+
+    kept, known = {size for layer in cache.layers for size in (layer.key, layer.value)}, cache.settings
+    if len(kept) > 1 or None in known:
+        return
+    (kv_heads, head_dim), (heads, hidden, vocabulary) = kept.pop(), known
+    context = checkpoint.positions or UNLIMITED
+    sizes = Sizes(len(cache.layers), hidden, heads, kv_heads, head_dim, vocabulary, context)
+    write_genai_config(checkpoint.config or {}, sizes, directory)

@@ -176,10 +176,14 @@ def geometry(module: nn.Module) -> tuple:
 
 @dataclass
 class Stage:
-    """Layers that see the same input, in the order in which a forward reaches them."""
+    """Layers that see the same input, in the order in which a forward reaches them.
+
+    Or, where they do not `share` it, layers of which none sees what another makes: those of several experts.
+    """
 
     names: list[str]
     calls: int
+    share: bool = True
 
 
 def stages(order: list[tuple[str, int]]) -> list[Stage]:

@@ -16,6 +16,7 @@ from compressor.core.contract import Learnable
 from compressor.core.encoding import Codebook, Encoding, Refined, Scaled, Scales
 from compressor.core.errors import PassError
 from compressor.core.passes import Moves, Rates
+from compressor.ops.sums import mean
 
 _AT_ONCE = 1 << 18
 """Codes that look for a better codeword."""
@@ -37,7 +38,7 @@ def learnable(encoding: Encoding, moves: Moves, keeps_zeros: bool = False) -> Le
 
 
 def _scale_group(scales: Tensor, rates: Rates) -> dict:
-    return {"params": [scales], "lr": rates.scale * float(scales.detach().abs().mean())}
+    return {"params": [scales], "lr": rates.scale * float(mean(scales.detach().abs()))}
 
 
 def _stored(scales: Tensor, like: Scales) -> Scales:
@@ -142,7 +143,7 @@ class LearnedCodebook(Learnable):
         """Adds a step's gradient of the values, scaled to unit root mean square, to what codes will move by."""
         if not self._moves.rate:
             return
-        size = gradient.pow(2).mean().sqrt().clamp_min(1e-30)
+        size = mean(gradient.pow(2)).sqrt().clamp_min(1e-30)
         if self._gathered is None:
             self._gathered = torch.zeros(gradient.shape, dtype=torch.bfloat16)
         self._gathered.add_(gradient, alpha=-self._moves.rate / float(size))

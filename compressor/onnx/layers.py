@@ -234,6 +234,10 @@ class _Names:
         return self._free(parts, lambda path: [path])
 
     def _free(self, parts: list[str], tensors: Callable[[str], list[str]]) -> str:
+        parts = list(parts)
+        for i in range(len(parts) - 1):  # below a tensor there is no place
+            while ".".join(parts[: i + 1]) in self._tensors:
+                parts[i] += "_"
         for number in range(10_000_000):
             path = ".".join(parts) + (f"_{number}" if number else "")
             made = tensors(path)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compressor.core.contract import Pruned, PruningPass, Statistics
 from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.sums import mean
 from compressor.passes.settings.fields import whole_share
 from compressor.passes.settings.gblm import SPARSEGPT_COLUMNS, GblmSettings
 
@@ -117,7 +118,7 @@ def sparsegpt(
 
 def outlier_fraction(scores: Tensor) -> float:
     """The share of scores (out, in) above 5 times their mean (OWL's layerwise outlier distribution)."""
-    return float((scores > OUTLIER * scores.mean()).float().mean())
+    return float(mean((scores > OUTLIER * mean(scores)).float()))
 
 
 def allocate(outliers: Mapping[str, float], shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, float]:

@@ -19,6 +19,7 @@ from compressor.core.contract import Statistics, WeightPass
 from compressor.core.encoding import Codebook, Scales
 from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.sums import mean
 from compressor.ops.vector_descent import best_codes, best_scales, decoded, row_losses
 from compressor.ops.vector_quantization import (
     balanced_clusters,
@@ -79,7 +80,7 @@ def start(width: int, dim: int) -> tuple[Tensor, float]:
 
     def loss(resolution: float) -> float:
         grid = snap(codewords, resolution) / resolution
-        return float((points - grid[nearest(points, grid)]).pow(2).mean())
+        return float(mean((points - grid[nearest(points, grid)]).pow(2)))
 
     return codewords, min((2.0, 2.3, 2.6, 3.0, 3.5, 4.0, 4.6, 5.2), key=loss)
 

@@ -36,6 +36,7 @@ from compressor.core.errors import CheckpointError
 from compressor.core.follower import Follower
 from compressor.core.signing import SIZE, THRESHOLD, SignedInputs, hard_sign, input_channels, sign_inputs
 from compressor.core.structure import Layer, Outcome, Subject
+from compressor.ops.sums import mean
 from compressor.passes.settings.reste import ResteSettings
 
 CUT, FLAT = 1.5, 0.1
@@ -98,7 +99,7 @@ def binary_weight(weight: Tensor, scale: str = "layer", sign: Callable[[Tensor],
 
 def _mean_size(weight: Tensor, scale: str) -> Tensor:
     size = weight.abs()
-    return size.mean() if scale == "layer" else size.flatten(1).mean(1).view(-1, *[1] * (weight.dim() - 1))
+    return mean(size) if scale == "layer" else size.flatten(1).mean(1).view(-1, *[1] * (weight.dim() - 1))
 
 
 class Estimator(Follower):
@@ -142,7 +143,7 @@ class Binarised(nn.Module):
         """Its derivative is slope(W), or with unit mean slope(W / u) / u, u = mean|W| held fast."""
         if self.settings.unit == "raw":
             return self.estimator.sign(weight)
-        return self.estimator.sign(weight / weight.detach().abs().mean().clamp_min(_TINY))
+        return self.estimator.sign(weight / mean(weight.detach().abs()).clamp_min(_TINY))
 
 
 class Reste(ResteSettings, TrainedPass):
@@ -197,7 +198,7 @@ def _measured(subject: Subject, layers: list[Layer]) -> list[SignedInputs]:
     means = _mean_inputs(subject, layers, lambda name, x: x.movedim(places[name], 0).flatten(1).mean(1))
 
     def distance(name: str, x: Tensor) -> Tensor:
-        return (x.movedim(places[name], -1) - means[name]).abs().mean().view(1)
+        return mean((x.movedim(places[name], -1) - means[name]).abs()).view(1)
 
     sizes = _mean_inputs(subject, layers, distance)
     hooks = [sign_inputs(layer.module) for layer in layers]

@@ -75,6 +75,31 @@ class Calibration(_Section):
     samples: Positive = 256
 
 
+class Images(_Section):
+    """How pictures become inputs, in the words of preprocessor_config.json; what is null is as that file says, where it
+    lies beside the model, else as ImageNet's networks have it.
+
+    size            of the inputs in pixels: a side, or height and width; 224
+    shortest_edge   length to which a picture's short side is scaled before the middle is cropped; 8/7 of the size.
+                    0 crops nothing: the whole picture is squeezed into the size
+    image_mean      per channel, taken off after `rescale_factor` (1/255); [0.485, 0.456, 0.406]
+    image_std       by which that is divided; [0.229, 0.224, 0.225]
+    layout          nchw, or nhwc: channels last
+    channels        rgb, bgr or grey, a single one
+    classes         the network's, in its order, as folders are called. Null: as the config's id2label has them, else
+                    as numbers of folders say, else the folders in sorted order where they are as many as the classes
+    """
+
+    size: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None = None
+    shortest_edge: Annotated[int, Field(ge=0)] | None = None
+    rescale_factor: Annotated[float, Field(gt=0)] | None = None
+    image_mean: float | list[float] | None = None
+    image_std: float | list[float] | None = None
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    channels: Literal["rgb", "bgr", "grey"] = "rgb"
+    classes: list[str] | None = None
+
+
 class Distill(_Section):
     """Learning at the end, for any weight pass of a language model: the whole network on the original's predictions.
 
@@ -205,6 +230,7 @@ class Evaluation(_Section):
 
 SECTIONS: dict[str, type[_Section]] = {
     "calibration": Calibration,
+    "images": Images,
     "embeddings": Embeddings,
     "distill": Distill,
     "export": Export,
@@ -239,6 +265,7 @@ class Recipe(BaseModel):
     needs: str = ""
     passes: tuple[Step, ...]
     calibration: Calibration = Calibration()
+    images: Images = Images()
     embeddings: Embeddings = Embeddings()
     distill: Distill = Distill()
     export: Export = Export()

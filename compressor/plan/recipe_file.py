@@ -17,8 +17,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from compressor.core.errors import RecipeError, suggestion
+from compressor.core.files import resolved
 from compressor.core.passes import STAGES
-from compressor.core.reading import read_text
+from compressor.core.reading import read_text, refuse_special
 from compressor.passes.registry import SETTINGS
 from compressor.plan.recipe import SECTIONS, Evaluation, Gates, Recipe, Step
 
@@ -90,8 +91,14 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     looks_like_path = name.endswith((".yaml", ".yml")) or "/" in name
     if looks_like_path:
         path = beside / name if beside and not Path(name).is_absolute() else Path(name)
-        if path.is_file():
-            return path
+        try:
+            if path.is_file():
+                return path
+        except OSError as error:  # a name that is too long
+            raise RecipeError(f"{path!s:.80}: cannot be read; {error.strerror}; give a YAML file") from error
+        refuse_special(path, RecipeError)
+        if path.is_symlink():
+            raise RecipeError(f"{path}: links to {path.readlink()}, which is not there; give a YAML file")
         raise RecipeError(f"{path}: no such recipe file; give a YAML file, or a name from `compress recipes`")
     shipped = shipped_recipes()
     if name not in shipped:
@@ -148,19 +155,19 @@ def _read(path: Path, where: str, importers: tuple[Path, ...]) -> _Draft:
     for key in content:
         if key not in KEYS:
             raise RecipeError(f"{where}: no key '{key}'. {suggestion(str(key), KEYS)}")
-    chain = (*importers, path.resolve())
+    chain = (*importers, resolved(path))
     draft = _Draft()
     for name in _names(content.get("imports", []), f"{where}, imports"):
         try:
             imported = find_recipe(name, path.parent)
         except RecipeError as error:
             raise RecipeError(f"{where}, imports: {error}") from error
-        if imported.resolve() in chain:
-            cycle = " → ".join(step.stem for step in (*chain[chain.index(imported.resolve()) :], imported))
+        if resolved(imported) in chain:
+            cycle = " → ".join(step.stem for step in (*chain[chain.index(resolved(imported)) :], imported))
             raise RecipeError(f"{where}: imports go in a circle, {cycle}; remove one of them")
         _extend(draft, _read(imported, imported.name, chain))
     own = _draft(content, where)
-    if path.resolve().parent != recipe_directory().resolve():
+    if resolved(path).parent != resolved(recipe_directory()):
         own.reaches = _reaching(own)
     _extend(draft, own)
     return draft

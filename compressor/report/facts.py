@@ -11,9 +11,13 @@ from typing import Any
 
 from compressor.core.artifact import WEIGHTS, Artifact
 from compressor.core.errors import CheckpointError
+from compressor.core.files import resolved
 from compressor.core.packed import encoding_label, packed_tensors
+from compressor.core.quantities import size
 from compressor.core.roles import block_of, folded
 
+LITTLE = 0.05
+"""A difference in speed that is not worth a word."""
 MOST_LAYERS = 48
 TABLES = "outside of layers"
 _NUMBERED = re.compile(r"^(.*?_\d+)\.[^.]+\.")
@@ -121,8 +125,8 @@ def loss_of(report: dict[str, Any]) -> Loss | None:
 def siblings(artifact: Artifact) -> list[Artifact]:
     """Other artifacts of the same original in the same folder."""
     digest = (artifact.report.get("source") or {}).get("sha256")
-    beside = artifact.directory.resolve().parent
-    paths = [path for path in sorted(beside.glob("*/compression.json")) if path.parent != artifact.directory.resolve()]
+    beside = resolved(artifact.directory).parent
+    paths = [path for path in sorted(beside.glob("*/compression.json")) if path.parent != resolved(artifact.directory)]
     found = []
     for path in paths:
         with contextlib.suppress(CheckpointError):  # a damaged one beside it is nothing to compare with
@@ -131,11 +135,28 @@ def siblings(artifact: Artifact) -> list[Artifact]:
 
 
 def title_of(directory: Path) -> str:
-    return directory.resolve().name
+    return resolved(directory).name
 
 
 def _product(shape: Iterable[int]) -> int:
     product = 1
-    for size in shape:
-        product *= size
+    for length in shape:
+        product *= length
     return product
+
+
+def drawbacks(report: dict[str, Any]) -> list[str]:
+    """In what the artifact is worse than its original where a person would expect better: size and speed."""
+    sizes, found = report.get("size") or {}, []
+    before, after = sizes.get("original_bytes"), sizes.get("bytes")
+    if before and after and after >= before:
+        found.append(f"larger than its original: {size(after)}, not {size(before)}")
+    speed, original = report.get("speed") or {}, report.get("original_speed") or {}
+    times = [each.get("latency_seconds") for each in (original, speed)]
+    errors = [each.get("latency_error") or 0.0 for each in (original, speed)]
+    if all(times) and times[0] / times[1] < 1 - max(LITTLE, 3 * sum(errors)):
+        found.append(f"slower than its original: {times[0] / times[1]:.2f} × its speed")
+    rates = [each.get("decode_tokens_per_second") for each in (original, speed)]
+    if all(rates) and rates[1] / rates[0] < 1 - LITTLE:
+        found.append(f"slower than its original: {rates[1] / rates[0]:.2f} × its tokens per second")
+    return found

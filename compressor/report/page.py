@@ -5,6 +5,7 @@ Here is what the page says, templates/page.html is how it looks. No path of the 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compressor.core.artifact import Artifact
+from compressor.core.errors import UsageError
 from compressor.core.files import write_text
 from compressor.core.quantities import duration, size
 from compressor.report import facts
@@ -30,36 +32,60 @@ _NUMBER = re.compile(r"^[a-z_]*?_(\d[\d_]*)$")
 
 
 def write_page(directories: Sequence[Path], target: Path, title: str = "") -> None:
-    """Writes the page of the first artifact; the others are beside it where size is held against quality."""
+    """Writes the page of the first artifact; the others are beside it where size is held against quality.
+
+    Raises:
+        UsageError: There is another kind of file at `target`, which a page would destroy.
+    """
+    _refuse_other_than_page(target)
     artifacts = [Artifact.open(directory) for directory in directories]
     write_text(target, page(artifacts[0], artifacts[1:], title or facts.title_of(directories[0])))
 
 
-def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
-    """The page as HTML."""
-    environment = Environment(
+def _refuse_other_than_page(target: Path) -> None:
+    if target.is_symlink() or not target.is_file():  # a link is replaced itself
+        return
+    with target.open("rb") as file:
+        begins = file.read(200).lstrip().lower()
+    if begins and not begins.startswith((b"<!doctype html", b"<html")):
+        raise UsageError(f"{target}: is there and is no page; give another file with -o, or remove it")
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Compiles the templates once."""
+    return Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
+
+
+def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
+    """The page as HTML."""
     report = artifact.report
     source, recipe = report.get("source") or {}, report.get("recipe") or {}
     tensors = facts.stored_tensors(artifact)
-    return environment.get_template("page.html").render(
-        title=title,
-        what=f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}",
-        description=recipe.get("description", ""),
-        tiles=_tiles(report),
-        gates=_gates(report),
-        layers=_layers(tensors),
-        binary=_binary(report),
-        errors=_errors(tensors),
-        outputs=_outputs(report),
-        against_quality=_against_quality(artifact, others, title),
-        searches=_searches(report),
-        stages=_stages(report),
-        kinds=_kinds(tensors),
-        provenance=_provenance(report),
-        recipe=yaml.safe_dump(_named(recipe), sort_keys=False, allow_unicode=True),
+    made = f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}"
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=title,
+            what="; ".join((made, *facts.drawbacks(report))),
+            description=recipe.get("description", ""),
+            tiles=_tiles(report),
+            gates=_gates(report),
+            layers=_layers(tensors),
+            binary=_binary(report),
+            errors=_errors(tensors),
+            outputs=_outputs(report),
+            against_quality=_against_quality(artifact, others, title),
+            searches=_searches(report),
+            stages=_stages(report),
+            kinds=_kinds(tensors),
+            provenance=_provenance(report),
+            recipe=yaml.safe_dump(_named(recipe), sort_keys=False, allow_unicode=True),
+        )
     )
 
 

@@ -13,6 +13,7 @@ from compressor.core.roles import folded
 from compressor.core.terminal import make_console
 from compressor.plan.plan import Plan
 from compressor.plan.recipe import SECTIONS, Recipe
+from compressor.report.facts import drawbacks
 
 
 def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
@@ -104,7 +105,7 @@ _MEASURES = (
 
 
 def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
-    """The outcome of a run, before and after; all of it is in compression.json."""
+    """The outcome of a run, before and after, first of all what got worse; all of it is in compression.json."""
     made = table("", "before", "after", numbers=["before", "after"])
     sizes, worst = report.get("size") or {}, (report.get("quality") or {}).get("worst") or {}
     if sizes:
@@ -138,7 +139,7 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
         binary.get("runs_as")) else []  # fmt: skip
-    parts: list[Any] = [made, *quality_tables(report), *notes]
+    parts: list[Any] = [*drawbacks(report), made, *quality_tables(report), *notes]
     return [*parts, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
 
 

@@ -18,6 +18,7 @@ from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.computed import without_parametrisations
 from compressor.core.artifact import Artifact, beside
 from compressor.core.errors import ChangedError, GateFailed, UsageError
+from compressor.core.files import resolved
 from compressor.core.identity import Identity
 from compressor.core.log import LOGGER, LoggedProgress
 from compressor.core.memory import freed_is_kept, quick_collections
@@ -179,8 +180,8 @@ def _paths_of_data(options: RunOptions) -> list[Path]:
 
 def _refuse_replacing_sources(place: Place) -> None:
     """Refuses to put the artifact where what it is made of lies: that would be gone."""
-    output = place.output.resolve()
-    inside = [name for name in place.sources.files if Path(name).resolve().is_relative_to(output)]
+    output = resolved(place.output)
+    inside = [name for name in place.sources.files if resolved(Path(name)).is_relative_to(output)]
     if inside:
         raise UsageError(f"{place.output}: would replace {inside[0]}, which is read; give another directory with -o")
 

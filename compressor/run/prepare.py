@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import refuse_target
 from compressor.core.errors import CheckpointError, DataError, UsageError
-from compressor.core.options import RunOptions
+from compressor.core.options import RunOptions, refuse_seed
 from compressor.core.training import Training, unlabelled
 from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
@@ -86,8 +86,9 @@ def first_recipe(asked: RunOptions) -> Recipe:
     """The recipe as it is written, where nothing stands in the output's place: what takes no time to refuse.
 
     Raises:
-        UsageError: Something does, or the recipe is wrong.
+        UsageError: Something does, or the recipe or the seed is wrong.
     """
+    refuse_seed(asked.seed)
     refuse_target(asked.directory, asked.force, asked.resume)
     refuse_reaching(asked.recipe, asked.trust_recipe)
     return load_recipe(asked.recipe, asked.sets)
@@ -144,7 +145,11 @@ def _without_cache(checkpoint: Checkpoint, options: RunOptions) -> tuple[str, ..
     """A note where the graph of a language model will not keep what it has read."""
     if options.format != "onnx" or checkpoint.kind == "onnx" or checkpoint.family != "decoder":
         return ()
-    reason = decoder_refusal(checkpoint.config or {})
+    if decoder_refusal(checkpoint.config or {}) is None:
+        return ()
+    from compressor.export.writing import why_without_cache
+
+    reason = why_without_cache(checkpoint)
     return (f"no KV cache: the graph reads the whole text again for each token; {reason}",) if reason else ()
 
 

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 from compressor.checkpoints import Checkpoint
+from compressor.core.files import resolved
 from compressor.core.identity import Identity
 from compressor.core.report import Data, Facts, Report, Source
 from compressor.core.work import Work
@@ -44,7 +45,7 @@ def report_of(
 
 
 def _source(checkpoint: Checkpoint, identity: Identity, model: str, arch: str | None) -> Source:
-    described = checkpoint.describe() | {"path": str(Path(model).resolve())}
+    described = checkpoint.describe() | {"path": str(resolved(Path(model)))}
     return Source.model_validate(described | {"sha256": identity.model["weights"], "arch": arch})
 
 
@@ -60,4 +61,4 @@ def _data(samples: Samples, identity: Identity, arguments: dict[str, str | None]
 
 def _found_again(argument: str | None) -> str | None:
     """A path that holds in any folder; module:callable as it is."""
-    return str(Path(argument).resolve()) if argument is not None and Path(argument).exists() else argument
+    return str(resolved(Path(argument))) if argument is not None and Path(argument).exists() else argument

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from compressor.core.batch import Batch
 from compressor.core.contract import Statistics
 from compressor.core.encoding import Affine, Dense, Layout, Refined
+from compressor.core.log import LOGGER
 from compressor.core.passes import WeightSettings
 from compressor.core.spec import RefinedSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.core.work import Work
-from compressor.graph.blocks import geometry, layers, layout_of, recurrent, unfolds, weight_of
+from compressor.graph.blocks import layers, recurrent, unfolds, weight_of
 from compressor.learning.reconstruction import reconstruct
 from compressor.learning.student import Student
 from compressor.passes.registry import load_pass
@@ -29,10 +30,12 @@ from compressor.sweeps.backward import head_of
 from compressor.sweeps.chain import Chain, Choice, Learners
 from compressor.sweeps.gradients import load_gradients
 from compressor.sweeps.means import correct_means, layer_means
-from compressor.sweeps.network import Arguments, Network, hidden_of, layer_stages, n_examples, second_moments
+from compressor.sweeps.network import Arguments, Network, groups_of, hidden_of, layer_stages, moments_of, n_examples
 from compressor.sweeps.prefix import Settled
 from compressor.sweeps.sparsity import allocated_shares
 from compressor.sweeps.survey import Survey
+
+_UNREACHED = "no token of the calibration data reaches %s: rounded as if every input counted alike"
 
 
 @torch.no_grad()
@@ -202,17 +205,18 @@ def _encode_block(
     encoded = [weight_of(found[name]) for name in chains]
     settled = Settled(network, block, () if prefix else reached, encoded)
     for stage in layer_stages(network, block, dotted, reached[0]) if reached else ():
-        for due in alike([name for name in stage.names if name in chains], found):
-            moments, n_rows = {}, 0
+        for due in groups_of(stage, chains, found):
+            moments: dict[str, tuple[Tensor, int]] = {}
             if unfolds(found[due[0]]) and any("data" in chains[name].needs for name in due):
                 settled.advance()
-                moments, n_rows = second_moments(
-                    network, block, found, due, stage.calls, reached, survey.importance, settled.begun
+                moments = moments_of(
+                    network, block, found, due, stage, reached, survey.importance, settled.begun
                 )  # fmt: skip
+                if unreached := [name for name, (_, n_rows) in moments.items() if not n_rows]:
+                    LOGGER.warning(_UNREACHED, ", ".join(unreached))
             for name in due:
-                known = Statistics(
-                    moments.get(name), gradients.get(name), n_sequences, n_rows // n_sequences, shares.get(name)
-                )
+                moment, n_rows = moments.get(name, (None, 0))
+                known = Statistics(moment, gradients.get(name), n_sequences, n_rows // n_sequences, shares.get(name))
                 tensors[name] = chains[name].of_layer(name, found[name], known, work.generator(name), learners)
                 weight = weight_of(found[name])
                 weight.data = tensors[name].decode()
@@ -239,16 +243,6 @@ def encode_recurrent(module: nn.Module, prefix: str, choice: Choice, work: Work)
         tensors[name] = EncodedTensor(encoding, Layout(tuple(parameter.shape)))
         parameter.data = tensors[name].decode()
     return tensors
-
-
-def alike(names: list[str], found: Mapping[str, nn.Module]) -> list[list[str]]:
-    """The layers in groups that make the same rows of their shared input: its second moment is that of the group."""
-    groups: dict[tuple, list[str]] = {}
-    for name in names:
-        module, layout = found[name], layout_of(found[name])
-        assert layout is not None
-        groups.setdefault((unfolds(module), geometry(module), layout.transposed), []).append(name)
-    return list(groups.values())
 
 
 def _compute_with(network: Network, block: nn.Module, prefix: str, tensors: EncodedTensors) -> None:

@@ -8,32 +8,40 @@ prefix. Hidden states between blocks are the only activations that are kept.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoints.experts import routed
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.batch import Batch, arguments, call
 from compressor.core.memory import give_back
 from compressor.core.resources import refuse_shortage
 from compressor.graph.blocks import (
+    Stage,
     block_names,
     detached,
     fast_bfloat16,
     first_tensor,
+    geometry,
     layers,
+    layout_of,
     patched,
     stages,
     tensors_in,
     unfold_inputs,
+    unfolds,
+    weight_of,
     without_cache,
 )  # fmt: skip
 from compressor.learning.head import Logits
 from compressor.ops.gram import add_gram, mirror
 
 Arguments = tuple[tuple, dict]
+LIMIT = 512_000_000
+"""Bytes of second moments that are gathered at once of layers that have one each."""
 
 
 class Stop(Exception):
@@ -291,7 +299,7 @@ def n_examples(arguments: Arguments) -> int:
 
 
 @torch.no_grad()
-def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arguments) -> list:
+def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arguments) -> list[Stage]:
     """The block's encodable layers in stages, by running one batch."""
     order: list[tuple[str, int]] = []
     keep: list[Tensor] = []
@@ -314,7 +322,78 @@ def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arg
     finally:
         for handle in handles:
             handle.remove()
-    return stages(order)
+    return _side_by_side(stages(order), routed(block, prefix))
+
+
+def _side_by_side(found: list[Stage], apart: Collection[str]) -> list[Stage]:
+    """The stages; the experts of a mixture are gone through together, all first products and then all second ones."""
+    joined: list[Stage] = []
+    for stage in found:
+        if not set(stage.names) <= set(apart):
+            joined.append(stage)
+            continue
+        mixture, _, layer, kind = stage.names[0].rsplit(".", 3)
+        same = [each for each in joined if not each.share and each.names[0].startswith(f"{mixture}.")
+                and each.names[0].endswith(f".{layer}.{kind}")]  # fmt: skip
+        if same:
+            same[0].names += stage.names
+        else:
+            joined.append(Stage(stage.names, stage.calls, share=False))
+    return joined
+
+
+def groups_of(stage: Stage, names: Collection[str], found: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Those of a stage's layers that are named, in groups whose moments are gathered by running the block once.
+
+    They make the same rows of an input that they share; or they are as many as LIMIT has room for.
+    """
+    groups: dict[tuple, list[str]] = {}
+    held = 0
+    for name in (name for name in stage.names if name in names):
+        module, layout = found[name], layout_of(found[name])
+        assert layout is not None
+        if stage.share:
+            key: tuple = (unfolds(module), geometry(module), layout.transposed)
+        else:
+            held += 4 * weight_of(module).shape[1] ** 2
+            key = (held // LIMIT,)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def moments_of(
+    network: Network, block: nn.Module, found: Mapping[str, nn.Module], names: list[str], stage: Stage,
+    reached: list[Arguments], importance: Mapping[str, Tensor],
+    begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
+) -> dict[str, tuple[Tensor, int]]:  # fmt: skip
+    """H and the number of tokens of each layer of a group, see `second_moments`."""
+    if stage.share:
+        shared, n_tokens = second_moments(network, block, found, names, stage.calls, reached, importance, begun)
+        return {name: (moment, n_tokens) for name, moment in shared.items()}
+    sums = {name: torch.zeros(n_in, n_in) for name in names for n_in in (weight_of(found[name]).shape[1],)}
+    counts = dict.fromkeys(names, 0)
+
+    def watching(name: str) -> Callable[[nn.Module, tuple], None]:
+        def watch(module: nn.Module, args: tuple) -> None:
+            with torch.autocast("cpu", enabled=False):
+                rows = unfold_inputs(module, args[0])
+                add_gram(sums[name], rows)
+            counts[name] += len(rows)
+
+        return watch
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name in names:
+            hooks.enter_context(found[name].register_forward_pre_hook(watching(name)))
+        for i, arguments in enumerate(reached):
+            with begun(i):
+                network.step(block, arguments)
+    return {name: (_mean(total, counts[name]), counts[name]) for name, total in sums.items()}
+
+
+def _mean(total: Tensor, n: int) -> Tensor:
+    """The lower half of a sum of n as a whole mean, in place; where n is 0, every input counts alike."""
+    return mirror(total.div_(n) if n else total.fill_diagonal_(1))
 
 
 @torch.no_grad()
@@ -330,8 +409,9 @@ def second_moments(
 ) -> tuple[dict[str, Tensor], int]:
     """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
 
-    The layers share their input, so that without importance they share one H. The forward of batch number i runs
-    within `begun(i)`, and ends at the last call.
+    Where there are none, as with an expert that no token is sent to, every input counts alike. The layers share their
+    input, so that without importance they share one H. The forward of batch number i runs within `begun(i)`, and ends
+    at the last call.
     """
     sums: dict[str, Tensor] = {}
     counts = {"tokens": 0, "calls": 0}
@@ -358,6 +438,6 @@ def second_moments(
             with begun(i), contextlib.suppress(Stop):
                 network.step(block, arguments)
     for total in sums.values():
-        mirror(total.div_(max(1, counts["tokens"])))
+        _mean(total, counts["tokens"])
     shared = next(iter(sums.values()))
     return {name: sums.get(name, shared) for name in names}, counts["tokens"]

@@ -18,10 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoints.experts import routed
 from compressor.core.batch import Batch
 from compressor.core.errors import CheckpointError
 from compressor.core.log import LOGGER
 from compressor.graph.blocks import layers
+from compressor.ops.sums import mean
 from compressor.sweeps.backward import (
     HiddenFiles,
     back_through,
@@ -185,18 +187,21 @@ def _backward(
             back_through(network, index, stored, upstream, lambda _: None)
             for handle in handles:
                 handle.remove()
+        apart = routed(block, f"{name}.")
         for weight, parts in collected.items():
             values = torch.cat(parts)
-            found.importance[weight], found.scales[weight] = _shares(values, weight, network), float(values.mean())
+            found.scales[weight] = float(mean(values)) if len(values) else 0.0
+            if weight not in apart:  # which tokens reach an expert differs once weights are encoded
+                found.importance[weight] = _shares(values, weight, network)
         advance()
-    found.scales[""] = float(torch.stack([part.pow(2).mean() for part in upstream]).mean())
+    found.scales[""] = float(torch.stack([mean(part.pow(2)) for part in upstream]).mean())
 
 
 def _shares(values: Tensor, name: str, network: Network) -> Tensor:
     """Relative to their mean, at most 50."""
     if not bool(values.isfinite().all()):
         raise CheckpointError(f"{network.checkpoint.path}: the gradient at '{name}' is not finite")
-    return (values / values.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=LARGEST_IMPORTANCE)
+    return (values / mean(values).clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=LARGEST_IMPORTANCE)
 
 
 def _collector(into: list[Tensor]):

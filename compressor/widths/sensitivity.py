@@ -25,11 +25,12 @@ from compressor.core.batch import Batch
 from compressor.core.contract import Statistics
 from compressor.core.passes import WeightSettings
 from compressor.core.work import Work
-from compressor.graph.blocks import layers, matrix_of, unfolds, weight_of
+from compressor.graph.blocks import Stage, layers, matrix_of, unfolds, weight_of
+from compressor.ops.sums import total
 from compressor.passes.registry import load_pass
 from compressor.sweeps.backward import head_of
-from compressor.sweeps.encode import alike, has_blocks
-from compressor.sweeps.network import Arguments, Network, layer_stages, second_moments
+from compressor.sweeps.encode import has_blocks
+from compressor.sweeps.network import Arguments, Network, groups_of, layer_stages, moments_of
 from compressor.sweeps.prefix import Settled
 from compressor.sweeps.survey import Survey
 from compressor.widths.ladder import Option, Options
@@ -70,10 +71,10 @@ def tensor_errors(
         compared = [weight_of(inside[name]) for name in inside.keys() & options.keys()]
         settled = Settled(network, module, () if block else reached, compared)
         for stage in layer_stages(network, module, prefix, reached[0]):
-            for due in alike([name for name in stage.names if name in options], inside):
+            for due in groups_of(stage, options, inside):
                 if unfolds(inside[due[0]]):
                     settled.advance()
-                    moments = _moments(network, module, inside, due, stage.calls, reached, survey, settled)
+                    moments = _moments(network, module, inside, due, stage, reached, survey, settled)
                 for name in due:
                     settled.done(weight_of(inside[name]))
                     found[name] = _of_layer(inside[name], moments.pop(name, None), options[name], work.generator(name))
@@ -86,7 +87,7 @@ def tensor_errors(
 
 
 def _moments(
-    network: Network, block: nn.Module, inside: Mapping[str, nn.Module], due: list[str], calls: int,
+    network: Network, block: nn.Module, inside: Mapping[str, nn.Module], due: list[str], stage: Stage,
     reached: list[Arguments], survey: Survey, settled: Settled,
 ) -> dict[str, Moments]:  # fmt: skip
     """Of each layer: to encode by, and to measure the error by.
@@ -96,13 +97,13 @@ def _moments(
     """
     n_parts = 1 if survey.importance or len(reached) < 2 else 2
     parts = [
-        second_moments(
-            network, block, inside, due, calls, reached[part::n_parts], survey.importance,
+        moments_of(
+            network, block, inside, due, stage, reached[part::n_parts], survey.importance,
             lambda i, part=part: settled.begun(n_parts * i + part),
-        )[0]
+        )
         for part in range(n_parts)
     ]  # fmt: skip
-    return {name: (parts[0][name], parts[-1][name]) for name in due}
+    return {name: (parts[0][name][0], parts[-1][name][0]) for name in due}
 
 
 def _outside(
@@ -143,7 +144,7 @@ def _errors(
 
     def error(method: WeightSettings) -> float:
         difference = weight - load_pass(method).encode(weight, Statistics(given), generator).decode()
-        return factor * float(((difference @ moment) * difference).sum().clamp_min(0))
+        return factor * float(total((difference @ moment) * difference).clamp_min(0))
 
     probe = len(options) // 2
     quick = [error(option.method.quick()) for option in options]

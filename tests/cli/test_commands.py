@@ -229,12 +229,12 @@ def test_inspect_shows_an_artifact(folder, command):
     from compressor.core.tensors import EncodedTensor, write_tensors
 
     (folder / "art").mkdir()
-    (folder / "art" / "compression.json").write_text('{"recipe": "llm-2bit"}')
+    (folder / "art" / "compression.json").write_text('{"recipe": {"name": "llm-2bit"}}')
     write_tensors(folder / "art" / "model.safetensors", {"w": EncodedTensor.dense(torch.ones(3, 5))})
     found = json.loads(command("inspect art --json").out)
     assert found["kind"] == "artifact"
     assert found["bytes_by_encoding"] == {"dense": 60}
-    assert found["report"] == {"recipe": "llm-2bit"}
+    assert found["report"] == {"recipe": {"name": "llm-2bit"}}
 
 
 def test_the_default_directory_is_named_by_model_and_recipe():

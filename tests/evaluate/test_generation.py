@@ -30,14 +30,14 @@ TEMPLATE = "{% for each in messages %}{{ each.role }}: {{ each.content }} {% end
 
 @pytest.fixture(scope="module")
 def asked(module_here) -> RunOptions:
-    """A GPT-2 with the template of a chat, texts, and a recipe."""
-    pico.gpt2(module_here / "gpt2")
-    (module_here / "gpt2" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    """A GPT with the template of a chat, texts, and a recipe."""
+    pico.openai_gpt(module_here / "gpt")
+    (module_here / "gpt" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (module_here / "recipe.yaml").write_text(RECIPE)
     for i, name in enumerate(("calibration", "evaluation")):
         (module_here / f"{name}.txt").write_text(pico.text(1 + i))
     texts = {"data": "calibration.txt", "eval": "evaluation.txt"}
-    return RunOptions(model="gpt2", output=Path("out"), recipe="recipe.yaml", **texts)
+    return RunOptions(model="gpt", output=Path("out"), recipe="recipe.yaml", **texts)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def made(asked) -> Artifact:
 
 
 def test_the_plan_says_that_there_will_be_no_cache(asked, llama):
-    assert [note for note in prepare(asked).plan.notes if note.startswith("no KV cache") and "'gpt2'" in note]
+    why = "OpenAIGPTLMHeadModel takes no past_key_values"
+    assert [note for note in prepare(asked).plan.notes if note.startswith("no KV cache") and why in note]
     known = prepare(RunOptions(model=str(llama), output=Path("other"), recipe="recipe.yaml", data="calibration.txt"))
     assert not [note for note in known.plan.notes if "cache" in note]
 

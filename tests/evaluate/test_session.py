@@ -10,7 +10,8 @@ import pytest
 from onnx import parser
 
 from compressor.core.errors import CheckpointError
-from compressor.evaluate.bench import bench, size
+from compressor.evaluate import bench_process
+from compressor.evaluate.bench import alternated, bench, size
 from compressor.evaluate.session import DecoderSession, ModuleSession, open_session, sample
 from tests.onnx.graphs import decoder_logits, save_classifier, save_decoder
 
@@ -79,7 +80,45 @@ def test_a_decoder_is_measured_in_a_process_of_its_own(tmp_path):
 def test_a_module_is_measured_with_inputs_of_its_own_shapes(tmp_path):
     found = bench(save_classifier(tmp_path)[0], threads=1, repeats=1)
     assert found["kind"] == "module" and found["input_shapes"] == {"pixels": [1, 4]}
-    assert found["latency_seconds"] > 0
+    assert found["latency_seconds"] > 0 and found["latency_error"] >= 0
+
+
+def test_latencies_are_timed_in_turn_until_they_are_stable(monkeypatch):
+    """A machine that takes ever longer, at first by far, is no reason to call one of two equal networks slower."""
+    now, order = [0.0], []
+    monkeypatch.setattr(bench_process.time, "perf_counter", lambda: now[0])
+
+    def run(name: str, seconds: float):
+        def runs() -> None:
+            order.append(name)
+            now[0] += seconds * (30 if len(order) < 12 else 1 + 0.1 * (len(order) // 2 % 3))
+
+        return runs
+
+    a, b = bench_process.latencies([run("a", 0.001), run("b", 0.002)])
+    assert order[:6] == ["a", "b"] * 3
+    assert b["latency_seconds"] / a["latency_seconds"] == pytest.approx(2, rel=1e-6)
+    assert a["latency_seconds"] == pytest.approx(0.0011, rel=0.1)
+    assert max(a["latency_error"], b["latency_error"]) <= bench_process.STABLE
+    assert now[0] >= bench_process.LEAST_SECONDS
+
+
+def test_what_never_becomes_stable_is_not_timed_for_ever(monkeypatch):
+    now, generator = [0.0], np.random.default_rng(0)
+    monkeypatch.setattr(bench_process.time, "perf_counter", lambda: now[0])
+
+    def wild() -> None:
+        now[0] += float(generator.exponential(0.5))
+
+    (found,) = bench_process.latencies([wild])
+    assert found["latency_error"] > bench_process.STABLE
+    assert now[0] < 2 * bench_process.MOST_SECONDS
+
+
+def test_two_graphs_are_measured_side_by_side(tmp_path):
+    first = save_classifier(tmp_path / "a")[0]
+    found = alternated([first, first], threads=1)
+    assert len(found) == 2 and min(each["latency_seconds"] for each in found) > 0
 
 
 def test_open_sizes_are_those_of_the_data(tmp_path):

@@ -16,7 +16,7 @@ from compressor.core.encoding import Binary, Layout
 from compressor.core.errors import ExportError
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.export.decoder import export_decoder
-from compressor.export.decoder_config import decoder_refusal
+from compressor.export.decoder_config import DecoderConfig, decoder_refusal
 from tests.export.networks import opened, rounded, vectors
 
 PICO = {
@@ -39,8 +39,32 @@ NETWORKS = {
     "llama_llama3": {"model_type": "llama", "rope_parameters": LLAMA3},
     "mistral_window": {"model_type": "mistral", "sliding_window": 5},
     "qwen2": {"model_type": "qwen2"},
+    "qwen2_windows": {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3"},
-}
+    "granite": {
+        "model_type": "granite", "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0,
+        "attention_multiplier": 0.3,
+    },
+    "olmo2": {"model_type": "olmo2", "num_key_value_heads": 3},
+    "gemma": {"model_type": "gemma"},
+    "gemma2": {
+        "model_type": "gemma2", "sliding_window": 5, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", "sliding_window": 5, "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "head_dim": 32, "hidden_size": 96},
+    "phi3_window": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 5},
+    "smollm3": {"model_type": "smollm3", "pad_token_id": 0, "no_rope_layers": [0, 1]},
+    "smollm3_windows": {
+        "model_type": "smollm3", "pad_token_id": 0, "no_rope_layers": [1, 0], "use_sliding_window": True,
+        "sliding_window": 5,
+    },
+}  # fmt: skip
 
 
 ENCODERS = {
@@ -167,8 +191,8 @@ def test_unknown_decoders_are_refused_by_name(tmp_path):
     assert decoder_refusal(PICO | {"model_type": "llama"}) is None
     yarn = PICO | {"model_type": "llama", "rope_scaling": {"type": "yarn", "factor": 4.0}}
     assert decoder_refusal(yarn) == "rotary embedding 'yarn' is not supported; known: default, linear, llama3"
-    with pytest.raises(ExportError, match="no decoder graph for model_type 'gemma3'; known: llama, mistral"):
-        export_decoder(PICO | {"model_type": "gemma3"}, None, tmp_path)
+    with pytest.raises(ExportError, match="no decoder graph for model_type 'gptj'; known: llama, mistral"):
+        export_decoder(PICO | {"model_type": "gptj"}, None, tmp_path)
 
 
 @pytest.mark.slow
@@ -184,3 +208,33 @@ def test_smollm2_in_four_bits_continues_a_sentence(tmp_path):
     with torch.no_grad():
         same_logits(logits, model(torch.from_numpy(ids)).logits.numpy(), 1e-3)
     assert json.loads((source / "config.json").read_text())["vocab_size"] == logits.shape[-1]
+
+
+OLD_WINDOWS = (
+    {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+    {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0},
+    {"model_type": "mistral"},
+    {"model_type": "mistral", "sliding_window": None},
+    {"model_type": "llama", "sliding_window": 5},
+    {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [0, 1]},
+    {"model_type": "phi3", "sliding_window": 5, "pad_token_id": 0},
+    {"model_type": "phi3", "pad_token_id": 0},
+)
+
+
+@pytest.mark.parametrize("settings", OLD_WINDOWS)
+def test_windows_of_configs_that_name_no_kinds_of_layers_are_those_of_transformers(settings):
+    config = PICO | settings
+    known = transformers.AutoConfig.for_model(**config)
+    window = getattr(known, "sliding_window", None) if settings["model_type"] != "llama" else None
+    kinds = getattr(known, "layer_types", None) or [window and "sliding_attention"] * 2
+    expected = tuple(window if kind == "sliding_attention" else -1 for kind in kinds)
+    assert DecoderConfig.of(config).windows == expected
+
+
+@pytest.mark.parametrize("size", [8, 20, 24, 100])
+def test_heads_that_onnxruntime_does_not_rotate_are_left_to_the_traced_graph(size):
+    reason = decoder_refusal(PICO | {"model_type": "llama", "head_dim": size})
+    assert reason == f"heads of {size} are not supported in GroupQueryAttention; known: multiples of 16"

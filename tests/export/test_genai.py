@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from compressor.export.decoder_config import DecoderConfig
 from compressor.export.genai import write_genai_config
 from tests.export.test_decoder import PICO
 
@@ -11,7 +12,9 @@ from tests.export.test_decoder import PICO
 def test_the_config_names_sizes_tokens_and_inputs(tmp_path):
     config = PICO | {"model_type": "qwen2", "bos_token_id": 1, "eos_token_id": 2}
     generation = {"eos_token_id": [5, 6], "top_k": 20, "temperature": None}
-    written = json.loads(write_genai_config(config, generation, tmp_path).read_text(encoding="utf-8"))
+    written = json.loads(
+        write_genai_config(config, DecoderConfig.of(config), tmp_path, generation).read_text(encoding="utf-8")
+    )
     model, decoder = written["model"], written["model"]["decoder"]
     assert (model["type"], model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (
         "llama",

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 import compressor
@@ -80,16 +79,6 @@ def test_a_decoded_checkpoint_runs_block_by_block(tmp_path):
     np.testing.assert_allclose(
         found["logits"], first_output(module, {"input_ids": windows}).numpy(), rtol=1e-5, atol=1e-5
     )
-
-
-def test_mixtures_of_experts_are_refused_by_name(tmp_path):
-    config = transformers.MixtralConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=53, num_local_experts=3,
-    )  # fmt: skip
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"experts that transformers fuses are not supported yet; found 'model\."):
-        open_checkpoint(tmp_path).check()
 
 
 def test_the_digits_network_has_the_names_of_its_weights(tmp_path):

@@ -121,9 +121,11 @@ def mutated_yaml(content: bytes, generator: random.Random) -> bytes:
     tree = yaml.safe_load(content)
     for _ in _times(generator):
         tree = mutated_tree(tree, generator)
-    text = (
-        json.dumps(tree) if generator.random() < 0.5 else yaml.safe_dump(tree, allow_unicode=generator.random() < 0.5)
-    )
+    as_json, letters = generator.random() < 0.5, generator.random() < 0.5
+    try:
+        text = json.dumps(tree) if as_json else yaml.safe_dump(tree, allow_unicode=letters)
+    except RecursionError:  # it is nested more deeply than PyYAML writes
+        text = json.dumps(tree)
     return text.encode(errors="surrogatepass")
 
 

@@ -112,6 +112,14 @@ def test_a_scripted_module_that_holds_itself_is_refused(tmp_path):
         assert attempt(READERS["torchscript"], path)
 
 
+@pytest.mark.parametrize("shape", ["[2.0, 3]", "[-2, -3]", "[1e999]", "[true, 6]", f"[{10**400}]"])
+def test_a_header_of_safetensors_counts_in_whole_numbers(tmp_path, shape):
+    header = f'{{"w": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 24]}}}}'.encode()
+    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    with pytest.raises(CheckpointError, match="header of tensor 'w' is corrupt; .*is no count"):
+        open_checkpoint(tmp_path / "m.safetensors")
+
+
 def test_a_header_of_numpy_that_is_no_python_is_refused(tmp_path):
     np.savez(tmp_path / "data.npz", x=np.ones(3))
     with zipfile.ZipFile(tmp_path / "data.npz") as good:
@@ -162,6 +170,10 @@ def test_an_archive_is_refused_whatever_zipfile_says_of_it(name, tmp_path):
         ({"num_hidden_layers": 10**9}, "has num_hidden_layers 1e.09; expected at most 10,000"),
         ({"max_position_embeddings": 10**12}, "has max_position_embeddings 1e.12; expected at most 16,777,216"),
         ({"hidden_size": 10**15}, "has hidden_size 1e.15; expected at most"),
+        ({"hidden_size": 2**30}, "has hidden_size 1.07374e.09; expected at most 1,048,576"),
+        ({"head_dim": 10**400}, "has head_dim 10000000.; expected at most 1,048,576"),
+        ({"text_config": {"intermediate_size": -(2**40)}}, "has intermediate_size -1.09951e.12; expected at most"),
+        ({"deep": [{"num_hidden_layers": [1, 10**9]}]}, "has num_hidden_layers 1e.09; expected at most 10,000"),
         ({"hidden_size": "wide"}, "does not describe a LlamaForCausalLM"),
         ({"architectures": ["os"]}, "names architecture 'os'"),
         ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "code inside of checkpoints is never run"),
@@ -242,3 +254,56 @@ def test_parts_beyond_the_file_are_no_packed_tensors(tmp_path, span):
     (tmp_path / "model.safetensors").write_bytes(len(fine).to_bytes(8, "little") + fine + bytes(8))
     found = packed_tensors(tmp_path / "model.safetensors")
     assert found is not None and found["w"]["bytes"] == 8
+
+
+TRIAL = {"stage": "removal", "epoch": 0, "reward": 0.5, "student": "a", "parameters": 10, "accuracy": 0.9}
+SHOWN = {
+    "recipe": {"name": "cnn-n2n", "description": "", "gates": {"max_loss": 0.05, "max_size": None}},
+    "structure": [{
+        "parameters": 10, "search": {
+            "trials": [TRIAL, TRIAL | {"stage": "shrinkage", "accuracy": None}], "removed": ["block_1"],
+            "shrunk": [["block_2", "channels", 0.5]], "teacher": {"parameters": 40}, "policy": "actor-critic",
+            "n_judged": 2, "measure": "accuracy", "validation": "validation.npz", "best": "a",
+        },
+    }],
+    "allocation": {"kind": "cosine", "predicted_loss": 0.01, "loss": 0.02, "target_size": 1000},
+}  # fmt: skip
+
+
+def _nodes(tree, path=()):
+    """The path of every value within."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield (*path, key)
+        yield from _nodes(tree[key], (*path, key))
+
+
+def test_a_report_is_shown_or_refused_whatever_stands_where():
+    import rich.console
+
+    from compressor.core.report import misshapen
+    from compressor.report.page import _gates, _searches
+    from compressor.report.tables import run_tables
+
+    console, n_shown, n_refused = rich.console.Console(quiet=True), 0, 0
+    assert not misshapen(SHOWN) and _searches(SHOWN)[0].sizes
+    for path in _nodes(SHOWN):
+        for wrong in ("x", "", 3, -1, 0.5, 10**30, True, None, [], {}, [1], {"a": 1}, [[]]):
+            tree = json.loads(json.dumps(SHOWN))
+            holder = tree
+            for key in path[:-1]:
+                holder = holder[key]
+            holder[path[-1]] = wrong
+            if misshapen(tree):
+                n_refused += 1
+                continue
+            n_shown += 1
+            _gates(tree), _searches(tree)
+            console.print(*run_tables(tree, "x"))
+    assert n_shown > 50 and n_refused > 200
+
+
+def test_a_recipe_that_is_no_mapping_is_no_report(tmp_path):
+    for wrong in ("llm-2bit", [], {"gates": "x"}, {"gates": {"max_loss": "5%"}}):
+        (tmp_path / "compression.json").write_text(json.dumps({"recipe": wrong}))
+        with pytest.raises(CheckpointError, match=r"compression.json: is damaged; recipe.*compress again"):
+            Artifact.open(tmp_path)

@@ -20,6 +20,7 @@ from compressor.batch import jobs as batch_jobs
 from compressor.batch.jobs import JOURNAL, Batch, worst
 from compressor.batch.manifest import Job, jobs_of_line
 from compressor.batch.summary import Board, Outcome, junit, summary_table
+from compressor.cli.commands import _status
 from compressor.core.errors import UsageError
 from compressor.core.locking import is_held, locked
 from compressor.core.quantities import parse_duration
@@ -301,22 +302,19 @@ def test_a_job_waits_for_a_worker_that_still_writes_and_else_names_it(folder, mo
     assert not is_held(partial)
 
 
-def test_markup_and_the_longest_name_stop_no_other(folder):
+def test_markup_and_the_longest_name_stop_no_other(folder, monkeypatch, capfd):
     """The case that was found, by the command."""
     torch.save({"[/x]": torch.zeros(90, 70).to_sparse()}, folder / "evil.pt")
     pico.write_state_dict(pico.Tied, folder / f"{'m' * 240}.pt")
     text = "{recipe: r.yaml, arch: 'tests.pico:Tied', format: safetensors, models: [evil.pt, 'mm*.pt']}"
     (folder / "m.yaml").write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "compressor", "batch", "m.yaml", "--trust-recipe", "-j", "1", "-o", "A"],
-        capture_output=True, text=True,
-        env={**os.environ, "COLUMNS": "60"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 3, done.stderr
+    monkeypatch.setenv("COLUMNS", "60")
+    assert _status(["batch", "m.yaml", "--trust-recipe", "-j", "1", "-o", "A"]) == 3
+    printed = capfd.readouterr()
     made = {path.name for path in Path("A").iterdir()}
     assert {"summary.jsonl", "summary.xml"} <= made
     assert any(name.startswith("mmm") and len(name) == 200 for name in made)
-    assert "[/x]" in done.stdout + done.stderr
+    assert "[/x]" in printed.out + printed.err
 
 
 @pytest.mark.parametrize(

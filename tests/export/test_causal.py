@@ -1,0 +1,102 @@
+"""Causal decoders of many architectures, traced with their cache, compute what transformers computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from compressor.export.causal import KeyValueCache, kv_cache, trace_decoder
+from compressor.export.module import export_module
+from scripts.family_models import DECODERS, WINDOW, built
+from tests.export.networks import compressed, opened, rounded
+from tests.export.test_decoder import run
+
+NAMES = (
+    "gpt2", "gpt_neo", "gptj", "opt", "bloom", "phi3, longrope", "gemma2", "gemma3", "cohere2", "minicpm3",
+    "llama, heads of 20", "llama, dynamic rope",
+)  # fmt: skip
+IDS = np.random.default_rng(3).integers(2, 290, (2, 2 * WINDOW + 7))
+
+
+Exported = Callable[[str], tuple[nn.Module, onnxruntime.InferenceSession]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A network by its name, which computes with the decoded weights, and its graph; each is traced once."""
+    return cache(lambda name: _exported(name, tmp_path_factory.mktemp("causal")))
+
+
+def _exported(name: str, folder: Path) -> tuple[nn.Module, onnxruntime.InferenceSession]:
+    module = built(DECODERS[name])
+    tensors = compressed(module, folder, lambda weight: rounded(weight, 8, 16))
+    kept = kv_cache(module)
+    assert isinstance(kept, KeyValueCache)
+    graph = trace_decoder(module, kept, tensors, folder)
+    return module, opened(export_module(graph, tensors, folder, exact=True))
+
+
+def near(found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_decoder_reads_all_at_once_and_step_by_step(exported, name):
+    module, session = exported(name)
+    assert [entry.name for entry in session.get_inputs()][:3] == [
+        "input_ids", "attention_mask", "past_key_values.0.key"]  # fmt: skip
+    with torch.no_grad():
+        expected = module(torch.from_numpy(IDS)).logits.numpy()
+    whole, _ = run(session, IDS)
+    near(whole, expected)
+    logits, past = run(session, IDS[:, : WINDOW - 2])
+    parts = [logits]
+    for start, stop in ((WINDOW - 2, WINDOW + 9), *((i, i + 1) for i in range(WINDOW + 9, IDS.shape[1]))):
+        logits, past = run(session, IDS[:, start:stop], past)
+        parts.append(logits)
+    near(np.concatenate(parts, 1), expected)
+
+
+def test_padding_stands_on_either_side(exported):
+    module, session = exported("gemma3")
+    with torch.no_grad():
+        expected = module(torch.from_numpy(IDS[1:, :30])).logits.numpy()
+    for at in (slice(6, None), slice(0, 30)):
+        ids, mask = np.full((2, 36), 5), np.zeros((2, 36), np.int64)
+        ids[0], mask[0] = IDS[0, :36], 1
+        ids[1, at], mask[1, at] = IDS[1, :30], 1
+        logits, _ = run(session, ids, mask=mask)
+        near(logits[1:, at], expected)
+
+
+def test_the_cache_is_named_and_shaped_as_that_of_the_written_graph(exported):
+    (_, session), sizes = exported("minicpm3"), (("key", 16), ("value", 8))
+    shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
+    assert shapes == {
+        "input_ids": ["batch", "length"], "attention_mask": ["batch", "total"],
+        **{f"past_key_values.{i}.{part}": ["batch", 1, "past", size] for i in (0, 1) for part, size in sizes},
+        "logits": ["batch", "length", 300],
+        **{f"present.{i}.{part}": ["batch", 1, "total", size] for i in (0, 1) for part, size in sizes},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mamba", "takes no past_key_values"),
+        ("lfm2", "keeps LinearAttentionLayer, which is not keys and values alone"),
+        ("falcon_h1", "keeps LinearAttentionAndFullAttentionLayer, which is not keys and values alone"),
+        ("cpmant", "keeps keys of shape (2, 4, 35, 16), not (batch, heads, length, size)"),
+    ],
+)
+def test_what_is_no_keys_and_values_is_named(name, reason):
+    found = kv_cache(built(DECODERS[name]))
+    assert isinstance(found, str)
+    assert reason in found
