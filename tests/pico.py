@@ -58,7 +58,7 @@ def lively(module: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and parameter.numel():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
             else:
                 offset = 0.0 if name.endswith("bias") else 1.0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from compressor.checkpoints.architecture import Architecture
@@ -315,6 +316,7 @@ def _place(checkpoint: Checkpoint, module: nn.Module) -> None:
     """Notes of each tensor what the module does with it."""
     found = layers(module).values()
     of_layers = {id(weight_of(layer)): getattr(layer, "groups", 1) for layer in found}
+    transposed = {id(weight_of(layer)) for layer in found if isinstance(layer, _ConvTransposeNd)}
     of_recurrent = {id(parameter) for parameter in recurrent(module).values()}
     for name, parameter in module.named_parameters():
         name = checkpoint.tied.get(name, name)
@@ -322,6 +324,7 @@ def _place(checkpoint: Checkpoint, module: nn.Module) -> None:
             place: Place = "recurrent"
         else:
             place = "layer" if id(parameter) in of_layers else "elsewhere"
+            place = "transposed" if id(parameter) in transposed else place
         groups = of_layers.get(id(parameter))
         checkpoint.tensors[name] = replace(checkpoint.tensors[name], place=place, groups=groups)
 

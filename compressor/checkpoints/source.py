@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Place = Literal["layer", "recurrent", "elsewhere"]
-"""Whether a layer computes with a tensor, a recurrent network, or some module in a way of its own."""
+Place = Literal["layer", "transposed", "recurrent", "elsewhere"]
+"""Whether a layer computes with a tensor, a transposed convolution, a recurrent network, or some module in a way of its
+own."""
 
 
 @dataclass(frozen=True)

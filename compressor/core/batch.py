@@ -27,8 +27,8 @@ def arguments(batch: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str
 
 
 def call(forward: Callable[..., Any], batch: Mapping[str, Tensor]) -> Any:
-    """What a network, or a function that stands for it, makes of a batch."""
-    args, kwargs = arguments(batch)
+    """What a network, or a function that stands for it, makes of a batch, whose own tensors it may write into."""
+    args, kwargs = arguments({name: tensor.clone() for name, tensor in batch.items()})
     return forward(*args, **kwargs)
 
 

@@ -35,6 +35,13 @@ class Arrays:
 
     def __post_init__(self) -> None:
         lengths = {name: len(array) if np.ndim(array) else 0 for name, array in self._all().items()}
+        single = next((name for name, array in self._all().items() if not np.ndim(array)), None)
+        if single is not None:
+            raise DataError(
+                f"{self.source}: '{single}' is one number, and every array has a row for each example; a network that "
+                "takes one number for all of them cannot be calibrated on examples: fix it in the network, or compress "
+                "without data (--set affine.method=rtn)"
+            )
         if not self.inputs or not all(lengths.values()):
             raise DataError(f"{self.source}: holds no examples; found {lengths or 'no arrays'}; give at least one")
         if len(set(lengths.values())) > 1:

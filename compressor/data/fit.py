@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import as_batch, call
-from compressor.core.errors import CompressorError, DataError
+from compressor.core.errors import CheckpointError, CompressorError, DataError
 from compressor.core.log import LOGGER
 from compressor.core.resources import refuse_shortage
 from compressor.data.arrays import LABELS, Arrays
@@ -55,6 +55,7 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
     source = _named(checkpoint, network, _native(source))
     for name, array in source.inputs.items():
         _refuse_not_finite(source.source, name, array)
+    _refuse_axes(checkpoint, source)
     refusals: list[str] = []
     for candidate in (source, *_cast(source)):
         seen: Tables = []
@@ -70,6 +71,7 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
             refusals.append(_reason(error))
             continue
         _refuse_beyond_tables(candidate, seen)
+        _refuse_random(checkpoint, output, _example(network, candidate, []))
         candidate = _with_classes(candidate, output)
         _refuse_classes(candidate, output)
         return candidate
@@ -77,6 +79,28 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
         f"{source.source}: {checkpoint.architecture} cannot be run on the first example; found {_described(source)}, "
         f"and {refusals[0]}; {_advice(checkpoint, refusals[0])}"
     )
+
+
+def _refuse_axes(checkpoint: Checkpoint, source: Arrays) -> None:
+    """Refuses what an ONNX graph takes as a whole, and not an example a row: arrays have an axis of examples first."""
+    from compressor.onnx.file import OnnxSource
+
+    if not isinstance(checkpoint.source, OnnxSource):
+        return
+    for value in checkpoint.source.model.graph.inputs:
+        array = source.inputs.get(str(value.name))
+        if array is None or value.shape is None or array.ndim == len(value.shape):
+            continue
+        wanted = ", ".join(str(size) for size in value.shape)
+        if array.ndim == len(value.shape) + 1:
+            raise CheckpointError(
+                f"{checkpoint.path}: its input '{value.name}' of shape [{wanted}] has no axis of examples; found "
+                f"{array.shape} in {source.source}; export it with a batch axis first"
+            )
+        raise DataError(
+            f"{source.source}: array '{value.name}' of shape {array.shape} has {array.ndim} axes; {checkpoint.path} "
+            f"takes [{wanted}], an example per row of the first axis"
+        )
 
 
 def _advice(checkpoint: Checkpoint, refusal: str) -> str:
@@ -88,6 +112,18 @@ def _advice(checkpoint: Checkpoint, refusal: str) -> str:
             "casts its inputs has to cast them to its weights' own type (x.to(self.weight.dtype))"
         )
     return "give what its forward takes, an example per row of the first axis"
+
+
+def _refuse_random(checkpoint: Checkpoint, once: Tensor | None, again: Tensor | None) -> None:
+    """Refuses a network that answers otherwise each time, as one does whose dropout is never off."""
+    if once is None or again is None or once.device.type == "meta" or not once.is_floating_point():
+        return
+    if once.shape != again.shape or not torch.allclose(once, again, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise CheckpointError(
+            f"{checkpoint.path}: {checkpoint.architecture} gives another output each time for one input: its forward "
+            "draws random numbers, as functional.dropout does without training=self.training; make it deterministic "
+            "in eval mode"
+        )
 
 
 def _native(source: Arrays) -> Arrays:

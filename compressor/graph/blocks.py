@@ -92,8 +92,9 @@ def matrix_of(module: nn.Module) -> Tensor:
 def without_cache(module: nn.Module) -> None:
     """A language model's forwards keep nothing for later tokens from now on."""
     config = getattr(module, "config", None)
-    if config is not None:
-        config.use_cache = False
+    if isinstance(getattr(config, "use_cache", None), bool):  # other networks' config may be anything
+        with contextlib.suppress(AttributeError, TypeError):
+            config.use_cache = False
 
 
 def layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
@@ -170,7 +171,8 @@ def geometry(module: nn.Module) -> tuple:
     """Equal for layers that unfold the same input to the same rows."""
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return ()
-    return (module.kernel_size, module.stride, module.padding, module.dilation)
+    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return tuple(tuple(size) if isinstance(size, list) else size for size in sizes)
 
 
 @dataclass

@@ -30,6 +30,7 @@ OLDEST_OPSET = 13
 MOST_NODES = 1_000_000
 DEEPEST = 40
 """Graphs within graphs, and functions that call functions."""
+FEW_CODES = 64
 QUANTISED = frozenset(
     [
         "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
@@ -281,11 +282,29 @@ def _refuse_quantised(path: Path, model: ir.Model) -> None:
     graphs = [*every_graph(model.graph), *model.functions.values()]
     types = Counter(node.op_type for graph in graphs for node in graph)
     found = Counter({name: n for name, n in types.items() if name in QUANTISED or name.startswith(QUANTISED_STEMS)})
+    found |= Counter({f"weights of {kind}": n for kind, n in _cast_codes(graphs).items()})
     if found:
         raise CheckpointError(
             f"{path}: is already quantised; found {_counted(found)}; its weights are codes, and coding them again "
             "would add its loss to theirs; give the float32 model that it was made from"
         )
+
+
+def _cast_codes(graphs: Iterable[Any]) -> Counter[str]:
+    """Matrices of whole numbers, or of 8-bit floats, that a graph casts to floats before it computes: their types."""
+    import onnx_ir as ir
+
+    found: Counter[str] = Counter()
+    for node in (node for graph in graphs for node in graph if node.op_type == "Cast" and node.domain == ""):
+        value = node.inputs[0]
+        made = None if value is None else value.producer()
+        held = None if value is None else value.const_value
+        if held is None and made is not None and made.op_type == "Constant" and "value" in made.attributes:
+            held = made.attributes["value"].as_tensor()
+        floats = node.attributes.get_int("to", 0) in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        if floats and held is not None and len(held.shape) > 1 and held.dtype.itemsize <= 1 and held.size >= FEW_CODES:
+            found[held.dtype.name.lower()] += 1
+    return found
 
 
 def _refuse_dangling(graph: ir.Graph) -> None:

@@ -18,6 +18,7 @@ from compressor.core.batch import Batch, Examples
 from compressor.core.errors import UsageError
 from compressor.core.files import whole
 from compressor.core.progress import Progress
+from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensors
 from compressor.core.work import Work
 from compressor.data.batches import (
@@ -30,7 +31,7 @@ from compressor.data.batches import (
 from compressor.data.samples import Samples
 from compressor.export.planned import PlannedTensors
 from compressor.export.writing import is_traced, traced
-from compressor.plan.plan import Plan
+from compressor.plan.plan import Plan, PlannedTensor
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe import Recipe, learning_window
 from compressor.run.clock import Clock
@@ -132,7 +133,25 @@ def encode(
         with clock.stage("learning"):
             further = learning_batches(samples.calibration, recipe, work.folder.parent, work.seed, written)
             tensors = learn(checkpoint, tensors, files, further, recipe, plan, work, progress)
+    plan = _with_large_values(plan, tensors)
     return Encoded(tensors, batches, plan, None if allocation is None else allocation.report)
+
+
+def _with_large_values(plan: Plan, tensors: EncodedTensors) -> Plan:
+    """The plan, where values have turned out to be beyond float16 and are stored as float32."""
+
+    def is_large(tensor: PlannedTensor) -> bool:
+        half = isinstance(tensor.spec, DenseSpec) and tensor.spec.dtype == "F16"
+        return half and tensors.nbytes(tensor.name) == 2 * tensor.bytes_after > 0
+
+    wide = DenseSpec(dtype="F32")
+    changed = (
+        dataclasses.replace(tensor, spec=wide, reason=f"{tensor.reason}; beyond float16")
+        if is_large(tensor)
+        else tensor
+        for tensor in plan.tensors
+    )
+    return dataclasses.replace(plan, tensors=tuple(changed))
 
 
 def _reference(samples: Samples, recipe: Recipe, work: Work) -> Reference:

@@ -23,7 +23,7 @@ from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
-from compressor.plan.planning import make_plan
+from compressor.plan.planning import is_depthwise, make_plan
 from compressor.plan.recipe import SHORTEST_WINDOW, Recipe
 from compressor.plan.recipe_file import load_recipe, refuse_reaching
 from compressor.plan.targets import aimed
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 CERTAIN = 64
 """Bytes that no token of a text exceeds on average: of longer texts the tokens need not be counted."""
+FEW_CHANNELS = 4
+"""As of pictures: a convolution of up to so many computes on floats (export.int8_operations)."""
 PROJECTED = re.compile(r"(^|\.)weight_hr_l\d+(_reverse)?$")
 """Names of the matrices that project the state of torch's LSTM."""
 TOKENIZERS = ("tokenizer", "vocab", "merges")
@@ -108,6 +110,8 @@ def prepare(asked: RunOptions) -> Prepared:
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     refuse_unwritable(plan, options, recipe)
+    if recipe.export.activations == "static_int8" and options.format == "onnx":
+        plan = _on_int8(plan, checkpoint)
     _refuse_passes(recipe, options, checkpoint)
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
@@ -180,6 +184,30 @@ def refuse_unwritable(plan: Plan, options: RunOptions, recipe: Recipe) -> None:
             reason = reason or int8_refusal(tensor.describe())
         if reason:
             raise UsageError(f"{plan.recipe}: '{tensor.name}' cannot be written to ONNX: {reason}")
+
+
+def _on_int8(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """The plan with a note of the convolutions that compute on floats all the same.
+
+    Raises:
+        UsageError: All of them do.
+    """
+    convolutions = [tensor for tensor in plan.tensors if tensor.by and tensor.role == "conv"]
+    reasons: dict[str, str] = {}
+    for tensor in convolutions:
+        info = checkpoint.tensors.get(tensor.name)
+        if info is not None and info.place == "transposed":
+            reasons[tensor.name] = "transposed, which onnxruntime has no int8 kernel for"
+        elif not is_depthwise(tensor.shape, "conv", info.groups if info else None) and tensor.shape[1] <= FEW_CHANNELS:
+            reasons[tensor.name] = f"of {tensor.shape[1]} input channels, which is slower so"
+    if len(reasons) == len(convolutions) and checkpoint.kind != "onnx":
+        name, reason = next(iter(reasons.items()))
+        raise UsageError(
+            f"{plan.recipe}: activations: static_int8 is of convolutions, and none of {plan.model} can compute on "
+            f"int8; '{name}' is {reason}; write --set export.activations=int8"
+        )
+    notes = tuple(f"'{name}' computes on floats: it is {reason}" for name, reason in reasons.items())
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def _refuse_passes(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> None:

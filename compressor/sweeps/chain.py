@@ -106,11 +106,13 @@ class Choice:
         return self._planned[name].spec if name in self._planned else None
 
     def dense(self, name: str, tensor: Tensor) -> EncodedTensor:
-        """The tensor as it is, floats in the precision that the plan says."""
+        """The tensor as it is, floats in the precision that the plan says; in float32 where they are beyond float16."""
         if not tensor.is_floating_point():
             return EncodedTensor.dense(tensor, tensor.dtype)
         spec = self.spec(name)
         half = spec.dtype == "F16" if isinstance(spec, DenseSpec) else self.recipe.export.dense == "float16"
+        if half and tensor.numel() and float(tensor.abs().max()) > torch.finfo(torch.float16).max:
+            half = False
         return EncodedTensor.dense(tensor, torch.float16 if half else torch.float32)
 
     @cached_property

@@ -228,7 +228,7 @@ class Network:
 
     def step(self, block: nn.Module, arguments: Arguments) -> Tensor:
         """The next hidden state, in the dtype of the last."""
-        args, kwargs = arguments
+        args, kwargs = (cloned(each) for each in arguments)  # which a forward may write into
         with self.autocast():
             output = first_tensor(block(*args, **kwargs))
         return output.float()
@@ -275,6 +275,15 @@ def _as_it_is(hidden: Tensor) -> Any:
 
 def _in_a_tuple(hidden: Tensor) -> Any:
     return (hidden,)
+
+
+def cloned(value: Any) -> Any:
+    """Positional arguments, or those by name, with floats of their own."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = {
+        key: item.clone() if isinstance(item, Tensor) and item.is_floating_point() else item for key, item in items
+    }
+    return found if isinstance(value, dict) else tuple(found.values())
 
 
 def hidden_of(arguments: Arguments) -> Tensor:

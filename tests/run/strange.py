@@ -5,6 +5,7 @@ What a class is called is what is odd about it. `inputs` are rows that its forwa
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -624,3 +625,185 @@ class RnnCell(Recurrent):
 
 class RecurrentAll(Several):
     kinds = (Lstm, Gru, DeepGru, Elman, SequenceFirst, LstmCell, GruCell, RnnCell)
+
+
+class Odd(nn.Module):
+    """Vectors (batch, 64) to vectors of 80, with something odd in each subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 96), nn.Linear(96, 80)
+
+    @classmethod
+    def inputs(cls) -> dict[str, np.ndarray]:
+        return {"x": normal(48, 64)}
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+class ConfigOfDict(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"use_cache": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    use_cache: bool = True
+
+
+class ConfigFrozen(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Frozen()
+
+
+class Slotted:
+    __slots__ = ("width",)
+
+
+class ConfigSlotted(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Slotted()
+
+
+class ConfigNone(Odd):
+    config = None
+
+
+class EmptyParameter(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(0, 5))
+
+
+class WritesIntoInput(Odd):
+    def forward(self, x):
+        x[:, :8] *= 2.0
+        x += 1.0
+        return super().forward(x)
+
+
+class ComplexBuffer(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turn", torch.ones(4, dtype=torch.complex64))
+
+
+class AlwaysDropped(Odd):
+    def forward(self, x):
+        return self.b(functional.dropout(torch.relu(self.a(x)), 0.4))
+
+
+class DroppedInTraining(Odd):
+    def forward(self, x):
+        return self.b(functional.dropout(torch.relu(self.a(x)), 0.4, training=self.training))
+
+
+class Noisy(Odd):
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+class OddConfigs(Several):
+    kinds = (ConfigOfDict, ConfigFrozen, ConfigSlotted, ConfigNone, EmptyParameter, WritesIntoInput, DroppedInTraining)
+
+    def forward(self, x):
+        return {name: network(x.clone()) for name, network in self.each.items()}
+
+
+class InPlace(Block):
+    def forward(self, x):
+        x += super().forward(x)
+        return x
+
+
+class InPlaceBlocks(Chain):
+    """Whose blocks write into what they are given."""
+
+    block = InPlace
+
+
+class Pictures(nn.Module):
+    """Pictures (batch, 8, 12, 12) through convolutions, with something odd in each subclass."""
+
+    @classmethod
+    def inputs(cls) -> dict[str, np.ndarray]:
+        return {"x": normal(32, 8, 12, 12)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 32, 3, padding=1), nn.Conv2d(32, 40, 3, padding=1)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+class StrideOfList(Pictures):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.stride, self.b.padding, self.b.dilation = [2, 2], [1, 1], [1, 1]
+
+
+class PictureNormWithoutStatistics(Pictures):
+    """A norm of each batch: what it answers to one picture depends on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(40, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class OneChannel(Pictures):
+    """A convolution of one input channel, which is no depthwise one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 512, 3, padding=1), nn.Conv2d(512, 8, 1)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x[:, :1])))
+
+
+class TwoEnds(Pictures):
+    """Whose outputs are convolutions' own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(32, 6, 1)
+
+    def forward(self, x):
+        seen = torch.relu(self.a(x))
+        return {"boxes": self.b(seen), "scores": self.c(seen)}
+
+
+class Transposed(Pictures):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.ConvTranspose2d(8, 48, 4, stride=2), nn.ConvTranspose2d(48, 9, 3)
+
+
+class FewChannels(Pictures):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 64, 5), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x[:, :4])).mean((2, 3)))
+
+
+class LargeStatistics(Pictures):
+    """A running variance beyond float16, as of pixels of 0 to 255."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(32)
+        self.norm.running_var.fill_(90_000.0)
+        self.norm.running_mean.fill_(70_000.0)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x) * 300 + 70_000))

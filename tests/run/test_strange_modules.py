@@ -206,3 +206,47 @@ def test_recurrent_networks_are_stored_as_the_plan_says(kind: Any, tmp_path: Pat
     assert {tensor.name: tensor.bytes_after for tensor in plan.tensors} == {
         name: written.nbytes(name) for name in written
     }
+
+
+@pytest.mark.parametrize("kind", [strange.OddConfigs, strange.InPlaceBlocks, strange.StrideOfList, strange.OneChannel])
+def test_odd_networks_are_compressed_all_the_same(kind: Any, tmp_path: Path) -> None:
+    assert_right(kind, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "reason"),
+    [
+        (strange.AlwaysDropped, "encoder-4bit", "another output each time"),
+        (strange.Noisy, "encoder-4bit", "draws random numbers"),
+        (strange.ComplexBuffer, "encoder-4bit", "complex numbers"),
+        (strange.Transposed, "cnn-int8", "is transposed"),
+        (strange.FewChannels, "cnn-int8", "of 4 input channels"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_work(
+    kind: Any, recipe: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, named = made(kind, tmp_path)
+    planned = status([*named, "--recipe", recipe, "--dry-run"])
+    assert reason in capsys.readouterr().err
+    assert planned in (2, 3) and status([*named, "--recipe", recipe]) == planned
+    assert reason in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_statistics_beyond_float16_are_stored_as_float32(tmp_path: Path) -> None:
+    quick = ("--set", "affine.method=rtn", "--set", "evaluation.speed=false", "--set", "gates.max_loss=1.0")
+    assert_right(strange.LargeStatistics, tmp_path, "--recipe", "cnn-int8", *quick, within=0.4)
+    written = EncodedTensors([tmp_path / "out" / "model.safetensors"])
+    assert written.nbytes("norm.running_var") == 4 * 32
+
+
+def test_outputs_that_convolutions_give_keep_their_names_on_int8(tmp_path: Path) -> None:
+    assert_right(strange.TwoEnds, tmp_path, "--recipe", "cnn-int8", "--set", "evaluation.speed=false", within=0.4)
+
+
+def test_what_a_norm_of_each_batch_does_is_in_the_artifact_or_refused(tmp_path: Path) -> None:
+    network, named = made(strange.PictureNormWithoutStatistics, tmp_path)
+    ended = status([*named, "--recipe", str(tmp_path / "recipe.yaml")])
+    if not ended:
+        assert_same(network, tmp_path / "out", strange.Pictures.inputs())
+    assert ended in (0, 3)
