@@ -180,6 +180,9 @@ def trace_decoder(module: nn.Module, cache: KeyValueCache, tensors: EncodedTenso
     axes |= {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "total"}}
     model = over_weights(traced(shell, inputs, axes, path), module, shell.network, tensors, path)
     name_ends(model.graph, axes, ["logits", *(f"present.{name}" for name in cache.sizes)])
+    for value in model.graph.outputs[1:]:  # what was read and what is new is what the mask is of
+        heads, size = cache.sizes[str(value.name).removeprefix("present.")]
+        value.shape = ir.Shape(["batch", heads, "total", size])
     return model
 
 
