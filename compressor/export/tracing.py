@@ -4,11 +4,12 @@ tensor each stands for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -62,11 +63,8 @@ def traced(
     """
     free = torch.export.Dim.DYNAMIC
     shapes = tuple(dict.fromkeys(axes[name], free) for name in inputs)
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)  # it warns of the absence of torchvision
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _torch_says_nothing():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 shell.eval(), (tuple(inputs.values()),), dynamic_shapes=(shapes,), dynamo=True, optimize=False,
@@ -79,10 +77,23 @@ def traced(
             f"{path}: torch.onnx cannot trace {network}; {reason[0]}; its forward must be free of Python branches on "
             "values, and work for any batch"
         ) from error
-    finally:
-        registration.setLevel(level)
     assert program is not None
     return program.model
+
+
+@contextlib.contextmanager
+def _torch_says_nothing() -> Iterator[None]:
+    """Meanwhile torch logs nothing, neither what is not installed nor the stacks of what it then raises."""
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    handlers = {handler for name in names for handler in logging.getLogger(name).handlers}
+    levels = {handler: handler.level for handler in handlers}
+    for handler in levels:
+        handler.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)
 
 
 def over_weights(
