@@ -246,6 +246,18 @@ class Network:
         with self._replaced_blocks(forwards), self.loaded(self.outside):
             yield run
 
+    @torch.no_grad()
+    def _runs_fast(self, block: nn.Module, arguments: Arguments) -> bool:
+        """Whether a block computes in bfloat16: what writes float32 into a part of a tensor, or fills with float32's
+        least number, does not, and computes in float32.
+        """
+        try:
+            self.step(block, arguments)
+        except RuntimeError as error:
+            refuse_shortage(error)
+            return False
+        return True
+
     def sweep(self, batches: list[Batch]) -> Iterator[tuple[str, nn.Module, list[Arguments]]]:
         """Each block, loaded, with the arguments of all batches; goes on with what the block then computes.
 
@@ -255,6 +267,8 @@ class Network:
         for index, name in enumerate(self.blocks):
             block = self.block(name)
             with self.loaded(self.names_in(name)):
+                if index == 0 and self.fast and reached:
+                    self.fast = self._runs_fast(block, reached[0])
                 yield name, block, reached
                 if not name:
                     return

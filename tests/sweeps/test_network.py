@@ -313,3 +313,22 @@ def test_blocks_that_are_called_with_other_masks_stream_as_well(tmp_path):
     with network.tail() as run:
         found = run(batches[0], network.last[0]).logits
     torch.testing.assert_close(found, module(**batches[0]).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_blocks_that_do_not_run_in_bfloat16_are_run_in_float32(tmp_path, llama):
+    config = transformers.DebertaConfig(
+        vocab_size=pico.VOCABULARY, hidden_size=72, intermediate_size=100, num_hidden_layers=2, num_attention_heads=3,
+        max_position_embeddings=64, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0,
+    )  # fmt: skip
+    directory = pico.saved(config, transformers.DebertaForMaskedLM, tmp_path / "deberta")
+    quick, exact, batches = network_of(directory, fast=True), network_of(directory), pico.token_batches()
+    assert len(quick.blocks) == 2
+    for network in (quick, exact):
+        for _ in network.sweep(batches):
+            pass
+    assert not quick.fast
+    assert all(torch.equal(a, b) for a, b in zip(quick.last, exact.last, strict=True))
+    untouched = network_of(llama, fast=True)
+    next(untouched.sweep(batches))
+    assert untouched.fast
