@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -18,8 +20,13 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from compressor.checkpoints import open_checkpoint
+from compressor.checkpoints.architecture import ENCODER_TYPES, family_of
 from compressor.checkpoints.ties import UNTIED_BY_DEFAULT
 from compressor.core.errors import CheckpointError
 
@@ -319,3 +326,15 @@ def test_a_directory_without_weights_is_refused(tmp_path):
 def test_the_default_of_ties_is_that_of_transformers(model_type):
     default = CONFIG_MAPPING[model_type]().tie_word_embeddings
     assert default is (model_type not in UNTIED_BY_DEFAULT)
+
+
+@pytest.mark.parametrize("kind", sorted(ENCODER_TYPES))
+def test_kinds_of_encoders_take_text_alone(kind):
+    """By their class for classes of texts, or for spans: tokens, and nothing else that has no default."""
+    names = {**MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, **MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}
+    network = getattr(transformers, names[kind])
+    arguments = inspect.signature(network.forward).parameters.values()
+    needed = [each.name for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    assert network.main_input_name == "input_ids"
+    assert set(needed) <= {"self", "input_ids"}
+    assert family_of({"model_type": kind, "architectures": [names[kind]]}) == "encoder"
