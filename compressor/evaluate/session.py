@@ -99,6 +99,12 @@ class DecoderSession(ModuleSession):
                 f"{self.path}: is not a decoder; found outputs {', '.join(self.outputs[:4])}; "
                 f"expected logits and present.…"
             )
+        for name, entry in self.inputs.items():
+            axes = 4 if name in self.past else 2
+            if len(entry.shape) != axes:
+                raise CheckpointError(
+                    f"{self.path}: input '{name}' has {len(entry.shape)} axes; a decoder's has {axes}; export it again"
+                )
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of ids (batch, n), with nothing before them: float32 (batch, n, vocabulary)."""

@@ -68,6 +68,24 @@ def test_what_is_no_artifact_is_refused_in_one_line(tmp_path):
         DecoderSession(save_classifier(tmp_path / "b")[0])
 
 
+@pytest.mark.parametrize(("name", "axes"), [("attention_mask", 3), ("input_ids", 1), ("past_key_values.0.key", 0)])
+def test_a_decoder_whose_inputs_have_other_axes_is_refused(tmp_path, name, axes):
+    path = save_decoder(tmp_path) / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    entry = next(each for each in model.graph.input if each.name == name)
+    del entry.type.tensor_type.shape.dim[:]
+    for _ in range(axes):
+        entry.type.tensor_type.shape.dim.add()
+    del model.graph.node[:]
+    for output in model.graph.output:
+        shape, kind = [1] * len(output.type.tensor_type.shape.dim), output.type.tensor_type.elem_type
+        value = onnx.helper.make_tensor(f"{output.name}.value", kind, shape, [0.0])
+        model.graph.node.append(onnx.helper.make_node("Constant", [], [output.name], value=value))
+    onnx.save(model, path)
+    with pytest.raises(CheckpointError, match=f"input '{name}' has {axes} axes; a decoder's has"):
+        open_session(tmp_path)
+
+
 def test_a_decoder_is_measured_in_a_process_of_its_own(tmp_path):
     found = bench(save_decoder(tmp_path), threads=1, prompt=4, new=4, prefill=8, repeats=1)
     assert found["kind"] == "decoder"
