@@ -303,6 +303,11 @@ def check(checkpoint: Checkpoint, module: nn.Module) -> None:
                 f"{checkpoint.architecture} computes with floats; what they stand for is not beside them; give the "
                 "checkpoint before it was quantised"
             )
+        if checkpoint.tensors[canonical].dtype.startswith("C"):
+            raise CheckpointError(
+                f"{checkpoint.file_of(canonical)}: tensor '{name}' holds complex numbers, which ONNX has no operators "
+                "for; give a network that holds real and imaginary parts (torch.view_as_real)"
+            )
         found = checkpoint.tensors[canonical].shape
         if found != tuple(wanted.shape):
             raise CheckpointError(

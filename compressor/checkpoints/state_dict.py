@@ -316,11 +316,6 @@ def _averages(path: Path, content: Any) -> Iterator[str]:
 
 
 def _info(path: Path, name: str, tensor: torch.Tensor) -> TensorInfo:
-    if tensor.is_complex():
-        raise CheckpointError(
-            f"{path}: tensor '{name}' holds complex numbers, which ONNX has no operators for; give a network that "
-            "holds real and imaginary parts (torch.view_as_real)"
-        )
     if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
         raise CheckpointError(
             f"{path}: tensor '{name}' is {tensor.dtype}, {tensor.layout}; only dense tensors can be "

@@ -121,7 +121,7 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         return self._places[part_name(self.tied.get(tensor, tensor), part)]
 
     def nbytes(self, name: str) -> int:
-        """The bytes of all parts of a tensor in its file."""
+        """The bytes of all parts of the tensor `name` in its file."""
         name = self.tied.get(name, name)
         return sum(self.place(name, part).nbytes for part in self._descriptions[name]["parts"])
 

@@ -15,6 +15,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError, UsageError
 from compressor.core.options import RunOptions
 from compressor.evaluate.session import open_session
+from compressor.export import int8_regions
 from compressor.learning import trainer as fitting
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
@@ -68,7 +69,10 @@ def options(**changes) -> RunOptions:
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    return run(options(output=Path("whole")))
+    """As in networks that are large enough for int8 to be faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8_regions, "convolution_times", lambda *_: (1e9, 1.0))
+        return run(options(output=Path("whole")))
 
 
 def torch_accuracy(directory: str, arch: str = "tests.pico:ResNet") -> float:
