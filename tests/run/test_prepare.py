@@ -33,6 +33,8 @@ ONLY_A_RUN_TELLS = {
     ("bert", "cnn-once"): (2, "write a smaller fraction"),
 }  # fmt: skip
 """A size that is written into the code, and how much can go at most, show in the traced graph, before any training."""
+TRACED_LONG = ("mixtral", "t5-alone")
+"""Each recipe traces them anew; a few are run in CI by WHOLE."""
 WHOLE = [
     ("llama", "llm-2bit"), ("llama", "llm-3bit"), ("llama", "llm-width"), ("llama", "llm-depth"),
     ("gpt2", "llm-4bit"), ("bert", "encoder-4bit"), ("bert", "encoder-heads"), ("bert", "cnn-once"),
@@ -105,7 +107,9 @@ def refusal(attempt, *args) -> tuple[int, str]:
     return 0, ""
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "source", [pytest.param(each, marks=pytest.mark.slow) if each in TRACED_LONG else each for each in SOURCES]
+)
 def test_what_is_refused_before_work_is_what_the_dry_run_refuses(source, command, tmp_path, monkeypatch):
     def reached(*_):
         raise Reached
