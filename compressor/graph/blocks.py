@@ -92,7 +92,8 @@ def matrix_of(module: nn.Module) -> Tensor:
 def without_cache(module: nn.Module) -> None:
     """A language model's forwards keep nothing for later tokens from now on."""
     config = getattr(module, "config", None)
-    if config is not None and isinstance(getattr(config, "use_cache", None), bool):  # other networks' config may be anything
+    # Other networks' config may be anything.
+    if config is not None and isinstance(getattr(config, "use_cache", None), bool):
         with contextlib.suppress(AttributeError, TypeError):
             config.use_cache = False
 
