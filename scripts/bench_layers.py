@@ -31,7 +31,8 @@ from compressor.graph.blocks import layers
 from compressor.learning.learned import learnable
 from compressor.passes.jlcm import Jlcm
 from compressor.plan.recipe_file import load_recipe
-from compressor.sweeps.network import Network, layer_stages, second_moments
+from compressor.sweeps.moments import layer_stages, second_moments
+from compressor.sweeps.network import Network
 
 BLOCKS = (5, 15, 25)
 STEPS = 100

@@ -40,7 +40,8 @@ from compressor.export.loading import decoded_checkpoint
 from compressor.graph.blocks import layers
 from compressor.passes.gblm import Gblm, outlier_fraction
 from compressor.sweeps.gradients import GradientFiles, gather_gradients, load_gradients
-from compressor.sweeps.network import Network, layer_stages, second_moments
+from compressor.sweeps.moments import layer_stages, second_moments
+from compressor.sweeps.network import Network
 
 MODEL, WINDOW, SEQUENCES, BATCH = "smollm2", 512, 16, 4
 AMOUNTS: dict[str, dict[str, Any]] = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
@@ -72,6 +74,14 @@ def saved(config: transformers.PretrainedConfig, kind: type, directory: Path, se
     lively(kind(config), seed).save_pretrained(directory)
     write_tokenizer(directory)
     return directory
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the tensors of a model.safetensors."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
 
 
 def llama(directory: Path, tied: bool = True, n_layers: int = 3) -> Path:

@@ -234,8 +234,7 @@ def _unwrapped(checkpoint: Checkpoint, module: nn.Module, known: set[str]) -> di
     for other, _ in fitting[1:]:
         what = "an average of the weights" if AVERAGES.search(other.rstrip(".")) else "another network of this kind"
         checkpoint.notes.append(f"the tensors of '{beginning}' are taken; '{other}' holds {what}, which is left out")
-    inside = {name: found.get(name, plain[name].removeprefix(beginning)) for name in stored if name in found}
-    return inside | {name: f"{_BESIDE}{name}" for name in stored if not plain[name].startswith(beginning)}
+    return found | {name: f"{_BESIDE}{name}" for name in stored if not plain[name].startswith(beginning)}
 
 
 def _beginnings(names: Iterable[str]) -> Iterator[str]:

@@ -46,7 +46,20 @@ every how many layers of smollm3 do not rotate."""
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderSizes:
+    """What hosts must know of a decoder; `context` is the longest sequence."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig(DecoderSizes):
     """Sizes and switches.
 
     inverse_frequencies, windows
@@ -64,14 +77,7 @@ class DecoderConfig:
                   what tanh holds scores and logits below; None for nothing
     """
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
     epsilon: float
-    context: int
     inverse_frequencies: tuple[tuple[float, ...], ...]
     windows: tuple[int, ...]
     rotated: tuple[bool, ...]

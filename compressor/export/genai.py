@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.export.decoder_config import DecoderConfig
+    from compressor.export.decoder_config import DecoderSizes
 
 FILE_NAME = "genai_config.json"
 _SEARCH = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What it must know of a decoder; `context` is the longest sequence."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    context: int
-
-
 def write_genai_config(
-    config: dict[str, Any], sizes: Sizes | DecoderConfig, out_dir: Path,
+    config: dict[str, Any], sizes: DecoderSizes, out_dir: Path,
     generation_config: dict[str, Any] | None = None, model_file: str = "model.onnx",
 ) -> Path:  # fmt: skip
     """Writes it beside the model; the tokenizer's files must lie there too. `type` is always "llama": its names fit."""
@@ -52,7 +38,7 @@ def write_genai_config(
     return path
 
 
-def _decoder(sizes: Sizes | DecoderConfig, model_file: str) -> dict[str, Any]:
+def _decoder(sizes: DecoderSizes, model_file: str) -> dict[str, Any]:
     return {
         "filename": model_file,
         "session_options": {"provider_options": []},

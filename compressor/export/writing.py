@@ -12,7 +12,7 @@ from compressor.core.errors import CheckpointError
 from compressor.core.log import LOGGER
 from compressor.core.tensors import EncodedTensors
 from compressor.export.decoder import export_decoder
-from compressor.export.decoder_config import DecoderConfig, decoder_refusal
+from compressor.export.decoder_config import DecoderConfig, DecoderSizes, decoder_refusal
 from compressor.export.forms import Mode
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _with_cache(checkpoint: Checkpoint, tensors: EncodedTensors) -> ir.Model | N
 
 def _write_genai_config(checkpoint: Checkpoint, cache: KeyValueCache, directory: Path) -> None:
     """For onnxruntime-genai, where all layers keep heads of one size."""
-    from compressor.export.genai import Sizes, write_genai_config
+    from compressor.export.genai import write_genai_config
 
     kept, known = {size for layer in cache.layers for size in (layer.key, layer.value)}, cache.settings
     heads, hidden, vocabulary = known
@@ -134,5 +134,5 @@ def _write_genai_config(checkpoint: Checkpoint, cache: KeyValueCache, directory:
         return
     kv_heads, head_dim = kept.pop()
     context = checkpoint.positions or UNLIMITED
-    sizes = Sizes(len(cache.layers), hidden, heads, kv_heads, head_dim, vocabulary, context)
+    sizes = DecoderSizes(len(cache.layers), hidden, heads, kv_heads, head_dim, vocabulary, context)
     write_genai_config(checkpoint.config or {}, sizes, directory)

@@ -66,26 +66,23 @@ def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
     source, recipe = report.get("source") or {}, report.get("recipe") or {}
     tensors = facts.stored_tensors(artifact)
     made = f"{source.get('architecture', 'a network')} by {recipe.get('name', 'a recipe')}"
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=title,
-            what="; ".join((made, *facts.drawbacks(report))),
-            description=recipe.get("description", ""),
-            tiles=_tiles(report),
-            gates=_gates(report),
-            layers=_layers(tensors),
-            binary=_binary(report),
-            errors=_errors(tensors),
-            outputs=_outputs(report),
-            against_quality=_against_quality(artifact, others, title),
-            searches=_searches(report),
-            stages=_stages(report),
-            kinds=_kinds(tensors),
-            provenance=_provenance(report),
-            recipe=yaml.safe_dump(_named(recipe), sort_keys=False, allow_unicode=True),
-        )
+    template = _environment().get_template("page.html")
+    return template.render(
+        title=title,
+        what="; ".join((made, *facts.drawbacks(report))),
+        description=recipe.get("description", ""),
+        tiles=_tiles(report),
+        gates=_gates(report),
+        layers=_layers(tensors),
+        binary=_binary(report),
+        errors=_errors(tensors),
+        outputs=_outputs(report),
+        against_quality=_against_quality(artifact, others, title),
+        searches=_searches(report),
+        stages=_stages(report),
+        kinds=_kinds(tensors),
+        provenance=_provenance(report),
+        recipe=yaml.safe_dump(_named(recipe), sort_keys=False, allow_unicode=True),
     )
 
 

@@ -30,7 +30,8 @@ from compressor.sweeps.backward import head_of
 from compressor.sweeps.chain import Chain, Choice, Learners
 from compressor.sweeps.gradients import load_gradients
 from compressor.sweeps.means import correct_means, layer_means
-from compressor.sweeps.network import Arguments, Network, groups_of, hidden_of, layer_stages, moments_of, n_examples
+from compressor.sweeps.moments import groups_of, layer_stages, moments_of
+from compressor.sweeps.network import Arguments, Network, hidden_of, n_examples
 from compressor.sweeps.prefix import Settled
 from compressor.sweeps.sparsity import allocated_shares
 from compressor.sweeps.survey import Survey
@@ -157,9 +158,7 @@ def encode_outside(
     """A tensor that lies in no block, from what is loaded."""
     module = layers(network.module).get(name)
     if name in recurrent(network.module) and (chain := choice.of_matrix(name)) is not None:
-        matrix = network.module.get_parameter(name).data.float()
-        encoding = chain.of_matrix(name, matrix, Statistics(), work.generator(name))
-        return EncodedTensor(encoding, Layout(tuple(matrix.shape)))
+        return _by_values(chain, name, network.module.get_parameter(name), work)
     chain = choice.of(name, module) if module is not None else None
     if module is None or chain is None:
         return choice.dense(name, network.module.state_dict(keep_vars=True)[name])
@@ -239,10 +238,15 @@ def encode_recurrent(module: nn.Module, prefix: str, choice: Choice, work: Work)
         chain = choice.of_matrix(name)
         if chain is None:
             continue
-        encoding = chain.of_matrix(name, parameter.data.float(), Statistics(), work.generator(name))
-        tensors[name] = EncodedTensor(encoding, Layout(tuple(parameter.shape)))
+        tensors[name] = _by_values(chain, name, parameter, work)
         parameter.data = tensors[name].decode()
     return tensors
+
+
+def _by_values(chain: Chain, name: str, parameter: nn.Parameter, work: Work) -> EncodedTensor:
+    """A matrix that is a parameter as it is, without anything known of its inputs."""
+    encoding = chain.of_matrix(name, parameter.data.float(), Statistics(), work.generator(name))
+    return EncodedTensor(encoding, Layout(tuple(parameter.shape)))
 
 
 def _compute_with(network: Network, block: nn.Module, prefix: str, tensors: EncodedTensors) -> None:

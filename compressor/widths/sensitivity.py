@@ -30,7 +30,8 @@ from compressor.ops.sums import total
 from compressor.passes.registry import load_pass
 from compressor.sweeps.backward import head_of
 from compressor.sweeps.encode import has_blocks
-from compressor.sweeps.network import Arguments, Network, groups_of, layer_stages, moments_of
+from compressor.sweeps.moments import groups_of, layer_stages, moments_of
+from compressor.sweeps.network import Arguments, Network
 from compressor.sweeps.prefix import Settled
 from compressor.sweeps.survey import Survey
 from compressor.widths.ladder import Option, Options

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from compressor.checkpoints import open_checkpoint
 from compressor.checkpoints.experts import Experts
 from compressor.core.errors import CheckpointError
+from tests import pico
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE = {**SIZES, "image_size": 16, "patch_size": 8}
@@ -117,28 +118,23 @@ def test_an_expert_of_a_stacked_tensor_is_read_as_a_row(tmp_path, monkeypatch):
 
 def test_a_missing_expert_is_named(tmp_path):
     saved("MixtralForCausalLM", MIXTURES["MixtralForCausalLM"], tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    for part in ("w1", "w2", "w3"):
-        del stored[f"model.layers.1.block_sparse_moe.experts.2.{part}.weight"]
-    save_file(stored, tmp_path / "model.safetensors")
+    stem = "model.layers.1.block_sparse_moe.experts.2"
+    pico.rewrite(tmp_path, lambda stored: [stored.pop(f"{stem}.{part}.weight") for part in ("w1", "w2", "w3")])
     with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.mlp\.experts\.2\.\w+\.weight' .* is missing"):
         open_checkpoint(tmp_path).check()
 
 
 def test_what_a_rule_cannot_be_applied_to_is_refused(tmp_path):
     saved("MixtralForCausalLM", MIXTURES["MixtralForCausalLM"], tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    stored["model.layers.0.block_sparse_moe.experts.0.w1.weight"] = torch.zeros(40, 20)
-    save_file(stored, tmp_path / "model.safetensors")
+    wrong = {"model.layers.0.block_sparse_moe.experts.0.w1.weight": torch.zeros(40, 20)}
+    pico.rewrite(tmp_path, lambda stored: stored.update(wrong))
     with pytest.raises(CheckpointError, match=r"transformers makes '.*experts.* of \d stored tensors"):
         open_checkpoint(tmp_path).check()
 
 
 def test_a_missing_matrix_of_a_converted_network_is_named(tmp_path):
     saved("ViTForImageClassification", IMAGE, tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    del stored["vit.encoder.layer.1.attention.attention.key.weight"]
-    save_file(stored, tmp_path / "model.safetensors")
+    pico.rewrite(tmp_path, lambda stored: stored.pop("vit.encoder.layer.1.attention.attention.key.weight"))
     with pytest.raises(CheckpointError, match=r"'vit\.layers\.1\.attention\.k_proj\.weight' .* is missing"):
         open_checkpoint(tmp_path).check()
 
@@ -146,10 +142,8 @@ def test_a_missing_matrix_of_a_converted_network_is_named(tmp_path):
 def test_what_a_class_draws_at_random_is_not_taken_as_computed(tmp_path):
     """Sinusoids are the same each time; a table of words, which no class says may be missing, is not."""
     saved("MarianMTModel", PICOS["MarianMTModel"], tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    assert "model.encoder.embed_positions.weight" not in stored
-    del stored["model.shared.weight"]
-    save_file(stored, tmp_path / "model.safetensors")
+    assert "model.encoder.embed_positions.weight" not in load_file(tmp_path / "model.safetensors")
+    pico.rewrite(tmp_path, lambda stored: stored.pop("model.shared.weight"))
     with pytest.raises(CheckpointError, match="is missing"):
         open_checkpoint(tmp_path).check()
 

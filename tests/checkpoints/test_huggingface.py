@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
     BertConfig,
@@ -29,6 +29,7 @@ from compressor.checkpoints import open_checkpoint
 from compressor.checkpoints.architecture import ENCODER_TYPES, family_of
 from compressor.checkpoints.ties import UNTIED_BY_DEFAULT
 from compressor.core.errors import CheckpointError
+from tests import pico
 
 PICO = {
     "hidden_size": 24,
@@ -52,13 +53,6 @@ def pico_llama(tied: bool = True) -> LlamaForCausalLM:
 def llama(tmp_path):
     pico_llama().save_pretrained(tmp_path)
     return tmp_path
-
-
-def rewrite(directory, change) -> None:
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
 
 
 def test_a_loaded_module_computes_what_the_saved_one_does(llama):
@@ -111,7 +105,7 @@ def test_equal_tables_that_are_not_tied_are_kept_apart(tmp_path):
 
 
 def test_tables_that_the_config_ties_but_that_differ_are_untied(llama):
-    rewrite(llama, lambda tensors: tensors.update({"lm_head.weight": torch.ones(53, 24)}))
+    pico.rewrite(llama, lambda tensors: tensors.update({"lm_head.weight": torch.ones(53, 24)}))
     checkpoint = open_checkpoint(llama)
     module = checkpoint.build("cpu")
     assert checkpoint.tied == {}
@@ -121,7 +115,7 @@ def test_tables_that_the_config_ties_but_that_differ_are_untied(llama):
 
 
 def test_a_tied_table_may_be_stored_under_its_alias(llama):
-    rewrite(llama, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    pico.rewrite(llama, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
     module = open_checkpoint(llama).build("cpu")
     torch.testing.assert_close(module.model.embed_tokens.weight, pico_llama().lm_head.weight, rtol=0, atol=0)
 
@@ -177,7 +171,7 @@ def test_a_base_model_prefix_may_be_absent(tmp_path):
         tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
         tensors["stranger"] = torch.ones(3)
 
-    rewrite(tmp_path, remove_prefix)
+    pico.rewrite(tmp_path, remove_prefix)
     checkpoint = open_checkpoint(tmp_path)
     assert "transformer.wte.weight" in checkpoint.tensors
     ids = torch.arange(9)[None]
@@ -206,20 +200,20 @@ def poison(tensors) -> None:
 
 
 def test_nan_is_refused_with_file_tensor_and_count(llama):
-    rewrite(llama, poison)
+    pico.rewrite(llama, poison)
     checkpoint = open_checkpoint(llama)
     with pytest.raises(CheckpointError, match=r"model.safetensors: tensor 'model.norm.weight' holds 2 NaN or inf"):
         checkpoint.read("model.norm.weight")
 
 
 def test_a_missing_tensor_is_refused(llama):
-    rewrite(llama, lambda tensors: tensors.pop("model.norm.weight"))
+    pico.rewrite(llama, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"tensor 'model.norm.weight' of shape \(24,\) is missing"):
         open_checkpoint(llama).check()
 
 
 def test_a_wrong_shape_is_refused(llama):
-    rewrite(llama, lambda tensors: tensors.update({"model.norm.weight": torch.ones(23)}))
+    pico.rewrite(llama, lambda tensors: tensors.update({"model.norm.weight": torch.ones(23)}))
     with pytest.raises(CheckpointError, match=r"'model.norm.weight' has shape \(23,\); .* needs \(24,\)"):
         open_checkpoint(llama).check()
 
@@ -241,7 +235,7 @@ def test_the_size_of_a_truncated_file_is_told(llama):
 
 
 def test_packed_weights_are_refused(llama):
-    rewrite(llama, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.ones(2, dtype=torch.int32)}))
+    pico.rewrite(llama, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.ones(2, dtype=torch.int32)}))
     with pytest.raises(CheckpointError, match=r"is already quantised; found 'model.layers.0.mlp.up_proj.qweight'"):
         open_checkpoint(llama)
 
@@ -290,7 +284,7 @@ def test_merges_are_written_as_texts_where_these_say_the_same(llama, tmp_path, m
 def test_the_digest_changes_with_the_weights(llama):
     before = open_checkpoint(llama).digest()
     assert before == open_checkpoint(llama).digest()
-    rewrite(llama, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    pico.rewrite(llama, lambda tensors: tensors["model.norm.weight"].mul_(2))
     assert open_checkpoint(llama).digest() != before
 
 

@@ -27,7 +27,8 @@ from compressor.onnx.layers import RESERVED
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.pipeline import run
-from compressor.sweeps.network import Network, layer_stages, second_moments
+from compressor.sweeps.moments import layer_stages, second_moments
+from compressor.sweeps.network import Network
 from tests import pico
 from tests.onnx import graphs
 

@@ -13,7 +13,8 @@ import compressor
 from compressor.checkpoints import open_checkpoint
 from compressor.evaluate.session import open_session
 from compressor.graph.blocks import layers
-from compressor.sweeps.network import Network, groups_of, layer_stages, moments_of
+from compressor.sweeps.moments import groups_of, layer_stages, moments_of
+from compressor.sweeps.network import Network
 from compressor.sweeps.survey import survey
 from tests import pico
 

@@ -10,7 +10,8 @@ from torch import nn
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError
 from compressor.graph.blocks import layers, unfold_inputs
-from compressor.sweeps.network import Network, layer_stages, second_moments
+from compressor.sweeps.moments import layer_stages, second_moments
+from compressor.sweeps.network import Network
 from compressor.sweeps.survey import LARGEST_IMPORTANCE, Survey, head_inputs, head_of, survey
 from tests import pico
 

@@ -17,7 +17,8 @@ from compressor.graph.blocks import layers
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.sweeps.encode import encode_network
-from compressor.sweeps.network import Network, layer_stages, second_moments
+from compressor.sweeps.moments import layer_stages, second_moments
+from compressor.sweeps.network import Network
 from compressor.sweeps.prefix import Settled
 from compressor.sweeps.survey import Survey
 from tests import pico

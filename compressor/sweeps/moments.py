@@ -1,0 +1,163 @@
+"""The second moments of what reaches the layers of a block, and in which order they are gathered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoints.experts import routed
+from compressor.graph.blocks import Stage, geometry, layers, layout_of, stages, unfold_inputs, unfolds, weight_of
+from compressor.ops.gram import add_gram, mirror
+from compressor.sweeps.network import Arguments, Network, Stop
+
+LIMIT = 512_000_000
+"""Bytes of second moments that are gathered at once of layers that have one each."""
+
+
+@torch.no_grad()
+def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arguments) -> list[Stage]:
+    """The block's encodable layers in stages, by running one batch."""
+    order: list[tuple[str, int]] = []
+    keep: list[Tensor] = []
+    found = layers(block, prefix)
+
+    def note(name: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(_: nn.Module, args: tuple) -> None:
+            order.append((name, id(args[0])))
+            keep.append(args[0])  # so that no other tensor gets its identity
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in found.items()
+        if not isinstance(module, nn.Embedding)
+    ]
+    try:
+        network.step(block, arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _side_by_side(stages(order), routed(block, prefix))
+
+
+def _side_by_side(found: list[Stage], apart: Collection[str]) -> list[Stage]:
+    """The stages; the experts of a mixture are gone through together, all first products and then all second ones."""
+    joined: list[Stage] = []
+    together: dict[tuple[str, str], Stage] = {}
+    for stage in found:
+        if not set(stage.names) <= set(apart):
+            joined.append(stage)
+            continue
+        mixture, _, layer, _ = stage.names[0].rsplit(".", 3)
+        if (mixture, layer) in together:
+            together[mixture, layer].names += stage.names
+        else:
+            together[mixture, layer] = Stage(stage.names, stage.calls, share=False)
+            joined.append(together[mixture, layer])
+    return joined
+
+
+def groups_of(stage: Stage, names: Collection[str], found: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Those of a stage's layers that are named, in groups whose moments are gathered by running the block once.
+
+    They make the same rows of an input that they share; or they are as many as LIMIT has room for.
+    """
+    groups: dict[tuple, list[str]] = {}
+    held = 0
+    for name in (name for name in stage.names if name in names):
+        module, layout = found[name], layout_of(found[name])
+        assert layout is not None
+        if stage.share:
+            key: tuple = (unfolds(module), geometry(module), layout.transposed)
+        else:
+            held += 4 * weight_of(module).shape[1] ** 2
+            key = (held // LIMIT,)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def moments_of(
+    network: Network, block: nn.Module, found: Mapping[str, nn.Module], names: list[str], stage: Stage,
+    reached: list[Arguments], importance: Mapping[str, Tensor],
+    begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
+) -> dict[str, tuple[Tensor, int]]:  # fmt: skip
+    """H and the number of tokens of each layer of a group, see `second_moments`."""
+    if stage.share:
+        shared, n_tokens = second_moments(network, block, found, names, stage.calls, reached, importance, begun)
+        return {name: (moment, n_tokens) for name, moment in shared.items()}
+    widths = {name: weight_of(found[name]).shape[1] for name in names}
+    sums = {name: torch.zeros(width, width) for name, width in widths.items()}
+    counts = dict.fromkeys(names, 0)
+
+    def watching(name: str) -> Callable[[nn.Module, tuple], None]:
+        def watch(module: nn.Module, args: tuple) -> None:
+            with torch.autocast("cpu", enabled=False):
+                rows = unfold_inputs(module, args[0])
+                add_gram(sums[name], rows)
+            counts[name] += len(rows)
+
+        return watch
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name in names:
+            hooks.enter_context(found[name].register_forward_pre_hook(watching(name)))
+        for i, arguments in enumerate(reached):
+            with begun(i):
+                network.step(block, arguments)
+    return {name: (_mean(total, counts[name]), counts[name]) for name, total in sums.items()}
+
+
+def _mean(total: Tensor, n: int) -> Tensor:
+    """The lower half of a sum of n as a whole mean, in place; where n is 0, every input counts alike."""
+    return mirror(total.div_(n) if n else total.fill_diagonal_(1))
+
+
+@torch.no_grad()
+def second_moments(
+    network: Network,
+    block: nn.Module,
+    found: Mapping[str, nn.Module],
+    names: list[str],
+    calls: int,
+    reached: list[Arguments],
+    importance: Mapping[str, Tensor],
+    begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
+) -> tuple[dict[str, Tensor], int]:
+    """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
+
+    Where there are none, as with an expert that no token is sent to, every input counts alike. The layers share their
+    input, so that without importance they share one H. The forward of batch number i runs within `begun(i)`, and ends
+    at the last call.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = {"tokens": 0, "calls": 0}
+    lead = found[names[0]]
+    weighted = [name for name in names if name in importance]
+
+    def watch(_: nn.Module, args: tuple) -> None:
+        with torch.autocast("cpu", enabled=False):
+            rows = unfold_inputs(lead, args[0])
+            for name in weighted or names[:1]:
+                seen = rows
+                if name in importance:
+                    token = importance[name][counts["tokens"] : counts["tokens"] + len(rows)]
+                    seen = rows * token.sqrt().unsqueeze(1)
+                add_gram(sums.setdefault(name, torch.zeros(seen.shape[1], seen.shape[1])), seen)
+        counts["tokens"] += len(rows)
+        counts["calls"] += 1
+        if counts["calls"] == calls:
+            raise Stop
+
+    with lead.register_forward_pre_hook(watch):
+        for i, arguments in enumerate(reached):
+            counts["calls"] = 0
+            with begun(i), contextlib.suppress(Stop):
+                network.step(block, arguments)
+    for total in sums.values():
+        _mean(total, counts["tokens"])
+    shared = next(iter(sums.values()))
+    return {name: sums.get(name, shared) for name in names}, counts["tokens"]
