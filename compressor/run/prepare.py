@@ -19,7 +19,7 @@ from compressor.core.artifact import refuse_target
 from compressor.core.errors import CheckpointError, DataError, UsageError
 from compressor.core.options import RunOptions, refuse_seed
 from compressor.core.training import Training, unlabelled
-from compressor.export.decoder_config import decoder_refusal
+from compressor.export.decoder_config import TRACED_WITH_CACHE, decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
@@ -145,7 +145,8 @@ def _without_cache(checkpoint: Checkpoint, options: RunOptions) -> tuple[str, ..
     """A note where the graph of a language model will not keep what it has read."""
     if options.format != "onnx" or checkpoint.kind == "onnx" or checkpoint.family != "decoder":
         return ()
-    if decoder_refusal(checkpoint.config or {}) is None:
+    config = checkpoint.config or {}
+    if config.get("model_type") in TRACED_WITH_CACHE or decoder_refusal(config) is None:
         return ()
     from compressor.export.writing import why_without_cache
 

@@ -16,6 +16,7 @@ from torch import nn
 from compressor.core.options import RunOptions
 from compressor.evaluate.session import DecoderSession, open_session
 from compressor.export.causal import KeyValueCache, kv_cache, trace_decoder
+from compressor.export.decoder_config import TRACED_WITH_CACHE
 from compressor.export.module import export_module
 from compressor.run import pipeline
 from compressor.run.prepare import prepare
@@ -112,6 +113,11 @@ embeddings: {bits: 8, group: 16}
 export: {activations: exact}
 evaluation: {tokens: 96, window: 32, speed: false}
 """
+
+
+def test_what_a_plan_takes_for_granted_was_measured():
+    measured = json.loads((Path(__file__).parents[2] / "docs/measured/families.json").read_text())
+    assert [name for name in TRACED_WITH_CACHE if not measured[name]["cache"]] == []
 
 
 def test_a_run_delivers_a_cache_and_proves_it_in_steps(tmp_path):
