@@ -140,7 +140,7 @@ def judge(
         return evaluate_outputs(session, original_outputs(checkpoint, batches), batches)
     assert isinstance(source, Arrays)
     chosen = source.take(slice(0, recipe.evaluation.samples))
-    batches = list(chosen.batches(32))
+    batches = list(chosen.batches(chosen.at_once))
     return evaluate_outputs(session, original_outputs(checkpoint, batches), batches, chosen.labels)
 
 

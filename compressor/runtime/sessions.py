@@ -31,17 +31,21 @@ class Settings:
     entries      its session's configuration entries
     optimised    a file for the graph that it really runs
     as_it_is     it is such a graph: there is nothing to fold or fuse
+    arena        whether onnxruntime keeps what it frees, each session for itself: sooner served, and of many sessions
+                 the sum of all peaks, doubled as it grows
     """
 
     threads: int | None = None
     entries: Mapping[str, str] = field(default_factory=dict)
     optimised: str | None = None
     as_it_is: bool = False
+    arena: bool = True
 
     def open(self, path: str | bytes) -> onnxruntime.InferenceSession:
         """The session of a file, or of a serialised graph, in this process."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = self.arena
         if self.threads:
             options.intra_op_num_threads = self.threads
         if self.optimised:
