@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -146,9 +146,11 @@ def in_pieces(
 
 
 def open_inference(path: Path, settings: Settings, apart: bool) -> onnxruntime.InferenceSession | SessionApart:
-    """A session on a graph; with `apart` in a process of its own where graph and weights are large."""
+    """A session on a graph; with `apart` in a process of its own where graph and weights are large, else without arena."""
     n_bytes = sum(file.stat().st_size for file in path.parent.glob("model.*"))
-    return SessionApart(str(path), settings) if apart and n_bytes >= LARGE else settings.open(str(path))
+    if apart and n_bytes >= LARGE:
+        return SessionApart(str(path), settings)
+    return replace(settings, arena=settings.arena and not apart).open(str(path))
 
 
 def optimised_graph(model_path: Path, folder: Path, stem: str = "optimised") -> Path:
