@@ -15,6 +15,7 @@ from compressor.data.arrays import Arrays
 from compressor.data.text import Text
 from compressor.data.tokens import encode_sentences, tokenize, windows
 from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, learning_window
+
 LONGEST_SENTENCE = 128
 """Tokens of a sentence that are looked at."""
 _SENTENCES = 256

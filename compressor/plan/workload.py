@@ -1,4 +1,4 @@
-"""What examples ask of a network that reads arrays: the sizes of what its layers read and write, and how many there are.
+"""What examples ask of a network that reads arrays: what its layers read and write on one, and how many there are.
 
 Found where the data are tried on the network; of it a plan tells time and memory. No torch.
 """
@@ -6,7 +6,7 @@ Found where the data are tried on the network; of it a plan tells time and memor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressor.plan.recipe import Recipe
 
@@ -55,6 +55,7 @@ class Workload:
 
     layers    every call of a layer, in order
     given     numbers of the example's arrays; `largest` those of the largest
+    n_loaded  how many lie in memory, whether a run computes with them or not
     """
 
     layers: tuple[LayerWork, ...]
@@ -62,6 +63,7 @@ class Workload:
     largest: int
     n_calibration: int = 0
     n_evaluation: int = 0
+    n_loaded: int = 0
 
     @property
     def held(self) -> int:
@@ -77,6 +79,10 @@ class Workload:
     def products(self) -> int:
         return sum(layer.products for layer in self.layers)
 
+    def seconds(self, costs: tuple[float, float]) -> float:
+        """Of one forward, by what a product and what a number that is written cost."""
+        return costs[0] * self.products + costs[1] * self.written
+
     @property
     def at_once(self) -> int:
         """How many examples make a batch."""
@@ -91,6 +97,7 @@ class Workload:
         return max((min(self.at_once * size, max(size, most // size * size)) for size in sizes), default=0)
 
 
-def examples_of(recipe: Recipe, n_calibration: int, n_evaluation: int) -> tuple[int, int]:
-    """How many examples a run computes with, of those that there are."""
-    return min(recipe.calibration.samples, n_calibration), min(recipe.evaluation.samples, n_evaluation)
+def workload_of(load: Workload, recipe: Recipe, n_calibration: int, n_evaluation: int) -> Workload:
+    """With the examples that a run computes with, of those that there are."""
+    found = min(recipe.calibration.samples, n_calibration), min(recipe.evaluation.samples, n_evaluation)
+    return replace(load, n_calibration=found[0], n_evaluation=found[1], n_loaded=n_calibration + n_evaluation)
