@@ -146,7 +146,7 @@ def in_pieces(
 
 
 def open_inference(path: Path, settings: Settings, apart: bool) -> onnxruntime.InferenceSession | SessionApart:
-    """A session on a graph; with `apart` in a process of its own where it is large, and without arena where it is not."""
+    """A session on a graph; with `apart` in a process of its own where it is large, else without arena."""
     n_bytes = sum(file.stat().st_size for file in path.parent.glob("model.*"))
     if apart and n_bytes >= LARGE:
         return SessionApart(str(path), settings)
