@@ -78,7 +78,7 @@ class KeyValueCache:
 
     def given(self, tensors: list[Tensor]) -> DynamicCache:
         """transformers' cache that holds these keys and values."""
-        layers = [_Layer() for _ in range(self.slots)]
+        layers = [KeptLayer() for _ in range(self.slots)]
         for layer, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
             layers[layer.slot].begin(keys, values, layer.window)
         cache = DynamicCache()
@@ -92,7 +92,7 @@ class KeyValueCache:
         return [tensor for layer in found for tensor in (layer.keys, layer.values) if tensor is not None]
 
 
-class _Layer(DynamicLayer):
+class KeptLayer(DynamicLayer):
     """A layer of the cache that may begin with keys and values; it keeps all, though its attention has a window."""
 
     def begin(self, keys: Tensor, values: Tensor, window: bool) -> None:
@@ -134,7 +134,7 @@ def kv_cache(module: nn.Module) -> KeyValueCache | str:
     return KeyValueCache(tuple(layers), len(found.layers), (heads, hidden, words))
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def plain(module: nn.Module) -> nn.Module:
     """A copy without weights that computes in plain operators, of which none depends on a value.
 
     Dynamic rotary scaling changes frequencies beyond the positions of the config, which no text may pass.
@@ -151,7 +151,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def _first_cache(module: nn.Module) -> object:
     """What the forward gives as `past_key_values`, or as text why it fails."""
-    network = _plain(module)
+    network = plain(module)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
         ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
         try:
@@ -174,7 +174,7 @@ def trace_decoder(module: nn.Module, cache: KeyValueCache, tensors: EncodedTenso
     Raises:
         CheckpointError: torch cannot trace the forward with a cache.
     """
-    shell = CachedForward(_plain(module), cache)
+    shell = CachedForward(plain(module), cache)
     inputs = cache.example()
     axes = {name: {0: "batch", 2: "past"} for name in inputs}
     axes |= {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "total"}}
