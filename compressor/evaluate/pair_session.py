@@ -1,4 +1,4 @@
-"""The two graphs of an encoder-decoder in onnxruntime: what was read once, then token by token with a cache. No torch."""
+"""The two graphs of an encoder-decoder in onnxruntime: a text is read once, another written with a cache. No torch."""
 
 from __future__ import annotations
 

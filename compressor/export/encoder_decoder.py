@@ -219,7 +219,7 @@ class Encoder(nn.Module):
 
 
 class PairedDecoder(nn.Module):
-    """The decoder's forward from (input_ids, states, mask of them, keys and values …) to (logits, keys and values …)."""
+    """The decoder's forward from (input_ids, states, their mask, keys and values …) to (logits, keys and values …)."""
 
     def __init__(self, network: nn.Module, cache: PairedCache) -> None:
         super().__init__()
