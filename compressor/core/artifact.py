@@ -27,7 +27,8 @@ PAIRED_ENCODER, PAIRED_DECODER = "encoder_model.onnx", "decoder_model_merged.onn
 SEAL = "seal"
 """Key of compression.json with the SHA-256 of the page, and of all else that compression.json says."""
 _WRITTEN = (
-    "model.*", PAIRED_ENCODER, PAIRED_DECODER, "config.json", "genai_config.json", "generation_config.json", "structure.json", "tokenizer*", "vocab*",
+    "model.*", PAIRED_ENCODER, PAIRED_DECODER,
+    "config.json", "genai_config.json", "generation_config.json", "structure.json", "tokenizer*", "vocab*",
     "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 """Names of files that an artifact may have."""

@@ -52,7 +52,7 @@ class PairSession:
     ) -> tuple[np.ndarray, Cache]:  # fmt: skip
         """(logits (batch, length, vocabulary), cache) of further tokens (batch, length); `past` is None at first."""
         empty = {name: self._empty(name, len(ids)) for name in self.past} if past is None else past
-        feed = {"input_ids": ids, "use_cache_branch": np.array([past is not None]), **states, **empty}
+        feed = {"input_ids": ids, **states, **empty}
         presents = [name.replace("past_key_values", "present") for name in self.past]
         found = self.decoder.run(feed, ["logits", *presents])
         kept = {name: found[present] for name, present in zip(self.past, presents, strict=True)}

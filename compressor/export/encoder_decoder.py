@@ -4,14 +4,13 @@ encoder_model.onnx
     Inputs   what the encoder reads (input_ids or input_features), attention_mask where it takes one
     Outputs  last_hidden_state
 decoder_model_merged.onnx
-    Inputs   input_ids (batch, length), encoder_hidden_states, encoder_attention_mask (batch, source), use_cache_branch
-             (1), past_key_values.{i}.decoder.key and .value (batch, heads, past, size), past_key_values.{i}.encoder.key
-             and .value (batch, heads, 0 or source, size)
+    Inputs   input_ids (batch, length), encoder_hidden_states (batch, source, width), encoder_attention_mask (batch,
+             source) where the encoder takes one, past_key_values.{i}.decoder.key and .value (batch, heads, past, size),
+             past_key_values.{i}.encoder.key and .value (batch, heads, 0 or source, size)
     Outputs  logits (batch, length, vocabulary), present.{i}.… of the same names
 
-There is one decoder for the first step and for those after it: keys and values of the encoder's states are computed for
-states that the cache has none of, which are all at first and none afterwards. Where use_cache_branch is false, what the
-cache holds counts for nothing.
+There is one decoder for the first step, whose cache is empty, and for those after it: keys and values of the encoder's
+states are computed for states that the cache has none of, which are all at first and none afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from compressor.core.errors import is_out_of_memory
 from compressor.core.tensors import EncodedTensors
-from compressor.export.builder import GraphBuilder
 from compressor.export.causal import KeptLayer, plain
 from compressor.export.tracing import name_ends, over_weights, traced
 
@@ -84,11 +82,17 @@ class PairedCache:
 
     def axes(self) -> dict[str, dict[int, str]]:
         """The free axes of `inputs`."""
-        axes = {"input_ids": {0: "batch", 1: "length"}, "encoder_hidden_states": {0: "batch", 1: "source"}}
+        axes = {
+            "input_ids": {0: "batch_size", 1: "sequence_length"},
+            "encoder_hidden_states": {0: "batch_size", 1: "encoder_sequence_length"},
+        }
         if self.masked:
-            axes["encoder_attention_mask"] = {0: "batch", 1: "source"}
+            axes["encoder_attention_mask"] = {0: "batch_size", 1: "encoder_sequence_length"}
         for name in self.sizes:
-            axes[f"past_key_values.{name}"] = {0: "batch", 2: "past" if "decoder" in name else "known"}
+            axes[f"past_key_values.{name}"] = {
+                0: "batch_size",
+                2: "past_sequence_length" if "decoder" in name else "past_encoder_sequence_length",
+            }
         return axes
 
 
@@ -154,10 +158,12 @@ def trace_encoder(module: nn.Module, cache: PairedCache, tensors: EncodedTensors
     tokens = cache.reads == "input_ids"
     inputs = {cache.reads: torch.zeros(BATCH, SOURCE, dtype=torch.int64) if tokens else example[:1].repeat(
         BATCH, *(1 for _ in example.shape[1:]))}  # fmt: skip
-    axes: dict[str, dict[int, str]] = {cache.reads: {0: "batch", 1: "source"} if tokens else {0: "batch"}}
+    axes: dict[str, dict[int, str]] = {
+        cache.reads: {0: "batch_size", 1: "encoder_sequence_length"} if tokens else {0: "batch_size"}
+    }
     if cache.masked:
         inputs["attention_mask"] = torch.ones(BATCH, SOURCE, dtype=torch.int64)
-        axes["attention_mask"] = {0: "batch", 1: "source"}
+        axes["attention_mask"] = {0: "batch_size", 1: "encoder_sequence_length"}
     model = over_weights(traced(shell, inputs, axes, path), module, shell.network, tensors, path)
     name_ends(model.graph, axes, ["last_hidden_state"])
     return _without_unused(model)
@@ -176,27 +182,9 @@ def trace_paired_decoder(module: nn.Module, cache: PairedCache, tensors: Encoded
     for value in model.graph.outputs[1:]:
         name = str(value.name).removeprefix("present.")
         heads, size = cache.sizes[name]
-        value.shape = ir.Shape(["batch", heads, "total" if "decoder" in name else "source", size])
-    _add_branch(model.graph, list(cache.sizes))
+        total = "total_sequence_length" if "decoder" in name else "encoder_sequence_length"
+        value.shape = ir.Shape(["batch_size", heads, total, size])
     return _without_unused(model)
-
-
-def _add_branch(graph: ir.Graph, names: list[str]) -> None:
-    """An input that says whether what the cache holds counts."""
-    flag = ir.Value(name="use_cache_branch", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
-    pasts = {f"past_key_values.{name}" for name in names}
-    builder = GraphBuilder(graph, before=graph[0], stem="branch.")
-    counts = builder.cast(flag, ir.DataType.INT64)
-    first, axis = builder.integers(0), builder.integers(2)
-    for value in [value for value in graph.inputs if value.name in pasts]:
-        uses = list(value.uses())
-        length = builder.op("Shape", value, start=2, end=3)
-        kept = builder.op("Slice", value, first, builder.op("Mul", length, counts), axis)
-        kept.type = value.type
-        for node, at in uses:
-            node.replace_input_with(at, kept)
-    last = next(i for i, value in enumerate(graph.inputs) if value.name in pasts)
-    graph.inputs.insert(last, flag)
 
 
 def _without_unused(model: ir.Model) -> ir.Model:

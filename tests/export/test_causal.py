@@ -85,9 +85,15 @@ def test_the_cache_is_named_and_shaped_as_that_of_the_written_graph(exported):
     shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
     assert shapes == {
         "input_ids": ["batch_size", "sequence_length"], "attention_mask": ["batch_size", "total_sequence_length"],
-        **{f"past_key_values.{i}.{part}": ["batch_size", 1, "past_sequence_length", size] for i in (0, 1) for part, size in sizes},
+        **{
+            f"past_key_values.{i}.{part}": ["batch_size", 1, "past_sequence_length", size]
+            for i in (0, 1) for part, size in sizes
+        },
         "logits": ["batch_size", "sequence_length", 300],
-        **{f"present.{i}.{part}": ["batch_size", 1, "total_sequence_length", size] for i in (0, 1) for part, size in sizes},
+        **{
+            f"present.{i}.{part}": ["batch_size", 1, "total_sequence_length", size]
+            for i in (0, 1) for part, size in sizes
+        },
     }  # fmt: skip
 
 
