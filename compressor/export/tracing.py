@@ -165,7 +165,8 @@ def name_ends(graph: ir.Graph, axes: Mapping[str, Mapping[int, str]], outputs: l
         for axis, label in free.items():
             dimension = value.shape[axis] if value.shape is not None else None
             if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
-                symbols.setdefault(dimension.value, label)
+                taken = dimension.value not in symbols and label in symbols.values()
+                symbols.setdefault(dimension.value, f"{name}.{label}" if taken else label)
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dimension, symbols) for dimension in value.shape])

@@ -16,7 +16,7 @@ from compressor.core.tensors import EncodedTensors
 from compressor.export.decoder import export_decoder
 from compressor.export.decoder_config import DecoderConfig, DecoderSizes, decoder_refusal
 from compressor.export.forms import Mode
-from compressor.export.trial import shortened
+from compressor.graph.periods import as_few_as_tell
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -125,7 +125,7 @@ def try_to_trace(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[
         CheckpointError: torch cannot trace it.
     """
     cache = _cache_of(checkpoint) if checkpoint.family == "decoder" else None
-    short = shortened(checkpoint.build())
+    short = as_few_as_tell(checkpoint.build())
     if short is None or not _can_be_traced(short, checkpoint, tensors, _example(checkpoint, batches)):
         traced(checkpoint, tensors, batches)
         cache = _CACHES.get(checkpoint)
