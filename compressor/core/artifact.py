@@ -23,10 +23,13 @@ NOT_NEEDED = (REPORT, PAGE, CARD)
 INSTALLED_RECORD, INSTALLED_GRAPH = "model.installed.json", "model.installed.onnx"
 INSTALLED = (INSTALLED_RECORD, INSTALLED_GRAPH, "model.installed.data")
 """Files that `compress install` makes of an artifact for one machine, the one that says so first; not of it."""
+PAIRED_ENCODER, PAIRED_DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
+"""The graphs of an encoder-decoder, beside model.onnx, which computes both at once."""
 SEAL = "seal"
 """Key of compression.json with the SHA-256 of the page and the card, and of all else that compression.json says."""
 _WRITTEN = (
-    "model.*", "config.json", "genai_config.json", "generation_config.json", "structure.json", "tokenizer*", "vocab*",
+    "model.*", PAIRED_ENCODER, PAIRED_DECODER,
+    "config.json", "genai_config.json", "generation_config.json", "structure.json", "tokenizer*", "vocab*",
     "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 """Names of files that an artifact may have."""

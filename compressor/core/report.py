@@ -81,11 +81,13 @@ class Proof(_Section):
     """How far the graph is from the network of the decoded weights: with exact activations, and as it is shipped.
 
     in_steps   of a decoder with a cache, with exact activations: the last tokens are read one at a time
+    paired     of an encoder-decoder's own two graphs, as they are shipped, read so
     """
 
     exact: Distance | None = None
     in_steps: Distance | None = None
     as_shipped: Distance | None = None
+    paired: Distance | None = None
 
 
 class Output(_Section):
