@@ -22,6 +22,10 @@ NOT_NEEDED = (REPORT, PAGE)
 INSTALLED_RECORD, INSTALLED_GRAPH = "model.installed.json", "model.installed.onnx"
 INSTALLED = (INSTALLED_RECORD, INSTALLED_GRAPH, "model.installed.data")
 """Files that `compress install` makes of an artifact for one machine, the one that says so first; not of it."""
+CACHE, IN_PLACE = "cache", "in place"
+"""A decoder's graph has this among its metadata where past and present may be one buffer, longer than what it holds."""
+KEPT = "num_logits_to_keep"
+"""An input of decoders that need not be fed: how many positions get logits, the last ones; 0 is all."""
 SEAL = "seal"
 """Key of compression.json with the SHA-256 of the page, and of all else that compression.json says."""
 _WRITTEN = (
