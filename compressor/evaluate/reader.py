@@ -22,7 +22,7 @@ from compressor.core.artifact import KEPT
 if TYPE_CHECKING:
     from compressor.evaluate.session import DecoderSession
 
-PIECE = 512
+PIECE = 128
 """Tokens of a prompt that are read at a time."""
 _ROOM = 1024
 """Tokens that a buffer has room for at first. Memory that nothing was written to takes none."""
