@@ -108,7 +108,11 @@ def measure_recipe(checkpoint: Checkpoint, recipe: str, threads: int) -> dict[st
         directory = Path(scratch)
         write_artifact(checkpoint, recipe, directory)
         install(directory)
-        graphs = {AT_ONCE: folded_at_once(checkpoint, directory), STAGED: directory / GRAPH, UNFOLDED: directory / INSTALLED[1]}
+        graphs = {
+            AT_ONCE: folded_at_once(checkpoint, directory),
+            STAGED: directory / GRAPH,
+            UNFOLDED: directory / INSTALLED[1],
+        }
         expected = logits(graphs[AT_ONCE])
         for graph in graphs.values():
             np.testing.assert_array_equal(logits(graph), expected)

@@ -5,12 +5,12 @@
     scripts/bench_speed.py [--recipes llm-2bit llm-4bit] [DIR…] [--repeats 5] [--threads 1]
 
 Rows: the float32 export; our recipes, written with random codes, since neither speed nor memory depends on them, or
-finished artifacts; onnxruntime-genai's builder's int4, made once in the cache; llama.cpp's Q2_K and Q4_0, which it makes
-itself of the same GGUF file (npm's `@node-llama-cpp/linux-x64`; scripts/llama_cpp.py). Each is opened in a process of
-its own that has no torch, all in turn, so that a busy machine slows all alike; medians count. A prompt of 256 tokens,
-then 160 single ones, in a plain loop in Python. Tokens are per second of CPU time. Memory is the most that was resident,
-mapped pages included, less what the process held after its imports. A second table is a prompt of 2,048 tokens: read at
-once with all its logits, and as `compress generate` reads it. Results go to docs/measured/speed.json.
+finished artifacts; onnxruntime-genai's builder's int4, made once in the cache; llama.cpp's Q2_K and Q4_0, made by it
+of the same GGUF file (npm's `@node-llama-cpp/linux-x64`; scripts/llama_cpp.py). Each is opened in a process of its
+own that has no torch, all in turn, so that a busy machine slows all alike; medians count. A prompt of 256 tokens,
+then 160 single ones, in a plain loop in Python. Tokens are per second of CPU time. Memory is the most that was
+resident, mapped pages included, less what the process held after its imports. A second table is a prompt of 2,048
+tokens: read at once with all its logits, and as `compress generate` reads it. Results go to docs/measured/speed.json.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from typing import Any
 import onnxruntime
 import torch
 from bench_loading import write_artifact
-from llama_cpp import TYPES, Unavailable, quantized
+from llama_cpp import Unavailable, quantized
 from llama_cpp import version as llama_cpp_version
 from material import ROOT, cache, model_dir
-from measured import cached, markdown, number, read_results, write_results
+from measured import cached, markdown, number, write_results
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.artifact import Artifact
@@ -42,7 +42,8 @@ from compressor.evaluate.bench import size
 from compressor.evaluate.original import export_original
 from compressor.runtime.processes import clean_environment, python
 
-RECIPES = ("llm-2bit", "llm-2bit-lean", "llm-3bit", "llm-4bit")
+RECIPES = ("llm-2bit", "llm-2bit-lean", "llm-3bit", "llm-4bit", "llm-4bit-lean")
+LLAMA_CPP = ("Q2_K", "Q4_0")
 ORIGINAL, INT4 = "original, float32", "onnxruntime-genai's builder, int4"
 PROMPT, STEPS, LONG = 256, 160, 2048
 AT_ONCE, IN_PIECES = "at once, all logits", "in pieces, the last logits"
@@ -97,7 +98,7 @@ def rows_of(recipes: list[str], directories: list[Path], scratch: Path) -> tuple
         rows[INT4] = built_int4(source)
     except Unavailable as reason:
         skipped[INT4] = str(reason)
-    for kind in TYPES:
+    for kind in LLAMA_CPP:
         try:
             path = quantized(model_dir("smollm2-gguf"), kind)
             rows[f"llama.cpp {kind}"] = Row(path, path.stat().st_size, "llama.cpp")
@@ -121,7 +122,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def speed_table(results: dict[str, Any]) -> str:
     """What each model takes, and how fast it is."""
-    rows = []
+    rows: list[list[object]] = []
     for name, found in results["models"].items():
         rows.append([
             name, number(found["megabytes"]), f"{found['load_cpu_seconds']:.2f}", f"{found['peak'] / 1e6:.0f}",

@@ -20,7 +20,7 @@ import numpy as np
 from material import cache
 
 PACKAGE, VERSION = "@node-llama-cpp/linux-x64", "3.22.1"
-TYPES = {"Q4_0": 2, "Q2_K": 10}
+TYPES = {"Q4_0": 2, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15}
 """llama.h's numbers of the files' types."""
 
 
@@ -176,8 +176,25 @@ class LlamaCpp:
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Logits (vocabulary,) after the last of further ids (n,)."""
         tokens = (c_int32 * len(ids))(*ids)
-        status = self._library.llama_decode(self._context, self._library.llama_batch_get_one(tokens, len(ids)))
+        self._decode(self._library.llama_batch_get_one(tokens, len(ids)))
+        return self._logits(-1)
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits (n, vocabulary) of ids (n,), with nothing before them."""
+        self.clear()
+        n, first = len(ids), c_int32(0)
+        integers, sequences = c_int32 * n, POINTER(c_int32) * n
+        self._decode(_Batch(
+            n, integers(*ids), None, integers(*range(n)), integers(*[1] * n), sequences(*[ctypes.pointer(first)] * n),
+            (c_int8 * n)(*[1] * n),
+        ))  # fmt: skip
+        return np.stack([self._logits(at) for at in range(n)])
+
+    def _decode(self, batch: _Batch) -> None:
+        status = self._library.llama_decode(self._context, batch)
         if status:
             raise Unavailable(f"llama_decode ended with {status}")
-        found = self._library.llama_get_logits_ith(self._context, -1)
+
+    def _logits(self, at: int) -> np.ndarray:
+        found = self._library.llama_get_logits_ith(self._context, at)
         return np.ctypeslib.as_array(found, (self.vocabulary,)).copy()

@@ -46,7 +46,12 @@ def measure(asked: dict[str, Any]) -> dict[str, float]:
     prefill, decoding = _read(begun(), ids[: asked["prompt"]], ids[asked["prompt"] :])
     start, peak, after = before["resident"], memory_of()["peak_resident"], loaded["resident"]
     assert start is not None and peak is not None and after is not None
-    found = {"load_cpu_seconds": load, "peak": peak - start, "loaded": after - start, "prefill": len(ids[: asked["prompt"]]) / prefill}
+    found = {
+        "load_cpu_seconds": load,
+        "peak": peak - start,
+        "loaded": after - start,
+        "prefill": len(ids[: asked["prompt"]]) / prefill,
+    }
     return found | ({"decoding": asked["steps"] / decoding} if asked["steps"] else {})
 
 

@@ -4,23 +4,20 @@
     logits = reader.read(ids)                 # after the last of them: float32 (vocabulary,)
     logits = reader.read(np.array([token]))
 
-Where the graph can, the cache is one buffer per layer, which onnxruntime reads and writes in place, and a long prompt is
-read in pieces: what attention takes for a moment grows with a piece and not with the prompt. Elsewhere each run makes a
-cache that is longer by what is new, or there is none, and each reads the whole text. Never imports torch.
+Where the graph can, keys and values lie in buffers that onnxruntime reads and writes in place, and a long prompt is
+read in pieces: what attention takes for a moment grows with a piece and not with the prompt. Elsewhere each run makes
+a cache that is longer by what is new, or there is none, and each reads the whole text. Never imports torch.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
 
 from compressor.core.artifact import KEPT
-
-if TYPE_CHECKING:
-    from compressor.evaluate.session import DecoderSession
 
 PIECE = 128
 """Tokens of a prompt that are read at a time."""
@@ -28,10 +25,23 @@ _ROOM = 1024
 """Tokens that a buffer has room for at first. Memory that nothing was written to takes none."""
 
 
+class Decoder(Protocol):
+    """What a reader must know of an open decoder; see `evaluate.session.DecoderSession`."""
+
+    session: Any
+    past: list[str]
+    present: list[str]
+    keeps_last: bool
+    in_place: bool
+
+    def feed(self, ids: np.ndarray, seen: int) -> dict[str, np.ndarray]: ...
+    def empty(self, name: str, batch: int, room: int) -> np.ndarray: ...
+
+
 class Reader(ABC):
     """One sequence; `seen` counts its tokens."""
 
-    def __init__(self, session: DecoderSession) -> None:
+    def __init__(self, session: Decoder) -> None:
         self.session, self.seen = session, 0
         self._last = {KEPT: np.array(1, np.int64)} if session.keeps_last else {}
 
@@ -47,7 +57,7 @@ class Reader(ABC):
 class WholeText(Reader):
     """Without a cache every token is read again each time."""
 
-    def __init__(self, session: DecoderSession) -> None:
+    def __init__(self, session: Decoder) -> None:
         super().__init__(session)
         self._ids = np.zeros(0, np.int64)
 
@@ -61,7 +71,7 @@ class WholeText(Reader):
 class GrowingCache(Reader):
     """Each run gives the cache of the next one."""
 
-    def __init__(self, session: DecoderSession) -> None:
+    def __init__(self, session: Decoder) -> None:
         super().__init__(session)
         empty = onnxruntime.OrtValue.ortvalue_from_numpy
         self._past = {name: empty(session.empty(name, 1, 0)) for name in session.past}
@@ -77,7 +87,7 @@ class GrowingCache(Reader):
 class CacheInPlace(Reader):
     """Buffers that are bound as past and as present, longer than what they hold; `longest` tokens at most."""
 
-    def __init__(self, session: DecoderSession, longest: int) -> None:
+    def __init__(self, session: Decoder, longest: int) -> None:
         super().__init__(session)
         self._longest, self._room, self._binding = longest, 0, session.session.io_binding()
         self._buffers: dict[str, np.ndarray] = {}
@@ -110,7 +120,7 @@ class CacheInPlace(Reader):
             self._binding.bind_ortvalue_output(present, value)
 
 
-def reader_of(session: DecoderSession, longest: int) -> Reader:
+def reader_of(session: Decoder, longest: int) -> Reader:
     """A reader of one sequence of at most `longest` tokens, by what the session's graph can do."""
     if not session.past:
         return WholeText(session)

@@ -5,9 +5,10 @@ Inputs   input_ids, attention_mask (batch, past + length), past_key_values.{i}.k
          num_logits_to_keep, which need not be fed: how many positions get logits, the last ones; 0, its default, is all
 Outputs  logits for these positions, present.{i}.key and .value
 
-Batch and lengths are free. Where the cache is GroupQueryAttention's, past and present may be one buffer that is longer than
-what it holds: then it is written in place. The graph's metadata says so (`core.artifact.CACHE`). The names are those that onnxruntime-genai and optimum use. In the default and compat modes
-the sequences of a batch are padded on the right (a property of GroupQueryAttention); in standard mode on either side.
+Batch and lengths are free. The names are those that onnxruntime-genai and optimum use. In the default and compat modes
+the sequences of a batch are padded on the right (a property of GroupQueryAttention), and past and present may be one
+buffer, longer than what it holds, which is then written in place: the graph's metadata says so (`core.artifact.CACHE`).
+In standard mode padding is on either side.
 """
 
 from __future__ import annotations
