@@ -176,13 +176,16 @@ def trace_decoder(module: nn.Module, cache: KeyValueCache, tensors: EncodedTenso
     """
     shell = CachedForward(_plain(module), cache)
     inputs = cache.example()
-    axes = {name: {0: "batch", 2: "past"} for name in inputs}
-    axes |= {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "total"}}
+    axes = {name: {0: "batch_size", 2: "past_sequence_length"} for name in inputs}
+    axes |= {
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+    }
     model = over_weights(traced(shell, inputs, axes, path), module, shell.network, tensors, path)
     name_ends(model.graph, axes, ["logits", *(f"present.{name}" for name in cache.sizes)])
     for value in model.graph.outputs[1:]:  # what was read and what is new is what the mask is of
         heads, size = cache.sizes[str(value.name).removeprefix("present.")]
-        value.shape = ir.Shape(["batch", heads, "total", size])
+        value.shape = ir.Shape(["batch_size", heads, "total_sequence_length", size])
     return model
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from compressor.core.artifact import CACHE, IN_PLACE, KEPT
 from compressor.core.errors import ExportError
@@ -51,6 +52,7 @@ def export_decoder(
     model = ir.Model(graph, ir_version=IR_VERSIONS[mode], producer_name="compressor")
     if mode != "standard":
         model.metadata_props[CACHE] = IN_PLACE
+    RemoveUnusedNodesPass()(model)  # weights that one product takes together are initialisers of their own no more
     staged(model, mode)
     for value in graph.initializers.values():  # their tensors say it, and each byte counts
         if not value.is_graph_input():
@@ -69,8 +71,8 @@ class _Decoder:
     def build(self) -> None:
         """Embedding, blocks, norm, head."""
         config = self.config
-        ids = self._input("input_ids", INT64, "batch", "length")
-        mask = self._input("attention_mask", INT64, "batch", "total")
+        ids = self._input("input_ids", INT64, "batch_size", "sequence_length")
+        mask = self._input("attention_mask", INT64, "batch_size", "total_sequence_length")
         pasts = [self._past(layer) for layer in range(config.layers)]
         attention = (StandardAttention if self.standard else GroupQueryAttention)(self.b, config, ids, mask)
         embedded = self.lowering.embedding(ids, "model.embed_tokens.weight", tied=self._head_is_tied())
@@ -93,9 +95,9 @@ class _Decoder:
         if config.logit_cap is not None:
             cap = self.b.constant(config.logit_cap)
             logits = self.b.op("Mul", self.b.op("Tanh", self.b.op("Div", logits, cap)), cap, name="logits")
-        self._output(logits, "batch", "kept", config.vocabulary)
+        self._output(logits, "batch_size", "kept", config.vocabulary)
         for present in presents:
-            self._output(present, "batch", config.kv_heads, "total", config.head_dim)
+            self._output(present, "batch_size", config.kv_heads, "total_sequence_length", config.head_dim)
 
     def _kept(self, x: ir.Value) -> ir.Value:
         """The last positions of x (batch, length, hidden), as many as the optional input says; all where it is 0."""
@@ -129,7 +131,7 @@ class _Decoder:
         self.b.graph.outputs.append(value)
 
     def _past(self, layer: int) -> tuple[ir.Value, ir.Value]:
-        shape = ("batch", self.config.kv_heads, "past", self.config.head_dim)
+        shape = ("batch_size", self.config.kv_heads, "past_sequence_length", self.config.head_dim)
         key, value = (self._input(f"past_key_values.{layer}.{part}", FLOAT, *shape) for part in ("key", "value"))
         return key, value
 

@@ -130,7 +130,7 @@ def _is_tokens(value: Tensor) -> bool:
 
 def _free_axes(value: Tensor) -> dict[int, str]:
     """The axes of an input that are free, and what they are called."""
-    axes = {0: "batch", 1: "sequence"} if _is_tokens(value) else {0: "batch"}
+    axes = {0: "batch_size", 1: "sequence_length"} if _is_tokens(value) else {0: "batch_size"}
     return axes if value.dim() else {}
 
 

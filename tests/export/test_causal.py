@@ -84,10 +84,10 @@ def test_the_cache_is_named_and_shaped_as_that_of_the_written_graph(exported):
     (_, session), sizes = exported("minicpm3"), (("key", 16), ("value", 8))
     shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
     assert shapes == {
-        "input_ids": ["batch", "length"], "attention_mask": ["batch", "total"],
-        **{f"past_key_values.{i}.{part}": ["batch", 1, "past", size] for i in (0, 1) for part, size in sizes},
-        "logits": ["batch", "length", 300],
-        **{f"present.{i}.{part}": ["batch", 1, "total", size] for i in (0, 1) for part, size in sizes},
+        "input_ids": ["batch_size", "sequence_length"], "attention_mask": ["batch_size", "total_sequence_length"],
+        **{f"past_key_values.{i}.{part}": ["batch_size", 1, "past_sequence_length", size] for i in (0, 1) for part, size in sizes},
+        "logits": ["batch_size", "sequence_length", 300],
+        **{f"present.{i}.{part}": ["batch_size", 1, "total_sequence_length", size] for i in (0, 1) for part, size in sizes},
     }  # fmt: skip
 
 
