@@ -42,7 +42,7 @@ from compressor.evaluate.bench import size
 from compressor.evaluate.original import export_original
 from compressor.runtime.processes import clean_environment, python
 
-RECIPES = ("llm-2bit", "llm-2bit-lean", "llm-3bit", "llm-4bit", "llm-4bit-lean")
+RECIPES = ("llm-2bit", "llm-2bit-lean", "llm-4bit", "llm-4bit-lean")
 LLAMA_CPP = ("Q2_K", "Q4_0")
 ORIGINAL, INT4 = "original, float32", "onnxruntime-genai's builder, int4"
 PROMPT, STEPS, LONG = 256, 160, 2048
