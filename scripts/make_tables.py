@@ -27,7 +27,7 @@ from bench_onnx import onnx_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
-from bench_speed import speed_table
+from bench_speed import prompt_table, speed_table
 from bench_strangers import strangers_table
 from bench_structure import structure_table
 from bench_tables import tables_table
@@ -53,7 +53,7 @@ PAGES = (
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "quality": "scripts/bench_quality.py artifacts DIR…", "baselines": "scripts/bench_quality.py baselines",
-    "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py DIR…",
+    "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "strangers": "scripts/bench_strangers.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
@@ -68,9 +68,7 @@ COMMANDS = {
     "same_bytes": "scripts/check_same_bytes.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
 }  # fmt: skip
-LLAMA_CPP = (
-    ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
-)  # fmt: skip
+QUOTED = (("IQ2_XXS", 83.8, 56.8),)
 """Whole files of llama.cpp with importance matrix, this very model and text; quoted, not measured by our scripts."""
 
 
@@ -93,9 +91,11 @@ def comparison_table() -> str:
     """Whole files, Moby Dick: ours, the best of each baseline, and llama.cpp's as quoted; largest first."""
     rows: list[tuple[float, list[object]]] = [
         (megabytes, [f"llama.cpp {name} (quoted)", number(megabytes), number(perplexity), None])
-        for name, megabytes, perplexity in LLAMA_CPP
+        for name, megabytes, perplexity in QUOTED
     ]
     quality = read_results("quality")
+    for name, entry in quality.get("others", {}).items():
+        rows.append((entry["megabytes"], _row(name, entry)))
     if quality:
         figures = quality["original"]["perplexity"]
         rows.append((538.1, ["original, float32", "538.1", number(figures["moby_8"]), number(figures["sotu_8"])]))
@@ -122,6 +122,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: measured_table("steps", steps_table),
     "layers": lambda: measured_table("layers", layers_table),
     "speed": lambda: measured_table("speed", speed_table),
+    "prompt": lambda: measured_table("speed", prompt_table),
     "memory": lambda: measured_table("memory", memory_table),
     "loading": lambda: measured_table("loading", loading_table),
     "pruning": lambda: measured_table("pruning", pruning_table),

@@ -25,6 +25,10 @@ INSTALLED = (INSTALLED_RECORD, INSTALLED_GRAPH, "model.installed.data")
 """Files that `compress install` makes of an artifact for one machine, the one that says so first; not of it."""
 PAIRED_ENCODER, PAIRED_DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 """The graphs of an encoder-decoder, beside model.onnx, which computes both at once."""
+CACHE, IN_PLACE = "cache", "in place"
+"""A decoder's graph has this among its metadata where past and present may be one buffer, longer than what it holds."""
+KEPT = "num_logits_to_keep"
+"""An input of decoders that need not be fed: how many positions get logits, the last ones; 0 is all."""
 SEAL = "seal"
 """Key of compression.json with the SHA-256 of the page and the card, and of all else that compression.json says."""
 _WRITTEN = (
