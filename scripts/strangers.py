@@ -31,8 +31,8 @@ Arrays = dict[str, np.ndarray]
 Measure = Callable[[list[np.ndarray], list[np.ndarray]], float]
 
 SOURCES = {
-    "foolbox==3.3.4": (), "face_recognition==1.3.0": ("--no-binary", ":all:"),
-    "pocketsphinx==5.1.1": ("--no-binary", ":all:"),
+    "foolbox==3.3.4": (), "face_recognition==1.3.0": ("--no-binary", "face_recognition"),
+    "pocketsphinx==5.1.1": ("--no-binary", "pocketsphinx"),
 }  # fmt: skip
 """Packages that hold data; pip's options for the archive that does."""
 IMAGENET_MEAN, IMAGENET_STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -302,8 +303,18 @@ def test_a_job_waits_for_a_worker_that_still_writes_and_else_names_it(folder, mo
     assert not is_held(partial)
 
 
+class Here(Writing):
+    """An engine whose jobs run in this process."""
+
+    def run(self, command, log, memory):
+        with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            status = _status(command)
+        return workers.ended(status, log)
+
+
 def test_markup_and_the_longest_name_stop_no_other(folder, monkeypatch, capfd):
     """The case that was found, by the command."""
+    monkeypatch.setattr(workers, "LocalEngine", lambda timeout=None: Here())
     torch.save({"[/x]": torch.zeros(90, 70).to_sparse()}, folder / "evil.pt")
     pico.write_state_dict(pico.Tied, folder / f"{'m' * 240}.pt")
     text = "{recipe: r.yaml, arch: 'tests.pico:Tied', format: safetensors, models: [evil.pt, 'mm*.pt']}"
