@@ -48,7 +48,7 @@ def strangers_table(results: dict[str, Any]) -> str:
                 title, f"`{recipe}`", number(each["original_bytes"] / 1e6), f"{each['bytes_share']:.0%}",
                 f"{each['measure']:.3f}", f"{each['times_faster']:.2f}", f"{each['memory_share']:.0%}",
                 f"{each['planned_seconds']:.0f} s", f"{each['cpu_seconds']:.0f} s",
-                f"{each['planned_memory'] / 1e9:.1f} GB", f"{each['peak_memory'] / 1e9:.1f} GB", verdict(each),
+                f"{each['planned_memory'] / 1e9:.2f} GB", f"{each['peak_memory'] / 1e9:.2f} GB", verdict(each),
             ])  # fmt: skip
     return markdown(titles, rows)
 
@@ -106,8 +106,7 @@ def measured(name: str, recipe: str) -> dict[str, Any]:
     seconds = in_turn([graph, artifact], data["evaluation"])
     speeds = [report[key] for key in ("original_speed", "speed")]
     memory = [each["memory"]["peak_private"] for each in speeds]
-    stages = report["cost"]
-    return {
+    return cost_of(planned, report) | {
         "original_bytes": report["size"]["original_bytes"], "bytes": report["size"]["bytes"],
         "bytes_share": round(report["size"]["bytes"] / report["size"]["original_bytes"], 4),
         "planned_bytes": planned["bytes_after"], "measure": round(float(STRANGERS[name].measure(found, wanted)), 4),
@@ -115,12 +114,30 @@ def measured(name: str, recipe: str) -> dict[str, Any]:
         "times_faster": round(float(np.median(seconds[:, 0] / seconds[:, 1])), 3),
         "bench_times_faster": round(speeds[0]["latency_seconds"] / speeds[1]["latency_seconds"], 3),
         "memory_share": round(memory[1] / memory[0], 3),
-        "planned_seconds": round(planned["cpu_seconds"], 1), "planned_memory": planned["peak_memory"],
-        "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in stages.values()), 1),
         "process_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         "wall_seconds": round(time.perf_counter() - began, 1),
-        "peak_memory": max(stage["peak_memory"] or 0 for stage in stages.values()),
         "operators": integers(artifact), "passed": report["gates"]["passed"],
+    }  # fmt: skip
+
+
+def costs(name: str, recipe: str) -> dict[str, Any]:
+    """Time and memory alone, planned and real, of a run whose artifact is not timed."""
+    graph, data = fetch(name), files_of(name)
+    target = cached("strangers") / f"{name}-{recipe}"
+    asked = ["run", str(graph), "-r", recipe, "--data", str(data["calibration"]), "--eval", str(data["evaluation"]),
+             "-o", str(target), "--force", "--set", "evaluation.speed=false"]  # fmt: skip
+    planned = json.loads(command(*asked, "--dry-run", "--json").stdout)
+    done = command(*asked, "--json")
+    target = target.with_name(f"{target.name}.failed") if done.returncode == 1 else target
+    return cost_of(planned, json.loads((target / "compression.json").read_text(encoding="utf-8")))
+
+
+def cost_of(planned: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    stages = report["cost"].values()
+    return {
+        "planned_seconds": round(planned["cpu_seconds"], 1), "planned_memory": planned["peak_memory"],
+        "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in stages), 1),
+        "peak_memory": max(stage["peak_memory"] or 0 for stage in stages),
     }  # fmt: skip
 
 
@@ -159,12 +176,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(STRANGERS))
     parser.add_argument("--recipe", action="append")
+    parser.add_argument("--costs", action="store_true", help="only time and memory again, planned and real")
     arguments = parser.parse_args()
     for name in arguments.names or STRANGERS:
         for recipe in arguments.recipe or STRANGERS[name].recipes:
-            entry = measured(name, recipe)
             results = read_results("strangers") or {"onnxruntime": onnxruntime.__version__, "networks": {}}
             networks = results["networks"]
+            entry = networks[name][recipe] | costs(name, recipe) if arguments.costs else measured(name, recipe)
             networks[name] = networks.get(name, {}) | {recipe: entry}
             results["networks"] = {key: networks[key] for key in STRANGERS if key in networks}
             write_results("strangers", results)
