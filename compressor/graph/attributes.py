@@ -94,10 +94,15 @@ def _group_norm(module: Any) -> None:
     module.num_channels = len(module.weight)
 
 
+def _prelu(module: Any) -> None:
+    module.num_parameters = len(module.weight)
+
+
 _KNOWN: dict[type[nn.Module], Callable[[Any], None]] = {
     _ConvNd: _convolution,
     nn.Linear: _linear,
     nn.Embedding: _embedding,
     _NormBase: _batch_norm,
     nn.GroupNorm: _group_norm,
+    nn.PReLU: _prelu,
 }

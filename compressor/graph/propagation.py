@@ -6,6 +6,7 @@ correctness.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -386,6 +387,19 @@ def _batch_norm(run: Propagation, node: fx.Node) -> list[Value] | Value:
     return Value(x.shape, axes)
 
 
+def _prelu(run: Propagation, node: fx.Node) -> Value:
+    """Slopes below zero, one for each channel or one for all: zero stays zero."""
+    x, slope = run.value(node.args[0]), node.args[1]
+    n = math.prod(slope.meta["val"].shape) if isinstance(slope, fx.Node) else 1
+    name = run.trace.tensors.get(slope.name) if isinstance(slope, fx.Node) else None
+    if n == 1 or name is None:
+        return run._pointwise(node)
+    column = torch.Size((n, *[1] * (len(x.shape) - 2)))
+    slopes = Value(column, (Axis(run.parameter(name, 0, n).view(column), True),))
+    axes = run.labels.meet([x, slopes], lambda flags: flags[0], f"in prelu {place(node)}")
+    return Value(x.shape, tuple(replace(axis, labels=axis.labels.expand(x.shape)) for axis in axes))
+
+
 def _layer_norm(run: Propagation, node: fx.Node) -> Value:
     x, normalised = run.value(node.args[0]), len(node.args[1])  # type: ignore[arg-type]
     reason = f"normalised together {place(node)}"
@@ -447,6 +461,7 @@ RULES: dict[str, Callable[[Propagation, fx.Node], Result]] = {
     "index": _index,
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _batch_norm),
+    **dict.fromkeys(("prelu", "_prelu_kernel"), _prelu),
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,

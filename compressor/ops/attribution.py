@@ -8,6 +8,7 @@ folded into it; non-linearities pass relevance through; gates, softmaxes and den
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,12 +26,16 @@ CONVOLUTIONS = {
 PASSED_THROUGH = {
     functional.relu, functional.relu6, functional.hardtanh, functional.gelu, functional.silu, functional.hardswish,
     functional.leaky_relu, functional.elu, functional.mish, functional.tanh, torch.relu, torch.tanh, Tensor.relu,
-    Tensor.tanh,
+    Tensor.tanh, functional.prelu, torch.prelu,
 }  # fmt: skip
 CONSTANT = {
     functional.softmax, functional.sigmoid, functional.hardsigmoid, torch.softmax, torch.sigmoid, torch.rsqrt,
     Tensor.softmax, Tensor.sigmoid, Tensor.rsqrt,
 }  # fmt: skip
+ENDS = (CONSTANT - {torch.rsqrt, Tensor.rsqrt}) | {
+    functional.log_softmax, torch.log_softmax, Tensor.log_softmax, functional.logsigmoid,
+}  # fmt: skip
+"""What a network that gives probabilities ends in: the logits before it are explained."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Observed(TorchFunctionMode):
         self.names, self.composite = names, composite
         self.outputs: list[tuple[str, Tensor, int]] = []
         self._calls: dict[int, tuple[_Call, int]] = {}
+        self._ended: deque[tuple[Any, Tensor]] = deque(maxlen=8)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -109,18 +115,26 @@ class Observed(TorchFunctionMode):
         found = func(*args, **kwargs)
         if func is functional.batch_norm and id(args[0]) in self._calls:
             return self._folded(args, kwargs, found)
+        if func in ENDS and self.composite.criterion == "lrp":
+            found = found.detach()
+        if func in ENDS:
+            self._ended.append((found, args[0]))
         if self.composite.criterion != "lrp":
             return found
         if func in PASSED_THROUGH:
             x = args[0]
             return x * torch.where(x == 0, 0, found / torch.where(x == 0, 1, x)).detach()
         if func in CONSTANT:
-            return found.detach()
+            return found if func in ENDS else found.detach()
         if func is functional.scaled_dot_product_attention:
             return func(args[0].detach(), args[1].detach(), *args[2:], **kwargs)
         if func is functional.layer_norm:
             return _normalised(found, *args, **kwargs)
         return found
+
+    def logits(self, output: Tensor) -> Tensor:
+        """What an output was before the softmax or sigmoid that the network ends in; else the output itself."""
+        return next((before for after, before in reversed(self._ended) if after is output), output)
 
     def _reads(self, func: Any, args: tuple) -> bool:
         weight = args[2] if func is torch.addmm else args[1]
@@ -199,7 +213,7 @@ def attribute(
     for number, batch in enumerate(batches):
         mode = Observed(names, composite)
         with torch.enable_grad(), mode:
-            output = first_output(call(batch))
+            output = mode.logits(first_output(call(batch)))
         label = None if labels is None else labels[number]
         reached = [output_ for _, output_, _ in mode.outputs if output_.requires_grad]
         generator = torch.Generator().manual_seed(number)

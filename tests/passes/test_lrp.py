@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from compressor.core.errors import RecipeError
 from compressor.core.options import RunOptions
@@ -122,6 +123,44 @@ def test_a_search_is_never_worse_than_the_rules_as_written():
     assert set(found["rules"]) == {"low", "middle", "high", "linear"}
     assert found["area"] >= found["area_as_written"] > 0.1
     assert found == restructured(0)
+
+
+def graded(end: nn.Module) -> nn.Sequential:
+    """Convolutions with a slope for each channel, and classes."""
+    torch.manual_seed(5)
+    layers = [nn.Conv2d(3, 16, 3), nn.PReLU(16), nn.Conv2d(16, 8, 3), nn.PReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8, 5), end).eval()
+
+
+def explained(network: nn.Module, criterion: str) -> tuple[nn.Module, dict]:
+    batches = [{"": torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(3))}]
+    subject = Subject(
+        copy.deepcopy(network), batches, None, GraphSurgeon(batches[0], lambda net, batch: net(batch[""])),
+        torch.Generator().manual_seed(0), lambda name: True, lambda share, note: None, lambda *_: None,
+    )  # fmt: skip
+    outcome = Lrp(fraction=0.3, step=0.3, criterion=criterion).restructure(subject)
+    return outcome.module, outcome.report["kept_units"]
+
+
+@pytest.mark.parametrize("criterion", ["lrp", "taylor"])
+@pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1)])
+def test_probabilities_at_the_end_are_explained_by_the_logits_before_them(end, criterion):
+    smaller, kept = explained(graded(end), criterion)
+    assert kept == explained(graded(nn.Identity()), criterion)[1]
+    assert sum(n for n, _ in kept.values()) < sum(size for _, size in kept.values())
+    assert smaller(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_a_network_that_ends_in_sigmoids_is_explained():
+    assert explained(graded(nn.Sigmoid()), "lrp")[1]
+
+
+def test_slopes_of_channels_go_with_their_channels():
+    smaller, kept = explained(graded(nn.Identity()), "lrp")
+    slopes = smaller.get_submodule("1")
+    assert slopes.num_parameters == len(slopes.weight) == len(smaller.get_submodule("0").weight)
+    assert len(slopes.weight) < 16
+    assert any(size == 16 for _, size in kept.values())
 
 
 @pytest.mark.parametrize("criterion", ["lrp", "taylor", "gradient", "magnitude"])
