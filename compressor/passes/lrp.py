@@ -196,13 +196,13 @@ class Lrp(LrpSettings, StructurePass):
 
         already = list(gone.values())
         if self.spread == "network":
-            return lowest_reaching(scores, already, least, 1, goal, share)
+            return lowest_reaching(scores, already, least, self.divisible, goal, share)
         kinds = [folded(group.name) if self.spread == "kind" else number for number, group in enumerate(groups)]
         return even_share(scores, already, least, kinds, goal, share)
 
     def _allowed(self, groups: Sequence[Group]) -> list[int]:
-        """How many units of each group may go: one stays at least."""
-        return [max(0, min(int(self.most * group.size), group.size - 1)) for group in groups]
+        """How many units of each group may go: one stays at least, or as many as have to be a multiple."""
+        return [max(0, min(int(self.most * group.size), group.size - self.divisible)) for group in groups]
 
     def _share(self, subject: Subject, gone: Gone) -> float:
         """Of the parameters, units or multiplications, those that are gone."""

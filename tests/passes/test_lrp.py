@@ -132,13 +132,13 @@ def graded(end: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(8, 5), end).eval()
 
 
-def explained(network: nn.Module, criterion: str) -> tuple[nn.Module, dict]:
+def explained(network: nn.Module, criterion: str, divisible: int = 1) -> tuple[nn.Module, dict]:
     batches = [{"": torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(3))}]
     subject = Subject(
         copy.deepcopy(network), batches, None, GraphSurgeon(batches[0], lambda net, batch: net(batch[""])),
         torch.Generator().manual_seed(0), lambda name: True, lambda share, note: None, lambda *_: None,
     )  # fmt: skip
-    outcome = Lrp(fraction=0.3, step=0.3, criterion=criterion).restructure(subject)
+    outcome = Lrp(fraction=0.3, step=0.15, criterion=criterion, divisible=divisible).restructure(subject)
     return outcome.module, outcome.report["kept_units"]
 
 
@@ -153,6 +153,12 @@ def test_probabilities_at_the_end_are_explained_by_the_logits_before_them(end, c
 
 def test_a_network_that_ends_in_sigmoids_is_explained():
     assert explained(graded(nn.Sigmoid()), "lrp")[1]
+
+
+def test_channels_that_stay_are_a_multiple():
+    kept = explained(graded(nn.Identity()), "lrp", divisible=4)[1]
+    assert {n % 4 for n, _ in kept.values()} == {0}
+    assert any(n < size for n, size in kept.values())
 
 
 def test_slopes_of_channels_go_with_their_channels():

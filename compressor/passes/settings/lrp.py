@@ -25,6 +25,8 @@ class LrpSettings(FittedSettings):
                    lowest of all blocks; group: the same share of each layer's, so that all blocks stay alike
     step           how much of it at a time: scores are computed anew after each
     most           the largest share of a group's units that may go
+    divisible      what stays of a group that loses units is a multiple of it: kernels compute channels by 8 or 16, and
+                   an odd number of them may take longer than all did; of spread: network
     first_rule     of the layer that reads the network's input; zbox, or same as the others of its kind
     conv_rule      of convolutions
     linear_rule    of linear layers
@@ -49,6 +51,7 @@ class LrpSettings(FittedSettings):
     spread: Literal["network", "kind", "group"] = "network"
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
     most: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    divisible: Annotated[int, Field(ge=1)] = 1
     first_rule: Literal["zbox", "same"] = "zbox"
     conv_rule: Rule = "zplus"
     linear_rule: Rule = "epsilon"
@@ -70,6 +73,8 @@ class LrpSettings(FittedSettings):
             raise ValueError(f"alpha − beta is {self.alpha - self.beta:g}; write such that it is 1, as 2 and 1")
         if self.trials and self.criterion != "lrp":
             raise ValueError(f"trials searches the rules of criterion: lrp, found {self.criterion}; write trials: 0")
+        if self.divisible > 1 and self.spread != "network":
+            raise ValueError(f"divisible is of spread: network, found {self.spread}; write divisible: 1")
         if self.trials and find_spec("optuna") is None:
             raise ValueError("trials needs optuna; pip install 'compressor[search]', or write trials: 0")
         return self
