@@ -44,7 +44,7 @@ def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: Enco
     if not example:
         raise ExportError(f"{path}: there is no example of the network's inputs to trace it with; give data")
     found = _first_repeated(module, example, tensors, path) or _traced(module, example, tensors, path)
-    name_ends(found[0].graph, {name: _free_axes(value) for name, value in _inputs(example).items()}, found[1])
+    name_ends(found[0].graph, _axes(_inputs(example)), found[1])
     return found[0]
 
 
@@ -58,8 +58,7 @@ def _traced(
     """The graph, and the names of its outputs."""
     notes: list[list[str]] = []
     shell, inputs = _Shell(without_weights(module), list(example), notes.append), _inputs(example)
-    axes = {name: _free_axes(value) for name, value in inputs.items()}
-    return over_weights(traced(shell, inputs, axes, path), module, shell.network, tensors, path), notes[-1]
+    return over_weights(traced(shell, inputs, _axes(inputs), path), module, shell.network, tensors, path), notes[-1]
 
 
 def _first_repeated(
@@ -156,10 +155,17 @@ def _is_tokens(value: Tensor) -> bool:
     return value.dim() == 2 and not value.is_floating_point()
 
 
-def _free_axes(value: Tensor) -> dict[int, str]:
-    """The axes of an input that are free, and what they are called."""
-    axes = {0: "batch_size", 1: "sequence_length"} if _is_tokens(value) else {0: "batch_size"}
-    return axes if value.dim() else {}
+def _axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    """The axes of each input that are free, and what they are called: what may differ in length by another name."""
+    found: dict[str, dict[int, str]] = {}
+    lengths: dict[str, int] = {}
+    for name, value in inputs.items():
+        found[name] = {0: "batch_size"} if value.dim() else {}
+        if _is_tokens(value):
+            label = "decoder_sequence_length" if name.startswith("decoder_") else "sequence_length"
+            same = lengths.setdefault(label, value.shape[1]) == value.shape[1]
+            found[name][1] = label if same else f"{name}.{label}"
+    return found
 
 
 def _finish(model: ir.Model, mode: Mode) -> None:
