@@ -40,6 +40,7 @@ class Source(_Section):
     bytes_by_dtype: dict[str, Count] = {}
     tied: dict[str, str] = {}
     tokenizer_files: list[str] = []
+    card: dict[str, str] = {}
     sha256: str | None = None
     arch: str | None = None
 
@@ -274,7 +275,7 @@ class Report(_Section):
     allocation   where widths were chosen per tensor
     errors       ‖W − Ŵ‖ / ‖W‖ by tensor
     sha256       of every file
-    seal         SHA-256 of report.html, and of all else that compression.json says
+    seal         SHA-256 of report.html and README.md, and of all else that compression.json says
     """
 
     compressor: str | None = None

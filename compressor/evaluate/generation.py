@@ -56,11 +56,10 @@ def generate_text(
         n = min(n, longest - before + 1)  # the last token is only written, not read
     tokens: list[int] = []
     shown = ""
-    sampling = {"temperature": temperature, "top_p": top_p}
     if isinstance(session, PairSession):
-        written = session.generate({"input_ids": np.array([ids], np.int64)}, n, **sampling, seed=seed)
+        written = session.generate({"input_ids": np.array([ids], np.int64)}, n, temperature, top_p, seed)
     else:
-        written = session.generate(np.array(ids, np.int64), n, **sampling, seed=seed)
+        written = session.generate(np.array(ids, np.int64), n, temperature, top_p, seed)
     for token in written:
         tokens.append(token)
         with explained(file):
