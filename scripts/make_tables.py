@@ -34,6 +34,7 @@ from bench_tables import tables_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
 from check_crashes import crashes_table
+from check_hosts import hosts_table
 from check_kills import kills_table
 from check_memory import shortage_table
 from check_same_bytes import same_bytes_table
@@ -62,7 +63,7 @@ COMMANDS = {
     "n2n": "scripts/bench_n2n.py",
     "structure": "scripts/bench_structure.py", "mixed": "scripts/bench_mixed.py",
     "fuzz": "scripts/fuzz.py", "families": "scripts/families.py",
-    "batch": "scripts/bench_batch.py",
+    "batch": "scripts/bench_batch.py", "hosts": "scripts/check_hosts.py DIR",
     "crashes": "scripts/check_crashes.py", "shortage": "scripts/check_memory.py",
     "same_bytes": "scripts/check_same_bytes.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
@@ -136,6 +137,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search": lambda: measured_table("n2n", n2n_table),
     "structure": lambda: measured_table("structure", structure_table),
     "families": lambda: measured_table("families", families_table),
+    "hosts": lambda: measured_table("hosts", hosts_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
     "kills": lambda: measured_table("kills", kills_table),
     "crashes": lambda: measured_table("crashes", crashes_table),

@@ -6,9 +6,9 @@ import time
 
 sys.path.pop(0)  # this file has the package's name
 
-import onnxruntime  # noqa: E402
-import torch  # noqa: E402
-from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
+import onnxruntime
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
 
 directory, prompt, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 settings = onnxruntime.SessionOptions()
