@@ -20,12 +20,12 @@ SECONDS_PER_WEIGHT = 1.0e-6
 """CPU-seconds to assign codes to a weight, about."""
 SECONDS_PER_STEP = 2e-8
 """CPU-seconds to decode a weight and learn what it is made of, about, in a step of the distillation."""
-FIXED = 2.5
+FIXED = 1.5
 """CPU-seconds of a run on arrays that are none of the examples': export, proof, reading."""
 TORCH, ONNXRUNTIME, ROUNDED = (5e-11, 8e-9), (2.5e-11, 1e-8), (3e-11, 1.5e-8)
 """CPU-seconds for a product and for a number that a layer writes, with what lies between layers: of a convolutional
 network in torch, in onnxruntime, and there with its activations rounded; measured on six networks (docs/runtime.md)."""
-SECONDS_PER_RANGED = 3.5e-8
+SECONDS_PER_RANGED = 3e-8
 """To see what ranges a number needs, of each that a layer writes."""
 TRIALS, MANY_LAYERS = 80, 48
 """Forwards on which ranges are chosen, about, of a network of many layers; fewer have fewer groups of them."""
