@@ -20,7 +20,7 @@ import numpy as np
 from material import cache
 
 PACKAGE, VERSION = "@node-llama-cpp/linux-x64", "3.22.1"
-TYPES = {"Q4_0": 2, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15}
+TYPES = {"Q4_0": 2, "Q2_K": 10}
 """llama.h's numbers of the files' types."""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from compressor.checkpoints.positions import positions_of
 from compressor.core.machine import memory_of
+from compressor.evaluate.reader import reader_of
 from compressor.evaluate.session import DTYPES, DecoderSession, ModuleSession, open_session
 
 STABLE = 0.01
@@ -58,16 +59,17 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoder_speed(session: DecoderSession, settings: dict[str, Any]) -> dict[str, float]:
-    """Tokens per second one at a time after a prompt, and of many at once."""
+    """Tokens per second one at a time after a prompt, and of many at once, as `generate` reads them."""
     vocabulary = session.config.get("vocab_size") or 256
     longest = positions(session, settings["prompt"] + settings["prefill"] + settings["new"])
     n, prefill = min(settings["new"], longest // 2), min(settings["prefill"], longest)
     ids = np.random.default_rng(0).integers(0, vocabulary, size=max(settings["prompt"], prefill))
-    prompt, many = ids[: min(settings["prompt"], longest - n)], ids[None, :prefill]
+    prompt, many = ids[: min(settings["prompt"], longest - n)], ids[:prefill]
     decoding = [decode_seconds(session, prompt, n) for _ in range(settings["repeats"] + 1)][1:]
     return {
         "decode_tokens_per_second": n / statistics.median(decoding),
-        "prefill_tokens_per_second": prefill / seconds(lambda: session.logits(many), settings["repeats"]),
+        "prefill_tokens_per_second": prefill
+        / seconds(lambda: reader_of(session, prefill).read(many), settings["repeats"]),
     }
 
 
