@@ -13,8 +13,6 @@ TRACED_WITH_CACHE = frozenset((
 """Causal decoders whose graph keeps a cache."""
 TRACED = frozenset((
     "albert", "bert", "camembert", "convnext", "deberta", "deberta-v2", "distilbert", "electra", "eurobert",
-    "mobilenet_v2", "modernbert", "mpnet", "roberta", "segformer", "swin", "vit", "xlm-roberta",
+    "mobilenet_v2", "modernbert", "mpnet", "roberta", "segformer", "swin", "t5", "vit", "xlm-roberta",
 ))  # fmt: skip
 """Other networks."""
-PAIRED = frozenset(("t5",))
-"""Encoder-decoders that tests/evaluate/test_pairs.py runs to the end, their two graphs against transformers'."""

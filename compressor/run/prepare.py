@@ -21,7 +21,7 @@ from compressor.core.options import RunOptions, refuse_seed
 from compressor.core.training import Training, unlabelled
 from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
-from compressor.export.measured import PAIRED, TRACED, TRACED_WITH_CACHE
+from compressor.export.measured import TRACED, TRACED_WITH_CACHE
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
 from compressor.plan.planning import is_depthwise, make_plan, planned_with
@@ -279,7 +279,7 @@ def _tried(found: Prepared) -> Prepared:
     checkpoint, options, config = found.checkpoint, found.options, found.checkpoint.config
     if options.format != "onnx" or checkpoint.kind == "onnx" or checkpoint.family == "decoder" or config is None:
         return found
-    if config.get("model_type") in TRACED | PAIRED:
+    if config.get("model_type") in TRACED:
         return found
     from compressor.data.batches import calibration_batches
 
