@@ -377,7 +377,7 @@ VISION: dict[str, Family] = {
     ),
     "resnet": Family(
         "ResNetForImageClassification",
-        {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "num_labels": 7}, "pixels",
+        {"embedding_size": 16, "hidden_sizes": [128, 144, 160, 176], "depths": [1, 1, 1, 1], "num_labels": 7}, "pixels",
     ),
     "mobilenet_v2": Family(
         "MobileNetV2ForImageClassification", {"depth_multiplier": 0.35, "image_size": 32, "num_labels": 7}, "pixels"

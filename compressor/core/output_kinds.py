@@ -21,7 +21,7 @@ import numpy as np
 
 Label = Literal["classes", "tokens", "positions", "scores", "values", "vectors", "numbers"]
 VECTORS = ("hidden_state", "hidden_states", "embeds", "embeddings", "embedding", "pooler_output", "features", "states")
-BOXES = ("boxes", "bbox", "box")
+REGRESSED = ("boxes", "bbox", "box", "landmarks", "keypoints", "points", "offsets", "regression", "depth", "coords")
 SPANS = ("start_logits", "end_logits", "start_scores", "end_scores")
 
 
@@ -61,7 +61,7 @@ def kind_of(
     per_token = real is not None and shape[:2] == real.shape
     axis = 1 if len(shape) == 4 else -1
     several = len(shape) > 1 and shape[axis] > 1
-    if leaf.endswith(BOXES):
+    if leaf.endswith(REGRESSED) or (len(shape) == 2 and "logit" not in leaf and _is_regressed(original, labels)):
         return OutputKind("values")
     if leaf in SPANS and len(shape) == 2:
         return OutputKind("positions", masked=per_token)
@@ -84,6 +84,31 @@ def kind_of(
     if unit and len(shape) < 4:
         return OutputKind("scores", threshold=0.5, masked=per_token)
     return OutputKind("vectors", masked=per_token) if len(shape) == 3 else OutputKind("values")
+
+
+_ROWS = 4
+"""Examples from which on values tell a box from classes."""
+_EVEN = 0.05
+"""Nats: where all classes are that near to equally likely in every row, none is chosen."""
+
+
+def _is_regressed(rows: np.ndarray, labels: np.ndarray | None) -> bool:
+    """Whether an output (examples, numbers) that no name tells of is a box or points in a picture, by its values.
+
+    Four numbers are a box where in every row the third is beyond the first and the fourth beyond the second, or where
+    as logits they would choose no class in any row. An even number between 0 and 1 are points where hardly one is near
+    either end, as scores that were learned are.
+    """
+    n_rows, width = rows.shape
+    if labels is not None or n_rows < _ROWS or not np.isfinite(rows).all() or np.allclose(rows.sum(1), 1, atol=1e-3):
+        return False
+    if width == 4:
+        corners = bool((rows[:, 2:] > rows[:, :2]).all())
+        shifted = np.exp(rows - rows.max(1, keepdims=True).astype(np.float64))
+        shares = shifted / shifted.sum(1, keepdims=True)
+        return corners or bool(((shares * np.log(width * np.maximum(shares, 1e-30))).sum(1) < _EVEN).all())
+    inside = bool(rows.min() >= 0 and rows.max() <= 1)
+    return inside and width >= 4 and width % 2 == 0 and float(((rows > 0.1) & (rows < 0.99)).mean()) > 0.98
 
 
 def _fit(labels: np.ndarray | None, shape: tuple[int, ...], axis: int) -> bool:

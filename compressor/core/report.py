@@ -104,6 +104,7 @@ class Output(_Section):
     cosine: Number | None = None
     least_cosine: Number | None = None
     relative_error: Number | None = None
+    r_squared: Number | None = None
     max_relative_error: Number | None = None
     mean_relative_error: Number | None = None
     notes: list[str] = []

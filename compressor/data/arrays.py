@@ -5,7 +5,7 @@ from __future__ import annotations
 import tokenize
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from compressor.checkpoints.archive import BROKEN
 from compressor.core.errors import DataError
 from compressor.core.references import call, refusing
+from compressor.plan.workload import Workload
 
 LABELS = ("labels", "label", "y")
 MAX_BATCHES = 1024
@@ -26,12 +27,14 @@ class Arrays:
     """Examples along the first axis of every array; `labels` (n,) where there are any.
 
     `guessed`: the labels are places of folders in sorted order, which nobody said are the network's classes.
+    `load`: what the network computes for one of them, once it was tried.
     """
 
     source: str
     inputs: dict[str, np.ndarray]
     labels: np.ndarray | None = None
     guessed: bool = False
+    load: Workload | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(array) if np.ndim(array) else 0 for name, array in self._all().items()}
@@ -56,7 +59,13 @@ class Arrays:
     def take(self, index: slice | np.ndarray) -> Arrays:
         """Some of the examples."""
         labels = None if self.labels is None else self.labels[index]
-        return Arrays(self.source, {name: array[index] for name, array in self.inputs.items()}, labels, self.guessed)
+        return replace(self, inputs={name: array[index] for name, array in self.inputs.items()}, labels=labels)
+
+    @property
+    def at_once(self) -> int:
+        """How many of them make a batch."""
+        largest = max(array[0].size for array in self.inputs.values())
+        return (self.load or Workload((), largest, largest)).at_once
 
     def split(self, evaluation_fraction: float = 0.2, seed: int = 0) -> tuple[Arrays, Arrays]:
         """To calibrate on and to evaluate on, at random: files are often sorted by label."""

@@ -16,9 +16,6 @@ from compressor.data.text import Text
 from compressor.data.tokens import encode_sentences, tokenize, windows
 from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, learning_window
 
-EXAMPLES_PER_BATCH = 32
-VALUES_PER_BATCH = 2**20
-"""Of one input: a few images at a time are several times faster than many, since memory is used again."""
 LONGEST_SENTENCE = 128
 """Tokens of a sentence that are looked at."""
 _SENTENCES = 256
@@ -87,10 +84,11 @@ def training_examples(source: Text | Arrays, recipe: Recipe, tokenizer: Path, se
 
 def _chosen(source: Arrays, recipe: Recipe, seed: int) -> tuple[Arrays, int]:
     """The examples to calibrate on, and how many make a batch."""
+    if len(source) <= recipe.calibration.samples:  # none is copied
+        return source, source.at_once
     order = np.random.default_rng(seed).permutation(len(source))[: recipe.calibration.samples]
     chosen = source.take(np.sort(order))
-    largest = max(array[0].size for array in chosen.inputs.values())
-    return chosen, max(1, min(EXAMPLES_PER_BATCH, VALUES_PER_BATCH // largest))
+    return chosen, chosen.at_once
 
 
 def _text_batches(

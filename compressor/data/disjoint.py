@@ -98,5 +98,5 @@ def _row_hashes(arrays: Arrays) -> Iterator[bytes]:
     for row in range(len(arrays)):
         digest = hashlib.blake2b(digest_size=16)
         for array in ordered:
-            digest.update(np.ascontiguousarray(array[row]).tobytes())
+            digest.update(np.ascontiguousarray(array[row]).data)
         yield digest.digest()

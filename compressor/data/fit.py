@@ -6,8 +6,9 @@ only shapes and types are computed. Floats of another width and small integers a
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from compressor.core.errors import CheckpointError, CompressorError, DataError
 from compressor.core.log import LOGGER
 from compressor.core.resources import refuse_shortage
 from compressor.data.arrays import LABELS, Arrays
+from compressor.graph.blocks import layout_of
+from compressor.plan.workload import LayerWork, Workload
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint
@@ -60,7 +63,8 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
     for candidate in (source, *_cast(source)):
         seen: Tables = []
         try:
-            output = _example(network, candidate, seen)
+            with _noting(network) as calls:
+                output = _example(network, candidate, seen)
         except CompressorError:
             raise
         except Exception as error:  # a stranger's forward: whatever it raises, it does not take this
@@ -72,7 +76,7 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
             continue
         _refuse_beyond_tables(candidate, seen)
         _refuse_random(checkpoint, output, _example(network, candidate, []))
-        candidate = _with_classes(candidate, output)
+        candidate = _with_classes(replace(candidate, load=_load(candidate, calls)), output)
         _refuse_classes(candidate, output)
         return candidate
     raise DataError(
@@ -229,6 +233,31 @@ def _example(network: nn.Module, source: Arrays, seen: Tables) -> Tensor | None:
         for hook in hooks:
             hook.remove()
     return _first(output)
+
+
+@contextlib.contextmanager
+def _noting(network: nn.Module) -> Iterator[list[LayerWork]]:
+    """Every call of a layer of the network meanwhile."""
+    calls: list[LayerWork] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        layout, written = layout_of(module), _first(output)
+        if layout is not None and args and isinstance(args[0], Tensor) and written is not None:
+            shape = layout.shape[::-1] if layout.transposed else layout.shape
+            groups = getattr(module, "groups", 1)
+            calls.append(LayerWork(tuple(shape), groups, args[0].numel(), written.numel()))
+
+    hooks = [each.register_forward_hook(note) for each in network.modules() if not isinstance(each, nn.Embedding)]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _load(source: Arrays, calls: list[LayerWork]) -> Workload:
+    sizes = [array[0].size for array in source.inputs.values()]
+    return Workload(tuple(calls), sum(sizes), max(sizes))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

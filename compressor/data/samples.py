@@ -44,7 +44,8 @@ def _digest(source: Text | Arrays | None) -> str | None:
     found = hashlib.sha256()
     labels = {} if source.labels is None else {"labels of": source.labels}
     for name, array in (*sorted(source.inputs.items()), *labels.items()):
-        found.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
 
 

@@ -5,6 +5,7 @@ Over all examples, where a is the artifact's and b the original's:
     relative error   ‖a − b‖ / ‖b‖; the largest and the mean |a − b| are told over the largest |b|
     agreement        share of rows whose largest entry is the same, or of scores on the same side of their threshold
     KL               mean Σ p · (log p − log q) of the original p and the artifact q, in nats
+    R²               1 − Σ (a − b)² / Σ (b − b̄)², b̄ the mean over examples of each number: of values
     cosine           mean over examples: of texts that of the mean of their tokens' vectors, else the mean of the
                      cosines of an example's vectors
 """
@@ -53,6 +54,7 @@ class Tally:
     labelled: int = 0
     right: int = 0
     original_right: int = 0
+    sums: np.ndarray | None = None
 
     def add(self, a: np.ndarray, b: np.ndarray, real: np.ndarray | None, labels: np.ndarray | None) -> None:
         """One batch: the artifact's and the original's (examples, …), which tokens are real, labels where they fit."""
@@ -86,6 +88,9 @@ class Tally:
         self.squared_difference += float((difference**2).sum())
         self.total += float(b.sum())
         self.squared += float((b**2).sum())
+        if self.kind.label == "values" and b.ndim and len(b):
+            sums = b.sum(0)
+            self.sums = sums if self.sums is None else self.sums + sums if self.sums.shape == sums.shape else None
         if b.size:
             self.largest_difference = max(self.largest_difference, float(difference.max()))
             self.largest = max(self.largest, float(np.abs(b).max()))
@@ -141,6 +146,9 @@ class Tally:
             "max_relative_error": self.largest_difference / largest,
             "mean_relative_error": self.difference / n / largest,
         }
+        spread = 0.0 if self.sums is None else self.squared - float((self.sums**2).sum()) / self.n_examples
+        if self.n_examples > 1 and spread > 1e-9 * self.squared:
+            found["r_squared"] = 1 - self.squared_difference / spread
         notes = self._notes(found, rms, error)
         return found | ({"notes": notes} if notes else {})
 

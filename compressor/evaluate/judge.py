@@ -152,7 +152,7 @@ def judge(
         return evaluate_outputs(session, original_outputs(checkpoint, batches), batches)
     assert isinstance(source, Arrays)
     chosen = source.take(slice(0, recipe.evaluation.samples))
-    batches = list(chosen.batches(32))
+    batches = list(chosen.batches(chosen.at_once))
     original = original_outputs(checkpoint, batches)
     if not is_pair(directory) or "decoder_input_ids" not in chosen.inputs:
         return evaluate_outputs(session, original, batches, chosen.labels)

@@ -17,12 +17,14 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from torch import Tensor, nn
 
-from compressor.core.errors import ExportError
+from compressor.core.errors import CheckpointError, ExportError
 from compressor.core.outputs import named_outputs
 from compressor.core.tensors import EncodedTensors
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Mode
+from compressor.export.repeating import Ends, repeat
 from compressor.export.rewriting import Rewriting
 from compressor.export.tracing import name_ends, over_weights, traced, without_weights
+from compressor.graph.periods import first_blocks, period_of
 
 MODEL_FILE = "model.onnx"
 
@@ -41,13 +43,37 @@ def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: Enco
     """
     if not example:
         raise ExportError(f"{path}: there is no example of the network's inputs to trace it with; give data")
+    found = _first_repeated(module, example, tensors, path) or _traced(module, example, tensors, path)
+    name_ends(found[0].graph, _axes(_inputs(example)), found[1])
+    return found[0]
+
+
+def _inputs(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name or "input": value for name, value in _several(example).items()}
+
+
+def _traced(
+    module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, path: Path
+) -> tuple[ir.Model, list[str]]:  # fmt: skip
+    """The graph, and the names of its outputs."""
     notes: list[list[str]] = []
-    shell = _Shell(without_weights(module), list(example), notes.append)
-    inputs = {name or "input": value for name, value in _repeated(example).items()}
-    axes = {name: _free_axes(value) for name, value in inputs.items()}
-    model = over_weights(traced(shell, inputs, axes, path), module, shell.network, tensors, path)
-    name_ends(model.graph, axes, notes[-1])
-    return model
+    shell, inputs = _Shell(without_weights(module), list(example), notes.append), _inputs(example)
+    return over_weights(traced(shell, inputs, _axes(inputs), path), module, shell.network, tensors, path), notes[-1]
+
+
+def _first_repeated(
+    module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, path: Path
+) -> tuple[ir.Model, list[str]] | None:  # fmt: skip
+    """The graph of a few blocks, repeated, as `_traced`; None where they do not tell what all of them do."""
+    period = period_of(module)
+    if period is None:
+        return None
+    try:
+        model, names = _traced(first_blocks(module, period.names, period.seen), example, tensors, path)
+    except (CheckpointError, ExportError):
+        return None
+    ends = Ends(len(example), len(names))
+    return (model, names) if repeat(model.graph, period, tensors, ends) else None
 
 
 def export_module(
@@ -114,7 +140,7 @@ def _takes(module: nn.Module, argument: str) -> bool:
     )
 
 
-def _repeated(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _several(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The example with 2 rows (3 where a sequence has 2 tokens) and no sequence of a single token: torch.export takes
     sizes of 0 and 1 as fixed, and equal sizes for one."""
     wide = {
@@ -129,10 +155,17 @@ def _is_tokens(value: Tensor) -> bool:
     return value.dim() == 2 and not value.is_floating_point()
 
 
-def _free_axes(value: Tensor) -> dict[int, str]:
-    """The axes of an input that are free, and what they are called."""
-    axes = {0: "batch_size", 1: "sequence_length"} if _is_tokens(value) else {0: "batch_size"}
-    return axes if value.dim() else {}
+def _axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    """The axes of each input that are free, and what they are called: what may differ in length by another name."""
+    found: dict[str, dict[int, str]] = {}
+    lengths: dict[str, int] = {}
+    for name, value in inputs.items():
+        found[name] = {0: "batch_size"} if value.dim() else {}
+        if _is_tokens(value):
+            label = "decoder_sequence_length" if name.startswith("decoder_") else "sequence_length"
+            same = lengths.setdefault(label, value.shape[1]) == value.shape[1]
+            found[name][1] = label if same else f"{name}.{label}"
+    return found
 
 
 def _finish(model: ir.Model, mode: Mode) -> None:

@@ -70,7 +70,7 @@ def examples_of(session: onnxruntime.InferenceSession, batches: Iterable[Mapping
 
 def open_graph(graph: Path) -> onnxruntime.InferenceSession:
     """A session that computes on floats, whatever pairs of QuantizeLinear and DequantizeLinear there are."""
-    return Settings(None, {"session.disable_quant_qdq": "1"}).open(str(graph))
+    return Settings(None, {"session.disable_quant_qdq": "1"}, arena=False).open(str(graph))
 
 
 def values_of(session: onnxruntime.InferenceSession, feed: Feed, outputs: Sequence[str]) -> list[np.ndarray]:

@@ -68,8 +68,8 @@ class _Blocks:
         per, before = ends.per_block, ends.inputs
         pasts = graph.inputs[before : before + per * period.seen]
         self.pasts = {value: divmod(at, per) for at, value in enumerate(pasts)} if per else {}
-        ends_of = {value: divmod(at, per) for at, value in enumerate(graph.outputs[ends.outputs :])} if per else {}
-        self.outputs = ends_of | dict.fromkeys(graph.outputs[: ends.outputs], (-1, 0))
+        kept = graph.outputs[ends.outputs :]
+        self.outputs = {value: divmod(at, per) for at, value in enumerate(kept)} if per else {}
         self.depth: dict[ir.Value, int] = {value: at for value, (at, _) in self.pasts.items()}
         for value, name in self.weights.items():
             at = self._block_of(name)
@@ -154,10 +154,10 @@ class _Blocks:
     def _is_closed(self, first: list[ir.Node], second: list[ir.Node], found: _Twins) -> bool:
         """Whether the first period's values go to the second alone, or out of the graph as its block's, and in each
         output of a block the two are the same."""
-        inner, outputs = {*first, *second}, self.outputs
+        inner, outputs, ends = {*first, *second}, self.outputs, self.graph.outputs[: self.ends.outputs]
         for node in first:
             for value in node.outputs:
-                if not {user for user, _ in value.uses()} <= inner:
+                if value in ends or not {user for user, _ in value.uses()} <= inner:
                     return False
                 if (value in outputs) != (found.second[value] in outputs):
                     return False
@@ -206,6 +206,8 @@ class _Blocks:
         for value, users in followers.items():
             for user, at in users:
                 user.replace_input_with(at, before[value])
+        for at, value in enumerate(graph.outputs[: self.ends.outputs]):
+            graph.outputs[at] = before.get(value, value)
         graph.sort()
 
     def _is_of_block(self, value: ir.Value | None, given: Mapping[ir.Value | None, ir.Value | None]) -> bool:

@@ -165,8 +165,7 @@ def name_ends(graph: ir.Graph, axes: Mapping[str, Mapping[int, str]], outputs: l
         for axis, label in free.items():
             dimension = value.shape[axis] if value.shape is not None else None
             if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
-                taken = dimension.value not in symbols and label in symbols.values()
-                symbols.setdefault(dimension.value, f"{name}.{label}" if taken else label)
+                symbols.setdefault(dimension.value, label)
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dimension, symbols) for dimension in value.shape])

@@ -8,6 +8,7 @@ lists are none: what is in them runs in an order of its own.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -124,6 +125,20 @@ def recurrent(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
                 seen.add(id(parameter))
                 found[f"{prefix}{name}.{key}" if name else f"{prefix}{key}"] = parameter
     return found
+
+
+def unfolded_pieces(module: nn.Module, inputs: Tensor, most: int = 2**24) -> Iterator[Tensor]:
+    """`unfold_inputs`, in order, so many examples at a time as come to `most` numbers; of convolutions only, where each
+    number is read by several rows."""
+    weight = weight_of(module)
+    if weight.dim() < 3 or inputs.dim() != weight.dim() or not len(inputs):
+        yield unfold_inputs(module, inputs)
+        return
+    strides = module.stride if isinstance(module.stride, tuple) else (1,)
+    positions = inputs[0, 0].numel() / math.prod(strides)
+    at_once = max(1, int(most / max(1.0, positions * weight[0].numel())))
+    for part in inputs.split(at_once):
+        yield unfold_inputs(module, part)
 
 
 def unfold_inputs(module: nn.Module, inputs: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Program:
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.model.opset_imports.items()]
         model = onnx.helper.make_model(graph, ir_version=self.model.ir_version, opset_imports=opsets)
         try:
-            return Settings(torch.get_num_threads()).open(model.SerializeToString())
+            return Settings(torch.get_num_threads(), arena=False).open(model.SerializeToString())
         except Exception as error:  # as above
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(

@@ -16,10 +16,16 @@ from compressor.core.roles import block_of
 from compressor.core.spec import CodebookSpec
 from compressor.plan.plan import Plan, PlannedTensor
 from compressor.plan.recipe import TOKENS_PER_BATCH, WINDOWS_AT_ONCE, Recipe, learning_window
+from compressor.plan.workload import Workload
 
 BASE = 450_000_000
 """Python, torch and transformers, imported; the texts."""
+LIGHT = 400_000_000
+"""The same where the network is no transformer, with the pages of libraries' files that are in use."""
 FLOAT = 4
+_FORMS, _BATCHES, _OBSERVED = 8.0, 3.5, 3.0
+"""Of a network on arrays: copies of its weights, the graph's own, the module's, the decoded, onnxruntime's; arrays of a
+batch's largest layer; values that are seen at once where ranges are taken. Measured on six networks."""
 _CHUNK, _COPIES = 8192 * 576, 9
 """Values of a table that are encoded at a time, and arrays of that many floats meanwhile."""
 _POSITIONS = 512
@@ -30,8 +36,12 @@ _MATRICES = 5
 """Of a layer's size, while it is encoded: weight, what is left of it, chosen values, points, decoded."""
 
 
-def peak_memory(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> int:
+def peak_memory(
+    tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe, load: Workload | None = None
+) -> int:  # fmt: skip
     """The largest of the stages' peaks, about."""
+    if load is not None and load.layers and not config:
+        return _of_arrays(tensors, recipe, load)
     stages = [_tables(tensors), _outside(tensors, config, recipe), _largest_block(tensors, config, recipe)]
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     states = FLOAT * width * recipe.calibration.tokens
@@ -45,7 +55,22 @@ def peak_memory(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe
     return BASE + int(peak)
 
 
-def refuse_beyond(limit: int, plan: Plan, config: dict[str, Any], recipe: Recipe) -> None:
+def _of_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload) -> int:
+    """Of a network that is one block and reads arrays: those, the weights in several forms, and a batch on its way."""
+    data = FLOAT * load.given * load.n_loaded
+    batch = FLOAT * load.at_once * load.held
+    found = data + _FORMS * FLOAT * _count(tensors) + _BATCHES * batch
+    if any(tensor.method is not None and "data" in tensor.method.needs for tensor in tensors):
+        largest = max((2 * FLOAT * tensor.matrix[1] ** 2 for tensor in tensors if tensor.by), default=0)
+        found += 2 * FLOAT * load.unfolded + largest
+    if recipe.export.activations == "static_int8":
+        found += _OBSERVED * FLOAT * load.written
+    return LIGHT + int(found)
+
+
+def refuse_beyond(
+    limit: int, plan: Plan, config: dict[str, Any], recipe: Recipe, load: Workload | None = None
+) -> None:  # fmt: skip
     """Raises ResourceError where the plan's peak memory exceeds `limit` bytes, and says what would stay within it."""
     if plan.peak_memory <= limit:
         return
@@ -57,7 +82,7 @@ def refuse_beyond(limit: int, plan: Plan, config: dict[str, Any], recipe: Recipe
     ):  # fmt: skip
         changed = getattr(recipe, section).model_copy(update={key: value})
         candidate = recipe.model_copy(update={section: changed})
-        found = peak_memory(plan.tensors, config, candidate)
+        found = peak_memory(plan.tensors, config, candidate, load)
         if found < least:
             tried.append(f"--set {section}.{key}={str(value).lower()}")
             recipe, least = candidate, found

@@ -19,6 +19,7 @@ from compressor.plan.memory import peak_memory
 from compressor.plan.plan import Plan, PlannedTensor
 from compressor.plan.recipe import Chosen, Recipe
 from compressor.plan.sizes import cpu_seconds, model_files, smaller_bytes, structure_settings
+from compressor.plan.workload import Workload
 
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint, TensorInfo
@@ -62,6 +63,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         peak_memory=peak_memory(tensors, config, recipe),
         cpu_seconds=cpu_seconds(tensors, recipe),
         notes=_notes(has_blocks) + (() if smaller else _structure_notes(recipe, tensors)),
+    )
+
+
+def planned_with(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, load: Workload) -> Plan:
+    """The plan, once it is known what the data ask of the network: memory and time are of that."""
+    return replace(
+        plan,
+        peak_memory=peak_memory(plan.tensors, checkpoint.config or {}, recipe, load),
+        cpu_seconds=cpu_seconds(plan.tensors, recipe, load),
     )
 
 

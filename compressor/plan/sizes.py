@@ -12,6 +12,7 @@ from compressor.core.roles import block_of
 from compressor.core.spec import DenseSpec
 from compressor.plan.plan import PlannedTensor
 from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, Step
+from compressor.plan.workload import Workload
 
 FLOPS = 90e9
 """Multiplications and additions per CPU-second of a forward pass, measured on SmolLM2-135M."""
@@ -19,6 +20,15 @@ SECONDS_PER_WEIGHT = 1.0e-6
 """CPU-seconds to assign codes to a weight, about."""
 SECONDS_PER_STEP = 2e-8
 """CPU-seconds to decode a weight and learn what it is made of, about, in a step of the distillation."""
+FIXED = 2.5
+"""CPU-seconds of a run on arrays that are none of the examples': export, proof, reading."""
+TORCH, ONNXRUNTIME, ROUNDED = (5e-11, 8e-9), (2.5e-11, 1e-8), (3e-11, 1.5e-8)
+"""CPU-seconds for a product and for a number that a layer writes, with what lies between layers: of a convolutional
+network in torch, in onnxruntime, and there with its activations rounded; measured on six networks (docs/runtime.md)."""
+SECONDS_PER_RANGED = 3.5e-8
+"""To see what ranges a number needs, of each that a layer writes."""
+TRIALS, MANY_LAYERS = 80, 48
+"""Forwards on which ranges are chosen, about, of a network of many layers; fewer have fewer groups of them."""
 GRAPH_BYTES_PER_PART = 420
 GRAPH_BYTES_PER_CONVOLUTION = 1500
 
@@ -83,17 +93,41 @@ def _weights(tensors: tuple[PlannedTensor, ...]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors if tensor.role in ("linear", "conv"))
 
 
-def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> float:
-    """Of the whole run, without export and evaluation, about."""
+def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe, load: Workload | None = None) -> float:
+    """Of the whole run, about; of networks that read text without export and evaluation."""
     n_weights, tokens, distill = _weights(tensors), recipe.calibration.tokens, recipe.distill
     tables = sum(math.prod(tensor.shape) for tensor in tensors if tensor.role == "embedding")
     passes = sum(step.settings.cost(tokens) for step in recipe.passes) + 3 * ("gradients" in recipe.required)
-    found = 2 * n_weights * tokens * passes / FLOPS + n_weights * SECONDS_PER_WEIGHT + 5
+    found = n_weights * SECONDS_PER_WEIGHT
+    if load is not None and load.layers:
+        found += _seconds_of_arrays(recipe, load)
+    else:
+        found += 2 * n_weights * tokens * passes / FLOPS + 5
     if distill.steps:
         rate = FLOPS * (2 if multiplies_bfloat16() else 1)
         learned = 2 * (n_weights + tables) * (distill.tokens + 3 * distill.steps * TOKENS_PER_BATCH) / rate
         found += learned + distill.steps * (n_weights + tables) * SECONDS_PER_STEP
     return round(found, 1)
+
+
+def _seconds_of_arrays(recipe: Recipe, load: Workload) -> float:
+    """A run on arrays, export and evaluation with it: forwards of torch and of onnxruntime, and what passes do.
+
+    A network without blocks is run from its start for every layer whose inputs a pass asks for: half of it on average.
+    """
+    n, settings = load.n_calibration, [step.settings for step in recipe.passes]
+    forwards = 3 * ("gradients" in recipe.required) + 2 * recipe.calibration.correct_means
+    if any("data" in each.needs for each in settings):
+        forwards += len(load.layers) / 2
+    learned = sum(
+        2 * layer.products * n * each.cost(max(1, layer.positions * n))
+        for each in settings if "data" in each.needs for layer in load.layers
+    )  # fmt: skip
+    found = FIXED + n * forwards * load.seconds(TORCH) + learned / FLOPS
+    if recipe.export.activations == "static_int8":
+        trials = TRIALS * min(1.0, len(load.layers) / MANY_LAYERS)
+        found += 1 + n * load.written * SECONDS_PER_RANGED + trials * load.seconds(ROUNDED)
+    return found + 2 * load.n_evaluation * load.seconds(ONNXRUNTIME)
 
 
 def structure_settings(step: Step) -> StructureSettings:

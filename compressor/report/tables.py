@@ -143,7 +143,8 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     return [*parts, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
 
 
-OUTPUT_COLUMNS = ("output", "of", "agreement", "KL", "cosine", "relative error", "compared")
+HARDLY = "agreement could hardly fail"
+OUTPUT_COLUMNS = ("output", "of", "agreement", "KL", "cosine", "relative error", "R²", "compared")
 
 
 def quality_tables(report: dict[str, Any]) -> list[Any]:
@@ -156,10 +157,18 @@ def quality_tables(report: dict[str, Any]) -> list[Any]:
 
 
 def output_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What was measured of each output, in the order of `OUTPUT_COLUMNS`; empty where its kind has no such figure."""
-    figures = ("agreement", "kl_divergence", "cosine", "relative_error")
+    """What was measured of each output, in the order of `OUTPUT_COLUMNS`; empty where its kind has no such figure, and
+    in brackets where it could hardly be another."""
+    figures = ("agreement", "kl_divergence", "cosine", "relative_error", "r_squared")
+
+    def written(each: dict[str, Any], key: str) -> str:
+        if each.get(key) is None:
+            return ""
+        told = f"{each[key]:.4g}"
+        return f"({told})" if key == "agreement" and any(HARDLY in note for note in each.get("notes", [])) else told
+
     return [
-        (name, each["kind"], *("" if each.get(key) is None else f"{each[key]:.4g}" for key in figures),
+        (name, each["kind"], *(written(each, key) for key in figures),
          str(each.get("n_compared", each["n_examples"])))
         for name, each in (quality.get("outputs") or {}).items()
     ]  # fmt: skip

@@ -24,10 +24,11 @@ from compressor.export.forms import int8_refusal, refusal
 from compressor.export.measured import TRACED, TRACED_WITH_CACHE
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
-from compressor.plan.planning import is_depthwise, make_plan
+from compressor.plan.planning import is_depthwise, make_plan, planned_with
 from compressor.plan.recipe import SHORTEST_WINDOW, Recipe
 from compressor.plan.recipe_file import load_recipe, refuse_reaching
 from compressor.plan.targets import aimed
+from compressor.plan.workload import workload_of
 from compressor.widths.ladder import Ladder
 
 if TYPE_CHECKING:
@@ -119,7 +120,30 @@ def prepare(asked: RunOptions) -> Prepared:
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
     _refuse_data(found)
-    return _tried(found)
+    return _tried(_with_load(found))
+
+
+def _with_load(found: Prepared) -> Prepared:
+    """With a plan of the memory and the time that the data ask for, where they were tried on the network.
+
+    Raises:
+        ResourceError: That is more memory than there may be.
+    """
+    if found.reads_text or "samples" not in vars(found):
+        return found
+    calibration, evaluation = found.samples.calibration, found.samples.evaluation
+    source = calibration or evaluation
+    load = getattr(source, "load", None)
+    if load is None:
+        return found
+    counts = [0 if each is None else len(each) for each in (calibration, evaluation)]
+    load = workload_of(load, found.recipe, *counts)
+    plan = planned_with(found.plan, found.checkpoint, found.recipe, load)
+    if found.options.max_ram is not None:
+        refuse_beyond(found.options.max_ram, plan, found.checkpoint.config or {}, found.recipe, load)
+    known = replace(found, plan=plan)
+    vars(known)["samples"] = found.samples  # which have been read
+    return known
 
 
 def within_positions(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tuple[str, ...]]:

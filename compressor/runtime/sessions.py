@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -31,17 +31,21 @@ class Settings:
     entries      its session's configuration entries
     optimised    a file for the graph that it really runs
     as_it_is     it is such a graph: there is nothing to fold or fuse
+    arena        whether onnxruntime keeps what it frees, each session for itself: sooner served, and of many sessions
+                 the sum of all peaks, doubled as it grows
     """
 
     threads: int | None = None
     entries: Mapping[str, str] = field(default_factory=dict)
     optimised: str | None = None
     as_it_is: bool = False
+    arena: bool = True
 
     def open(self, path: str | bytes) -> onnxruntime.InferenceSession:
         """The session of a file, or of a serialised graph, in this process."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = self.arena
         if self.threads:
             options.intra_op_num_threads = self.threads
         if self.optimised:
@@ -142,9 +146,11 @@ def in_pieces(
 
 
 def open_inference(path: Path, settings: Settings, apart: bool) -> onnxruntime.InferenceSession | SessionApart:
-    """A session on a graph; with `apart` in a process of its own where graph and weights are large."""
+    """A session on a graph; with `apart` in a process of its own where it is large, else without arena."""
     n_bytes = sum(file.stat().st_size for file in path.parent.glob("model.*"))
-    return SessionApart(str(path), settings) if apart and n_bytes >= LARGE else settings.open(str(path))
+    if apart and n_bytes >= LARGE:
+        return SessionApart(str(path), settings)
+    return replace(settings, arena=settings.arena and not apart).open(str(path))
 
 
 def optimised_graph(model_path: Path, folder: Path, stem: str = "optimised") -> Path:

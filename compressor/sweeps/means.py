@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compressor.core.memory import give_back
 from compressor.graph.blocks import InputsFirst
 from compressor.sweeps.network import Arguments
 
@@ -34,6 +35,7 @@ def layer_means(block: nn.Module, reached: Sequence[Arguments]) -> Means:
     with _watched(block, note):
         for args, kwargs in reached:
             block(*args, **kwargs)
+            give_back()  # what small results between large ones have left in pieces
     return means
 
 
@@ -53,6 +55,7 @@ def correct_means(block: nn.Module, reached: Sequence[Arguments], wanted: Means)
     with _watched(block, shift):
         for args, kwargs in reached:
             block(*args, **kwargs)
+            give_back()  # what small results between large ones have left in pieces
     changed: dict[str, Tensor] = {}
     for name, module in _adjustable(block).items():
         if not shifts[name]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from compressor.checkpoints.experts import routed
-from compressor.graph.blocks import Stage, geometry, layers, layout_of, stages, unfold_inputs, unfolds, weight_of
+from compressor.graph.blocks import Stage, geometry, layers, layout_of, stages, unfolded_pieces, unfolds, weight_of
 from compressor.ops.gram import add_gram, mirror
 from compressor.sweeps.network import Arguments, Network, Stop
 
+_NUMBER, _numbers = "_compressor_number", itertools.count()
 LIMIT = 512_000_000
 """Bytes of second moments that are gathered at once of layers that have one each."""
 
@@ -21,13 +23,13 @@ LIMIT = 512_000_000
 def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arguments) -> list[Stage]:
     """The block's encodable layers in stages, by running one batch."""
     order: list[tuple[str, int]] = []
-    keep: list[Tensor] = []
     found = layers(block, prefix)
 
     def note(name: str) -> Callable[[nn.Module, tuple], None]:
         def hook(_: nn.Module, args: tuple) -> None:
-            order.append((name, id(args[0])))
-            keep.append(args[0])  # so that no other tensor gets its identity
+            if not hasattr(args[0], _NUMBER):  # no tensor is kept alive for its identity
+                setattr(args[0], _NUMBER, next(_numbers))
+            order.append((name, getattr(args[0], _NUMBER)))
 
         return hook
 
@@ -96,9 +98,9 @@ def moments_of(
     def watching(name: str) -> Callable[[nn.Module, tuple], None]:
         def watch(module: nn.Module, args: tuple) -> None:
             with torch.autocast("cpu", enabled=False):
-                rows = unfold_inputs(module, args[0])
-                add_gram(sums[name], rows)
-            counts[name] += len(rows)
+                for rows in unfolded_pieces(module, args[0]):
+                    add_gram(sums[name], rows)
+                    counts[name] += len(rows)
 
         return watch
 
@@ -140,14 +142,14 @@ def second_moments(
 
     def watch(_: nn.Module, args: tuple) -> None:
         with torch.autocast("cpu", enabled=False):
-            rows = unfold_inputs(lead, args[0])
-            for name in weighted or names[:1]:
-                seen = rows
-                if name in importance:
-                    token = importance[name][counts["tokens"] : counts["tokens"] + len(rows)]
-                    seen = rows * token.sqrt().unsqueeze(1)
-                add_gram(sums.setdefault(name, torch.zeros(seen.shape[1], seen.shape[1])), seen)
-        counts["tokens"] += len(rows)
+            for rows in unfolded_pieces(lead, args[0]):
+                for name in weighted or names[:1]:
+                    seen = rows
+                    if name in importance:
+                        token = importance[name][counts["tokens"] : counts["tokens"] + len(rows)]
+                        seen = rows * token.sqrt().unsqueeze(1)
+                    add_gram(sums.setdefault(name, torch.zeros(seen.shape[1], seen.shape[1])), seen)
+                counts["tokens"] += len(rows)
         counts["calls"] += 1
         if counts["calls"] == calls:
             raise Stop

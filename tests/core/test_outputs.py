@@ -104,3 +104,22 @@ def test_a_config_says_what_logits_are_for():
 def test_labels_tell_classes_from_vectors():
     assert kind_of("output", spread(3, 9, 4), IMAGE, labels=np.zeros((3, 9), int)).label == "classes"
     assert kind_of("output", spread(3, 4, 8, 8), IMAGE, labels=np.zeros((3, 8, 8), int)).axis == 1
+
+
+BOX = np.random.default_rng(0).normal(size=(8, 4)) * 0.1  # offsets, as face finders give
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "label"),
+    [
+        ("dense_5", BOX, "values"),
+        ("logits", BOX, "classes"),
+        ("output", np.sort(np.random.default_rng(1).uniform(0, 300, (8, 4))), "values"),  # corners
+        ("dense_6", np.random.default_rng(2).uniform(0.2, 0.9, (8, 10)), "values"),  # five points
+        ("output", np.random.default_rng(3).normal(size=(8, 4)) * 3, "classes"),
+        ("output", sigmoid(np.random.default_rng(4).normal(size=(8, 10)) * 4), "scores"),
+        ("output", BOX[:3], "classes"),  # too few to tell
+    ],
+)
+def test_boxes_and_points_that_no_name_tells_of_are_known_by_their_values(name, values, label):
+    assert kind_of(name, values, IMAGE).label == label

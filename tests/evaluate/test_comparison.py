@@ -212,3 +212,12 @@ def test_the_table_has_agreement_divergence_and_error_of_a_plain_network():
     for column, key in (("agreement", "agreement"), ("KL", "kl_divergence"), ("relative error", "relative_error")):
         assert float(shown[column]) == pytest.approx(found[key], rel=1e-3)
     assert 0 < found["agreement"] < 1
+
+
+def test_numbers_that_are_regressed_have_their_r_squared():
+    original = np.random.default_rng(3).normal(size=(50, 4)) * 0.1 + 5
+    quality = compared({"box": noisy(original, 0.05)}, {"box": original})["outputs"]["box"]
+    wanted = 1 - ((noisy(original, 0.05) - original) ** 2).sum() / ((original - original.mean(0)) ** 2).sum()
+    assert quality["kind"] == "values"
+    assert quality["r_squared"] == pytest.approx(wanted)
+    assert quality["r_squared"] < 0.9 < 1 - quality["relative_error"]
