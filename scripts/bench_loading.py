@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,22 +57,27 @@ def random_tensor(tensor: PlannedTensor, generator: torch.Generator) -> EncodedT
     return EncodedTensor(restore(tensor.describe(), parts), layout)
 
 
-def write_artifact(checkpoint: Checkpoint, recipe: str, directory: Path) -> None:
-    """Weights, graph and configuration of a recipe's artifact; in `directory`/at_once with a graph without stages."""
-    plan = make_plan(checkpoint, load_recipe(recipe, []))
+def write_artifact(checkpoint: Checkpoint, recipe: str, directory: Path, settings: Sequence[str] = ()) -> None:
+    """All that running a recipe's artifact needs, of random codes."""
+    plan = make_plan(checkpoint, load_recipe(recipe, list(settings)))
     generator = torch.Generator().manual_seed(0)
     tensors = {tensor.name: random_tensor(tensor, generator) for tensor in plan.tensors}
     write_tensors(directory / "model.safetensors", tensors, checkpoint.tied)
+    (directory / "config.json").write_text(json.dumps(checkpoint.config))
+    checkpoint.write_tokenizer(directory)
+    export_graph(checkpoint, EncodedTensors([directory / "model.safetensors"]), directory, "default", False, [])
+    (directory / REPORT).write_text("{}")
+
+
+def folded_at_once(checkpoint: Checkpoint, directory: Path) -> Path:
+    """The graph without stages of an artifact's weights, in `directory`/at_once."""
     at_once = directory / "at_once"
     at_once.mkdir()
     (at_once / "model.safetensors").hardlink_to(directory / "model.safetensors")
-    for folder in (directory, at_once):
-        (folder / "config.json").write_text(json.dumps(checkpoint.config))
-        stored = EncodedTensors([folder / "model.safetensors"])
-        with mock.patch.object(staging, "WORTH_IT", staging.WORTH_IT if folder == directory else 1 << 62):
-            export_graph(checkpoint, stored, folder, "default", False, [])
-    (directory / REPORT).write_text("{}")
-    install(directory)
+    (at_once / "config.json").write_text(json.dumps(checkpoint.config))
+    stored = EncodedTensors([at_once / "model.safetensors"])
+    with mock.patch.object(staging, "WORTH_IT", 1 << 62):
+        return export_graph(checkpoint, stored, at_once, "default", False, [])
 
 
 def measure(graph: Path, threads: int) -> dict[str, Any]:
@@ -101,7 +107,12 @@ def measure_recipe(checkpoint: Checkpoint, recipe: str, threads: int) -> dict[st
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         write_artifact(checkpoint, recipe, directory)
-        graphs = {AT_ONCE: directory / "at_once" / GRAPH, STAGED: directory / GRAPH, UNFOLDED: directory / INSTALLED[1]}
+        install(directory)
+        graphs = {
+            AT_ONCE: folded_at_once(checkpoint, directory),
+            STAGED: directory / GRAPH,
+            UNFOLDED: directory / INSTALLED[1],
+        }
         expected = logits(graphs[AT_ONCE])
         for graph in graphs.values():
             np.testing.assert_array_equal(logits(graph), expected)

@@ -3,6 +3,7 @@
 
     scripts/fetch_material smollm2 moby sotu
     scripts/bench_quality.py artifacts DIR…                 finished artifacts, in onnxruntime
+    scripts/bench_quality.py others                         onnxruntime-genai's builder, and llama.cpp
     scripts/bench_quality.py baselines --bits 2 3           round-to-nearest, HQQ and GPTQ, in torch
     scripts/bench_quality.py steps                          a row per step of llm-2bit
 
@@ -139,6 +140,35 @@ def _title(name: str) -> str:
     return f"{TITLES[text]}, {n}"
 
 
+def measure_others(arguments: argparse.Namespace) -> None:
+    """What others would use instead, on the protocol's two excerpts; what cannot be run here keeps its figures."""
+    from bench_speed import INT4, built_int4
+    from llama_cpp import TYPES, LlamaCpp, Unavailable, quantized
+
+    results = read_results("quality")
+    found = results.setdefault("others", {})
+    source = model_dir(MODEL)
+    try:
+        row = built_int4(source)
+        session = DecoderSession(row.path, 1)
+        session.config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        found[INT4] = {"megabytes": row.nbytes / 1e6, "perplexity": {
+            name: evaluate_language(session, None, set_windows(name)).perplexity for name in PROTOCOL}}  # fmt: skip
+        for kind in TYPES:
+            path, figures = quantized(model_dir(f"{MODEL}-gguf"), kind), {}
+            model = LlamaCpp(path, 512)
+            for name in PROTOCOL:
+                sums = Sums()
+                for window in set_windows(name):
+                    sums.add(model.logits(window)[:-1], None, window[1:])
+                figures[name] = math.exp(sums.loss / sums.tokens)
+            found[f"llama.cpp {kind}"] = {"megabytes": path.stat().st_size / 1e6, "perplexity": figures}
+            print(f"{kind}: {figures}", flush=True)
+    except Unavailable as reason:
+        print(reason)
+    write_results("quality", results)
+
+
 def measure_baselines(arguments: argparse.Namespace) -> None:
     from baselines import Bench, Setting, file_bytes, settings
 
@@ -255,6 +285,8 @@ def main() -> None:
     baselines.add_argument("--methods", nargs="+", default=["gptq", "rtn", "hqq"], choices=["gptq", "rtn", "hqq"])
     baselines.add_argument("--again", action="store_true")
     baselines.set_defaults(run=measure_baselines)
+    others = commands.add_parser("others", help="onnxruntime-genai's builder and llama.cpp")
+    others.set_defaults(run=measure_others)
     steps = commands.add_parser("steps", help="a row per step of llm-2bit, in onnxruntime")
     steps.add_argument("--threads", type=int)
     steps.add_argument("--again", action="store_true")

@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from crashing import Crash, Step, crashes, run_child, steps_of  # noqa: E402
 from measured import markdown, read_results, write_results  # noqa: E402
 
-MADE_AGAIN = ("compression.json", "report.html")
+MADE_AGAIN = ("compression.json", "report.html", "README.md")
 RECIPE = """
 passes: [{pass: affine, method: rtn, bits: 4, group: 16}]
 embeddings: {bits: 4, group: 16}

@@ -33,7 +33,7 @@ embeddings: {bits: 4, group: 16}
 distill: {steps: 4, tokens: 512}
 evaluation: {tokens: 0}
 """
-MADE_AGAIN = ("compression.json", "report.html")
+MADE_AGAIN = ("compression.json", "report.html", "README.md")
 
 
 def kills_table(results: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ def differences(before: Path, after: Path) -> list[str]:
     """Names of files that differ, or that one has alone."""
     names = {str(path.relative_to(folder)) for folder in (before, after) for path in folder.rglob("*")}
     found = []
-    for name in sorted(names - {"report.html"}):
+    for name in sorted(names - {"report.html", "README.md"}):
         first, second = before / name, after / name
         if not (first.exists() and second.exists()):
             found.append(f"{name} (only {'before' if first.exists() else 'after'})")

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -234,20 +235,51 @@ def _write_examples(family: Family, path: Path) -> None:
 
 
 def in_a_process(name: str, seconds: int) -> dict[str, Any]:
-    """What `measure` finds, or that it took too long or died."""
+    """What `measure` finds, or that it took too long or died. In a fork, which need not import or warm anything."""
     from family_models import FAMILIES
 
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    failed = {"kind": FAMILIES[name].kind, "plan": None, "run": None}
     with tempfile.TemporaryDirectory(prefix="families-") as scratch:
-        words = [sys.executable, __file__, "--child", name, "--folder", scratch]
-        try:
-            ended = subprocess.run(words, capture_output=True, text=True, timeout=seconds, env=environment)
-        except subprocess.TimeoutExpired:
-            return {"kind": FAMILIES[name].kind, "plan": None, "run": None, "why": f"took over {seconds} s"}
-    if ended.returncode or not ended.stdout.strip():
-        last = (ended.stderr.strip().splitlines() or [f"ended with {ended.returncode}"])[-1]
-        return {"kind": FAMILIES[name].kind, "plan": None, "run": None, "why": last[:300].replace(scratch, "")}
-    return json.loads(ended.stdout.strip().splitlines()[-1])
+        answer, said = Path(scratch) / "answer.json", Path(scratch) / "stderr"
+        child = multiprocessing.get_context("fork").Process(target=_answer, args=(name, Path(scratch), answer, said))
+        child.start()
+        child.join(seconds)
+        if child.is_alive():
+            child.kill()
+            child.join()
+            return failed | {"why": f"took over {seconds} s"}
+        if answer.exists():
+            return json.loads(answer.read_text())
+        last = (said.read_text().strip().splitlines() or [f"ended with {child.exitcode}"])[-1]
+        return failed | {"why": last[:300].replace(scratch, "")}
+
+
+def _answer(name: str, folder: Path, answer: Path, said: Path) -> None:
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 2)
+        found = json.dumps(measure(name, folder))
+        answer.write_text(found)
+
+
+def _warm() -> None:
+    """Imports all that a run does, and lets torch fill its tables for tracing: forks share it."""
+    from family_models import DECODERS, built
+
+    import compressor.cli.commands
+    import compressor.evaluate.judge
+    import compressor.run.pipeline
+    from compressor.core.tensors import EncodedTensors
+    from compressor.export.causal import kv_cache, trace_decoder
+
+    assert compressor.cli.commands and compressor.evaluate.judge and compressor.run.pipeline
+    warnings.simplefilter("ignore")
+    module = built(DECODERS["gpt2"])
+    cache = kv_cache(module)
+    assert not isinstance(cache, str)
+    names: Any = EncodedTensors([])
+    for name, _ in module.named_parameters(remove_duplicate=False):
+        names.tied[name] = name
+    trace_decoder(module, cache, names, ROOT)
 
 
 def main() -> None:
@@ -255,20 +287,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="networks of these names, or of this kind: decoders")
     parser.add_argument("--again", action="store_true", help="measure anew what is measured")
     parser.add_argument("--seconds", type=int, default=300, help="for each network")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        print("\n" + json.dumps(measure(given.child, given.folder)))
-        return
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     from family_models import DECODERS, FAMILIES
 
     names = {"decoders": list(DECODERS), "others": [name for name in FAMILIES if name not in DECODERS]}
     chosen = [each for name in given.only or FAMILIES for each in names.get(name, [name])]
-    for name in chosen:
-        results = read_results("families")
-        if name in results and not given.again:
-            continue
+    missing = [name for name in chosen if given.again or name not in read_results("families")]
+    if missing:
+        _warm()
+    for name in missing:
         found = in_a_process(name, given.seconds)
         results = read_results("families") | {name: found}
         write_results("families", {each: results[each] for each in FAMILIES if each in results})

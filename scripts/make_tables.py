@@ -27,13 +27,14 @@ from bench_onnx import onnx_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
-from bench_speed import speed_table
+from bench_speed import prompt_table, speed_table
 from bench_strangers import strangers_table
 from bench_structure import structure_table
 from bench_tables import tables_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
 from check_crashes import crashes_table
+from check_hosts import hosts_table
 from check_kills import kills_table
 from check_memory import shortage_table
 from check_same_bytes import same_bytes_table
@@ -52,7 +53,7 @@ PAGES = (
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "quality": "scripts/bench_quality.py artifacts DIR…", "baselines": "scripts/bench_quality.py baselines",
-    "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py DIR…",
+    "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "strangers": "scripts/bench_strangers.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
@@ -62,14 +63,12 @@ COMMANDS = {
     "n2n": "scripts/bench_n2n.py",
     "structure": "scripts/bench_structure.py", "mixed": "scripts/bench_mixed.py",
     "fuzz": "scripts/fuzz.py", "families": "scripts/families.py",
-    "batch": "scripts/bench_batch.py",
+    "batch": "scripts/bench_batch.py", "hosts": "scripts/check_hosts.py DIR",
     "crashes": "scripts/check_crashes.py", "shortage": "scripts/check_memory.py",
     "same_bytes": "scripts/check_same_bytes.py",
     "kills": "scripts/check_kills.py --disks", "onnx": "scripts/bench_onnx.py",
 }  # fmt: skip
-LLAMA_CPP = (
-    ("Q4_K_M", 105.5, 35.0), ("Q3_K_M", 93.5, 36.7), ("Q2_K", 88.2, 39.7), ("IQ2_XXS", 83.8, 56.8),
-)  # fmt: skip
+QUOTED = (("IQ2_XXS", 83.8, 56.8),)
 """Whole files of llama.cpp with importance matrix, this very model and text; quoted, not measured by our scripts."""
 
 
@@ -92,9 +91,11 @@ def comparison_table() -> str:
     """Whole files, Moby Dick: ours, the best of each baseline, and llama.cpp's as quoted; largest first."""
     rows: list[tuple[float, list[object]]] = [
         (megabytes, [f"llama.cpp {name} (quoted)", number(megabytes), number(perplexity), None])
-        for name, megabytes, perplexity in LLAMA_CPP
+        for name, megabytes, perplexity in QUOTED
     ]
     quality = read_results("quality")
+    for name, entry in quality.get("others", {}).items():
+        rows.append((entry["megabytes"], _row(name, entry)))
     if quality:
         figures = quality["original"]["perplexity"]
         rows.append((538.1, ["original, float32", "538.1", number(figures["moby_8"]), number(figures["sotu_8"])]))
@@ -121,6 +122,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: measured_table("steps", steps_table),
     "layers": lambda: measured_table("layers", layers_table),
     "speed": lambda: measured_table("speed", speed_table),
+    "prompt": lambda: measured_table("speed", prompt_table),
     "memory": lambda: measured_table("memory", memory_table),
     "loading": lambda: measured_table("loading", loading_table),
     "pruning": lambda: measured_table("pruning", pruning_table),
@@ -135,6 +137,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search": lambda: measured_table("n2n", n2n_table),
     "structure": lambda: measured_table("structure", structure_table),
     "families": lambda: measured_table("families", families_table),
+    "hosts": lambda: measured_table("hosts", hosts_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),
     "kills": lambda: measured_table("kills", kills_table),
     "crashes": lambda: measured_table("crashes", crashes_table),

@@ -154,7 +154,8 @@ def test_a_language_model_of_them_computes_in_onnxruntime_what_it_decodes_to(run
         assert {stored for tensor, stored in found["kinds"].items() if name in tensor} == {kind}
     assert found["proof"]["exact"]["max_relative_error"] < 1e-5
     assert found["operators"]["MatMulNBits"] == 16  # of five linears, in three blocks, q, k and v are one; and the head
-    assert found["bits"] == ([4] if mode == "compat" else [2, 4])
+    # Ternary and binary weights are the kernel's of two bits; what else there is, an allocation chose.
+    assert found["bits"] == [4] if mode == "compat" else found["bits"][0] == 2
 
 
 def test_their_widths_are_allocated_and_their_scales_learned(runs):

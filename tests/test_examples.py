@@ -50,7 +50,9 @@ def talker(tmp_path_factory) -> Path:
     """The artifact of a pico language model by llm-2bit-fast."""
     folder = tmp_path_factory.mktemp("talker")
     (folder / "quick.yaml").write_text(f"name: quick\nimports: [llm-2bit-fast]\n{QUICK}")
-    return run(RunOptions(str(pico.llama(folder / "llama")), str(folder / "quick.yaml"), folder / "small")).directory
+    model = pico.llama(folder / "llama")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return run(RunOptions(str(model), str(folder / "quick.yaml"), folder / "small")).directory
 
 
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys(['compressor', 'torch', 'transformers'])); "
@@ -70,6 +72,19 @@ def test_the_chat_needs_neither_torch_nor_compressor_and_remembers_the_conversat
     assert len(both) == 3 and all(text.strip(" >\n") for text in both[:2])
     assert chat("the river")[0] == both[0]
     assert chat("old stone bridge")[0] != both[1]  # which had the first question before it
+
+
+def test_the_page_writes_in_a_browser_what_onnxruntime_writes(talker):
+    """transformers.js in Chromium, the page and the artifact as they are; packages come from npm's registry."""
+    done = example(
+        sys.executable, ROOT / "scripts" / "check_hosts.py", talker, "--only", "transformers.js in Chromium",
+        "--prompt", "the old stone bridge", "--tokens", "16", "--no-record",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1].partition("Chromium ")[2])
+    if "absent" in found:
+        pytest.skip(found["absent"])
+    assert found["same"] and found["text"].strip()
 
 
 def test_the_cache_of_the_chat_gives_what_the_whole_text_gives_at_once(talker, monkeypatch):

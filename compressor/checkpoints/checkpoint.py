@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoints.architecture import Architecture
+from compressor.checkpoints.card import card_of
 from compressor.checkpoints.expected import COMPUTED, expected_tensors
 from compressor.checkpoints.positions import positions_of
 from compressor.checkpoints.scales import belongs_to_scales, scaled, unread
@@ -234,6 +235,7 @@ class Checkpoint:
             "bytes_by_dtype": dict(sorted(dtypes.items())),
             "tied": dict(self.tied),
             "tokenizer_files": [path.name for path in self.tokenizer_files],
+            "card": card_of(self.path, self.config),
         }
 
 

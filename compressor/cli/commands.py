@@ -519,16 +519,18 @@ def generate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write text with the artifact of a language model."""
+    """Write text with the artifact of a language model, or of an encoder-decoder what it makes of a text."""
     from compressor.evaluate.generation import generate_text
+    from compressor.evaluate.pair_session import is_pair
 
     pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed, chat)
     if json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})
         return
     shown = printable if sys.stdout.isatty() else str  # into a file go the letters that were written
+    goes_on = not chat and not is_pair(artifact)
     for i, piece in enumerate(pieces):
-        sys.stdout.write(shown(prompt + piece if i == 0 and not chat else piece))
+        sys.stdout.write(shown(prompt + piece if i == 0 and goes_on else piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
 

@@ -16,16 +16,24 @@ from compressor.core.reading import read_json, refuse_special
 
 REPORT = "compression.json"
 PAGE = "report.html"
+CARD = "README.md"
 WEIGHTS = "model.safetensors"
-NOT_NEEDED = (REPORT, PAGE)
+NOT_NEEDED = (REPORT, PAGE, CARD)
 """Files of an artifact that say what it is; it runs without them."""
 INSTALLED_RECORD, INSTALLED_GRAPH = "model.installed.json", "model.installed.onnx"
 INSTALLED = (INSTALLED_RECORD, INSTALLED_GRAPH, "model.installed.data")
 """Files that `compress install` makes of an artifact for one machine, the one that says so first; not of it."""
+PAIRED_ENCODER, PAIRED_DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
+"""The graphs of an encoder-decoder, beside model.onnx, which computes both at once."""
+CACHE, IN_PLACE = "cache", "in place"
+"""A decoder's graph has this among its metadata where past and present may be one buffer, longer than what it holds."""
+KEPT = "num_logits_to_keep"
+"""An input of decoders that need not be fed: how many positions get logits, the last ones; 0 is all."""
 SEAL = "seal"
-"""Key of compression.json with the SHA-256 of the page, and of all else that compression.json says."""
+"""Key of compression.json with the SHA-256 of the page and the card, and of all else that compression.json says."""
 _WRITTEN = (
-    "model.*", "config.json", "genai_config.json", "generation_config.json", "structure.json", "tokenizer*", "vocab*",
+    "model.*", PAIRED_ENCODER, PAIRED_DECODER,
+    "config.json", "genai_config.json", "generation_config.json", "structure.json", "tokenizer*", "vocab*",
     "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 """Names of files that an artifact may have."""
@@ -87,10 +95,11 @@ def _unsealed(artifact: Artifact) -> list[str]:
     return found + ([f"{REPORT} has changed"] if _content_digest(artifact.report) != seal.get(REPORT) else [])
 
 
-def sealed(report: dict[str, Any], page: str) -> dict[str, Any]:
-    """What compression.json will hold, with the digests of the page and of all else in it."""
-    found = {key: value for key, value in report.items() if key != SEAL} | {SEAL: {PAGE: page}}
-    return found | {SEAL: {PAGE: page, REPORT: _content_digest(found)}}
+def sealed(report: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """What compression.json will hold, with the digests of the directory's page and card, and of all else in it."""
+    digests = {name: file_digest(directory / name) for name in (PAGE, CARD) if (directory / name).is_file()}
+    found = {key: value for key, value in report.items() if key != SEAL} | {SEAL: digests}
+    return found | {SEAL: digests | {REPORT: _content_digest(found)}}
 
 
 def refuse_unsealed(artifact: Artifact) -> None:
@@ -108,7 +117,7 @@ def reseal(artifact: Artifact) -> None:
     """Notes a page that was made again; an artifact of before there were seals stays without one."""
     if not isinstance(artifact.report.get(SEAL), dict):
         return
-    report = sealed(artifact.report, file_digest(artifact.directory / PAGE))
+    report = sealed(artifact.report, artifact.directory)
     write_text(artifact.directory / REPORT, text_of(report))
 
 
@@ -181,7 +190,7 @@ def refuse_target(directory: Path, force: bool = False, resume: bool = False) ->
         raise UsageError(f"{directory}: is not empty and no artifact of ours; give another directory with -o")
     if not (force or resume):
         raise UsageError(f"{directory}: holds an artifact already; replace it with --force, or give another with -o")
-    others = foreign_files(directory) if force else []
+    others = [*foreign_files(directory), *_written_on(directory)] if force else []
     if others:
         raise UsageError(
             f"{directory}: holds {others[0]}, which is not of the artifact and would be lost; move it, or give another "
@@ -203,6 +212,17 @@ def foreign_files(directory: Path) -> list[str]:
         if path.is_symlink() or not of_it or not path.is_file():
             found.append(name)
     return found
+
+
+def _written_on(directory: Path) -> list[str]:
+    """The card, where it is no longer as compress wrote it."""
+    try:
+        seal = Artifact.open(directory).report.get(SEAL)
+    except CheckpointError:
+        return []
+    card = directory / CARD
+    ours = not card.is_file() or (isinstance(seal, dict) and file_digest(card) == seal.get(CARD))
+    return [] if ours else [CARD]
 
 
 def _holds_this_process(directory: Path) -> bool:

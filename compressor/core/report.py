@@ -40,6 +40,7 @@ class Source(_Section):
     bytes_by_dtype: dict[str, Count] = {}
     tied: dict[str, str] = {}
     tokenizer_files: list[str] = []
+    card: dict[str, str] = {}
     sha256: str | None = None
     arch: str | None = None
 
@@ -80,11 +81,13 @@ class Proof(_Section):
     """How far the graph is from the network of the decoded weights: with exact activations, and as it is shipped.
 
     in_steps   of a decoder with a cache, with exact activations: the last tokens are read one at a time
+    paired     of an encoder-decoder's own two graphs, as they are shipped, read so
     """
 
     exact: Distance | None = None
     in_steps: Distance | None = None
     as_shipped: Distance | None = None
+    paired: Distance | None = None
 
 
 class Output(_Section):
@@ -272,7 +275,7 @@ class Report(_Section):
     allocation   where widths were chosen per tensor
     errors       ‖W − Ŵ‖ / ‖W‖ by tensor
     sha256       of every file
-    seal         SHA-256 of report.html, and of all else that compression.json says
+    seal         SHA-256 of report.html and README.md, and of all else that compression.json says
     """
 
     compressor: str | None = None

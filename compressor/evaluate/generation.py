@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from compressor.checkpoints.architecture import family_of
 from compressor.checkpoints.positions import positions_of
 from compressor.core.errors import CheckpointError, DataError
+from compressor.core.reading import read_json
 
 
 def generate_text(
     directory: Path, prompt: str, n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
     chat: bool = False,
 ) -> Iterator[str]:  # fmt: skip
-    """Pieces of text that continue `prompt`, up to `n` tokens and as many as the network has positions for.
+    """Pieces of text that continue `prompt`, or answer it where the network is an encoder-decoder: up to `n` tokens and
+    as many as the network has positions for.
 
     Args:
         temperature: 0 takes the likeliest token each time.
@@ -26,6 +30,7 @@ def generate_text(
     """
     from compressor.data.tokens import explained, fast_tokenizer
     from compressor.evaluate.installation import graph_to_run
+    from compressor.evaluate.pair_session import PairSession, is_pair
     from compressor.evaluate.session import DecoderSession
 
     file = directory / "tokenizer.json"
@@ -37,19 +42,26 @@ def generate_text(
         ids = tokenizer.encode(text, add_special_tokens=not chat).ids
     if not ids:
         raise CheckpointError(f"{directory}: the prompt has no tokens; give some text to go on from")
-    session = DecoderSession(graph_to_run(directory))
-    if not session.past and family_of(session.config) != "decoder":
-        raise CheckpointError(f"{directory}: is no language model's; found {session.config.get('architectures')}")
-    longest = positions_of(session.config)
+    session = PairSession(directory) if is_pair(directory) else DecoderSession(graph_to_run(directory))
+    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    if isinstance(session, DecoderSession) and not session.past and family_of(config) != "decoder":
+        raise CheckpointError(f"{directory}: is no language model's; found {config.get('architectures')}")
+    longest = positions_of(config)
     if longest is not None:
         if len(ids) > longest:
             raise CheckpointError(
                 f"{directory}: the prompt has {len(ids)} tokens, and the network positions for {longest}; shorten it"
             )
-        n = min(n, longest - len(ids) + 1)  # the last token is only written, not read
+        before = 1 if isinstance(session, PairSession) else len(ids)
+        n = min(n, longest - before + 1)  # the last token is only written, not read
     tokens: list[int] = []
     shown = ""
-    for token in session.generate(ids, n, temperature=temperature, top_p=top_p, seed=seed):  # type: ignore[arg-type]
+    sampling = {"temperature": temperature, "top_p": top_p}
+    if isinstance(session, PairSession):
+        written = session.generate({"input_ids": np.array([ids], np.int64)}, n, **sampling, seed=seed)
+    else:
+        written = session.generate(np.array(ids, np.int64), n, **sampling, seed=seed)
+    for token in written:
         tokens.append(token)
         with explained(file):
             text = tokenizer.decode(tokens)

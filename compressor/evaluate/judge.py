@@ -24,6 +24,7 @@ from compressor.data.text import Text
 from compressor.evaluate.again import Given, open_original, recipe_of, refuse_unreadable, samples_again
 from compressor.evaluate.comparison import evaluate_outputs
 from compressor.evaluate.language import evaluate_language
+from compressor.evaluate.pair_session import PairSession, Predictions, is_pair
 from compressor.evaluate.proof import compare_all
 from compressor.evaluate.reference import original_logits, original_outputs
 from compressor.evaluate.session import DecoderSession, EncoderSession, ModuleSession, open_session
@@ -62,10 +63,10 @@ def prove(
     config = checkpoint.config
     shipped = compare_all(open_session(directory, apart=True).outputs_of(inputs), expected, inputs, config)
     graph = directory / "model.onnx"
-    kept = graph.with_suffix(".shipped")
-    extra = list(directory.glob("model.repacked*"))
-    copies = [(path, path.with_name(path.name + ".shipped")) for path in extra]
-    shutil.move(graph, kept)
+    paired = is_pair(directory) and "decoder_input_ids" in inputs
+    pair = {"paired": _compared_pair(directory, expected, inputs, False)} if paired else {}
+    files = [path for pattern in ("*.onnx", "*.repacked.bin") for path in directory.glob(pattern)]
+    copies = [(path, path.with_name(path.name + ".shipped")) for path in files]
     for path, copy in copies:
         shutil.copy2(path, copy)
     try:
@@ -73,8 +74,9 @@ def prove(
         session = open_session(directory, exact=True, apart=True)
         exact = compare_all(session.outputs_of(inputs), expected, inputs, config)
         stepped = _in_steps(session, expected, inputs)
+        if paired:
+            stepped = _compared_pair(directory, expected, inputs, True)
     finally:
-        shutil.move(kept, graph)
         for path, copy in copies:
             shutil.move(copy, path)
     for how, found in (("", exact), (", one token at a time,", stepped)):
@@ -84,7 +86,7 @@ def prove(
                 f"{graph}: '{found['output']}'{how} differs from its own encodings by {error:.2g} of its largest "
                 f"value; expected less than {LARGEST_ERROR}; please report this with the recipe and the model's config"
             )
-    return {"exact": exact, "as_shipped": shipped} | ({} if stepped is None else {"in_steps": stepped})
+    return {"exact": exact, "as_shipped": shipped} | ({} if stepped is None else {"in_steps": stepped}) | pair
 
 
 def _in_steps(
@@ -95,6 +97,16 @@ def _in_steps(
         return None
     logits = session.logits_in_steps(inputs["input_ids"], _PROOF_STEPS)
     return compare_all({"logits": logits}, {"logits": expected["logits"]}, inputs)
+
+
+def _compared_pair(
+    directory: Path, expected: dict[str, np.ndarray], inputs: dict[str, np.ndarray], exact: bool
+) -> dict[str, Any]:  # fmt: skip
+    """The comparison of an encoder-decoder's own two graphs, whose decoder reads the last tokens one at a time."""
+    session = PairSession(directory, exact=exact, apart=True)
+    real = np.asarray(inputs.get("decoder_attention_mask", np.ones(inputs["decoder_input_ids"].shape))) != 0
+    logits = session.logits(inputs, _PROOF_STEPS)
+    return compare_all({"logits": logits[real]}, {"logits": expected["logits"][real]}, {})
 
 
 def _window(config: Mapping[str, Any]) -> int:
@@ -141,7 +153,14 @@ def judge(
     assert isinstance(source, Arrays)
     chosen = source.take(slice(0, recipe.evaluation.samples))
     batches = list(chosen.batches(32))
-    return evaluate_outputs(session, original_outputs(checkpoint, batches), batches, chosen.labels)
+    original = original_outputs(checkpoint, batches)
+    if not is_pair(directory) or "decoder_input_ids" not in chosen.inputs:
+        return evaluate_outputs(session, original, batches, chosen.labels)
+    padding = (checkpoint.config or {}).get("pad_token_id")
+    predictions = Predictions(PairSession(directory, apart=True), padding)
+    found = evaluate_outputs(session, predictions.watched(original, batches), batches, chosen.labels)
+    language = predictions.quality()
+    return found if language is None else found | language.as_dict()
 
 
 def evaluate(directory: Path | str, given: Given | None = None) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def evaluate_language(
                 raise DataError(f"reference logits: end after {number} windows; expected {len(windows)}")
         logits = np.asarray(session.logits(window[None]))[0]
         sums.add(logits[:-1], None if original is None else original[:-1], window[1:])
-    return _quality(sums, len(windows), reference is not None)
+    return quality_of(sums, len(windows), reference is not None)
 
 
 def _single(reference_logits: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -114,7 +114,8 @@ def _single(reference_logits: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         yield from array if array.ndim == 3 else (array,)
 
 
-def _quality(sums: Sums, n_windows: int, with_original: bool) -> LanguageQuality:
+def quality_of(sums: Sums, n_windows: int, with_original: bool) -> LanguageQuality:
+    """The means of sums over at least one token, in so many windows."""
     n = sums.tokens
     return LanguageQuality(
         perplexity=math.exp(min(sums.loss / n, 700.0)),

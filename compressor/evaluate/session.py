@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from compressor.core.artifact import INSTALLED_GRAPH
+from compressor.core.artifact import CACHE, IN_PLACE, INSTALLED_GRAPH, KEPT
 from compressor.core.errors import CheckpointError
 from compressor.core.options import refuse_seed
 from compressor.core.reading import read_json
+from compressor.evaluate.reader import reader_of
 from compressor.runtime.sessions import Settings, filled, in_pieces, open_inference
 
 GRAPH = "model.onnx"
@@ -94,6 +95,7 @@ class DecoderSession(ModuleSession):
         super().__init__(path, threads, exact, apart, opened)
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         self.present = [name.replace("past_key_values", "present") for name in self.past]
+        self.keeps_last, self.in_place = _abilities(self.session)
         if "logits" not in self.outputs or not set(self.present) <= set(self.outputs):
             raise CheckpointError(
                 f"{self.path}: is not a decoder; found outputs {', '.join(self.outputs[:4])}; "
@@ -109,7 +111,7 @@ class DecoderSession(ModuleSession):
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of ids (batch, n), with nothing before them: float32 (batch, n, vocabulary)."""
         ids = np.asarray(ids, dtype=np.int64)
-        feed = self._feed(ids, 0) | {name: self._empty(name, len(ids)) for name in self.past}
+        feed = self.feed(ids, 0) | {name: self.empty(name, len(ids), 0) for name in self.past}
         return self.session.run(["logits"], feed)[0].astype(np.float32, copy=False)
 
     def logits_in_steps(self, ids: np.ndarray, n_steps: int) -> np.ndarray:
@@ -121,9 +123,9 @@ class DecoderSession(ModuleSession):
         if not self.past:
             raise CheckpointError(f"{self.path}: has no KV cache to read step by step with")
         ids = np.asarray(ids, dtype=np.int64)
-        first, past, found = ids.shape[1] - n_steps, {name: self._empty(name, len(ids)) for name in self.past}, []
+        first, past, found = ids.shape[1] - n_steps, {name: self.empty(name, len(ids), 0) for name in self.past}, []
         for start, stop in pairwise([0, *range(first, ids.shape[1] + 1)]):
-            feed = self._feed(ids[:, start:stop], start) | past
+            feed = self.feed(ids[:, start:stop], start) | past
             logits, *present = self.session.run(["logits", *self.present], feed)
             past = dict(zip(self.past, present, strict=True))
             found.append(logits.astype(np.float32, copy=False))
@@ -147,22 +149,14 @@ class DecoderSession(ModuleSession):
         refuse_seed(seed)
         stop = self.stop_tokens if stop is None else stop
         generator = np.random.default_rng(seed)
-        step = np.asarray(ids, dtype=np.int64).reshape(1, -1)
-        past = {name: _value(self._empty(name, 1)) for name in self.past}
-        seen = 0
+        step = np.asarray(ids, dtype=np.int64).reshape(-1)
+        reader = reader_of(self, len(step) + n)
         for _ in range(n):
-            feed = {name: _value(array) for name, array in self._feed(step, seen).items()} | past
-            logits, *present = self.session.run_with_ort_values(["logits", *self.present], feed)
-            past = dict(zip(self.past, present, strict=True))
-            token = sample(logits.numpy()[0, -1], temperature, top_p, generator)
+            token = sample(reader.read(step), temperature, top_p, generator)
             if token in stop:
                 return
             yield token
-            if self.past:
-                seen += step.shape[1]
-                step = np.array([[token]], dtype=np.int64)
-            else:
-                step = np.append(step, [[token]], axis=1)
+            step = np.array([token], np.int64)
 
     @property
     def stop_tokens(self) -> set[int]:
@@ -170,7 +164,8 @@ class DecoderSession(ModuleSession):
         found = self.config.get("eos_token_id")
         return set() if found is None else set(found) if isinstance(found, list) else {found}
 
-    def _feed(self, ids: np.ndarray, seen: int) -> dict[str, np.ndarray]:
+    def feed(self, ids: np.ndarray, seen: int) -> dict[str, np.ndarray]:
+        """What a run is fed beside the cache, for ids (batch, n) after `seen` others."""
         batch, n = ids.shape
         whole = {
             "input_ids": ids,
@@ -183,13 +178,13 @@ class DecoderSession(ModuleSession):
             if name in self.inputs
         }
 
-    def _empty(self, name: str, batch: int) -> np.ndarray:
-        """A past of no tokens: (batch, KV heads, 0, head size)."""
+    def empty(self, name: str, batch: int, room: int) -> np.ndarray:
+        """Room for the keys or values of so many tokens: (batch, KV heads, room, head size), not set to anything."""
         entry = self.inputs[name]
         heads, size = entry.shape[1], entry.shape[3]
         if not (isinstance(heads, int) and isinstance(size, int)):
             heads, size = _heads(self.config, self.path)
-        return np.zeros((batch, heads, 0, size), DTYPES[entry.type])
+        return np.empty((batch, heads, room, size), DTYPES[entry.type])
 
 
 def open_session(
@@ -265,5 +260,9 @@ def _single(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
 
 
-def _value(array: np.ndarray) -> onnxruntime.OrtValue:
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+def _abilities(session: Any) -> tuple[bool, bool]:
+    """Whether a decoder gives the last logits alone where asked to, and whether its cache may be written in place."""
+    if not isinstance(session, onnxruntime.InferenceSession):
+        return False, False  # in a process of its own it reads whole texts
+    optional = {entry.name for entry in session.get_overridable_initializers()}
+    return KEPT in optional, session.get_modelmeta().custom_metadata_map.get(CACHE) == IN_PLACE

@@ -15,6 +15,7 @@ from typing import Any
 from compressor.checkpoints.opening import model_digests
 from compressor.core.artifact import (
     INSTALLED,
+    NOT_NEEDED,
     REPORT,
     SEAL,
     WEIGHTS,
@@ -108,7 +109,7 @@ def _files(artifact: Artifact) -> Check:
     others = foreign_files(artifact.directory)
     unknown = [name for name in others if not (artifact.directory / name).is_symlink()]
     links = [name for name in others if name not in unknown]
-    recorded = {*(artifact.report.get("sha256") or {}), REPORT, "report.html", *INSTALLED}
+    recorded = {*(artifact.report.get("sha256") or {}), *NOT_NEEDED, *INSTALLED}
     present = {path.relative_to(artifact.directory).as_posix() for path in artifact.directory.rglob("*")}
     unknown += sorted(present - recorded - set(others))
     wrong = [f"not of the artifact: {', '.join(unknown)}"] if unknown else []

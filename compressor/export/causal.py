@@ -25,9 +25,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from compressor.core.errors import is_out_of_memory
+from compressor.core.errors import CheckpointError, ExportError, is_out_of_memory
 from compressor.core.tensors import EncodedTensors
+from compressor.export.repeating import Ends, repeat
 from compressor.export.tracing import name_ends, over_weights, traced, without_weights
+from compressor.graph.periods import first_blocks, period_of
 
 BATCH, LENGTH, PAST = 2, 3, 5
 """Of the example that is traced: no two alike, and neither 0 nor 1, which torch.export takes as fixed."""
@@ -78,7 +80,7 @@ class KeyValueCache:
 
     def given(self, tensors: list[Tensor]) -> DynamicCache:
         """transformers' cache that holds these keys and values."""
-        layers = [_Layer() for _ in range(self.slots)]
+        layers = [KeptLayer() for _ in range(self.slots)]
         for layer, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
             layers[layer.slot].begin(keys, values, layer.window)
         cache = DynamicCache()
@@ -92,7 +94,7 @@ class KeyValueCache:
         return [tensor for layer in found for tensor in (layer.keys, layer.values) if tensor is not None]
 
 
-class _Layer(DynamicLayer):
+class KeptLayer(DynamicLayer):
     """A layer of the cache that may begin with keys and values; it keeps all, though its attention has a window."""
 
     def begin(self, keys: Tensor, values: Tensor, window: bool) -> None:
@@ -134,7 +136,7 @@ def kv_cache(module: nn.Module) -> KeyValueCache | str:
     return KeyValueCache(tuple(layers), len(found.layers), (heads, hidden, words))
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def plain(module: nn.Module) -> nn.Module:
     """A copy without weights that computes in plain operators, of which none depends on a value.
 
     Dynamic rotary scaling changes frequencies beyond the positions of the config, which no text may pass.
@@ -151,7 +153,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def _first_cache(module: nn.Module) -> object:
     """What the forward gives as `past_key_values`, or as text why it fails."""
-    network = _plain(module)
+    network = plain(module)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
         ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
         try:
@@ -174,16 +176,46 @@ def trace_decoder(module: nn.Module, cache: KeyValueCache, tensors: EncodedTenso
     Raises:
         CheckpointError: torch cannot trace the forward with a cache.
     """
-    shell = CachedForward(_plain(module), cache)
-    inputs = cache.example()
-    axes = {name: {0: "batch", 2: "past"} for name in inputs}
-    axes |= {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "total"}}
-    model = over_weights(traced(shell, inputs, axes, path), module, shell.network, tensors, path)
+    model = _first_repeated(module, cache, tensors, path) or _traced(module, cache, tensors, path)
+    axes = _axes(cache)
     name_ends(model.graph, axes, ["logits", *(f"present.{name}" for name in cache.sizes)])
     for value in model.graph.outputs[1:]:  # what was read and what is new is what the mask is of
         heads, size = cache.sizes[str(value.name).removeprefix("present.")]
-        value.shape = ir.Shape(["batch", heads, "total", size])
+        value.shape = ir.Shape(["batch_size", heads, "total_sequence_length", size])
     return model
+
+
+def _axes(cache: KeyValueCache) -> dict[str, dict[int, str]]:
+    """The free axes of the decoder's inputs."""
+    axes = {name: {0: "batch_size", 2: "past_sequence_length"} for name in cache.example()}
+    return axes | {
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+    }
+
+
+def _traced(module: nn.Module, cache: KeyValueCache, tensors: EncodedTensors, path: Path) -> ir.Model:
+    shell = CachedForward(plain(module), cache)
+    model = traced(shell, cache.example(), _axes(cache), path)
+    return over_weights(model, module, shell.network, tensors, path)
+
+
+def _first_repeated(
+    module: nn.Module, cache: KeyValueCache, tensors: EncodedTensors, path: Path
+) -> ir.Model | None:  # fmt: skip
+    """The graph of a few blocks, repeated; None where they do not tell what all of them do."""
+    period = period_of(module)
+    if period is None or [layer.slot for layer in cache.layers] != [*range(len(period.names))]:
+        return None
+    short = first_blocks(module, period.names, period.seen)
+    kept = kv_cache(short)
+    if isinstance(kept, str) or kept.layers != cache.layers[: period.seen]:
+        return None
+    try:
+        model = _traced(short, kept, tensors, path)
+    except (CheckpointError, ExportError):
+        return None
+    return model if repeat(model.graph, period, tensors, Ends(2, 1, 2)) else None
 
 
 class CachedForward(nn.Module):

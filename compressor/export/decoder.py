@@ -2,10 +2,13 @@
 
 Inputs   input_ids, attention_mask (batch, past + length), past_key_values.{i}.key and .value
          (batch, kv heads, past, head dim)
-Outputs  logits for every position, present.{i}.key and .value
+         num_logits_to_keep, which need not be fed: how many positions get logits, the last ones; 0, its default, is all
+Outputs  logits for these positions, present.{i}.key and .value
 
 Batch and lengths are free. The names are those that onnxruntime-genai and optimum use. In the default and compat modes
-the sequences of a batch are padded on the right (a property of GroupQueryAttention); in standard mode on either side.
+the sequences of a batch are padded on the right (a property of GroupQueryAttention), and past and present may be one
+buffer, longer than what it holds, which is then written in place: the graph's metadata says so (`core.artifact.CACHE`).
+In standard mode padding is on either side.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from compressor.core.artifact import CACHE, IN_PLACE, KEPT
 from compressor.core.errors import ExportError
 from compressor.core.tensors import EncodedTensors
 from compressor.export.attention import Attention, GroupQueryAttention, StandardAttention
@@ -44,9 +50,13 @@ def export_decoder(
     _Decoder(DecoderConfig.of(config, context), lowering).build()
     lowering.close()
     model = ir.Model(graph, ir_version=IR_VERSIONS[mode], producer_name="compressor")
+    if mode != "standard":
+        model.metadata_props[CACHE] = IN_PLACE
+    RemoveUnusedNodesPass()(model)  # weights that one product takes together are initialisers of their own no more
     staged(model, mode)
     for value in graph.initializers.values():  # their tensors say it, and each byte counts
-        value.type = value.shape = None
+        if not value.is_graph_input():
+            value.type = value.shape = None
     if mode == "standard":
         del graph.opset_imports["com.microsoft"]
     ir.save(model, out_dir / MODEL_FILE)
@@ -61,8 +71,8 @@ class _Decoder:
     def build(self) -> None:
         """Embedding, blocks, norm, head."""
         config = self.config
-        ids = self._input("input_ids", INT64, "batch", "length")
-        mask = self._input("attention_mask", INT64, "batch", "total")
+        ids = self._input("input_ids", INT64, "batch_size", "sequence_length")
+        mask = self._input("attention_mask", INT64, "batch_size", "total_sequence_length")
         pasts = [self._past(layer) for layer in range(config.layers)]
         attention = (StandardAttention if self.standard else GroupQueryAttention)(self.b, config, ids, mask)
         embedded = self.lowering.embedding(ids, "model.embed_tokens.weight", tied=self._head_is_tied())
@@ -79,15 +89,23 @@ class _Decoder:
             following = following if layer + 1 < config.layers else "model.norm.weight"
             normed, stream = self._add_and_norm(stream, self._normed(self._mlp(stem, normed), stem, last), following)
         head = "model.embed_tokens.weight" if self._head_is_tied() else "lm_head.weight"
-        normed = self._scaled(normed, config.logit_scale)
+        normed = self._scaled(self._kept(normed), config.logit_scale)
         capped = config.logit_cap is not None
         logits = self.lowering.matmul(normed, head, self._bias("lm_head"), output=None if capped else "logits")
         if config.logit_cap is not None:
             cap = self.b.constant(config.logit_cap)
             logits = self.b.op("Mul", self.b.op("Tanh", self.b.op("Div", logits, cap)), cap, name="logits")
-        self._output(logits, "batch", "length", config.vocabulary)
+        self._output(logits, "batch_size", "kept", config.vocabulary)
         for present in presents:
-            self._output(present, "batch", config.kv_heads, "total", config.head_dim)
+            self._output(present, "batch_size", config.kv_heads, "total_sequence_length", config.head_dim)
+
+    def _kept(self, x: ir.Value) -> ir.Value:
+        """The last positions of x (batch, length, hidden), as many as the optional input says; all where it is 0."""
+        b = self.b
+        n = b.initializer(ir.Tensor(np.array(0, np.int64), name=KEPT))
+        b.graph.inputs.append(n)
+        start = b.op("Unsqueeze", b.op("Neg", n), b.integers(0))
+        return b.op("Slice", x, start, b.integers(np.iinfo(np.int64).max), b.integers(1))
 
     def _scaled(self, x: ir.Value, factor: float) -> ir.Value:
         return x if factor == 1.0 else self.b.op("Mul", x, self.b.constant(factor))
@@ -113,7 +131,7 @@ class _Decoder:
         self.b.graph.outputs.append(value)
 
     def _past(self, layer: int) -> tuple[ir.Value, ir.Value]:
-        shape = ("batch", self.config.kv_heads, "past", self.config.head_dim)
+        shape = ("batch_size", self.config.kv_heads, "past_sequence_length", self.config.head_dim)
         key, value = (self._input(f"past_key_values.{layer}.{part}", FLOAT, *shape) for part in ("key", "value"))
         return key, value
 

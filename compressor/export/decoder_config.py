@@ -23,8 +23,6 @@ MODEL_TYPES = (
     "gemma3_text",
 )
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
-TRACED_WITH_CACHE = ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "phi")
-"""Whose traced graph was measured to keep a cache, by scripts/families.py: a plan need not build their networks."""
 TIED = ("smollm3",)
 """Whose head is the embedding's table where the config does not say."""
 LLAMA_NORMS = ("input_layernorm", None, "post_attention_layernorm", None)

@@ -36,12 +36,12 @@ class Lowering:
     """Lowers tensors into the graph of `builder` (settable).
 
     `exact` asks the kernels for float32 activations instead of int8: slow, to prove that the artifact computes what
-    the encodings decode to. `directory` is where standard mode writes `model.repacked.bin`.
+    the encodings decode to. `directory` is where standard mode writes `<graph>.repacked.bin`.
     """
 
     def __init__(
         self, tensors: EncodedTensors, builder: GraphBuilder,
-        mode: Mode = "default", exact: bool = False, directory: Path | None = None,
+        mode: Mode = "default", exact: bool = False, directory: Path | None = None, graph: str = "model",
     ) -> None:  # fmt: skip
         self.tensors, self.builder = tensors, builder
         self.mode: Mode = mode
@@ -49,7 +49,7 @@ class Lowering:
         self._operands: dict[str, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
         self._sums: dict[tuple[int, int, int], tuple[ir.Value, ir.Value]] = {}
         self._indicators: dict[tuple[int, int], ir.Value] = {}
-        self._repacked = Repacked(directory) if mode == "standard" and directory else None
+        self._repacked = Repacked(directory, graph) if mode == "standard" and directory else None
 
     def matmul(
         self, x: ir.Value, name: str, bias: ir.Value | None = None, *, transpose: bool = True, output: str | None = None

@@ -53,8 +53,9 @@ def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: Enco
 def export_module(
     traced: ir.Model, tensors: EncodedTensors, out_dir: Path,
     mode: Mode = "default", exact: bool = False, calibration: Sequence[Mapping[str, Tensor]] = (),
+    file: str = MODEL_FILE,
 ) -> Path:  # fmt: skip
-    """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path. Changes `traced`.
+    """Writes the graph `file` over `out_dir`/model.safetensors beside it; returns its path. Changes `traced`.
 
     The first dimension of every input is free, and the second of integer inputs of two dimensions (tokens). Outputs are
     all that the forward returns, as `core.outputs` names them.
@@ -67,7 +68,7 @@ def export_module(
         ExportError: A tensor has an encoding that its consumer cannot use.
     """
     writing = Rewriting(tensors, out_dir, mode, exact, lambda found: _finish(found, mode))
-    return writing.write(traced, out_dir / MODEL_FILE, calibration)
+    return writing.write(traced, out_dir / file, calibration)
 
 
 def encoder_example(config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ def _is_tokens(value: Tensor) -> bool:
 
 def _free_axes(value: Tensor) -> dict[int, str]:
     """The axes of an input that are free, and what they are called."""
-    axes = {0: "batch", 1: "sequence"} if _is_tokens(value) else {0: "batch"}
+    axes = {0: "batch_size", 1: "sequence_length"} if _is_tokens(value) else {0: "batch_size"}
     return axes if value.dim() else {}
 
 

@@ -59,7 +59,7 @@ class Rewriting:
         floats = _floats(model) if calibration else set()
         chosen = self._that_pay(model, floats, calibration) if calibration else []
         ranges = self._ranges(model, floats, chosen, calibration) if chosen else []
-        lowering = self._lowering(GraphBuilder(model.graph, stem=self.stem), self.mode, self.exact)
+        lowering = self._lowering(GraphBuilder(model.graph, stem=self.stem), self.mode, self.exact, path.stem)
         if chosen:
             StaticInt8(lowering, self._candidates(model.graph, floats, chosen), ranges).rewrite()
         return self._saved(model, lowering, path, names)
@@ -145,8 +145,8 @@ class Rewriting:
         assert description is not None
         return tuple(description["tensor_shape"])
 
-    def _lowering(self, builder: GraphBuilder, mode: Mode, exact: bool) -> Lowering:
-        return Lowering(self.tensors, builder, mode, exact, self.directory)
+    def _lowering(self, builder: GraphBuilder, mode: Mode, exact: bool, graph: str = "model") -> Lowering:
+        return Lowering(self.tensors, builder, mode, exact, self.directory, graph)
 
     def _describe(self, value: ir.Value | None) -> dict[str, Any] | None:
         name = None if value is None else value.metadata_props.get("tensor")

@@ -205,7 +205,7 @@ def units_of(
 
 def _folded(graph: ir.Graph, sizes: Sizes) -> list[ir.Node]:
     """The nodes whose inputs are all constant, in order."""
-    constant, outputs = set(graph.initializers.values()), set(graph.outputs)
+    constant, outputs = set(graph.initializers.values()) - set(graph.inputs), set(graph.outputs)
     found = []
     for node in graph:
         nested = any(

@@ -2,7 +2,7 @@
 
 onnxruntime fuses it with the MatMul that follows into its low-bit kernel, but only in that order of axes and only from
 an initialiser. The stored parts have rows of outputs, so a second copy, re-ordered, is written beside them:
-`model.repacked.bin`. Its bytes are what `--standard` costs on disk.
+`model.repacked.bin`, or after another graph's name. Its bytes are what `--standard` costs on disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from compressor.export.builder import GraphBuilder
 from compressor.export.forms import Form
 from compressor.ops.packing import pack_plane
 
-FILE_NAME = "model.repacked.bin"
 _TYPES = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 
 
@@ -51,10 +50,11 @@ def _codebook_values(encoding: Codebook, scales: torch.Tensor) -> tuple[torch.Te
 
 
 class Repacked:
-    """The file of re-ordered weights, written tensor by tensor."""
+    """The file of re-ordered weights of a graph that is called so, written tensor by tensor."""
 
-    def __init__(self, directory: Path) -> None:
-        self._file = open(directory / FILE_NAME, "wb")  # noqa: SIM115
+    def __init__(self, directory: Path, graph: str) -> None:
+        self._name = f"{graph}.repacked.bin"
+        self._file = open(directory / self._name, "wb")  # noqa: SIM115
 
     def close(self) -> int:
         """Ends the file; its bytes."""
@@ -85,4 +85,4 @@ class Repacked:
     ) -> ir.Value:
         offset = self._file.tell()
         self._file.write(array.tobytes())
-        return b.external(name, FILE_NAME, offset, array.nbytes, dtype, shape or array.shape)
+        return b.external(name, self._name, offset, array.nbytes, dtype, shape or array.shape)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.errors import CheckpointError, ExportError
 from compressor.core.tensors import EncodedTensors
+from compressor.export.builder import GraphBuilder
 
 PREFIX = "network."
 TRACED_OPSET = 21
@@ -102,7 +103,36 @@ def over_weights(
     """The traced graph, optimised, whose weights are inputs; `network` is the copy of `module` that was traced."""
     empty = {name for name, tensor in module.named_buffers() if tensor.is_meta} | set(dict(module.named_parameters()))
     _free_weights(model.graph, network, empty, tensors, path)
+    compute_in_float32(model.graph)
     return onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
+
+
+def compute_in_float32(graph: ir.Graph) -> None:
+    """What computes on bfloat16 does so on float32, and its results are rounded to bfloat16: onnxruntime has no kernels
+    for it but Cast's. That is what torch does on a CPU."""
+    short = ir.DataType.BFLOAT16
+    for node in list(graph):
+        if node.op_type == "Cast" or not any(value.dtype == short for value in node.outputs):
+            continue
+        builder = GraphBuilder(graph, before=node, stem=f"wide.{node.name}.")
+        for at, value in enumerate(node.inputs):
+            if value is not None and value.dtype == short:
+                node.replace_input_with(at, _cast(builder, value, ir.DataType.FLOAT))
+        builder = GraphBuilder(graph, before=node, stem=f"short.{node.name}.")
+        for value in node.outputs:
+            if value.dtype != short:
+                continue
+            value.dtype, uses = ir.DataType.FLOAT, list(value.uses())
+            rounded = _cast(builder, value, short)
+            for user, at in uses:
+                user.replace_input_with(at, rounded)
+    graph.sort()
+
+
+def _cast(builder: GraphBuilder, value: ir.Value, to: ir.DataType) -> ir.Value:
+    found = builder.cast(value, to)
+    found.dtype, found.shape = to, value.shape
+    return found
 
 
 def _free_weights(graph: ir.Graph, network: nn.Module, empty: set[str], tensors: EncodedTensors, path: Path) -> None:
@@ -135,7 +165,8 @@ def name_ends(graph: ir.Graph, axes: Mapping[str, Mapping[int, str]], outputs: l
         for axis, label in free.items():
             dimension = value.shape[axis] if value.shape is not None else None
             if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
-                symbols.setdefault(dimension.value, label)
+                taken = dimension.value not in symbols and label in symbols.values()
+                symbols.setdefault(dimension.value, f"{name}.{label}" if taken else label)
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dimension, symbols) for dimension in value.shape])

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from compressor.core.errors import CheckpointError
+from compressor.core.artifact import PAIRED_DECODER, PAIRED_ENCODER
+from compressor.core.errors import CheckpointError, ExportError
 from compressor.core.log import LOGGER
 from compressor.core.tensors import EncodedTensors
 from compressor.export.decoder import export_decoder
 from compressor.export.decoder_config import DecoderConfig, DecoderSizes, decoder_refusal
 from compressor.export.forms import Mode
+from compressor.graph.periods import as_few_as_tell
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,6 +30,8 @@ _TRACES: WeakKeyDictionary[Any, dict[tuple, ir.Model]] = WeakKeyDictionary()
 """Of each checkpoint. Tracing takes most of the time of an export, and a network is exported several times."""
 _CACHES: WeakKeyDictionary[Any, KeyValueCache | str] = WeakKeyDictionary()
 """Of each decoder that is traced: its cache, or why its graph has none."""
+_PAIRS: WeakKeyDictionary[Any, dict[str, ir.Model] | str] = WeakKeyDictionary()
+"""Of each encoder-decoder: the graphs of both by their files, or why it has none."""
 
 
 def export_graph(
@@ -34,7 +39,7 @@ def export_graph(
     exact: bool, batches: list[dict[str, Tensor]], static: bool = False,
 ) -> Path:  # fmt: skip
     """`directory`/model.onnx, over the packed weights beside it: a decoder with its cache, the module as it
-    is, or the ONNX graph that it came from.
+    is, or the ONNX graph that it came from. Of an encoder-decoder two graphs beside it, one of each.
 
     `static`: the module's convolutions compute on int8 activations in the ranges of `batches`.
     """
@@ -60,7 +65,37 @@ def export_graph(
     cache = _CACHES.get(checkpoint)
     if cache is not None and not isinstance(cache, str):
         _write_genai_config(checkpoint, cache, directory)
+    pair = _pair_of(checkpoint, tensors, batches)
+    if not isinstance(pair, str):
+        for name, each in pair.items():
+            export_module(each.clone(), tensors, directory, mode, exact, file=name)
     return path
+
+
+def _pair_of(
+    checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[dict[str, Tensor]]
+) -> dict[str, ir.Model] | str:  # fmt: skip
+    """The graphs of an encoder-decoder's two parts, traced once, none of any other network; or why it has none."""
+    config = checkpoint.config or {}
+    if not config.get("is_encoder_decoder") or checkpoint.family == "decoder" or not batches:
+        return {}
+    if checkpoint not in _PAIRS:
+        from compressor.export.encoder_decoder import paired_cache, trace_encoder, trace_paired_decoder
+
+        module = checkpoint.build()
+        cache = paired_cache(module, batches[0])
+        if isinstance(cache, str):
+            _PAIRS[checkpoint] = cache
+            return cache
+        try:
+            _PAIRS[checkpoint] = {
+                PAIRED_ENCODER: trace_encoder(module, cache, tensors, checkpoint.path),
+                PAIRED_DECODER: trace_paired_decoder(module, cache, tensors, checkpoint.path),
+            }
+        except CheckpointError as error:
+            LOGGER.warning("%s; it is written as one graph without a cache", error)
+            _PAIRS[checkpoint] = str(error)
+    return _PAIRS[checkpoint]
 
 
 def is_traced(checkpoint: Checkpoint) -> bool:
@@ -76,10 +111,54 @@ def _known_decoder(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return config
 
 
-def why_without_cache(checkpoint: Checkpoint) -> str | None:
-    """Why the traced graph of a causal decoder will have no cache; None where it will. Builds its network."""
-    cache = _cache_of(checkpoint)
-    return cache if isinstance(cache, str) else None
+def try_to_trace(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[dict[str, Tensor]]) -> str | None:
+    """Traces a network on as few of its blocks as there are kinds of them, and all of it where that fails.
+
+    Args:
+        batches: Of the network's inputs; those of language models are made up.
+
+    Returns:
+        Why the graph of a causal decoder, or of an encoder-decoder, will have no cache; None where it will, and of
+        other networks.
+
+    Raises:
+        CheckpointError: torch cannot trace it.
+    """
+    cache = _cache_of(checkpoint) if checkpoint.family == "decoder" else None
+    short = as_few_as_tell(checkpoint.build())
+    if short is None or not _can_be_traced(short, checkpoint, tensors, _example(checkpoint, batches)):
+        traced(checkpoint, tensors, batches)
+        cache = _CACHES.get(checkpoint)
+    found = cache or _pair_of(checkpoint, tensors, batches)
+    return found if isinstance(found, str) else None
+
+
+def _can_be_traced(
+    module: nn.Module, checkpoint: Checkpoint, tensors: EncodedTensors, example: dict[str, Tensor]
+) -> bool:  # fmt: skip
+    from compressor.export.causal import kv_cache, trace_decoder
+    from compressor.export.module import trace_module
+
+    cache = kv_cache(module) if checkpoint.family == "decoder" else ""
+    try:
+        if isinstance(cache, str):
+            trace_module(module, example, tensors, checkpoint.path)
+        else:
+            trace_decoder(module, cache, tensors, checkpoint.path)
+    except (CheckpointError, ExportError):
+        return False
+    return True
+
+
+def _example(checkpoint: Checkpoint, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Inputs to trace with: of a language model any text, of others the first batch."""
+    from compressor.export.module import encoder_example
+
+    if checkpoint.family == "encoder":
+        return encoder_example(checkpoint.config or {})
+    if checkpoint.family == "decoder" and not batches:
+        return {"input_ids": torch.ones(2, 16, dtype=torch.int64)}
+    return (batches or [{}])[0]
 
 
 def _cache_of(checkpoint: Checkpoint) -> KeyValueCache | str:
@@ -96,9 +175,9 @@ def traced(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[dict[s
     Raises:
         CheckpointError: torch cannot trace it.
     """
-    from compressor.export.module import encoder_example, trace_module
+    from compressor.export.module import trace_module
 
-    example = encoder_example(checkpoint.config or {}) if checkpoint.family == "encoder" else (batches or [{}])[0]
+    example = _example(checkpoint, batches)
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in example.items())
     if checkpoint.family == "decoder":
         shapes = ()

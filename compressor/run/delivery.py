@@ -14,6 +14,7 @@ from compressor.core.files import sync_tree, write_text
 from compressor.core.locking import LOCK
 from compressor.core.report import Report, Size
 from compressor.core.tensors import EncodedTensors
+from compressor.report.card import write_card
 from compressor.report.page import write_page
 from compressor.run.place import FINISHED, WORK, Place
 
@@ -47,7 +48,8 @@ def deliver(place: Place, report: Report) -> Path:
     report.sha256 = {name: file_digest(partial / name) for name in sorted(report.size.files)}
     write_text(partial / REPORT, report.text())
     write_page([partial], partial / PAGE, title=output.name)
-    write_text(partial / REPORT, text_of(sealed(report.as_json(), file_digest(partial / PAGE))))
+    write_card(partial, title=output.name)
+    write_text(partial / REPORT, text_of(sealed(report.as_json(), partial)))
     finished = place.work / FINISHED
     finished.mkdir()
     for path in sorted(partial.iterdir()):

@@ -48,9 +48,10 @@ def _limit(gates: Gates, kind: Kind, loss: float, labelled: bool) -> dict[str, f
 
 
 def measured_kinds(quality: Mapping[str, Any] | None) -> tuple[Kind, ...]:
-    """The kinds of loss that were measured: of a language model its perplexity alone."""
+    """The kinds of loss that were measured: of a language model its perplexity alone, but not where outputs are
+    compared beside it."""
     quality = quality or {}
-    if quality.get("ratio") is not None:
+    if quality.get("ratio") is not None and not quality.get("outputs"):
         return ("perplexity",)
     return tuple(kind for key, kind in _KINDS if quality.get(key) is not None)
 

@@ -19,8 +19,9 @@ from compressor.core.artifact import refuse_target
 from compressor.core.errors import CheckpointError, DataError, UsageError
 from compressor.core.options import RunOptions, refuse_seed
 from compressor.core.training import Training, unlabelled
-from compressor.export.decoder_config import TRACED_WITH_CACHE, decoder_refusal
+from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
+from compressor.export.measured import TRACED, TRACED_WITH_CACHE
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
 from compressor.plan.planning import is_depthwise, make_plan
@@ -30,6 +31,7 @@ from compressor.plan.targets import aimed
 from compressor.widths.ladder import Ladder
 
 if TYPE_CHECKING:
+    from compressor.core.batch import Batch
     from compressor.data.samples import Samples
     from compressor.data.text import Text
 
@@ -106,17 +108,18 @@ def prepare(asked: RunOptions) -> Prepared:
     options, recipe = aimed(asked, loaded, checkpoint)
     recipe, notes = within_positions(recipe, checkpoint)
     plan = make_plan(checkpoint, recipe, options.format)
-    plan = replace(plan, notes=(*plan.notes, *notes, *checkpoint.notes, *_without_cache(checkpoint, options)))
+    plan = replace(plan, notes=(*plan.notes, *notes, *checkpoint.notes))
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
     refuse_unwritable(plan, options, recipe)
     if recipe.export.activations == "static_int8" and options.format == "onnx":
         plan = _on_int8(plan, checkpoint)
     _refuse_passes(recipe, options, checkpoint)
+    plan = _without_cache(plan, checkpoint, options)
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
     _refuse_data(found)
-    return found
+    return _tried(found)
 
 
 def within_positions(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tuple[str, ...]]:
@@ -141,17 +144,18 @@ def within_positions(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tu
     return recipe, (f"{where}: {longest} tokens, as many as the network has positions for",) if long else ()
 
 
-def _without_cache(checkpoint: Checkpoint, options: RunOptions) -> tuple[str, ...]:
-    """A note where the graph of a language model will not keep what it has read."""
+def _without_cache(plan: Plan, checkpoint: Checkpoint, options: RunOptions) -> Plan:
+    """The plan with a note where the graph of a language model will not keep what it has read.
+
+    Raises:
+        CheckpointError: torch cannot trace it.
+    """
     if options.format != "onnx" or checkpoint.kind == "onnx" or checkpoint.family != "decoder":
-        return ()
+        return plan
     config = checkpoint.config or {}
     if config.get("model_type") in TRACED_WITH_CACHE or decoder_refusal(config) is None:
-        return ()
-    from compressor.export.writing import why_without_cache
-
-    reason = why_without_cache(checkpoint)
-    return (f"no KV cache: the graph reads the whole text again for each token; {reason}",) if reason else ()
+        return plan
+    return _with_trial(plan, checkpoint, [])
 
 
 def ladder_of(plan: Plan, recipe: Recipe, options: RunOptions) -> Ladder | None:
@@ -239,6 +243,38 @@ def _refuse_data(found: Prepared) -> None:
     _refuse_unlabelled(found)
     if recipe.writes_text:
         _refuse_speechless(checkpoint)
+
+
+def _tried(found: Prepared) -> Prepared:
+    """The same, where torch can trace a network of transformers that was not measured to be traced; its plan says so
+    where an encoder-decoder will have no cache. Decoders have been tried by then.
+
+    Raises:
+        CheckpointError: torch cannot trace it.
+    """
+    checkpoint, options, config = found.checkpoint, found.options, found.checkpoint.config
+    if options.format != "onnx" or checkpoint.kind == "onnx" or checkpoint.family == "decoder" or config is None:
+        return found
+    if config.get("model_type") in TRACED:
+        return found
+    from compressor.data.batches import calibration_batches
+
+    batches, source = [], None if found.reads_text else found.samples.calibration
+    if source is not None:
+        batches = calibration_batches(source, found.recipe, Path(), options.seed)[:1]
+    return replace(found, plan=_with_trial(found.plan, checkpoint, batches))
+
+
+def _with_trial(plan: Plan, checkpoint: Checkpoint, batches: list[Batch]) -> Plan:
+    """The plan, which notes where the graph of a network that writes text will have no cache."""
+    from compressor.export.planned import PlannedTensors
+    from compressor.export.writing import try_to_trace
+
+    reason = try_to_trace(checkpoint, PlannedTensors(plan, checkpoint), batches)
+    if reason is None:
+        return plan
+    note = f"no KV cache: the graph reads the whole text again for each token; {reason}"
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _refuse_without_example(found: Prepared) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaping import RECORD
-from compressor.core.artifact import WEIGHTS
+from compressor.core.artifact import PAIRED_DECODER, PAIRED_ENCODER, WEIGHTS
 from compressor.core.batch import Batch
 from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import ExportError
@@ -88,7 +88,8 @@ def write_graph(
 
     exact, static = (recipe.export.activations == kind for kind in ("exact", "static_int8"))
     graph = export_graph(checkpoint, tensors, folder, options.mode, exact, batches, static)
-    slow = slow_paths(graph, exact)
+    paired = [folder / name for name in (PAIRED_ENCODER, PAIRED_DECODER) if (folder / name).exists()]
+    slow = [reason for path in (graph, *paired) for reason in slow_paths(path, exact)]
     if slow:
         raise ExportError(f"{graph}: onnxruntime would run it slowly: {'; '.join(slow[:3])}; please report the recipe")
     return least_version([tensors.describe(name) for name in tensors], options.mode)

@@ -11,16 +11,17 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from compressor.core.options import RunOptions
 from compressor.evaluate.session import DecoderSession, open_session
 from compressor.export.causal import KeyValueCache, kv_cache, trace_decoder
-from compressor.export.decoder_config import TRACED_WITH_CACHE
+from compressor.export.measured import TRACED, TRACED_WITH_CACHE
 from compressor.export.module import export_module
 from compressor.run import pipeline
 from compressor.run.prepare import prepare
-from scripts.family_models import DECODERS, WINDOW, built
+from scripts.family_models import DECODERS, FAMILIES, WINDOW, built
 from tests import pico
 from tests.export.networks import compressed, opened, rounded
 from tests.export.test_decoder import run
@@ -84,10 +85,16 @@ def test_the_cache_is_named_and_shaped_as_that_of_the_written_graph(exported):
     (_, session), sizes = exported("minicpm3"), (("key", 16), ("value", 8))
     shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
     assert shapes == {
-        "input_ids": ["batch", "length"], "attention_mask": ["batch", "total"],
-        **{f"past_key_values.{i}.{part}": ["batch", 1, "past", size] for i in (0, 1) for part, size in sizes},
-        "logits": ["batch", "length", 300],
-        **{f"present.{i}.{part}": ["batch", 1, "total", size] for i in (0, 1) for part, size in sizes},
+        "input_ids": ["batch_size", "sequence_length"], "attention_mask": ["batch_size", "total_sequence_length"],
+        **{
+            f"past_key_values.{i}.{part}": ["batch_size", 1, "past_sequence_length", size]
+            for i in (0, 1) for part, size in sizes
+        },
+        "logits": ["batch_size", "sequence_length", 300],
+        **{
+            f"present.{i}.{part}": ["batch_size", 1, "total_sequence_length", size]
+            for i in (0, 1) for part, size in sizes
+        },
     }  # fmt: skip
 
 
@@ -117,7 +124,14 @@ evaluation: {tokens: 96, window: 32, speed: false}
 
 def test_what_a_plan_takes_for_granted_was_measured():
     measured = json.loads((Path(__file__).parents[2] / "docs/measured/families.json").read_text())
-    assert [name for name in TRACED_WITH_CACHE if not measured[name]["cache"]] == []
+    kinds: dict[tuple[bool, str], list[dict]] = {}
+    for name, found in measured.items():
+        family = FAMILIES[name]
+        config = getattr(transformers, family.kind).config_class
+        kinds.setdefault((family.is_decoder, config.model_type), []).append(found)
+    wanted = [(True, kind) for kind in TRACED_WITH_CACHE] + [(False, kind) for kind in TRACED]
+    assert [each for each in wanted if not all(found["run"] == 0 for found in kinds[each])] == []
+    assert [kind for kind in TRACED_WITH_CACHE if not all(found["cache"] for found in kinds[True, kind])] == []
 
 
 def test_a_run_delivers_a_cache_and_proves_it_in_steps(tmp_path):

@@ -58,7 +58,7 @@ def test_an_encoder_runs_at_any_batch_and_length(tmp_path, encoder, mode):
     example = encoder_example(BERT | {"model_type": "bert"})
     session = opened(traced_and_written(module, example, encoded, tmp_path, mode, exact=True))
     assert [entry.name for entry in session.get_outputs()] == ["last_hidden_state", "pooler_output"]
-    assert [entry.shape for entry in session.get_inputs()] == 3 * [["batch", "sequence"]]
+    assert [entry.shape for entry in session.get_inputs()] == 3 * [["batch_size", "sequence_length"]]
     for batch, length in SIZES:
         inputs = tokens(batch, length, token_type_ids=1)
         near(session, first_output(module, inputs), inputs)
@@ -114,7 +114,7 @@ def test_convolutions_get_constants_that_fold(tmp_path, encoder, mode):
     path = traced_and_written(module, {"image": torch.zeros(1, 3, 15, 15)}, encoded, tmp_path, mode, exact=True)
     session = opened(path)
     assert [entry.name for entry in session.get_inputs()] == ["image"]
-    assert session.get_inputs()[0].shape == ["batch", 3, 15, 15]
+    assert session.get_inputs()[0].shape == ["batch_size", 3, 15, 15]
     for batch in (1, 2, 5):
         image = torch.randn(batch, 3, 15, 15, generator=torch.Generator().manual_seed(batch))
         with torch.no_grad():

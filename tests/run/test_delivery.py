@@ -22,7 +22,7 @@ from compressor.run.place import FINISHED, NOTE, WORK, Place, held
 from tests import pico
 from tests.hostile_files.readers import REPORT
 
-FILES = {"model.safetensors", "model.onnx", "compression.json", "report.html"}
+FILES = {"model.safetensors", "model.onnx", "compression.json", "report.html", "README.md"}
 
 
 class Killed(BaseException):

@@ -65,7 +65,9 @@ def shipped(directory: str) -> dict[str, bytes]:
     """The files that have to be the same again."""
     files = {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir())}
     assert {"model.onnx", "model.safetensors", "compression.json"} <= files.keys()
-    return {name: content for name, content in files.items() if name not in ("compression.json", "report.html")}
+    return {
+        name: content for name, content in files.items() if name not in ("compression.json", "report.html", "README.md")
+    }
 
 
 def weights(asked: RunOptions) -> bytes:
@@ -77,7 +79,7 @@ def check_report(artifact: Artifact) -> dict:
     """What compression.json says of sizes, hashes, and the proof, held against the files; returns it."""
     report = json.loads((artifact.directory / "compression.json").read_text())
     assert report == artifact.report
-    described = ("compression.json", "report.html")
+    described = ("compression.json", "report.html", "README.md")
     files = {file.name: file.stat().st_size for file in artifact.directory.iterdir() if file.name not in described}
     assert report["size"]["files"] == files
     assert report["size"]["bytes"] == sum(files.values())

@@ -67,7 +67,7 @@ LLAMA = "run llama -r r.yaml --data a.txt --eval b.txt --format safetensors -o o
 
 
 def content(directory: str = "out") -> dict[str, bytes]:
-    made_again = ("compression.json", "report.html")
+    made_again = ("compression.json", "report.html", "README.md")
     return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name not in made_again}
 
 
