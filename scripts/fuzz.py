@@ -28,6 +28,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from measured import markdown, number, read_results, write_results  # noqa: E402
 
 if TYPE_CHECKING:
+    from tests.hostile_files.commands import Command
     from tests.hostile_files.readers import Reader
 
 FORMATS = ("json", "zip", "safetensors", "gguf", "onnx", "yaml", "other")
@@ -329,20 +331,29 @@ def _place(text: str) -> str:
 
 
 def fuzz_processes(options: argparse.Namespace) -> dict[str, Any]:
-    """Each command as a process, so many times."""
+    """Each command as a process, so many times; several commands at once."""
     from tests.hostile_files.commands import COMMANDS
 
     chosen = {name: command for name, command in COMMANDS.items() if options.only in name}
     count, began = Count(len(chosen)), time.monotonic()
-    for name, command in chosen.items():
-        each = Try(name, command.reader, lambda path: 0)
-        with tempfile.TemporaryDirectory() as scratch:
-            good = each.reader.write(Path(scratch))
-            content = good.read_bytes()
-            for number in range(options.processes):
-                good.write_bytes(made(each, content, number, options.seed + 1))
-                answer = _process(number, command.arguments(good))
+
+    def answers(name: str, command: Command, good: Path) -> tuple[Try, bytes, list[Answer]]:
+        each, content, found = Try(name, command.reader, lambda path: 0), good.read_bytes(), []
+        for number in range(options.processes):
+            good.write_bytes(made(each, content, number, options.seed + 1))
+            found.append(_process(number, command.arguments(good)))
+        return each, content, found
+
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as threads:
+        folders = {name: Path(scratch, str(number)) for number, name in enumerate(chosen)}
+        for folder in folders.values():
+            folder.mkdir()
+        written = {name: command.reader.write(folders[name]) for name, command in chosen.items()}
+        waiting = [threads.submit(answers, name, command, written[name]) for name, command in chosen.items()]
+        for each, content, found in (done.result() for done in waiting):
+            for answer in found:
                 _counted(count, each, answer, content, options.seed + 1, options.keep)
+            print(f"{each.name}: {dict(collections.Counter(answer.status for answer in found))}", flush=True)
     _show("processes", count, began)
     return count.as_json()
 
