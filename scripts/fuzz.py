@@ -117,7 +117,9 @@ class Answer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("formats", nargs="*", default=[], metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument(
+        "formats", nargs="*", default=[], metavar="FORMAT", help=f"{', '.join(FORMATS)}; processes: these alone"
+    )
     parser.add_argument("--files", type=int, default=10_000, help="of each format")
     parser.add_argument("--processes", type=int, default=0, help="of each command")
     parser.add_argument("--only", default="", help="readers whose name has this in it")
@@ -134,7 +136,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="compressor-fuzz-") as home:
         os.environ["COMPRESSOR_HOME"] = home
-        for name in options.formats or FORMATS:
+        for name in (name for name in options.formats or FORMATS if name != "processes"):
             results[name] = fuzz(name, options)
             _record(results, options)
         if options.processes:
@@ -345,7 +347,7 @@ def fuzz_processes(options: argparse.Namespace) -> dict[str, Any]:
         return each, content, found
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as threads:
-        folders = {name: Path(scratch, str(number)) for number, name in enumerate(chosen)}
+        folders = {name: Path(scratch, str(at)) for at, name in enumerate(chosen)}
         for folder in folders.values():
             folder.mkdir()
         written = {name: command.reader.write(folders[name]) for name, command in chosen.items()}
