@@ -341,9 +341,9 @@ def fuzz_processes(options: argparse.Namespace) -> dict[str, Any]:
 
     def answers(name: str, command: Command, good: Path) -> tuple[Try, bytes, list[Answer]]:
         each, content, found = Try(name, command.reader, lambda path: 0), good.read_bytes(), []
-        for number in range(options.processes):
-            good.write_bytes(made(each, content, number, options.seed + 1))
-            found.append(_process(number, command.arguments(good)))
+        for n in range(options.processes):
+            good.write_bytes(made(each, content, n, options.seed + 1))
+            found.append(_process(n, command.arguments(good)))
         return each, content, found
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as threads:
