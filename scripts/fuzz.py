@@ -360,12 +360,14 @@ def fuzz_processes(options: argparse.Namespace) -> dict[str, Any]:
     return count.as_json()
 
 
-def _process(number: int, arguments: list[str]) -> Answer:
+def _process(number: int, arguments: list[str], again: bool = True) -> Answer:
     began = time.monotonic()
     line = [sys.executable, "-P", "-m", "compressor", *arguments]
     try:
         found = subprocess.run(line, capture_output=True, timeout=LOST_SECONDS, start_new_session=True)
     except subprocess.TimeoutExpired:
+        if again:  # the machine may have stood still, which is not the file's fault
+            return _process(number, arguments, again=False)
         return Answer(number, -signal.SIGALRM, time.monotonic() - began, 0, "no end")
     text = _last_error(found.stderr.decode(errors="replace"))
     # Starting Python and importing torch takes its time whatever the file: a hang is what ends at the limit alone.
