@@ -95,9 +95,8 @@ def _unsealed(artifact: Artifact) -> list[str]:
     return found + ([f"{REPORT} has changed"] if _content_digest(artifact.report) != seal.get(REPORT) else [])
 
 
-def sealed(report: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """What compression.json will hold, with the digests of the directory's page and card, and of all else in it."""
-    digests = {name: file_digest(directory / name) for name in (PAGE, CARD) if (directory / name).is_file()}
+def sealed(report: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
+    """What compression.json will hold, with the digests of page and card, and of all else in it."""
     found = {key: value for key, value in report.items() if key != SEAL} | {SEAL: digests}
     return found | {SEAL: digests | {REPORT: _content_digest(found)}}
 
@@ -115,9 +114,12 @@ def refuse_unsealed(artifact: Artifact) -> None:
 
 def reseal(artifact: Artifact) -> None:
     """Notes a page that was made again; an artifact of before there were seals stays without one."""
-    if not isinstance(artifact.report.get(SEAL), dict):
+    seal = artifact.report.get(SEAL)
+    if not isinstance(seal, dict):
         return
-    report = sealed(artifact.report, artifact.directory)
+    # That of the card stays: a card that was written on is not ours because a page was made.
+    digests = {name: digest for name, digest in seal.items() if name != REPORT}
+    report = sealed(artifact.report, digests | {PAGE: file_digest(artifact.directory / PAGE)})
     write_text(artifact.directory / REPORT, text_of(report))
 
 

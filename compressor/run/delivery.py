@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor.checkpoints import Checkpoint
-from compressor.core.artifact import NOT_NEEDED, PAGE, REPORT, failed_directory, file_digest, sealed, text_of
+from compressor.core.artifact import CARD, NOT_NEEDED, PAGE, REPORT, failed_directory, file_digest, sealed, text_of
 from compressor.core.files import sync_tree, write_text
 from compressor.core.locking import LOCK
 from compressor.core.report import Report, Size
@@ -49,7 +49,8 @@ def deliver(place: Place, report: Report) -> Path:
     write_text(partial / REPORT, report.text())
     write_page([partial], partial / PAGE, title=output.name)
     write_card(partial, title=output.name)
-    write_text(partial / REPORT, text_of(sealed(report.as_json(), partial)))
+    digests = {name: file_digest(partial / name) for name in (PAGE, CARD)}
+    write_text(partial / REPORT, text_of(sealed(report.as_json(), digests)))
     finished = place.work / FINISHED
     finished.mkdir()
     for path in sorted(partial.iterdir()):

@@ -48,6 +48,17 @@ def test_whoever_publishes_may_write_on_in_it_and_force_does_not_destroy_that(ar
     (artifact / "README.md").write_text(written)
 
 
+def test_a_page_that_is_made_again_does_not_make_a_card_ours_that_was_written_on(artifact, command):
+    card, report = artifact / "README.md", artifact / "compression.json"
+    before = {path: path.read_bytes() for path in (card, report, artifact / "report.html")}
+    card.write_text("My own words.\n")
+    assert command("report", str(artifact)).status == 0
+    with pytest.raises(UsageError, match=r"holds README.md"):
+        refuse_target(artifact, force=True)
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
 def test_names_are_no_markup():
     report = {"source": {"architecture": "<b>*x*</b>"}, "recipe": {"name": "a`b", "description": "![x](http://y)\n# z"}}
     found = card(report, "[t](u)\n---\nlicense: mit")
