@@ -82,6 +82,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; of one that says nothing its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """The tail of a message about an unknown name: the nearest known one, then all of them."""
     names = sorted(known)

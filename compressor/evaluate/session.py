@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 
 from compressor.core.artifact import CACHE, IN_PLACE, INSTALLED_GRAPH, KEPT
-from compressor.core.errors import CheckpointError
+from compressor.core.errors import CheckpointError, first_line
 from compressor.core.options import refuse_seed
 from compressor.core.reading import read_json
 from compressor.evaluate.reader import reader_of
@@ -236,8 +236,7 @@ def _open(path: Path, threads: int | None, exact: bool, apart: bool) -> Any:
 
 def unloadable(path: Path, error: Exception) -> CheckpointError:
     """Says of a graph that onnxruntime does not load it, and why."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CheckpointError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it; {first}")
+    return CheckpointError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it; {first_line(error)}")
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ window keep all that was read, and their mask holds the window. Layers that shar
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from compressor.core.errors import CheckpointError, ExportError, is_out_of_memory
+from compressor.core.errors import CheckpointError, ExportError, first_line, is_out_of_memory
 from compressor.core.tensors import EncodedTensors
 from compressor.export.repeating import Ends, repeat
 from compressor.export.tracing import name_ends, over_weights, traced, without_weights
@@ -83,10 +84,7 @@ class KeyValueCache:
         layers = [KeptLayer() for _ in range(self.slots)]
         for layer, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
             layers[layer.slot].begin(keys, values, layer.window)
-        cache = DynamicCache()
-        cast(Any, cache).layers = list(layers)
-        cache.layer_class_to_replicate = None
-        return cache
+        return cache_of(layers)
 
     def kept(self, cache: Cache) -> list[Tensor]:
         """The keys and values that a forward left in the cache, in the order of the graph."""
@@ -103,6 +101,14 @@ class KeptLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]
+
+
+def cache_of(layers: Sequence[KeptLayer]) -> DynamicCache:
+    """transformers' cache of these layers, to which none is added."""
+    cache = DynamicCache()
+    cast(Any, cache).layers = list(layers)
+    cache.layer_class_to_replicate = None
+    return cache
 
 
 def kv_cache(module: nn.Module) -> KeyValueCache | str:
@@ -161,8 +167,7 @@ def _first_cache(module: nn.Module) -> object:
         except Exception as error:  # somebody else's forward; anything may come out of it
             if is_out_of_memory(error):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"{type(module).__name__} cannot be run without weights; {reason}"
+            return f"{type(module).__name__} cannot be run without weights; {first_line(error)}"
     return getattr(found, "past_key_values", None)
 
 

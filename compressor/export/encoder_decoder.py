@@ -29,9 +29,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from compressor.core.errors import is_out_of_memory
+from compressor.core.errors import first_line, is_out_of_memory
 from compressor.core.tensors import EncodedTensors
-from compressor.export.causal import KeptLayer, plain
+from compressor.export.causal import KeptLayer, cache_of, plain
 from compressor.export.tracing import name_ends, over_weights, traced
 
 BATCH, LENGTH, PAST, SOURCE, KNOWN = 2, 3, 5, 11, 4
@@ -144,7 +144,7 @@ def _run(module: nn.Module, inputs: dict[str, Tensor]) -> tuple[object, Tensor] 
         except Exception as error:  # somebody else's forward; anything may come out of it
             if is_out_of_memory(error):
                 raise
-            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return first_line(error)
 
 
 def trace_encoder(module: nn.Module, cache: PairedCache, tensors: EncodedTensors, path: Path) -> ir.Model:
@@ -237,10 +237,7 @@ def _cache(layers: Iterator[tuple[Tensor, Tensor]]) -> DynamicCache:
         layer = KeptLayer()
         layer.begin(keys, values, False)
         found.append(layer)
-    cache = DynamicCache()
-    cast(Any, cache).layers = found
-    cache.layer_class_to_replicate = None
-    return cache
+    return cache_of(found)
 
 
 def _tensors(cache: EncoderDecoderCache) -> Iterator[Tensor]:

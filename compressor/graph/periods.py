@@ -34,8 +34,7 @@ class Period:
 
 def period_of(module: nn.Module) -> Period | None:
     """The period of a network's blocks; None where it is not seen three times. The first block is in none."""
-    names = block_names(module)
-    kinds = [kind_of_block(module.get_submodule(name)) for name in names] if len(names) > 1 else []
+    names, kinds = _blocks_of(module)
     found = None
     for length in range(1, len(kinds) // 3 + 1):
         differing = [i for i in range(1, len(kinds) - length) if kinds[i] != kinds[i + length]]
@@ -49,10 +48,15 @@ def period_of(module: nn.Module) -> Period | None:
 
 def as_few_as_tell(module: nn.Module) -> nn.Module | None:
     """A copy whose list of blocks ends where all kinds of them have been seen; None where that is no shorter."""
-    names = block_names(module)
-    kinds = [kind_of_block(module.get_submodule(name)) for name in names] if len(names) > 1 else []
+    names, kinds = _blocks_of(module)
     n = max(2, 1 + max((kinds.index(kind) for kind in kinds), default=0))
     return first_blocks(module, names, n) if n < len(kinds) else None
+
+
+def _blocks_of(module: nn.Module) -> tuple[list[str], list[tuple[object, ...]]]:
+    """The blocks' names, and what kind each is; none where there is but one."""
+    names = block_names(module)
+    return names, [kind_of_block(module.get_submodule(name)) for name in names] if len(names) > 1 else []
 
 
 def first_blocks(module: nn.Module, names: list[str] | tuple[str, ...], n: int) -> nn.Module:

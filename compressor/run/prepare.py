@@ -74,6 +74,12 @@ class Prepared:
 
         return load_samples(self.checkpoint, self.recipe, self.options)
 
+    def planned(self, plan: Plan) -> Prepared:
+        """The same with another plan; data that were read are not read again."""
+        found = replace(self, plan=plan)
+        vars(found).update({name: value for name, value in vars(self).items() if name == "samples"})
+        return found
+
     @property
     def reads_text(self) -> bool:
         """Whether the network's data are text."""
@@ -141,9 +147,7 @@ def _with_load(found: Prepared) -> Prepared:
     plan = planned_with(found.plan, found.checkpoint, found.recipe, load)
     if found.options.max_ram is not None:
         refuse_beyond(found.options.max_ram, plan, found.checkpoint.config or {}, found.recipe, load)
-    known = replace(found, plan=plan)
-    vars(known)["samples"] = found.samples  # which have been read
-    return known
+    return found.planned(plan)
 
 
 def within_positions(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tuple[str, ...]]:
@@ -286,7 +290,7 @@ def _tried(found: Prepared) -> Prepared:
     batches, source = [], None if found.reads_text else found.samples.calibration
     if source is not None:
         batches = calibration_batches(source, found.recipe, Path(), options.seed)[:1]
-    return replace(found, plan=_with_trial(found.plan, checkpoint, batches))
+    return found.planned(_with_trial(found.plan, checkpoint, batches))
 
 
 def _with_trial(plan: Plan, checkpoint: Checkpoint, batches: list[Batch]) -> Plan:
