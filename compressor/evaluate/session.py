@@ -61,9 +61,8 @@ class ModuleSession:
             )
         feed = {name: np.asarray(inputs[name], dtype=DTYPES[entry.type]) for name, entry in self.inputs.items()}
         names = list(outputs or self.outputs)
-        first = next((entry.shape for entry in self.inputs.values()), None)
-        fixed = first[0] if first and isinstance(first[0], int) else None
-        return dict(zip(names, in_pieces(feed, fixed, lambda part: self.session.run(names, part)), strict=True))
+        shapes = {name: entry.shape for name, entry in self.inputs.items()}
+        return dict(zip(names, in_pieces(feed, shapes, lambda part: self.session.run(names, part)), strict=True))
 
     def outputs_of(self, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
         """Every output that the network is judged by, floats as float32."""

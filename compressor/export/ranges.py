@@ -75,10 +75,9 @@ def open_graph(graph: Path) -> onnxruntime.InferenceSession:
 
 def values_of(session: onnxruntime.InferenceSession, feed: Feed, outputs: Sequence[str]) -> list[np.ndarray]:
     """The named outputs on an example."""
-    shape = session.get_inputs()[0].shape
-    fixed = shape[0] if shape and isinstance(shape[0], int) else None
+    shapes = {entry.name: entry.shape for entry in session.get_inputs()}
     names = list(outputs)
-    return in_pieces(feed, fixed, lambda part: [np.asarray(values) for values in session.run(names, part)])
+    return in_pieces(feed, shapes, lambda part: [np.asarray(values) for values in session.run(names, part)])
 
 
 def seen(session: onnxruntime.InferenceSession, examples: Iterable[Feed], outputs: Sequence[str]) -> list[Seen]:

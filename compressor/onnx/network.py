@@ -59,9 +59,8 @@ class OnnxNetwork(nn.Module):
             )
         types = {name: value.dtype.numpy() for name, value in entries.items() if value.dtype is not None}
         feed = {name: np.ascontiguousarray(feed[name], types.get(name)) for name in entries}
-        first = next(iter(shapes.values()), [])
         names = [str(value.name) for value in self._program.graph.outputs]
-        outputs = in_pieces(feed, first[0] if first else None, self._run)
+        outputs = in_pieces(feed, shapes, self._run)
         return {name: torch.from_numpy(array) for name, array in zip(names, outputs, strict=True)}
 
     def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:

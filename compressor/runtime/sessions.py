@@ -44,7 +44,7 @@ class Settings:
     def open(self, path: str | bytes) -> onnxruntime.InferenceSession:
         """The session of a file, or of a serialised graph, in this process."""
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised as well
         options.enable_cpu_mem_arena = options.enable_mem_pattern = self.arena
         if self.threads:
             options.intra_op_num_threads = self.threads
@@ -129,13 +129,24 @@ def filled(inputs: Mapping[str, Any], shapes: Mapping[str, Sequence[int | None]]
 
 
 def in_pieces(
-    feed: Mapping[str, np.ndarray], size: int | None, run: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
-) -> list[np.ndarray]:
-    """What `run` gives for each `size` rows of the inputs, joined; all at once where `size` is None or all there is.
+    feed: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[Any]],
+    run: Callable[[dict[str, np.ndarray]], list[np.ndarray]],
+) -> list[np.ndarray]:  # fmt: skip
+    """What `run` gives for all rows of the inputs, in as many pieces as the graph asks for.
 
-    For graphs that were exported for a fixed batch. The last piece is filled up with its own rows.
+    All at once, but where the graph was exported for a fixed batch, whose last piece is filled up with its own rows;
+    and row by row where it takes something as a whole: an input without an axis of examples, a state whose examples lie
+    along another axis, one number.
+
+    Args:
+        shapes: The graph's inputs in order; sizes that are no whole numbers are open.
     """
     n = next((len(array) for array in feed.values() if array.ndim), 0)
+    whole = [name for name, array in feed.items() if name in shapes and array.ndim == len(shapes[name]) + 1]
+    if whole and n:
+        return _row_by_row(feed, whole, n, run)
+    first = next(iter(shapes.values()), ())
+    size = first[0] if first and isinstance(first[0], int) else None
     if size is None or size < 1 or not n or n == size:
         return run(dict(feed))
     found = []
@@ -143,6 +154,20 @@ def in_pieces(
         rows = (start + np.arange(size) % min(size, n - start)).astype(np.int64)
         found.append(run({name: array[rows] if np.shape(array)[:1] == (n,) else array for name, array in feed.items()}))
     return [np.concatenate(parts)[:n] if np.ndim(parts[0]) else parts[0] for parts in zip(*found, strict=True)]
+
+
+def _row_by_row(
+    feed: Mapping[str, np.ndarray], whole: Sequence[str], n: int,
+    run: Callable[[dict[str, np.ndarray]], list[np.ndarray]],
+) -> list[np.ndarray]:  # fmt: skip
+    """Outputs that have an axis of one in front are joined along it, others along an axis more."""
+    found = [
+        run({name: array[i] if name in whole else array[i : i + 1] for name, array in feed.items()}) for i in range(n)
+    ]
+    return [
+        np.concatenate(parts) if all(np.shape(part)[:1] == (1,) for part in parts) else np.stack(parts)
+        for parts in zip(*found, strict=True)
+    ]
 
 
 def open_inference(path: Path, settings: Settings, apart: bool) -> onnxruntime.InferenceSession | SessionApart:
