@@ -77,7 +77,7 @@ def outputs(graph: Path, data: Path) -> list[np.ndarray]:
 def examples_of(session: onnxruntime.InferenceSession, data: Path) -> list[dict[str, np.ndarray]]:
     arrays, axes = dict(np.load(data)), {entry.name: len(entry.shape) for entry in session.get_inputs()}
     return [
-        {name: array[i] if array.ndim > axes[name] else array[i : i + 1] for name, array in arrays.items()}
+        {name: array[i, ...] if array.ndim > axes[name] else array[i : i + 1] for name, array in arrays.items()}
         for i in range(len(next(iter(arrays.values()))))
     ]
 

@@ -285,8 +285,8 @@ def steps_of_speech(n: int, part: int, model: Path) -> Arrays:
 
     session = onnxruntime.InferenceSession(model)
     generator, found = np.random.default_rng(50 + part), []
-    for _ in range(n):
-        speech, state = excerpts(1, part, 64 + 512 * 9)[0], np.zeros((2, 1, 128), np.float32)
+    for speech in excerpts(n, part, 64 + 512 * 9):
+        state = np.zeros((2, 1, 128), np.float32)
         if generator.random() < 0.4:
             speech = generator.normal(0, 10 ** generator.uniform(-3, -1), len(speech)).astype(np.float32)
         for i in range(8):
@@ -431,7 +431,7 @@ STRANGERS: dict[str, Stranger] = {
                          .normal(size=(n, 64)).astype(np.float32)},
     ),
     "voice": Stranger(
-        "silero-vad==6.2.3", "silero_vad_16k_op15.onnx", "voice activity, convolutions and LSTM", closeness,
+        "silero-vad==6.2.3", "silero_vad_16k_op15.onnx", "voice activity, convolutions and LSTM", probability,
         lambda n, part: steps_of_speech(n, part, fetch("voice")),
     ),
     "names": Stranger(

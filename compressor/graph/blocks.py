@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,12 @@ def layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     return found
 
 
+class Gates(nn.Module):
+    """A module that holds matrices of recurrent networks among its parameters: `gates` are their names."""
+
+    gates: Sequence[str] = ()
+
+
 def recurrent(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
     """The matrices (gates and outputs, inputs) of recurrent networks and cells below `module`, by name, each once.
 
@@ -118,9 +124,12 @@ def recurrent(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, child in module.named_modules():
-        if not isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
-            continue
-        for key, parameter in child.named_parameters(recurse=False):
+        held: Iterable[tuple[str, nn.Parameter]] = ()
+        if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
+            held = child.named_parameters(recurse=False)
+        elif isinstance(child, Gates):
+            held = [(key, child.get_parameter(key)) for key in child.gates]
+        for key, parameter in held:
             if parameter.dim() == 2 and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found[f"{prefix}{name}.{key}" if name else f"{prefix}{key}"] = parameter

@@ -58,13 +58,14 @@ class OnnxSource(Source):
     @classmethod
     def open(cls, path: Path) -> OnnxSource:
         """Reads the graph, and of weights beside it only where they lie."""
-        from compressor.onnx.layers import find_weights
+        from compressor.onnx.layers import find_weights, gates_as_matrices
 
         with _refusing(path):
             model = read_model(path)
             files = _external_files(path, model)
             normalise(model)
             _refuse_dangling(model.graph)
+            gates_as_matrices(model.graph)
             weights = find_weights(model.graph, lambda value: _is_finite(path, value))
         if not weights.layers:
             found = _counted(Counter(node.op_type for node in model.graph)) or "no nodes"

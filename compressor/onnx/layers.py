@@ -3,6 +3,7 @@
     MatMul(x, W), Gemm      a linear layer; W is (inputs, outputs) unless transB, or a Transpose before it, says else
     Conv                    a convolution
     Gather(W, ids, axis=0)  an embedding
+    LSTM, GRU, RNN          no layer, but W and R are matrices that are stored as those of torch's are, by their values
 
 W is a float32 initialiser. All other float32 initialisers of some size are tensors as well, which stay dense; small
 ones (shapes, bounds, scales that operators may want constant) remain what they are in the graph, as do those that hold
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from compressor.checkpoints.source import TensorInfo
@@ -40,6 +42,11 @@ RESERVED = frozenset(
     ]
 )  # fmt: skip
 """Attributes of torch's modules, one of them by transformers, which no layer may be called."""
+
+
+RECURRENT = ("LSTM", "GRU", "RNN")
+MOVING = ("Reshape", "Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Identity")
+"""Operators by which exporters bring a weight into the order that recurrent nodes take."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +82,20 @@ class Layer:
 
 @dataclass
 class Weights:
-    """The layers in order, and every tensor by name: `values` are its initialisers."""
+    """The layers in order, and every tensor by name: `values` are its initialisers, `recurrent` those of gates."""
 
     layers: list[Layer] = field(default_factory=list)
     values: dict[str, ir.Value] = field(default_factory=dict)
+    recurrent: list[str] = field(default_factory=list)
 
     def infos(self) -> Iterable[TensorInfo]:
         """What is known of each tensor without reading it."""
         kinds = {f"{layer.path}.weight": layer for layer in reversed(self.layers)}
         for name, value in self.values.items():
             layer = kinds.get(name)
-            role: Role = layer.kind if layer is not None else "other"
-            yield describe_info(name, value, role, layer is not None and layer.transposed)
+            role: Role = "linear" if name in self.recurrent else layer.kind if layer is not None else "other"
+            info = describe_info(name, value, role, layer is not None and layer.transposed)
+            yield replace(info, place="recurrent") if name in self.recurrent else info
 
 
 def values_of(value: ir.Value) -> ir.TensorProtocol:
@@ -133,8 +142,66 @@ def find_weights(graph: ir.Graph, is_finite: Callable[[ir.Value], bool]) -> Weig
         shape = shape_of(value)
         if math.prod(shape) < SMALLEST or (len(shape) > 1 and not is_finite(value)):
             continue
-        found.values[names.leaf(name)] = value
+        leaf = names.leaf(name)
+        found.values[leaf] = value
+        if len(shape) == 2 and _is_of_gates(value):
+            found.recurrent.append(leaf)
     return found
+
+
+def gates_as_matrices(graph: ir.Graph) -> None:
+    """Weights of LSTM, GRU and RNN nodes, (directions, gates, inputs), become matrices that a Reshape gives them: a row
+    for each gate, which is how their codes are grouped."""
+    for value in list(graph.initializers.values()):
+        shape = shape_of(value) if value.const_value is not None else ()
+        if len(shape) != 3 or not _is_weight(value, graph) or not all(_reads_gates(*use) for use in value.uses()):
+            continue
+        if not value.uses():
+            continue
+        name, matrix = str(value.name), (shape[0] * shape[1], shape[2])
+        tensor = _reshaped(values_of(value), matrix)
+        made = ir.Value(name=name, shape=ir.Shape(matrix), type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
+        sizes = ir.Tensor(np.array(shape, np.int64), name=f"{name}.gates_shape")
+        given = ir.Value(
+            name=sizes.name, shape=ir.Shape((3,)), type=ir.TensorType(ir.DataType.INT64), const_value=sizes
+        )
+        node = ir.Node("", "Reshape", [made, given], outputs=[ir.Value(name=f"{name}.gates")], name=f"{name}.as_gates")
+        value.replace_all_uses_with(node.outputs[0])
+        graph.initializers.pop(name)
+        graph.register_initializer(made)
+        graph.register_initializer(given)
+        graph.insert_before(graph[0], node)
+
+
+def _reshaped(tensor: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.TensorProtocol:
+    """The same numbers in another shape; what lies in another file stays there."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(shape),
+            name=str(tensor.name), base_dir=tensor.base_dir,
+        )  # fmt: skip
+    return ir.Tensor(tensor.numpy().reshape(shape), name=str(tensor.name))
+
+
+def _reads_gates(node: ir.Node, index: int) -> bool:
+    return node.op_type in RECURRENT and node.domain == "" and index in (1, 2)
+
+
+def _is_of_gates(value: ir.Value) -> bool:
+    """Whether all that an initialiser goes to, parted, joined or turned, are the gates of recurrent nodes."""
+    open_values, seen = [value], {value}
+    while open_values:
+        uses = list(open_values.pop().uses())
+        if not uses:
+            return False
+        for node, index in uses:
+            if _reads_gates(node, index):
+                continue
+            if node.op_type not in MOVING or node.domain != "" or node.outputs[0].is_graph_output():
+                return False
+            open_values += [each for each in node.outputs[:1] if each not in seen]
+            seen.update(node.outputs[:1])
+    return True
 
 
 def _layer(node: ir.Node, graph: ir.Graph) -> Layer | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.core.errors import DataError
-from compressor.graph.blocks import InputsFirst
+from compressor.graph.blocks import Gates, InputsFirst
 from compressor.onnx.file import OnnxSource
 from compressor.onnx.layers import Layer, shape_of, values_of
 from compressor.onnx.program import Program, Stretch
@@ -23,7 +23,7 @@ from compressor.runtime.sessions import filled, in_pieces
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
-class OnnxNetwork(nn.Module):
+class OnnxNetwork(Gates):
     """Takes the graph's inputs by name (the first may be positional); returns its outputs by name."""
 
     def __init__(self, source: OnnxSource) -> None:
@@ -32,6 +32,7 @@ class OnnxNetwork(nn.Module):
             source.program = Program(source)
         self._program: Program = source.program
         self._layers: dict[Layer, nn.Module] = {}
+        self.gates = tuple(self._program.weights.recurrent)
         made: dict[str, nn.Module] = {}
         for layer in self._program.weights.layers:
             if layer.path not in made:
