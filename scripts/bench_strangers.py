@@ -64,8 +64,7 @@ def verdict(each: dict[str, Any]) -> str:
 
 
 def outputs(graph: Path, data: Path) -> list[np.ndarray]:
-    """Every output on all examples, one at a time, in the order of the graph; what it takes as a whole, without the axis
-    of examples."""
+    """Every output on all examples, one at a time, in the order of the graph."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph, options)
@@ -75,6 +74,7 @@ def outputs(graph: Path, data: Path) -> list[np.ndarray]:
 
 
 def examples_of(session: onnxruntime.InferenceSession, data: Path) -> list[dict[str, np.ndarray]]:
+    """An example at a time; what the graph takes as a whole is given without the axis of examples."""
     arrays, axes = dict(np.load(data)), {entry.name: len(entry.shape) for entry in session.get_inputs()}
     return [
         {name: array[i, ...] if array.ndim > axes[name] else array[i : i + 1] for name, array in arrays.items()}

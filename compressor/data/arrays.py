@@ -42,7 +42,7 @@ class Arrays:
         if single is not None:
             raise DataError(
                 f"{self.source}: '{single}' is one number, and every array has a row for each example; a network that "
-                "takes one number for all of them is fixed in the network, or an ONNX graph given it once for each example "
+                "takes one number for all of them has it fixed, or, as an ONNX graph, is given it for each example "
                 "(numpy.full(examples, number)), or compressed without data (--set affine.method=rtn)"
             )
         if not self.inputs or not all(lengths.values()):

@@ -24,6 +24,11 @@ _HOPELESS = 10.0
 """How many times the best rule's error another may have, to be tried on groups."""
 BETTER = 0.98
 """What the error has to fall to: less may be chance."""
+MOST_ERROR, MOST_DIVERGENCE, MOST_OTHERS = 0.02, 0.05, 0.02
+"""Of an output that is still of use: relative error (of logits twice as much), nats, and the share of scores that pass
+the threshold wrongly."""
+_ENOUGH = 40
+"""Scores above the threshold that say something, the original's and the artifact's."""
 _TOP = 0.01
 """Share of a channel's values that its extremes are."""
 
@@ -84,6 +89,35 @@ def distance(found: Outputs, wanted: Outputs, inputs: Mapping[str, np.ndarray]) 
         else:
             total += _relative(a, b) + (_of_extremes(a, b) if b.ndim > 2 else 0.0)
     return total
+
+
+def strayed(found: Outputs, wanted: Outputs, inputs: Mapping[str, np.ndarray]) -> float:
+    """How far the output that is furthest off has come from what it decides, as a share of what is tolerable: above 1
+    an artifact is of little use.
+
+    Of classes the divergence counts, of scores how many of those above the threshold are the same ones (F₁), of all
+    else the relative error.
+    """
+    worst = 0.0
+    for name in wanted[0]:
+        a, b = (np.concatenate([np.atleast_1d(each[name]) for each in rows]) for rows in (found, wanted))
+        if b.dtype.kind not in "fc":
+            continue
+        if not np.isfinite(a[np.isfinite(b)]).all():
+            return np.inf
+        kind = kind_of(name, b, inputs)
+        relative = _relative(a, b) ** 0.5 / MOST_ERROR
+        if kind.label == "scores" and kind.threshold is not None:
+            there, right = a > kind.threshold, b > kind.threshold
+            n = int(there.sum() + right.sum())
+            worst = max(worst, (1 - 2 * int((there & right).sum()) / n) / MOST_OTHERS if n >= _ENOUGH else 0.0)
+        elif kind.label in ("classes", "tokens", "positions"):
+            given, right = (np.moveaxis(each, kind.axis, -1) for each in (a, b))
+            divergence = _divergence(given, right, kind.probabilities) / MOST_DIVERGENCE
+            worst = max(worst, divergence, 0.0 if kind.probabilities else relative / 2)
+        else:
+            worst = max(worst, relative)
+    return worst
 
 
 def _divergence(a: np.ndarray, b: np.ndarray, probabilities: bool) -> float:

@@ -5,7 +5,7 @@ The inputs that stand for tensors note their names as `tensor` in their metadata
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,15 @@ from compressor.export.builder import CONTRIBUTED, GraphBuilder
 from compressor.export.int8_operations import Int8Operation, int8_operations, observed
 from compressor.export.int8_regions import regions
 from compressor.export.lowering import Lowering, Mode
-from compressor.export.range_choice import N_JUDGED, chosen_ranges, held_out
-from compressor.export.ranges import Range, examples_of, open_graph, seen, values_of
+from compressor.export.range_choice import N_JUDGED, chosen_ranges, held_out, strayed
+from compressor.export.ranges import Feed, Range, examples_of, open_graph, seen, values_of
 from compressor.export.staging import staged
 from compressor.export.static_int8 import StaticInt8, free_scales
 from compressor.export.substitution import Substitution
 
 OBSERVED_FILE = "model.observed.onnx"
+N_PARTS, ENOUGH_LESS = 4, 0.75
+"""Parts of a graph, which are tried alone where all of them together are too much; what is left has to come to less."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Rewriting:
         names = [str(output.name) for output in model.graph.outputs]
         floats = _floats(model) if calibration else set()
         chosen = self._that_pay(model, floats, calibration) if calibration else []
-        ranges = self._ranges(model, floats, chosen, calibration) if chosen else []
+        chosen, ranges = self._ranges(model, floats, chosen, calibration) if chosen else ([], [])
         lowering = self._lowering(GraphBuilder(model.graph, stem=self.stem), self.mode, self.exact, path.stem)
         if chosen:
             StaticInt8(lowering, self._candidates(model.graph, floats, chosen), ranges).rewrite()
@@ -71,8 +73,11 @@ class Rewriting:
         found = int8_operations(graph, self._describe, lambda value: value.name in floats)
         return found if chosen is None else [found[at] for at in chosen]
 
-    def _that_pay(self, model: ir.Model, floats: set[str], calibration: Sequence[Mapping[str, Tensor]]) -> list[int]:
-        """Which of the candidates are faster on int8, by the sizes that one example has."""
+    def _that_pay(
+        self, model: ir.Model, floats: set[str], calibration: Sequence[Mapping[str, Tensor]],
+        among: Collection[int] | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Which of the candidates, all or those `among` them, are faster on int8, by the sizes that one example has."""
         candidates = self._candidates(model.graph, floats)
         if not any(operation.kind == "conv" for operation in candidates):
             raise ExportError(
@@ -85,7 +90,8 @@ class Rewriting:
             found = values_of(session, first, names)
         shapes = {value: array.shape for value, array in zip(values, found, strict=True)}
         weights = {op: self._weight_shape(op) for op in candidates if op.kind == "conv"}
-        paying = regions(candidates, shapes, weights)
+        allowed = [op for at, op in enumerate(candidates) if among is None or at in among]
+        paying = regions(allowed, shapes, weights)
         if not any(operation.kind == "conv" for operation in paying):
             LOGGER.info("no convolution is faster on int8 activations: all compute on floats")
             return []
@@ -93,8 +99,9 @@ class Rewriting:
 
     def _ranges(
         self, model: ir.Model, floats: set[str], chosen: list[int], calibration: Sequence[Mapping[str, Tensor]]
-    ) -> list[Range]:  # fmt: skip
-        """The ranges that these candidates need, chosen by what they do to the outputs."""
+    ) -> tuple[list[int], list[Range]]:  # fmt: skip
+        """The ranges that these candidates need, chosen by what they do to the outputs; and the candidates, fewer where
+        with all of them the outputs stray too far."""
         outputs = [str(output.name) for output in model.graph.outputs]
         copy = model.clone()
         with self._observing(copy, observed(self._candidates(copy.graph, floats, chosen))) as (session, names):
@@ -102,8 +109,36 @@ class Rewriting:
             judged = examples[len(examples) - held_out(len(examples)) :] or examples[:N_JUDGED]
             found = seen(session, examples[: len(examples) - held_out(len(examples))], names)
             wanted = [dict(zip(outputs, values_of(session, feed, outputs), strict=True)) for feed in judged]
+        with self._trial(model, floats, chosen, judged) as tried:
+            ranges = chosen_ranges(found, tried, wanted, judged[0])
+            if strayed(tried(ranges), wanted, judged[0]) <= 1:
+                return chosen, ranges
+        known = dict(zip(observed(self._candidates(model.graph, floats, chosen)), ranges, strict=True))
+
+        def ranges_of(part: Sequence[int]) -> list[Range]:
+            return [known[value] for value in observed(self._candidates(model.graph, floats, part))]
+
+        errors: dict[tuple[int, ...], float] = {}
+        for part in (tuple(each.tolist()) for each in np.array_split(chosen, min(N_PARTS, len(chosen)))):
+            with self._trial(model, floats, part, judged) as tried:
+                errors[part] = strayed(tried(ranges_of(part)), wanted, judged[0])
+        left, total = list[int](), 0.0
+        for part in sorted(errors, key=errors.__getitem__):
+            total += errors[part]
+            left += part if total <= ENOUGH_LESS else ()
+        left = self._that_pay(model, floats, calibration, left) if left else []
+        LOGGER.warning("with activations in int8 wherever that is faster the outputs stray too far: %d of %d operations"
+                       " compute on them", len(left), len(chosen))  # fmt: skip
+        return left, ranges_of(left)
+
+    @contextmanager
+    def _trial(
+        self, model: ir.Model, floats: set[str], chosen: Sequence[int], judged: Sequence[Feed]
+    ) -> Iterator[Callable[[list[Range]], list[dict[str, np.ndarray]]]]:
+        """What the outputs are with these candidates on int8, by the ranges that they are given."""
+        outputs = [str(output.name) for output in model.graph.outputs]
         trial = model.clone()
-        lowering = self._lowering(GraphBuilder(trial.graph, stem=self.stem), "default", True)
+        lowering = self._lowering(GraphBuilder(trial.graph, stem=self.stem), "default", False)
         StaticInt8(lowering, self._candidates(trial.graph, floats, chosen), None).rewrite()
         with self._opened(trial, lowering, outputs) as session:
 
@@ -112,7 +147,7 @@ class Rewriting:
                 given = [values_of(session, feed | scales, outputs) for feed in judged]
                 return [dict(zip(outputs, values, strict=True)) for values in given]
 
-            return chosen_ranges(found, tried, wanted, judged[0])
+            yield tried
 
     @contextmanager
     def _observing(
@@ -126,7 +161,7 @@ class Rewriting:
             copied.type = ir.TensorType(ir.DataType.FLOAT)
             model.graph.outputs.append(copied)
         every = [str(output.name) for output in model.graph.outputs]
-        with self._opened(model, self._lowering(builder, "default", True), every) as session:
+        with self._opened(model, self._lowering(builder, "default", False), every) as session:
             yield session, names
 
     @contextmanager

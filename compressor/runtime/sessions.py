@@ -161,9 +161,9 @@ def _row_by_row(
     run: Callable[[dict[str, np.ndarray]], list[np.ndarray]],
 ) -> list[np.ndarray]:  # fmt: skip
     """Outputs that have an axis of one in front are joined along it, others along an axis more."""
-    found = [
-        run({name: array[i, ...] if name in whole else array[i : i + 1] for name, array in feed.items()}) for i in range(n)
-    ]
+    found = []
+    for i in range(n):
+        found.append(run({name: array[i, ...] if name in whole else array[i : i + 1] for name, array in feed.items()}))
     return [
         np.concatenate(parts) if all(np.shape(part)[:1] == (1,) for part in parts) else np.stack(parts)
         for parts in zip(*found, strict=True)
