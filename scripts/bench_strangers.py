@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,14 @@ def outputs(graph: Path, data: Path) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(graph, options)
     examples = examples_of(session, data)
     by_output = zip(*(session.run(None, example) for example in examples), strict=True)
-    return [np.concatenate(each) if np.shape(each[0])[:1] == (1,) else np.stack(each) for each in by_output]
+    return [joined(each) for each in by_output]
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """An output's parts along the axis of examples, the first or the second; without one, along one more."""
+    shape = np.shape(parts[0])
+    axis = next((axis for axis, size in enumerate(shape[:2]) if size == 1), None)
+    return np.stack(parts) if axis is None else np.concatenate(parts, axis)
 
 
 def examples_of(session: onnxruntime.InferenceSession, data: Path) -> list[dict[str, np.ndarray]]:

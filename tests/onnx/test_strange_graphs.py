@@ -102,7 +102,7 @@ def test_a_small_table_of_whole_numbers_is_no_quantised_weight(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("shape", "reason"), [([72], "no axis of examples"), (["n", 4, 72], "has 2 axes"), ([], "no axis|has 2 axes")]
+    ("shape", "reason"), [([71], "an axis more"), (["n", 4, 72], "has 2 axes"), ([], "has 2 axes")]
 )
 def test_inputs_that_are_not_an_example_a_row_are_refused_before_work(
     shape: list, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -120,3 +120,79 @@ def test_one_number_for_all_examples_is_named(tmp_path: Path, capsys: pytest.Cap
     np.savez(tmp_path / "x.npz", x=weights(9, 72), rate=np.array(16000))
     assert status(tmp_path) == 3
     assert "'rate' is one number" in capsys.readouterr().err
+
+
+def recurrent_graph(folder: Path, kind: str, **more: int) -> Path:
+    """One step of a recurrent node: x (1, 1, 72), a state that it gives back, and a rate that it compares."""
+    gates, directions = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], 2 if more.get("both") else 1
+    made = {
+        "w": weights(directions, gates * 64, 72), "r": weights(directions, gates * 64, 64, seed=2),
+        "v": weights(directions * 64, 80, seed=3), "known": np.array(16000), "flat": np.array([-1, directions * 64]),
+    }  # fmt: skip
+    node = helper.make_node
+    way = {"direction": "bidirectional"} if more.get("both") else {}
+    nodes = [
+        node("Equal", ["rate", "known"], ["right"]),
+        node("Cast", ["right"], ["one"], to=TensorProto.FLOAT),
+        node("Mul", ["x", "one"], ["x1"]),
+        node(kind, ["x1", "w", "r", "", "", "h"], ["", "hn"], hidden_size=64, **way),
+        node("Reshape", ["hn", "flat"], ["rows"]),
+        node("MatMul", ["rows", "v"], ["y"]),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "g",
+        [info("x", TensorProto.FLOAT, [1, 1, 72]), info("h", TensorProto.FLOAT, [directions, 1, 64]),
+         info("rate", TensorProto.INT64, [])],
+        [info("y", TensorProto.FLOAT, None), info("hn", TensorProto.FLOAT, [directions, 1, 64])],
+        [numpy_helper.from_array(array, name) for name, array in made.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model.ir_version = 9
+    onnx.save(model, folder / "net.onnx")
+    np.savez(folder / "x.npz", x=np.random.default_rng(1).normal(size=(48, 1, 1, 72)).astype(np.float32))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder / "net.onnx"
+
+
+@pytest.mark.parametrize(("kind", "both"), [("LSTM", 0), ("GRU", 1), ("RNN", 0)])
+def test_a_recurrent_graph_of_one_step_needs_no_state_and_its_gates_are_stored(
+    kind: str, both: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = recurrent_graph(tmp_path, kind, both=both)
+    assert status(tmp_path) == 0
+    assert "h = 0.0 everywhere, rate = 16000 for every example" in caplog.text
+    artifact = tmp_path / "out" / "model.onnx"
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 0.4 * path.stat().st_size
+    generator = np.random.default_rng(5)
+    given = {
+        "x": generator.normal(size=(1, 1, 72)).astype(np.float32), "rate": np.array(16000),
+        "h": generator.normal(size=(1 + both, 1, 64)).astype(np.float32),
+    }  # fmt: skip
+    wanted = onnxruntime.InferenceSession(str(path)).run(None, given)
+    found = onnxruntime.InferenceSession(str(artifact)).run(None, given)
+    for one, other in zip(wanted, found, strict=True):
+        assert one.shape == other.shape
+        assert np.abs(one - other).max() < 0.05 * np.abs(one).max()
+
+
+def test_a_state_and_a_number_may_be_given_for_each_example(tmp_path: Path) -> None:
+    recurrent_graph(tmp_path, "GRU")
+    arrays = dict(np.load(tmp_path / "x.npz"))
+    states = np.random.default_rng(2).normal(size=(48, 1, 1, 64)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", **arrays, h=states, rate=np.full(48, 16000))
+    assert status(tmp_path) == 0
+
+
+def test_a_graph_without_an_axis_of_examples_is_run_an_example_at_a_time(tmp_path: Path) -> None:
+    path = saved(
+        tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])], ["y"], [72], {"w": weights(72, 80)}
+    )  # fmt: skip
+    assert status(tmp_path) == 0
+    x = np.load(tmp_path / "x.npz")["x"][3]
+    wanted, found = (
+        onnxruntime.InferenceSession(str(each)).run(None, {"x": x})[0]
+        for each in (path, tmp_path / "out" / "model.onnx")
+    )
+    assert found.shape == (80,)
+    assert np.abs(wanted - found).max() < 0.03 * np.abs(wanted).max()
