@@ -67,3 +67,8 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def short_duration(seconds: float) -> str:
+    """What takes microseconds to seconds, in three digits: 0.226 ms, 172 ms, 1.83 s."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"

@@ -26,6 +26,8 @@ from compressor.evaluate.session import ModuleSession
 
 _LITTLE = 0.05
 """Of a value's size: where the original's values differ by less, their relative error says little."""
+_SAME = 0.98
+"""Of the scores above a threshold: where fewer are the same, that is said, since among many below they count little."""
 _SMALLEST = 1e-12
 _LEAST = -700.0
 """Logarithm of what counts as no probability."""
@@ -51,6 +53,8 @@ class Tally:
     divergence: float = 0.0
     chosen: Counter[int] = field(default_factory=Counter)
     cosines: list[np.ndarray] = field(default_factory=list)
+    above: int = 0
+    above_both: int = 0
     labelled: int = 0
     right: int = 0
     original_right: int = 0
@@ -115,7 +119,9 @@ class Tally:
         if self.kind.label == "scores":
             assert self.kind.threshold is not None
             a, b = a > self.kind.threshold, b > self.kind.threshold
-            self.chosen.update(b.ravel().astype(int).tolist())
+            self.chosen.update({1: int(b.sum()), 0: int((~b).sum())})
+            self.above += int(a.sum() + b.sum())
+            self.above_both += int((a & b).sum())
         self.n_rows += b.size
         self.agreeing += int((a == b).sum())
         if labels is not None and labels.size == b.size and self.kind.label == "scores":
@@ -157,7 +163,9 @@ class Tally:
         notes = []
         commonest = max(self.chosen.values(), default=0) / max(1, self.n_rows)
         what = "class" if self.kind.threshold is None else "side of the threshold"
-        if self.chosen and len(self.chosen) == 1:
+        if self.above and 2 * self.above_both / self.above < _SAME:
+            notes.append(f"of the scores above the threshold {2 * self.above_both / self.above:.1%} are the same ones")
+        if self.chosen and sum(n > 0 for n in self.chosen.values()) == 1:
             notes.append(f"the original gives the same {what} all {self.n_rows} times: agreement could hardly fail")
         elif self.chosen and found["agreement"] < min(1.0, commonest):
             notes.append(f"agrees less often than always the commonest {what} would, {commonest:.3f}")

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from compressor.core.quantities import duration, size
+from compressor.core.quantities import duration, short_duration, size
 from compressor.core.roles import folded
 from compressor.core.terminal import make_console
 from compressor.plan.plan import Plan
@@ -97,8 +97,8 @@ _MEASURES = (
     ("KL divergence", "quality", None, "kl_divergence"),
     ("cosine", "quality", None, "cosine"),
     ("relative error", "quality", None, "relative_error"),
-    ("load, seconds", "speed", "load_seconds", "load_seconds"),
-    ("latency, seconds", "speed", "latency_seconds", "latency_seconds"),
+    ("load", "speed", "load_seconds", "load_seconds"),
+    ("latency", "speed", "latency_seconds", "latency_seconds"),
     ("decoding, tokens/s", "speed", "decode_tokens_per_second", "decode_tokens_per_second"),
     ("prefill, tokens/s", "speed", "prefill_tokens_per_second", "prefill_tokens_per_second"),
 )
@@ -116,7 +116,8 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
             beside = (report.get("original_speed") or {}) if section == "speed" else found
             original = beside.get(before) if before else None
             label += f" of {worst[after]}" if section == "quality" and after in worst else ""
-            made.add_row(label, "" if original is None else f"{original:.4g}", f"{found[after]:.4g}")
+            told = short_duration if after.endswith("_seconds") else "{:.4g}".format
+            made.add_row(label, "" if original is None else told(original), told(found[after]))
     binary = report.get("binary") or {}
     if binary:
         made.add_row(f"{binary['layers']} binary layers", size(binary["float_bytes"]), size(binary["bytes"]))
