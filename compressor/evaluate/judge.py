@@ -149,16 +149,18 @@ def judge(
     if isinstance(source, Text):
         sentences = sentence_batches(source, directory, checkpoint.positions)
         batches = [_accepted(session, batch) for batch in sentences]
-        return evaluate_outputs(session, original_outputs(checkpoint, batches), batches)
+        with progress.task("evaluating", len(batches)) as task:
+            return evaluate_outputs(session, _counted(original_outputs(checkpoint, batches), task), batches)
     assert isinstance(source, Arrays)
     chosen = source.take(slice(0, recipe.evaluation.samples))
     batches = list(chosen.batches(chosen.at_once))
-    original = original_outputs(checkpoint, batches)
-    if not is_pair(directory) or "decoder_input_ids" not in chosen.inputs:
-        return evaluate_outputs(session, original, batches, chosen.labels)
-    padding = (checkpoint.config or {}).get("pad_token_id")
-    predictions = Predictions(PairSession(directory, apart=True), padding)
-    found = evaluate_outputs(session, predictions.watched(original, batches), batches, chosen.labels)
+    with progress.task("evaluating", len(batches)) as task:
+        original = _counted(original_outputs(checkpoint, batches), task)
+        if not is_pair(directory) or "decoder_input_ids" not in chosen.inputs:
+            return evaluate_outputs(session, original, batches, chosen.labels)
+        padding = (checkpoint.config or {}).get("pad_token_id")
+        predictions = Predictions(PairSession(directory, apart=True), padding)
+        found = evaluate_outputs(session, predictions.watched(original, batches), batches, chosen.labels)
     language = predictions.quality()
     return found if language is None else found | language.as_dict()
 

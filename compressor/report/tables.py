@@ -151,8 +151,13 @@ OUTPUT_COLUMNS = ("output", "of", "agreement", "KL", "cosine", "relative error",
 def quality_tables(report: dict[str, Any]) -> list[Any]:
     """All figures of every output, and what is to be said of them."""
     rows = output_rows(report.get("quality") or {})
-    made = table(*OUTPUT_COLUMNS, numbers=OUTPUT_COLUMNS[2:])
-    for row in rows:
+    made = table()
+    by_column = zip(*rows, strict=True) if rows else ()
+    columns = [(title, cells) for title, cells in zip(OUTPUT_COLUMNS, by_column, strict=False) if any(cells)]
+    for i, (title, cells) in enumerate(columns):  # figures are whole at any width; titles and names wrap
+        least = max(map(len, cells)) if i else min(10, max(map(len, cells)))
+        made.add_column(title, justify="right" if i > 1 else "left", min_width=least, overflow="fold")
+    for row in zip(*(cells for _, cells in columns), strict=True):
         made.add_row(*row)
     return ([made] if rows else []) + quality_notes(report)
 
@@ -222,7 +227,27 @@ def inspection_tables(found: dict[str, Any]) -> list[Any]:
     tensors = table("tensor", "n", "shape", "bytes", "stored as", numbers=["n", "bytes"])
     for (name, shape, encoding), (count, n_bytes) in rows.items():
         tensors.add_row(name, str(count), shape, size(n_bytes), encoding)
-    return [tensors, fields_table({key: value for key, value in found.items() if key != "tensors"})]
+    if not isinstance(found.get("report"), dict):
+        return [tensors, fields_table({key: value for key, value in found.items() if key != "tensors"})]
+    return [tensors, *_artifact_tables(found)]
+
+
+def _artifact_tables(found: dict[str, Any]) -> list[Any]:
+    """What a person asks of an artifact: what it was made of and how, its files, what it is worth."""
+    report, files = found["report"], table("file", "bytes", numbers=["bytes"])
+    for name, n_bytes in sorted(found["files_bytes"].items(), key=lambda each: -each[1]):
+        files.add_row(name, size(n_bytes))
+    source, recipe, gates = (report.get(key) or {} for key in ("source", "recipe", "gates"))
+    failures = [f"gate missed: {failure}" for failure in gates.get("failures") or ()]
+    head = fields_table({
+        "made of": f"{source.get('architecture', '')}, {source.get('path', '')}",
+        "by": f"recipe {recipe.get('name', '')}, compressor {report.get('compressor', '')}",
+    })  # fmt: skip
+    stored = table("stored as", "bytes", numbers=["bytes"])
+    for label, n_bytes in found["bytes_by_encoding"].items():
+        stored.add_row(label, size(n_bytes))
+    return [stored, files, head, *failures, *run_tables(report, found["path"])[:-1],
+            "everything that was recorded: compression.json there, or --json"]  # fmt: skip
 
 
 def fields_table(content: dict[str, Any], prefix: str = "") -> Table:

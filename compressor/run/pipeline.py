@@ -105,11 +105,15 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         course = restructured(start, work, progress, clock)
         encoded = encode(course, samples, target, work, progress, clock)
         checkpoint, recipe = course.checkpoint, course.recipe
-        with clock.stage("export"):
+        with clock.stage("export"), progress.task("exporting", 2) as task:
             tensors = write_weights(checkpoint, encoded.tensors, encoded.plan, partial)
+            task.advance()
             least = write_graph(checkpoint, tensors, partial, options, recipe, encoded.batches)
+            task.advance()
         with clock.stage("evaluation"):
-            proof = prove(checkpoint, tensors, partial, options, encoded.batches)
+            with progress.task("proving", 1) as task:
+                proof = prove(checkpoint, tensors, partial, options, encoded.batches)
+                task.advance()
             quality = judge(original, samples, recipe, partial, options.format, progress)
             if samples.evaluation is None and options.format == "onnx" and not recipe.evaluation.skipped:
                 LOGGER.warning("%s: no quality was measured: no evaluation data; give eval", options.directory)
@@ -124,7 +128,11 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         if (binary := binary_layers(partial, tensors)) is not None:
             report.binary = binary
         with clock.stage("benchmark"):
-            if options.format == "onnx":
+            if options.format == "onnx" and recipe.evaluation.speed:
+                with progress.task("measuring speed", 1) as task:
+                    report.speed, report.original_speed = speeds(partial, original, recipe.evaluation, encoded.batches)
+                    task.advance()
+            elif options.format == "onnx":
                 report.speed, report.original_speed = speeds(partial, original, recipe.evaluation, encoded.batches)
         report.size = artifact_size(partial, original)
         report.errors = weight_errors(checkpoint, tensors)
