@@ -106,9 +106,12 @@ def _bytes(header: dict[str, Any], name: str, parts: list[str], size: int) -> in
 
 
 def encoding_label(description: dict[str, Any]) -> str:
-    """A few words about an encoding: "codebook width 9 dim 4 group 64"."""
+    """A few words about an encoding: "codebook width 9 dim 4 group 64"; "group row" is a scale for each row."""
     if description["kind"] == "refined":
         inner, extra = description["inner"], description["extra"]
         return f"{encoding_label(inner)}, {extra['shape'][0]} rows + bits {extra['bits']}"
-    shown = [f"{key} {description[key]}" for key in ("bits", "width", "dim", "group", "grid") if key in description]
+    known = dict(description)
+    if known.get("group") and known.get("group") == (known.get("shape") or [0])[-1]:
+        known["group"] = "row"
+    shown = [f"{key} {known[key]}" for key in ("bits", "width", "dim", "group", "grid") if key in known]
     return " ".join([str(description["kind"]), *shown])

@@ -22,7 +22,7 @@ from compressor.core.quantities import duration, size
 from compressor.report import facts
 from compressor.report.charts import Axis, Bar, BarPlot, DotPlot, Legend, Point, bars, colour, dots, shortened
 from compressor.report.search import Search, search_of
-from compressor.report.tables import OUTPUT_COLUMNS, output_rows, quality_notes
+from compressor.report.tables import output_columns, quality_notes
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_ROWS = 12
@@ -154,8 +154,8 @@ class Outputs:
 
 
 def _outputs(report: dict[str, Any]) -> Outputs | None:
-    rows, notes = output_rows(report.get("quality") or {}), quality_notes(report)
-    return Outputs(OUTPUT_COLUMNS, rows, notes) if rows or notes else None
+    (heads, rows), notes = output_columns(report.get("quality") or {}), quality_notes(report)
+    return Outputs(heads, rows, notes) if rows or notes else None
 
 
 def _binary(report: dict[str, Any]) -> str:
@@ -224,7 +224,8 @@ def _errors(tensors: Sequence[facts.StoredTensor]) -> Errors | None:
     every = max(1, -(-len(layers) // 16))
     shown = [(i, _NUMBER.sub(r"\1", layer.rpartition(".")[2])) for i, layer in enumerate(layers)]
     if not by_layer:  # beside numbers the names of tables are wide
-        shown = [(i, text) for i, text in shown if text[:1].isdigit()] or shown
+        numbered = [(i, text) for i, text in shown if text[:1].isdigit()]
+        shown = numbered if 2 * len(numbered) > len(shown) else shown
     if len(layers) > 8 and not shown[0][1][:1].isdigit():
         shown = [(i, str(i + 1)) for i, _ in shown]
     room = TICK_CHARACTERS // max(1, min(len(layers), 16))

@@ -150,16 +150,21 @@ OUTPUT_COLUMNS = ("output", "of", "agreement", "KL", "cosine", "relative error",
 
 def quality_tables(report: dict[str, Any]) -> list[Any]:
     """All figures of every output, and what is to be said of them."""
-    rows = output_rows(report.get("quality") or {})
+    heads, rows = output_columns(report.get("quality") or {})
     made = table()
-    by_column = zip(*rows, strict=True) if rows else ()
-    columns = [(title, cells) for title, cells in zip(OUTPUT_COLUMNS, by_column, strict=False) if any(cells)]
-    for i, (title, cells) in enumerate(columns):  # figures are whole at any width; titles and names wrap
-        least = max(map(len, cells)) if i else min(10, max(map(len, cells)))
-        made.add_column(title, justify="right" if i > 1 else "left", min_width=least, overflow="fold")
-    for row in zip(*(cells for _, cells in columns), strict=True):
+    for i, (head, cells) in enumerate(zip(heads, zip(*rows, strict=True), strict=False)):
+        least = max(map(len, cells)) if i else min(10, max(map(len, cells)))  # figures stay whole, the rest wraps
+        made.add_column(head, justify="right" if i > 1 else "left", min_width=least, overflow="fold")
+    for row in rows:
         made.add_row(*row)
     return ([made] if rows else []) + quality_notes(report)
+
+
+def output_columns(quality: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The columns that some output has a figure in, and the rows."""
+    rows = output_rows(quality)
+    kept = [i for i in range(len(OUTPUT_COLUMNS)) if any(row[i] for row in rows)]
+    return tuple(OUTPUT_COLUMNS[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
 
 
 def output_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:
