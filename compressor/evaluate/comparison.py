@@ -28,6 +28,8 @@ _LITTLE = 0.05
 """Of a value's size: where the original's values differ by less, their relative error says little."""
 _SAME = 0.98
 """Of the scores above a threshold: where fewer are the same, that is said, since among many below they count little."""
+_AT_ONCE = 2**22
+"""Values whose errors are added up at a time."""
 _SMALLEST = 1e-12
 _LEAST = -700.0
 """Logarithm of what counts as no probability."""
@@ -84,6 +86,11 @@ class Tally:
         self._add_errors(a, b)
 
     def _add_errors(self, a: np.ndarray, b: np.ndarray) -> None:
+        if b.size > _AT_ONCE and len(b) > 1:  # several arrays of twice the width are made of them
+            rows = max(1, len(b) * _AT_ONCE // b.size)
+            for start in range(0, len(b), rows):
+                self._add_errors(a[start : start + rows], b[start : start + rows])
+            return
         finite = np.isfinite(b)
         b = np.where(finite, b, 0).astype(np.float64)
         difference = np.abs(np.where(finite, a, 0).astype(np.float64) - b)

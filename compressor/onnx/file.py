@@ -76,6 +76,18 @@ class OnnxSource(Source):
         tensors = {info.name: info for info in weights.infos()}
         return cls(kind="onnx", files=[path, *files], tensors=tensors, path=path, model=model, weights=weights)
 
+    def graph_bytes(self) -> int:
+        """Of what an artifact's graph keeps: nodes with their names, and initialisers that are no tensors; about."""
+        tensors, found = set(self.weights.values.values()), 0
+        for graph in every_graph(self.model.graph):
+            kept = [value for value in graph.initializers.values() if value not in tensors and value.const_value]
+            found += sum(value.const_value.nbytes + len(str(value.name)) + 20 for value in kept if value.const_value)
+            for node in graph:
+                names = [str(value.name) for value in (*node.inputs, *node.outputs) if value is not None]
+                found += 8 + len(node.op_type) + len(node.name or "") + sum(len(name) + 2 for name in names)
+                found += sum(len(name) + 14 for name in node.attributes)
+        return found
+
     def file_of(self, name: str) -> Path:
         tensor = self.weights.values[name].const_value
         return external_file(self.path, tensor) if _is_external(tensor) else self.path

@@ -210,7 +210,10 @@ def _refuse_idle_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 def _files(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], format: str, static: bool) -> dict[str, int]:
-    files = model_files(tensors, checkpoint.tied, format, static)
+    from compressor.onnx.file import OnnxSource
+
+    kept = checkpoint.source.graph_bytes() if isinstance(checkpoint.source, OnnxSource) else None
+    files = model_files(tensors, checkpoint.tied, format, static, kept)
     if checkpoint.reshaping is not None:
         files["structure.json"] = len(checkpoint.reshaping.text())
     if checkpoint.config is not None:

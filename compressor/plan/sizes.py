@@ -34,15 +34,16 @@ GRAPH_BYTES_PER_CONVOLUTION = 1500
 
 
 def model_files(
-    tensors: tuple[PlannedTensor, ...], tied: dict[str, str], format: str, static: bool
+    tensors: tuple[PlannedTensor, ...], tied: dict[str, str], format: str, static: bool, kept: int | None = None
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes of the weights' file, exact, and of the graph, about."""
+    """Bytes of the weights' file, exact, and of the graph, about: `kept` of it are an original graph's own."""
     header = header_bytes(tensors, tied)
     files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
     if format == "onnx":
         norms = batch_norms(tensors)
         there = [tensor for tensor in tensors if tensor.name.rpartition(".")[0] not in norms]
-        files["model.onnx"] = (2_000 if static else 20_000) + sum(graph_bytes(tensor, static) for tensor in there)
+        own = (2_000 if static else 20_000) if kept is None else kept + (2_000 if static else 6_000)
+        files["model.onnx"] = own + sum(graph_bytes(tensor, static) for tensor in there)
     return files
 
 
