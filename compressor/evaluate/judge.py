@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from compressor.core.batch import Batch
 from compressor.core.errors import VerificationError
 from compressor.core.log import LoggedProgress
 from compressor.core.options import RunOptions
-from compressor.core.progress import Progress
+from compressor.core.progress import Progress, Task
 from compressor.core.tensors import EncodedTensors
 from compressor.data.arrays import Arrays
 from compressor.data.batches import evaluation_windows, sentence_batches
@@ -30,6 +30,7 @@ from compressor.evaluate.reference import original_logits, original_outputs
 from compressor.evaluate.session import DecoderSession, EncoderSession, ModuleSession, open_session
 from compressor.plan.recipe import Recipe
 
+Counted = TypeVar("Counted")
 LARGEST_ERROR = 1e-3
 _PROOF_TOKENS, _PROOF_STEPS = 112, 8
 """Tokens of a text that are compared, and how many of them are read one at a time where there is a cache."""
@@ -194,7 +195,7 @@ def _accepted(session: ModuleSession, batch: dict[str, np.ndarray]) -> dict[str,
     return {name: array for name, array in batch.items() if name in session.inputs or name == "attention_mask"}
 
 
-def _counted(arrays: Iterable[np.ndarray], task: Any) -> Iterator[np.ndarray]:
+def _counted(arrays: Iterable[Counted], task: Task) -> Iterator[Counted]:
     for array in arrays:
         yield array
         task.advance()
