@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compressor.core.errors import CheckpointError, ExportError
 from compressor.core.outputs import named_outputs
 from compressor.core.tensors import EncodedTensors
+from compressor.export.fusion import fuse
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Mode
 from compressor.export.repeating import Ends, repeat
 from compressor.export.rewriting import Rewriting
@@ -93,6 +94,7 @@ def export_module(
     Raises:
         ExportError: A tensor has an encoding that its consumer cannot use.
     """
+    fuse(traced, mode)
     writing = Rewriting(tensors, out_dir, mode, exact, lambda found: _finish(found, mode))
     return writing.write(traced, out_dir / file, calibration)
 
