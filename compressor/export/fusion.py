@@ -57,7 +57,7 @@ def _fuse_norm(builder: GraphBuilder, reciprocal: ir.Node, operator: str) -> Non
         return
     builder.before = scaled
     found = builder.op(operator, x, weight, axis=-1, epsilon=epsilon, stash_type=1)
-    _put_in_place(scaled.outputs[0], found)
+    _put_in_place(builder.graph, scaled.outputs[0], found)
 
 
 def _fuse_rotation(builder: GraphBuilder, total: ir.Node, mode: Mode) -> None:
@@ -80,7 +80,7 @@ def _fuse_rotation(builder: GraphBuilder, total: ir.Node, mode: Mode) -> None:
             found = builder.op("RotaryEmbedding", x, *tables)
         else:
             found = builder.op("RotaryEmbedding", x, _places(builder, cosine), *tables, domain=CONTRIBUTED)
-        _put_in_place(total.outputs[0], found)
+        _put_in_place(builder.graph, total.outputs[0], found)
         return
 
 
@@ -99,7 +99,12 @@ def _turned_halves(halves: ir.Node | None) -> ir.Value | None:
     wanted = (([0], [size // 2]), ([size // 2], [size]))
     for half, (start, stop) in zip((first, second), wanted, strict=True):
         found = [_integers(value) for value in half.inputs[1:]]
-        if found[0] != start or (found[1] or [0])[0] < stop[0] or found[2] not in ([3], [-1]) or found[3:] not in ([], [[1]]):
+        if (
+            found[0] != start
+            or (found[1] or [0])[0] < stop[0]
+            or found[2] not in ([3], [-1])
+            or found[3:] not in ([], [[1]])
+        ):
             return None
         if half is first and found[1] != stop:
             return None
@@ -150,8 +155,7 @@ def _places(builder: GraphBuilder, table: ir.Value) -> ir.Value:
 
 
 def _size(value: ir.Value) -> int:
-    assert value.shape is not None
-    return int(value.shape[-1])
+    return 0 if value.shape is None else _known(value.shape[-1])
 
 
 def _group_product(builder: GraphBuilder, product: ir.Node) -> None:
@@ -178,7 +182,7 @@ def _group_product(builder: GraphBuilder, product: ir.Node) -> None:
         builder.before = last = scale
         found = builder.op("Mul", *(found if value is product.outputs[0] else value for value in scale.inputs))
     back = _shape(builder, heads, last.outputs[0], found)
-    _put_in_place(last.outputs[0], builder.op("Reshape", found, back))
+    _put_in_place(builder.graph, last.outputs[0], builder.op("Reshape", found, back))
 
 
 def _copied_for_heads(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
@@ -201,7 +205,7 @@ def _copied_for_heads(value: ir.Value | None) -> tuple[ir.Value, int, int] | Non
 
 
 def _shape(builder: GraphBuilder, heads: int, like: ir.Value, of: ir.Value | None = None) -> ir.Value:
-    """The shape (as it is, heads, what is left, the last size), of which the last is taken from `of`, or from `like`."""
+    """The shape (as it is, heads, what is left, the last size), the last that of `of`, or of `like`."""
     last = like.shape[-1] if like.shape is not None else None
     if isinstance(last, int):
         return builder.integers(0, heads, -1, last)
@@ -213,10 +217,14 @@ def _shape(builder: GraphBuilder, heads: int, like: ir.Value, of: ir.Value | Non
     return builder.once(("shape", heads, named), made) if named is not None else made()
 
 
-def _put_in_place(old: ir.Value, new: ir.Value) -> None:
+def _put_in_place(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     new.shape, new.type = old.shape, old.type
     for user, at in list(old.uses()):
         user.replace_input_with(at, new)
+    for at, value in enumerate(graph.outputs):
+        if value is old:
+            graph.outputs[at] = new
+            old.name, new.name = f"{old.name}.unfused", old.name
 
 
 def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
