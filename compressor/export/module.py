@@ -30,13 +30,16 @@ from compressor.graph.periods import first_blocks, period_of
 MODEL_FILE = "model.onnx"
 
 
-def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, path: Path) -> ir.Model:
+def trace_module(
+    module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, path: Path, whole: bool = False
+) -> ir.Model:  # fmt: skip
     """The graph of a module for `export_module` to write. Of `tensors` only the names are used.
 
     Args:
         module: Its parameters may be on meta; their values are not used.
         example: Inputs by the names of forward's arguments; a single one may have any other name, or none ("").
         path: Of the checkpoint, to be named in errors.
+        whole: Trace every block, instead of a few of those that look alike.
 
     Raises:
         CheckpointError: torch cannot trace the module.
@@ -44,7 +47,8 @@ def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: Enco
     """
     if not example:
         raise ExportError(f"{path}: there is no example of the network's inputs to trace it with; give data")
-    found = _first_repeated(module, example, tensors, path) or _traced(module, example, tensors, path)
+    repeated = None if whole else _first_repeated(module, example, tensors, path)
+    found = repeated or _traced(module, example, tensors, path)
     name_ends(found[0].graph, _axes(_inputs(example)), found[1])
     return found[0]
 
