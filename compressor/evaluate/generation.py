@@ -46,6 +46,9 @@ def generate_text(
     if not ids:
         raise CheckpointError(f"{directory}: the prompt has no tokens; give some text to go on from")
     session = PairSession(directory) if is_pair(directory) else DecoderSession(graph_to_run(directory))
+    if isinstance(session, PairSession) and "input_ids" not in session.encoder.inputs:
+        reads = ", ".join(session.encoder.inputs)
+        raise CheckpointError(f"{directory}: its encoder reads {reads}, and a prompt is text; run it in Python instead")
     config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     if isinstance(session, DecoderSession) and not session.past and family_of(config) != "decoder":
         raise CheckpointError(f"{directory}: is no language model's; found {config.get('architectures')}")
