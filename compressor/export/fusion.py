@@ -74,12 +74,16 @@ def _fuse_rotation(builder: GraphBuilder, total: ir.Node, mode: Mode) -> None:
         sine = next((value for value in turned.inputs if value is not halves.outputs[0]), None)
         if cosine is None or sine is None or not (_is_table(cosine, "Cos", x) and _is_table(sine, "Sin", x)):
             continue
+        single = _rows(cosine) == 1
+        if _rows(sine) != _rows(cosine) or not (single or _rows(cosine) == _rows(x)) or (single and mode == "standard"):
+            continue
         builder.before = total
         tables = [_half_table(builder, each, mode) for each in (cosine, sine)]
         if mode == "standard":
             found = builder.op("RotaryEmbedding", x, *tables)
         else:
-            found = builder.op("RotaryEmbedding", x, _places(builder, cosine), *tables, domain=CONTRIBUTED)
+            places = builder.integers(0) if single else _places(builder, cosine)
+            found = builder.op("RotaryEmbedding", x, places, *tables, domain=CONTRIBUTED)
         _put_in_place(builder.graph, total.outputs[0], found)
         return
 
@@ -152,6 +156,11 @@ def _places(builder: GraphBuilder, table: ir.Value) -> ir.Value:
         return builder.op("Reshape", builder.op("Range", zero, n, one), sizes)
 
     return builder.once(("places", table), made)
+
+
+def _rows(value: ir.Value) -> int | ir.SymbolicDim | None:
+    """How many texts it is of: a table of one row is the same for all."""
+    return None if value.shape is None else value.shape[0]
 
 
 def _size(value: ir.Value) -> int:

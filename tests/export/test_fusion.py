@@ -24,7 +24,7 @@ norm (float[B,L,8] x, float[{weight}] w) => (float[B,L,8] y) {{
 }}"""
 
 ROTATION = """
-rotation (float[B,3,L,8] x, float[B,L,4] angles, float[B,L,4] others) => (float[B,3,L,8] y) {{
+rotation (float[B,3,L,8] x, float[{rows},L,4] angles, float[{rows},L,4] others) => (float[B,3,L,8] y) {{
   a = Constant<value = int64[1] {{0}}>() b = Constant<value = int64[1] {{4}}>()
   c = Constant<value = int64[1] {{9223372036854775807}}>()
   axis = Constant<value = int64[1] {{3}}>()
@@ -90,14 +90,15 @@ def test_what_is_no_weight_of_each_channel_makes_no_norm(weight):
     assert fused(NORM.format(weight=weight))["Reciprocal"] == 1
 
 
-def test_a_rotation_by_equal_halves_is_one_operator():
-    found = fused(ROTATION.format(other="angles"))
+@pytest.mark.parametrize("rows", ["B", "1"])
+def test_a_rotation_by_equal_halves_is_one_operator(rows):
+    found = fused(ROTATION.format(other="angles", rows=rows))
     assert found["RotaryEmbedding"] == 1
     assert found["Neg"] == found["Add"] == 0
 
 
 def test_a_rotation_whose_halves_differ_is_left():
-    assert fused(ROTATION.format(other="others"))["RotaryEmbedding"] == 0
+    assert fused(ROTATION.format(other="others", rows="B"))["RotaryEmbedding"] == 0
 
 
 def test_keys_and_values_that_heads_share_are_not_copied():
