@@ -39,6 +39,7 @@ from compressor.core.encoding import Layout, restore
 from compressor.core.options import RunOptions
 from compressor.core.spec import DenseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.data.arrays import Arrays
 from compressor.evaluate.bench import bench
 from compressor.evaluate.installation import install
 from compressor.evaluate.session import GRAPH, DecoderSession
@@ -210,10 +211,9 @@ def measure_case(case: Case, threads: int) -> dict[str, Any]:
     start = prepare(case.options())
     planned = start.plan.in_use
     assert planned is not None
-    shapes = {}
-    if start.load is not None:
-        batch = next(start.samples.calibration.batches(1))
-        shapes = {name: [1, *tensor.shape[1:]] for name, tensor in batch.items() if tensor.dim()}
+    calibration, shapes = start.samples.calibration if start.load else None, {}
+    if isinstance(calibration, Arrays):
+        shapes = {name: [1, *array.shape[1:]] for name, array in next(calibration.batches(1)).items() if array.ndim}
     with tempfile.TemporaryDirectory() as scratch:
         write_artifact(start.checkpoint, case.recipe, Path(scratch))
         memory = bench(scratch, threads, new=4, prefill=TEXT, repeats=1, shapes=shapes)["memory"]

@@ -83,13 +83,14 @@ def text_memory(session: DecoderSession, settings: dict[str, Any]) -> dict[str, 
     """How many tokens are read at most, and what a thousand of them take; of short texts that is not known."""
     n = positions(session, max(settings["prefill"], settings["prompt"] + settings["new"]))
     ids = np.random.default_rng(0).integers(0, session.config.get("vocab_size") or 256, size=n)
-    reader, found = reader_of(session, n), []
-    for part in (ids[: n // 2], ids[n // 2 :]):
-        reader.read(part)
-        found.append(memory_of()["resident"])
-    first, last = found
-    known = first is not None and last is not None and n >= LEAST_TEXT
-    return {"n_tokens": n, "per_thousand_tokens": max(0, last - first) * 1000 // (n - n // 2) if known else None}
+    reader, half = reader_of(session, n), n // 2
+    reader.read(ids[:half])
+    first = memory_of()["resident"]
+    reader.read(ids[half:])
+    last = memory_of()["resident"]
+    if first is None or last is None or n < LEAST_TEXT:
+        return {"n_tokens": n, "per_thousand_tokens": None}
+    return {"n_tokens": n, "per_thousand_tokens": max(0, last - first) * 1000 // (n - half)}
 
 
 def positions(session: ModuleSession, wanted: int) -> int:
