@@ -279,14 +279,19 @@ def _floats(planes: Sequence[Plane], kind: Coded, description: dict[str, Any]) -
 
 
 def _cached(config: Mapping[str, Any]) -> int:
-    """Bytes of a token's keys and values; 0 where none are kept."""
-    heads = config.get("num_attention_heads") or config.get("n_head")
-    width = config.get("hidden_size") or config.get("n_embd")
-    layers = config.get("num_hidden_layers") or config.get("n_layer")
+    """Bytes of a token's keys and values; 0 where none are kept, or each layer has its own sizes."""
+    heads, width = _whole(config, "num_attention_heads", "n_head"), _whole(config, "hidden_size", "n_embd")
+    layers = _whole(config, "num_hidden_layers", "n_layer")
     if not (heads and width and layers) or config.get("is_encoder_decoder"):
         return 0
-    size = config.get("head_dim") or width // heads
-    return 2 * FLOAT * layers * size * (config.get("num_key_value_heads") or heads)
+    size = _whole(config, "head_dim") or width // heads
+    return 2 * FLOAT * layers * size * (_whole(config, "num_key_value_heads") or heads)
+
+
+def _whole(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these that a config states as a whole number above 0; else 0."""
+    found = (config.get(name) for name in names)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), 0)
 
 
 def _running(tensors: Sequence[PlannedTensor], config: Mapping[str, Any], load: Workload | None) -> float | None:

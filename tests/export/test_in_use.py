@@ -76,3 +76,12 @@ def test_every_encoding_that_a_graph_can_hold_has_a_plan_of_its_memory():
             continue
         found = in_use._product(description, 1000, "default") or in_use._constant(description, 1000)
         assert all(share.made >= share.kept >= 0 for share in found.shares), name
+
+
+@pytest.mark.parametrize("heads", [[4, 8], "many", None, 0, True])
+def test_a_config_that_states_no_number_of_heads_has_no_plan_of_its_cache(heads):
+    config = {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2}
+    kept = 2 * 4 * 2 * 64 * 2
+    assert in_use.memory_in_use([planned(FORMS["affine4"])], {}, config, "default").per_thousand_tokens == 1000 * kept
+    found = in_use.memory_in_use([planned(FORMS["affine4"])], {}, config | {"num_attention_heads": heads}, "default")
+    assert found.per_thousand_tokens == 0
