@@ -26,7 +26,8 @@ ALTERNATING = ["sliding_attention", "full_attention"]
 class Family:
     """A network: the config of this class of transformers with these settings.
 
-    takes   what its forward is given: "text", "pixels" (of `side`), "sound" or "text pair" (encoder and decoder)
+    takes   what its forward is given: "text", "pixels" (of `side`), "sound", and "text pair" or "sound pair" (for an
+            encoder and a decoder)
     """
 
     kind: str
@@ -406,6 +407,21 @@ PAIRS: dict[str, Family] = {
     "bart": pair("BartForConditionalGeneration", **_BART),
     "marian": pair("MarianMTModel", **_BART, decoder_start_token_id=1),
     "m2m_100": pair("M2M100ForConditionalGeneration", **_BART),
+    "whisper": Family(
+        "WhisperForConditionalGeneration",
+        {key: value for key, value in _BART.items() if key != "max_position_embeddings"}
+        | {
+            "vocab_size": VOCABULARY,
+            "num_mel_bins": 20,
+            "max_source_positions": 40,
+            "max_target_positions": 64,
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 2,
+        },
+        "sound pair",
+    ),
 }
 
 SOUND: dict[str, Family] = {
@@ -433,5 +449,10 @@ def example(family: Family, n: int) -> dict[str, np.ndarray]:
         return {"pixel_values": generator.normal(size=(n, 3, family.side, family.side)).astype(np.float32)}
     if family.takes == "sound":
         return {"input_values": generator.normal(size=(n, 1600)).astype(np.float32)}
+    if family.takes == "sound pair":
+        sound = generator.normal(size=(n, family.settings["num_mel_bins"], 2 * family.settings["max_source_positions"]))
+        return {
+            "input_features": sound.astype(np.float32), "decoder_input_ids": generator.integers(2, 290, (n, 13))
+        }  # fmt: skip
     sides = {"input_ids": 19, "decoder_input_ids": 13}
     return {name: generator.integers(2, 290, (n, length)) for name, length in sides.items()}

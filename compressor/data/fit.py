@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from compressor.core.batch import as_batch, call
 from compressor.core.errors import CheckpointError, CompressorError, DataError
@@ -220,19 +221,33 @@ def _example(network: nn.Module, source: Arrays, seen: Tables) -> Tensor | None:
     device = next((each.device for each in network.parameters()), torch.device("cpu"))
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
 
-    def note(module: nn.Embedding, args: tuple[Any, ...]) -> None:
+    def note(ids: Tensor, table: Tensor) -> None:
         for name, tensor in batch.items():
-            if args and isinstance(args[0], Tensor) and args[0].shape == tensor.shape and _alike(args[0], tensor):
-                seen.append((name or next(iter(source.inputs)), module.num_embeddings))
+            if ids.shape == tensor.shape and _alike(ids, tensor):
+                seen.append((name or next(iter(source.inputs)), len(table)))
 
-    hooks = [module.register_forward_pre_hook(note) for module in network.modules() if isinstance(module, nn.Embedding)]
-    try:
-        with torch.no_grad():
-            output = call(network, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), _LookUps(note):
+        output = call(network, batch)
     return _first(output)
+
+
+class _LookUps(TorchFunctionMode):
+    """Tells `note` of every look-up of ids in a table meanwhile.
+
+    By what is looked up, not by the modules that are called: a table of positions may be given ids for their number.
+    """
+
+    def __init__(self, note: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # fmt: skip
+        if func is nn.functional.embedding:
+            found = inspect.signature(func).bind(*args, **kwargs or {}).arguments
+            self.note(found["input"], found["weight"])
+        return func(*args, **kwargs or {})
 
 
 @contextlib.contextmanager

@@ -12,6 +12,9 @@ from compressor.checkpoints.positions import positions_of
 from compressor.core.errors import CheckpointError, DataError
 from compressor.core.reading import read_json
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""At the end of a text: the first bytes of a character."""
+
 
 def generate_text(
     directory: Path, prompt: str, n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
@@ -37,12 +40,15 @@ def generate_text(
     if not file.is_file():
         raise CheckpointError(f"{directory}: has no tokenizer.json; give the artifact of a language model")
     tokenizer = fast_tokenizer(file)
-    text = _turn(directory, prompt) if chat else prompt
+    asked = _turn(directory, prompt) if chat else prompt
     with explained(file):
-        ids = tokenizer.encode(text, add_special_tokens=not chat).ids
+        ids = tokenizer.encode(asked, add_special_tokens=not chat).ids
     if not ids:
         raise CheckpointError(f"{directory}: the prompt has no tokens; give some text to go on from")
     session = PairSession(directory) if is_pair(directory) else DecoderSession(graph_to_run(directory))
+    if isinstance(session, PairSession) and "input_ids" not in session.encoder.inputs:
+        reads = ", ".join(session.encoder.inputs)
+        raise CheckpointError(f"{directory}: its encoder reads {reads}, and a prompt is text; run it in Python instead")
     config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     if isinstance(session, DecoderSession) and not session.past and family_of(config) != "decoder":
         raise CheckpointError(f"{directory}: is no language model's; found {config.get('architectures')}")
@@ -55,7 +61,7 @@ def generate_text(
         before = 1 if isinstance(session, PairSession) else len(ids)
         n = min(n, longest - before + 1)  # the last token is only written, not read
     tokens: list[int] = []
-    shown = ""
+    text = shown = ""
     if isinstance(session, PairSession):
         written = session.generate({"input_ids": np.array([ids], np.int64)}, n, temperature, top_p, seed)
     else:
@@ -64,9 +70,11 @@ def generate_text(
         tokens.append(token)
         with explained(file):
             text = tokenizer.decode(tokens)
-        if not text.endswith("�"):  # an unfinished character
+        if not text.endswith(UNFINISHED):
             yield text[len(shown) :]
             shown = text
+    if text != shown:  # nothing finishes it any more
+        yield text[len(shown) :]
 
 
 def _turn(directory: Path, prompt: str) -> str:

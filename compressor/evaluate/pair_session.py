@@ -14,7 +14,7 @@ from compressor.core.errors import CheckpointError
 from compressor.core.options import refuse_seed
 from compressor.core.reading import read_json
 from compressor.evaluate.language import LanguageQuality, Sums, quality_of
-from compressor.evaluate.session import DTYPES, EncoderSession, ModuleSession, sample
+from compressor.evaluate.session import DTYPES, EncoderSession, ModuleSession, end_tokens, sample
 
 Cache = dict[str, np.ndarray]
 
@@ -78,7 +78,7 @@ class PairSession:
         """
         refuse_seed(seed)
         settings = generation_settings(self.directory)
-        stop = _tokens(settings.get("eos_token_id")) if stop is None else stop
+        stop = end_tokens(settings) if stop is None else stop
         never = [each[0] for each in settings.get("bad_words_ids") or [] if len(each) == 1]
         generator = np.random.default_rng(seed)
         states, past = self.states(inputs), None
@@ -117,10 +117,6 @@ def start_token(settings: Mapping[str, Any], directory: Path) -> int:
     raise CheckpointError(
         f"{directory}: config.json does not say what its decoder begins with; write decoder_start_token_id into it"
     )
-
-
-def _tokens(found: object) -> set[int]:
-    return {each for each in (found if isinstance(found, list) else [found]) if isinstance(each, int)}
 
 
 class Predictions:

@@ -161,8 +161,7 @@ class DecoderSession(ModuleSession):
     @property
     def stop_tokens(self) -> set[int]:
         """The end-of-text tokens of the config."""
-        found = self.config.get("eos_token_id")
-        return set() if found is None else set(found) if isinstance(found, list) else {found}
+        return end_tokens(self.config)
 
     def feed(self, ids: np.ndarray, seen: int) -> dict[str, np.ndarray]:
         """What a run is fed beside the cache, for ids (batch, n) after `seen` others."""
@@ -208,6 +207,12 @@ def graph_path(path: Path) -> Path:
             f"{path}: holds no {GRAPH}; found {found or 'nothing'}; give a directory that compress wrote"
         )
     return graph
+
+
+def end_tokens(config: dict[str, Any]) -> set[int]:
+    """The tokens that end a text, as a config has them: one, a list, or none."""
+    found = config.get("eos_token_id")
+    return {each for each in (found if isinstance(found, list) else [found]) if isinstance(each, int)}
 
 
 def sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.random.Generator) -> int:

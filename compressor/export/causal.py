@@ -171,17 +171,20 @@ def _first_cache(module: nn.Module) -> object:
     return getattr(found, "past_key_values", None)
 
 
-def trace_decoder(module: nn.Module, cache: KeyValueCache, tensors: EncodedTensors, path: Path) -> ir.Model:
+def trace_decoder(
+    module: nn.Module, cache: KeyValueCache, tensors: EncodedTensors, path: Path, whole: bool = False
+) -> ir.Model:  # fmt: skip
     """The graph of a causal decoder with its cache, for `export.module.export_module` to write.
 
     Args:
-        module, tensors, path: As `export.module.trace_module`'s.
+        module, tensors, path, whole: As `export.module.trace_module`'s.
         cache: What `kv_cache` found in the module.
 
     Raises:
         CheckpointError: torch cannot trace the forward with a cache.
     """
-    model = _first_repeated(module, cache, tensors, path) or _traced(module, cache, tensors, path)
+    repeated = None if whole else _first_repeated(module, cache, tensors, path)
+    model = repeated or _traced(module, cache, tensors, path)
     axes = _axes(cache)
     name_ends(model.graph, axes, ["logits", *(f"present.{name}" for name in cache.sizes)])
     for value in model.graph.outputs[1:]:  # what was read and what is new is what the mask is of

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compressor.core.errors import CheckpointError, ExportError
 from compressor.core.outputs import named_outputs
 from compressor.core.tensors import EncodedTensors
+from compressor.export.fusion import fuse
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Mode
 from compressor.export.repeating import Ends, repeat
 from compressor.export.rewriting import Rewriting
@@ -29,13 +30,16 @@ from compressor.graph.periods import first_blocks, period_of
 MODEL_FILE = "model.onnx"
 
 
-def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, path: Path) -> ir.Model:
+def trace_module(
+    module: nn.Module, example: Mapping[str, Tensor], tensors: EncodedTensors, path: Path, whole: bool = False
+) -> ir.Model:  # fmt: skip
     """The graph of a module for `export_module` to write. Of `tensors` only the names are used.
 
     Args:
         module: Its parameters may be on meta; their values are not used.
         example: Inputs by the names of forward's arguments; a single one may have any other name, or none ("").
         path: Of the checkpoint, to be named in errors.
+        whole: Trace every block, instead of a few of those that look alike.
 
     Raises:
         CheckpointError: torch cannot trace the module.
@@ -43,7 +47,8 @@ def trace_module(module: nn.Module, example: Mapping[str, Tensor], tensors: Enco
     """
     if not example:
         raise ExportError(f"{path}: there is no example of the network's inputs to trace it with; give data")
-    found = _first_repeated(module, example, tensors, path) or _traced(module, example, tensors, path)
+    repeated = None if whole else _first_repeated(module, example, tensors, path)
+    found = repeated or _traced(module, example, tensors, path)
     name_ends(found[0].graph, _axes(_inputs(example)), found[1])
     return found[0]
 
@@ -93,6 +98,7 @@ def export_module(
     Raises:
         ExportError: A tensor has an encoding that its consumer cannot use.
     """
+    fuse(traced, mode)
     writing = Rewriting(tensors, out_dir, mode, exact, lambda found: _finish(found, mode))
     return writing.write(traced, out_dir / file, calibration)
 

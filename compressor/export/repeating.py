@@ -17,6 +17,8 @@ import onnx_ir as ir
 from compressor.core.tensors import EncodedTensors
 from compressor.graph.periods import Period
 
+REPEATED = "repeated"
+"""In the metadata of a graph that has blocks which were not traced."""
 _TENSOR = "tensor"
 """Where inputs that stand for weights note the tensor's name (export/tracing.py)."""
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -56,6 +58,7 @@ def repeat(graph: ir.Graph, period: Period, tensors: EncodedTensors, ends: Ends)
     if any(name in tensors.tied or name not in tensors for name in blocks.further_weights(twins)):
         return False
     blocks.add(twins)
+    graph.metadata_props[REPEATED] = "yes"
     return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ UNLIMITED = 2**15
 """Tokens that onnxruntime-genai is told of a network that sets no limit: it wants one."""
 _TRACES: WeakKeyDictionary[Any, dict[tuple, ir.Model]] = WeakKeyDictionary()
 """Of each checkpoint. Tracing takes most of the time of an export, and a network is exported several times."""
+_WHOLE: WeakSet[Any] = WeakSet()
+"""Whose blocks looked alike and are not."""
 _CACHES: WeakKeyDictionary[Any, KeyValueCache | str] = WeakKeyDictionary()
 """Of each decoder that is traced: its cache, or why its graph has none."""
 _PAIRS: WeakKeyDictionary[Any, dict[str, ir.Model] | str] = WeakKeyDictionary()
@@ -183,9 +185,27 @@ def traced(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[dict[s
         shapes = ()
     traces, key = _TRACES.setdefault(checkpoint, {}), (frozenset({*tensors, *tensors.tied}), shapes)
     if key not in traces:
-        found = _with_cache(checkpoint, tensors) if checkpoint.family == "decoder" else None
-        traces[key] = found or trace_module(checkpoint.build(), example, tensors, checkpoint.path)
+        found, whole = (
+            _with_cache(checkpoint, tensors) if checkpoint.family == "decoder" else None,
+            checkpoint in _WHOLE,
+        )
+        traces[key] = found or trace_module(checkpoint.build(), example, tensors, checkpoint.path, whole)
     return traces[key]
+
+
+def retrace(checkpoint: Checkpoint) -> bool:
+    """Has the network's graph traced anew, block by block, when it is next exported; False where it was already.
+
+    For a graph that repeats a few blocks and does not compute what the network does: of a forward that does something
+    else at some block, as to skip to it from another, the first blocks do not tell.
+    """
+    from compressor.export.repeating import REPEATED
+
+    if not any(REPEATED in model.graph.metadata_props for model in _TRACES.get(checkpoint, {}).values()):
+        return False
+    _WHOLE.add(checkpoint)
+    del _TRACES[checkpoint]
+    return True
 
 
 def _with_cache(checkpoint: Checkpoint, tensors: EncodedTensors) -> ir.Model | None:
@@ -196,7 +216,7 @@ def _with_cache(checkpoint: Checkpoint, tensors: EncodedTensors) -> ir.Model | N
     if isinstance(cache, str):
         return None
     try:
-        return trace_decoder(checkpoint.build(), cache, tensors, checkpoint.path)
+        return trace_decoder(checkpoint.build(), cache, tensors, checkpoint.path, checkpoint in _WHOLE)
     except CheckpointError as error:
         LOGGER.warning("%s; its graph gets no KV cache", error)
         _CACHES[checkpoint] = str(error)

@@ -17,7 +17,8 @@ from torch import nn
 from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.computed import without_parametrisations
 from compressor.core.artifact import Artifact, beside
-from compressor.core.errors import ChangedError, GateFailed, UsageError
+from compressor.core.batch import Batch
+from compressor.core.errors import ChangedError, GateFailed, UsageError, VerificationError
 from compressor.core.files import resolved
 from compressor.core.identity import Identity
 from compressor.core.log import LOGGER, LoggedProgress
@@ -26,11 +27,13 @@ from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
 from compressor.core.report import Gates, Proof, Quality
 from compressor.core.snapshot import Snapshot
+from compressor.core.tensors import EncodedTensors
 from compressor.core.work import Work
 from compressor.evaluate.distances import weight_errors
 from compressor.evaluate.judge import judge, prove
 from compressor.evaluate.original import speeds
 from compressor.plan.plan import Plan
+from compressor.plan.recipe import Recipe
 from compressor.run.blame import blame, blamed
 from compressor.run.clock import Clock
 from compressor.run.delivery import artifact_size, deliver, largest_tensors
@@ -109,7 +112,7 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
             tensors = write_weights(checkpoint, encoded.tensors, encoded.plan, partial)
             least = write_graph(checkpoint, tensors, partial, options, recipe, encoded.batches)
         with clock.stage("evaluation"):
-            proof = prove(checkpoint, tensors, partial, options, encoded.batches)
+            proof = _proved(checkpoint, tensors, partial, options, recipe, encoded.batches)
             quality = judge(original, samples, recipe, partial, options.format, progress)
             if samples.evaluation is None and options.format == "onnx" and not recipe.evaluation.skipped:
                 LOGGER.warning("%s: no quality was measured: no evaluation data; give eval", options.directory)
@@ -140,6 +143,23 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         directory = deliver(place, report)
     why = () if report.gates.passed else (*report.gates.failures, blamed(blames), largest)
     return directory, [each for each in why if each]
+
+
+def _proved(
+    checkpoint: Checkpoint, tensors: EncodedTensors, partial: Path, options: RunOptions, recipe: Recipe,
+    batches: list[Batch],
+) -> dict[str, Any] | None:  # fmt: skip
+    """As `prove`; a graph of a few blocks repeated that fails is made anew, of all of them."""
+    try:
+        return prove(checkpoint, tensors, partial, options, batches)
+    except VerificationError:
+        from compressor.export.writing import retrace
+
+        if not retrace(checkpoint):
+            raise
+        LOGGER.info("%s: its blocks looked alike and are not; each of them is traced", checkpoint.path)
+        write_graph(checkpoint, tensors, partial, options, recipe, batches)
+        return prove(checkpoint, tensors, partial, options, batches)
 
 
 def compress(

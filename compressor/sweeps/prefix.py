@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from compressor.core.errors import is_out_of_memory
 from compressor.graph.blocks import patched
 from compressor.sweeps.network import Arguments, Network, Stop, n_examples
 
@@ -105,7 +106,9 @@ class Settled:
         a single example or with NaN, shows when it is run as a whole."""
         try:
             return self._network.step(self._block, example)
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return None
 
 

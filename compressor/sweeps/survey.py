@@ -189,9 +189,9 @@ def _backward(
                 handle.remove()
         apart = routed(block, f"{name}.")
         for weight, parts in collected.items():
-            values = torch.cat(parts)
+            values = torch.cat(parts) if parts else torch.zeros(0)  # of a layer that the block does not call
             found.scales[weight] = float(mean(values)) if len(values) else 0.0
-            if weight not in apart:  # which tokens reach an expert differs once weights are encoded
+            if parts and weight not in apart:  # which tokens reach an expert differs once weights are encoded
                 found.importance[weight] = _shares(values, weight, network)
         advance()
     found.scales[""] = float(torch.stack([mean(part.pow(2)) for part in upstream]).mean())

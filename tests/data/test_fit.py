@@ -6,6 +6,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import DataError
@@ -114,3 +117,49 @@ def test_two_inputs_go_by_their_names(tmp_path):
     assert sorted(found.inputs) == ["attention_mask", "input_ids"]
     with pytest.raises(DataError, match=f"table has rows 0 to {config['vocab_size'] - 1}"):
         fitted(bert, [of({"input_ids": ids + config["vocab_size"]})])
+
+
+class OfLength(nn.Embedding):
+    """Positions as BART's and Whisper's decoders have them: given the ids, for how many there are."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange(ids.shape[1], device=ids.device))
+
+
+class ByIndex(OfLength):
+    def forward(self, ids):
+        return self.weight[: ids.shape[1]]
+
+
+class ByHand(OfLength):
+    def forward(self, ids):
+        return functional.embedding(ids.cumsum(1) * 0, self.weight)
+
+
+class Words(nn.Module):
+    positions: type[nn.Embedding] = OfLength
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(90, 16), self.positions(12, 16), nn.Linear(16, 5)
+
+    def forward(self, ids):
+        return self.head(functional.embedding(ids, self.words.weight) + self.places(ids))
+
+
+class IndexedWords(Words):
+    positions = ByIndex
+
+
+class CountedWords(Words):
+    positions = ByHand
+
+
+@pytest.mark.parametrize("kind", [Words, IndexedWords, CountedWords])
+def test_a_table_that_is_given_ids_for_their_number_holds_none_of_them(tmp_path, kind):
+    pico.write_state_dict(kind, tmp_path / "words.pt")
+    words = open_checkpoint(tmp_path / "words.pt", arch=f"tests.data.test_fit:{kind.__name__}")
+    ids = np.arange(40).reshape(4, 10)
+    assert fitted(words, [of({"ids": ids})])[0] is not None
+    with pytest.raises(DataError, match="holds 99 in row 3, and the network's table has rows 0 to 89"):
+        fitted(words, [of({"ids": ids + 60})])

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from compressor.checkpoints import open_checkpoint
+from compressor.checkpoints.architecture import refuse_implausible
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError, DataError
 from compressor.core.packed import METADATA_KEY, packed_tensors
@@ -184,6 +186,11 @@ def test_configs_that_nobody_means_are_refused(tmp_path, changes, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(path.parent).check()
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "doge", "gemma3n_text", "nemotron_h", "muse_spark_text", "qwen4_exp"])
+def test_what_a_kind_of_network_has_by_default_is_nothing_that_nobody_means(kind):
+    refuse_implausible(Path("model"), transformers.CONFIG_MAPPING[kind]().to_dict())
 
 
 def test_shards_outside_of_the_directory_are_not_read(tmp_path):

@@ -250,3 +250,9 @@ def test_what_a_norm_of_each_batch_does_is_in_the_artifact_or_refused(tmp_path: 
     if not ended:
         assert_same(network, tmp_path / "out", strange.Pictures.inputs())
     assert ended in (0, 3)
+
+
+def test_blocks_that_look_alike_and_are_not_are_each_traced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="compressor"):
+        assert_right(strange.AlikeButOne, tmp_path)
+    assert "its blocks looked alike and are not" in caplog.text
