@@ -19,12 +19,13 @@ from bench_batch import batch_table
 from bench_binary import binary_table
 from bench_gradients import gradients_table
 from bench_layers import layers_table
-from bench_loading import loading_table
+from bench_loading import in_use_table, loading_table
 from bench_memory import memory_table
 from bench_mixed import mixed_table
 from bench_n2n import n2n_table
 from bench_once import once_table
 from bench_onnx import onnx_table
+from bench_products import products_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, quality_table, steps_table
 from bench_rounding import rounding_table
@@ -57,7 +58,8 @@ COMMANDS = {
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py",
     "authors": "scripts/bench_authors.py",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
-    "strangers": "scripts/bench_strangers.py",
+    "in_use": "scripts/bench_loading.py --planned", "strangers": "scripts/bench_strangers.py",
+    "products": "scripts/bench_products.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
@@ -128,6 +130,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "prompt": lambda: measured_table("speed", prompt_table),
     "memory": lambda: measured_table("memory", memory_table),
     "loading": lambda: measured_table("loading", loading_table),
+    "inuse": lambda: measured_table("in_use", in_use_table),
+    "products": lambda: measured_table("products", products_table),
     "pruning": lambda: measured_table("pruning", pruning_table),
     "gradients": lambda: measured_table("gradients", gradients_table),
     "strangers": lambda: measured_table("strangers", strangers_table),

@@ -133,6 +133,10 @@ WRONG = {
         "recipe.yaml, gates: min_speedup is 2, but evaluation.speed is false, so that no speed is measured; leave one "
         "of them out"
     ),
+    "passes: [{pass: jlcm}]\ngates: {max_memory: 90MB}\nevaluation: {speed: false}": (
+        "recipe.yaml, gates: max_memory is 9e+07, but evaluation.speed is false, so that no memory is measured; leave "
+        "one of them out"
+    ),
     "calibration: 3": f"recipe.yaml, calibration: is 3; write its settings, as `{FIELD}: …`",
     "- 1": "recipe.yaml: holds [1]; write keys and values, as `passes:`",
     "name: x": "recipe.yaml: has no passes; write for example `passes: [{pass: affine}]`",

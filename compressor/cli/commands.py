@@ -122,6 +122,8 @@ def run(
     max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Refuse a plan that needs more memory than 4GB, "
                        "say, and tell what would need less.")] = None,
     max_size: Annotated[str | None, typer.Option(metavar="SIZE", help="A gate: all files together, as 60MB.")] = None,
+    max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="A gate: what loading and running take in "
+                          "onnxruntime, as 200MB.")] = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="A gate: times the original's speed.")] = None,
     min_agreement: Annotated[float | None, typer.Option(min=0, max=1, help="A gate: share of predictions that are "
                              "the original's.")] = None,
@@ -142,8 +144,9 @@ def run(
     if standard and compat:
         raise UsageError("--standard and --compat exclude each other; give one of them")
     gates = {
-        "max_size": None if max_size is None else parse_size(max_size, "--max-size"), "min_speedup": min_speedup,
-        "min_agreement": min_agreement,
+        "max_size": None if max_size is None else parse_size(max_size, "--max-size"),
+        "max_memory": None if max_memory is None else parse_size(max_memory, "--max-memory"),
+        "min_speedup": min_speedup, "min_agreement": min_agreement,
     }  # fmt: skip
     sets = [*(set_ or ()), *(f"gates.{name}={limit}" for name, limit in gates.items() if limit is not None)]
     if policy is not None:

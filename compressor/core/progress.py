@@ -9,6 +9,7 @@ with progress.task("encoding", total=30) as task:
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_SIGNS = 30.0
+"""Where no step is done for so long."""
 
 
 class Task:
@@ -43,24 +46,47 @@ class Progress:
 
 
 class _LineTask(Task):
+    """Steps are not equally long, the first one least of all: the time left is told from the later half of them."""
+
     def __init__(self, progress: LineProgress, description: str, total: float) -> None:
         self.progress, self.description, self.total = progress, description, total
-        self.done, self.started, self.printed = 0.0, time.monotonic(), time.monotonic()
+        self.done, self.started, self.printed, self.note = 0.0, time.monotonic(), time.monotonic(), ""
+        self._reached = [(0.0, self.started)]
+        self._ended = threading.Event()
+        threading.Thread(target=self._while_silent, daemon=True).start()
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        self.done += steps
         now = time.monotonic()
-        if now - self.printed < SECONDS_BETWEEN_LINES or not self.done:
-            return
+        self.done, self.note = self.done + steps, note
+        if steps:
+            self._reached.append((self.done, now))
+        if now - self.printed >= SECONDS_BETWEEN_LINES and self.done:
+            self._say(now, f"{clock(self._left(now))} left")
+
+    def end(self) -> None:
+        """Says no more."""
+        self._ended.set()
+
+    def _left(self, now: float) -> float:
+        done, since = next(each for each in reversed(self._reached) if each[0] <= self.done / 2)
+        return (now - since) / (self.done - done) * max(self.total - self.done, 0)
+
+    def _while_silent(self) -> None:
+        """A step may take minutes: meanwhile it is said that the work goes on."""
+        while not self._ended.wait(SECONDS_BETWEEN_LINES):
+            now = time.monotonic()
+            if now - self.printed >= SECONDS_BETWEEN_SIGNS:
+                self._say(now, f"{clock(now - self.started)} so far")
+
+    def _say(self, now: float, how_long: str) -> None:
         self.printed = now
-        left = (now - self.started) / self.done * max(self.total - self.done, 0)
-        self.progress.say(
-            f"{self.description}: {self.done:g} of {self.total:g}, {clock(left)} left{f' · {note}' if note else ''}"
-        )
+        note = f" · {self.note}" if self.note else ""
+        self.progress.say(f"{self.description}: {self.done:g} of {self.total:g}, {how_long}{note}")
 
 
 class LineProgress(Progress):
-    """Lines for logs, on stderr or another stream: at most one per task every 15 seconds, and one when it is done."""
+    """Lines for logs, on stderr or another stream: at most one per task every 15 seconds, at least one every 45, one
+    when it is done."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -68,7 +94,10 @@ class LineProgress(Progress):
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Task]:
         task = _LineTask(self, description, total)
-        yield task
+        try:
+            yield task
+        finally:
+            task.end()
         self.say(f"{description}: done in {clock(time.monotonic() - task.started)}")
 
     def say(self, text: str) -> None:

@@ -133,12 +133,14 @@ class Quality(_Section):
 class Memory(_Section):
     """Bytes of the process: before the graph is opened, when it is, and the peaks; None where the system tells not.
 
-    `loading` is what opening the graph adds, resident: its peak, and what there is after.
+    `loading` is what opening the graph adds, resident: its peak, and what there is after. `running` is the most that
+    opening and running add, of a decoder with a text of so many `n_tokens`, and what it grew by `per_thousand_tokens`.
     """
 
     start: dict[str, Count | None] = {}
     loaded: dict[str, Count | None] = {}
     loading: dict[str, Count | None] = {}
+    running: dict[str, Count | None] = {}
     peak_resident: Count | None = None
     peak_private: Count | None = None
 

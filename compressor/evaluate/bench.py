@@ -44,9 +44,10 @@ def bench(
 
     Returns:
         `kind`, `threads`, `load_seconds`, `load_cpu_seconds`, `memory` (bytes: start, loaded, peak_private,
-        peak_resident; `loading`: what opening the graph adds, resident: its `peak`, and what is there `after`), and for
-        decoders the two speeds, for other graphs `latency_seconds` per run of one input and `latency_error`, its
-        relative standard error.
+        peak_resident; `loading`: what opening the graph adds, resident: its `peak`, and what is there `after`;
+        `running`: the `peak` that opening and running add, of decoders with a text of so many `n_tokens`, and how they
+        grow `per_thousand_tokens`), and for decoders the two speeds, for other graphs `latency_seconds` per run of one
+        input and `latency_error`, its relative standard error.
 
     Raises:
         CheckpointError: The artifact cannot be opened or run.

@@ -21,6 +21,8 @@ STABLE = 0.01
 """Relative standard error of a latency that is known well enough."""
 LEAST_RUNS, LEAST_SECONDS, MOST_SECONDS = 5, 0.5, 10.0
 """Of timing, however steady or unsteady the machine is."""
+LEAST_TEXT = 512
+"""Tokens that tell what a longer text takes: of fewer it drowns in what onnxruntime takes at a time."""
 SEQUENCE = 128
 """For open axes of token inputs."""
 PIXELS = 224
@@ -38,7 +40,9 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         name: None if n is None or taken is None else max(0, n - taken)
         for name, n in (("peak", loaded["peak_resident"]), ("after", loaded["resident"]))
     }
+    running: dict[str, int | None] = {}
     if isinstance(session, DecoderSession):
+        running = text_memory(session, settings)
         kind, speed = "decoder", decoder_speed(session, settings)
     else:
         kind = "encoder" if "input_ids" in session.inputs else "module"
@@ -48,12 +52,14 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
             **latency,
             "input_shapes": {name: list(array.shape) for name, array in inputs.items()},
         }
+    most = memory_of()["peak_resident"]
+    running = {"peak": None if most is None or taken is None else max(0, most - taken), **running}
     return {
         "kind": kind,
         "threads": settings["threads"] or os.cpu_count(),
         "load_seconds": seconds_taken,
         "load_cpu_seconds": work,
-        "memory": {"start": start, "loaded": loaded, "loading": loading, "peak_resident": memory_of()["peak_resident"]},
+        "memory": {"start": start, "loaded": loaded, "loading": loading, "running": running, "peak_resident": most},
         **speed,
     }
 
@@ -71,6 +77,20 @@ def decoder_speed(session: DecoderSession, settings: dict[str, Any]) -> dict[str
         "prefill_tokens_per_second": prefill
         / seconds(lambda: reader_of(session, prefill).read(many), settings["repeats"]),
     }
+
+
+def text_memory(session: DecoderSession, settings: dict[str, Any]) -> dict[str, int | None]:
+    """How many tokens are read at most, and what a thousand of them take; of short texts that is not known."""
+    n = positions(session, max(settings["prefill"], settings["prompt"] + settings["new"]))
+    ids = np.random.default_rng(0).integers(0, session.config.get("vocab_size") or 256, size=n)
+    reader, half = reader_of(session, n), n // 2
+    reader.read(ids[:half])
+    first = memory_of()["resident"]
+    reader.read(ids[half:])
+    last = memory_of()["resident"]
+    if first is None or last is None or n < LEAST_TEXT:
+        return {"n_tokens": n, "per_thousand_tokens": None}
+    return {"n_tokens": n, "per_thousand_tokens": max(0, last - first) * 1000 // (n - half)}
 
 
 def positions(session: ModuleSession, wanted: int) -> int:

@@ -213,19 +213,24 @@ class Lowering:
         )  # fmt: skip
 
     def _block_embedding(self, ids: ir.Value, name: str, chosen: Form) -> ir.Value:
-        b = self.builder
-        rows, columns = self.tensors.describe(name)["shape"]
+        b, parts = self.builder, self._parts(self.tensors.tied.get(name, name))
+        rows, columns = parts.description["shape"]
         codes, scales, zeros = self._kernel_operands(name, chosen)
         blocks = -(-columns // chosen.block)
-        inputs = [codes, ids, b.reshape(scales, rows, blocks, 1)]
+        row_bytes = blocks * chosen.block * chosen.bits // 8
+        as_stored = chosen.direct and not parts.has("order") and parts.nbytes("codes") == rows * row_bytes
+        if as_stored:  # a row as it lies: nothing is made for the table that the product does not have as well
+            codes = parts.by_row("codes", ir.DataType.UINT8, row_bytes)
+        inputs = [codes, ids, scales if as_stored else b.reshape(scales, rows, blocks, 1)]
         if zeros is not None:
-            inputs.append(self._block_zeros(name, chosen, zeros, rows, blocks))
+            inputs.append(zeros if as_stored else self._block_zeros(name, chosen, zeros, rows, blocks))
         found = b.contributed(
-            "GatherBlockQuantized", *inputs, bits=chosen.bits, block_size=chosen.block, gather_axis=0, quantize_axis=2
-        )
-        if ids.shape is not None:
+            "GatherBlockQuantized", *inputs, bits=chosen.bits, block_size=chosen.block, gather_axis=0,
+            quantize_axis=1 if as_stored else 2,
+        )  # fmt: skip
+        if not as_stored and ids.shape is not None:
             found = b.reshape(found, *[0] * len(ids.shape), -1)
-        else:
+        elif not as_stored:
             found = b.op("Reshape", found, b.op("Concat", b.op("Shape", ids), b.integers(-1), axis=0))
         return found if columns == blocks * chosen.block else b.slice(found, columns, -1)
 

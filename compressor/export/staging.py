@@ -27,17 +27,10 @@ import onnx_ir as ir
 from compressor.export.builder import GraphBuilder
 from compressor.export.forms import Mode
 from compressor.export.rows import Rows, Size, Sizes, looks_up
+from compressor.export.shares import STAGES, WORTH_IT, Folding, Share, folding_of, share_out
 
-STAGES = 9
-"""onnxruntime makes ten passes; the last is for what hangs on the gates."""
-WORTH_IT = 24_000_000
-"""Bytes made by folding below which a graph stays as it is."""
-ENOUGH = 1.25
-"""Of what stays: below that much at once, fewer stages are as good."""
 _TOGETHER = 1 << 28
 """Bytes that are made at once at most, well below what onnxruntime still folds."""
-_LEFT = 0.01
-"""Of all bytes: small units that need no gates."""
 _SMALL = 50
 """A node that makes less than this part of its unit needs none either."""
 _OLDEST_OPSET = 13
@@ -45,42 +38,18 @@ _STEM = "stage."
 _SOURCES = (ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32)
 
 
-@dataclass(eq=False)
-class Unit:
+@dataclass(eq=False, kw_only=True)
+class Unit(Share):
     """Nodes that fold into one value: what is between it and the stored constants, or the units before it.
 
     exit     the value that something else uses
     order    when what uses it runs
     nodes    the last one first
-    made     bytes of all their outputs
-    kept     bytes of the exit
-    final    whether a node that does not fold uses the exit, which then stays
-    before   the units that it needs
-    stage    when it folds
     """
 
     exit: ir.Value
     order: int
-    final: bool
     nodes: list[ir.Node] = field(default_factory=list)
-    made: int = 0
-    kept: int = 0
-    before: set[Unit] = field(default_factory=set)
-    stage: int = 0
-
-
-@dataclass(frozen=True)
-class Folding:
-    """What folding a graph takes, in bytes: what each stage makes, and what there is when it begins."""
-
-    made: tuple[int, ...]
-    there: tuple[int, ...]
-    kept: int
-
-    @property
-    def peak(self) -> int:
-        """The most that there is at once."""
-        return max((there + made for there, made in zip(self.there, self.made, strict=True)), default=0)
 
 
 def staged(model: ir.Model, mode: Mode) -> Folding:
@@ -95,7 +64,7 @@ def staged(model: ir.Model, mode: Mode) -> Folding:
     rows = Rows(builder, sizes)
     if any(looks_up(node) for unit in units for node in unit.nodes):
         units = _cut(units, rows)
-        share_out(units)
+        share_out(units, STAGES)
     together = _together(units, rows)
     graph.sort()
     units = units_of(graph, sizes, rows.cuts, together)
@@ -189,7 +158,8 @@ def units_of(
         inner = len(owners) == 1 and all(user in known and user not in cuts for user in users)
         if not inner:
             order = min((of[user].order if user in known else position.get(user, 0) for user in users), default=0)
-            of[node] = Unit(node.outputs[0], order, any(user not in known for user in users))
+            final = any(user not in known for user in users)
+            of[node] = Unit(exit=node.outputs[0], order=order, final=final)
             for owner in owners:
                 owner.before.add(of[node])
         else:
@@ -222,59 +192,6 @@ def _joins_rows(node: ir.Node) -> bool:
     return node.op_type == "Concat" and node.attributes.get_int("axis", 0) == 0
 
 
-def share_out(units: list[Unit]) -> None:
-    """Gives units stages, so that the most that there is at once is as little as it can be, within as few stages."""
-    spare, small = _LEFT * sum(unit.made for unit in units), set[Unit]()
-    for unit in sorted(units, key=lambda unit: unit.made):
-        if unit.made <= spare and not unit.before:
-            spare -= unit.made
-            small.add(unit)
-    kept = sum(unit.kept for unit in units if unit.final)
-    high = sum(unit.made for unit in units)
-    low = max(unit.made for unit in units)
-    while high - low > high // 100:
-        limit = (low + high) // 2
-        if _fill(units, small, limit) <= STAGES:
-            high = limit
-        else:
-            low = limit
-    _fill(units, small, max(high, int(ENOUGH * kept)))
-
-
-def _fill(units: list[Unit], small: set[Unit], limit: int) -> int:
-    """Puts units into stages in turn, so that there is never more than `limit` at once; the number of stages."""
-    stage, there = 0, 0
-    made = sum(unit.made for unit in small)
-    freed = 0
-    for unit in units:
-        if unit in small:
-            unit.stage = 0
-            continue
-        if there + made + unit.made > limit and made:
-            stage, there, made = stage + 1, there + made - freed, 0
-            freed = 0
-        unit.stage = stage
-        made += unit.made
-        freed += unit.made - unit.kept + sum(each.kept for each in unit.before if not each.final)
-    return stage + 1
-
-
-def folding_of(units: list[Unit]) -> Folding:
-    """Of units that have stages."""
-    n = max((unit.stage for unit in units), default=0) + 1
-    made, there = [0] * n, [0] * n
-    until = {}
-    for unit in units:
-        for each in unit.before:
-            until[each] = max(until.get(each, 0), unit.stage)
-    for unit in units:
-        made[unit.stage] += unit.made
-        last = n - 1 if unit.final else until.get(unit, unit.stage)
-        for stage in range(unit.stage + 1, last + 1):
-            there[stage] += unit.kept
-    return Folding(tuple(made), tuple(there), sum(unit.kept for unit in units if unit.final))
-
-
 class _Gates:
     """The gates of a graph, and what is behind them."""
 
@@ -302,7 +219,7 @@ class _Gates:
     def _leaves(self, unit: Unit) -> Iterator[ir.Node]:
         """The nodes that would fold at once, but for small ones."""
         inner, small = {value for node in unit.nodes for value in node.outputs}, unit.made // _SMALL
-        inner |= {value for each in unit.before for value in each.nodes[0].outputs}
+        inner |= {value for each in unit.before if isinstance(each, Unit) for value in each.nodes[0].outputs}
         for node in unit.nodes:
             waits = any(value in inner and self.sizes[value].nbytes > small for value in node.inputs if value)
             made = sum(self.sizes[value].nbytes for value in node.outputs)

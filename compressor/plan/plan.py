@@ -45,8 +45,31 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class InUse:
+    """Bytes that a process grows by in which onnxruntime runs the artifact, mapped files included.
+
+    loading   the most while it loads
+    loaded    when it is loaded
+    running   the most while it reads a piece of text, without what it keeps of it, or one example; None: not known,
+              as long as no data tell what an example is
+    per_thousand_tokens
+              of a decoder's keys and values; 0 where none are kept
+    """
+
+    loading: int
+    loaded: int
+    running: int | None
+    per_thousand_tokens: int = 0
+
+    def most(self, tokens: int) -> int:
+        """The most of all, with a text of so many tokens."""
+        return max(self.loading, (self.running or 0) + tokens * self.per_thousand_tokens // 1000)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The tensors in order, the artifact's files, and what it takes to make them."""
+    """The tensors in order, the artifact's files, what it takes to make them, and what to run them where that is
+    known."""
 
     model: str
     architecture: str
@@ -58,6 +81,7 @@ class Plan:
     peak_memory: int
     cpu_seconds: float
     notes: tuple[str, ...] = field(default=())
+    in_use: InUse | None = None
 
     @property
     def bytes_before(self) -> int:

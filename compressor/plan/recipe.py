@@ -196,11 +196,13 @@ class Gates(_Section):
     max_loss      whichever loss the network's outputs have: 5% more perplexity, .05 less cosine, accuracy or agreement,
                   a relative error of 5%; each output has to keep its own
     max_size      of all files together, as 60MB
+    max_memory    that loading and running take in onnxruntime, as 200MB: a text of 512 tokens, or one example
     min_speedup   times the original's speed in onnxruntime: tokens/s, or inputs/s
     """
 
     max_loss: Annotated[Share | None, BeforeValidator(_share)] = None
     max_size: Annotated[Positive | None, BeforeValidator(_size)] = None
+    max_memory: Annotated[Positive | None, BeforeValidator(_size)] = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None
 
     max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None

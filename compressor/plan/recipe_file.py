@@ -327,13 +327,15 @@ def _finish(draft: _Draft, where: str, stem: str) -> Recipe:
 
 
 def _refuse_unmeasured_gate(gates: Gates, evaluation: Evaluation, draft: _Draft) -> None:
-    """Refuses a limit of the speed where the recipe says that no speed is measured."""
-    if gates.min_speedup is not None and not evaluation.speed:
-        _, place = draft.sections["gates"]["min_speedup"]
-        raise RecipeError(
-            f"{place}: min_speedup is {gates.min_speedup:g}, but evaluation.speed is false, so that no speed is "
-            "measured; leave one of them out"
-        )
+    """Refuses a limit of speed or memory where the recipe says that neither is measured."""
+    for name, what in (("min_speedup", "speed"), ("max_memory", "memory")):
+        limit = getattr(gates, name)
+        if limit is not None and not evaluation.speed:
+            _, place = draft.sections["gates"][name]
+            raise RecipeError(
+                f"{place}: {name} is {limit:g}, but evaluation.speed is false, so that no {what} is measured; leave "
+                "one of them out"
+            )
 
 
 def _build_step(name: str, where: str, values: Values) -> Step:

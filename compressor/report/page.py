@@ -120,6 +120,12 @@ def _tiles(report: dict[str, Any]) -> list[Tile]:
     loading = (speed.get("memory") or {}).get("loading") or {}
     if loading.get("after") and loading.get("peak"):
         tiles.append(Tile(size(loading["after"]), f"memory when loaded; loading takes {size(loading['peak'])}"))
+    running = (speed.get("memory") or {}).get("running") or {}
+    if running.get("peak"):
+        text = (
+            f", {size(running['per_thousand_tokens'])} for 1,000 tokens" if running.get("per_thousand_tokens") else ""
+        )
+        tiles.append(Tile(size(running["peak"]), f"memory, loading and running{text}"))
     if speed.get("measured") is False:
         tiles.append(Tile("not measured", "speed and memory, as the recipe asks"))
     return tiles

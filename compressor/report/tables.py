@@ -11,7 +11,7 @@ from rich.table import Table
 from compressor.core.quantities import duration, short_duration, size
 from compressor.core.roles import folded
 from compressor.core.terminal import make_console
-from compressor.plan.plan import Plan
+from compressor.plan.plan import InUse, Plan
 from compressor.plan.recipe import SECTIONS, Recipe
 from compressor.report.facts import drawbacks
 
@@ -58,7 +58,18 @@ def plan_tables(plan: Plan) -> list[Any]:
         f"peak memory about {size(plan.peak_memory)} · about {duration(plan.cpu_seconds)} of CPU time before export "
         f"and evaluation · needs {', '.join(plan.needs) or 'nothing but the model'}"
     )
-    return [tensors, files, *ties, *plan.notes, total]
+    return [tensors, files, *ties, *plan.notes, total, *in_use_lines(plan.in_use)]
+
+
+def in_use_lines(in_use: InUse | None) -> list[str]:
+    """What an artifact will take in onnxruntime, where that is known."""
+    if in_use is None:
+        return []
+    text, per = in_use.per_thousand_tokens, ""
+    if in_use.running is not None:
+        what = "reading a piece of text" if text else "one example"
+        per = f", {size(in_use.running)} with {what}" + (f", {size(text)} more for 1,000 tokens" if text else "")
+    return [f"in onnxruntime about {size(in_use.loading)} while it loads, {size(in_use.loaded)} when loaded{per}"]
 
 
 def reach_line(smallest: int, largest: int, target: int | None) -> str:
@@ -134,6 +145,13 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     loads = [((report.get(key) or {}).get("memory") or {}).get("loading") or {} for key in ("original_speed", "speed")]
     for label, key in (("memory that loading takes", "peak"), ("memory when loaded", "after")):
         before, after = (found.get(key) for found in loads)
+        if after:
+            made.add_row(label, size(before) if before else "", size(after))
+    running = [
+        ((report.get(key) or {}).get("memory") or {}).get("running") or {} for key in ("original_speed", "speed")
+    ]
+    for label, key in (("memory, loading and running", "peak"), ("memory of 1,000 tokens", "per_thousand_tokens")):
+        before, after = (found.get(key) for found in running)
         if after:
             made.add_row(label, size(before) if before else "", size(after))
     stages = report.get("cost") or {}
@@ -276,6 +294,7 @@ def _flat(content: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
 def _value(key: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    if isinstance(value, int) and not isinstance(value, bool) and ("bytes" in key or "memory" in key):
+    counts = not isinstance(value, bool) and not key.endswith("n tokens")
+    if isinstance(value, int) and counts and ("bytes" in key or "memory" in key):
         return size(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -124,6 +124,7 @@ def encode(
         if not recipe.calibration.token_importance:
             found = dataclasses.replace(found, importance={}, channels={})
     with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
+        task.advance(0, note="tables")
         network = Network(checkpoint)
         tensors, files = encode_network(
             network, batches, recipe, plan, found, work, lambda note: task.advance(note=note)

@@ -106,12 +106,20 @@ def lost_quality(gates: Gates, quality: Mapping[str, Any] | None) -> list[str]:
     )
 
 
+def most_memory(report: Report) -> int | None:
+    """Bytes that loading and running took, whichever took more; None: not measured."""
+    memory = None if report.speed is None else report.speed.memory
+    peaks = [] if memory is None else [memory.loading.get("peak"), memory.running.get("peak")]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
 def lost_size_or_speed(gates: Gates, report: Report) -> list[str]:
-    """A sentence for each limit of size and speed that the artifact does not keep."""
-    size = None if report.size is None else report.size.bytes / 1e6
+    """A sentence for each limit of size, memory and speed that the artifact does not keep."""
+    size, memory = None if report.size is None else report.size.bytes / 1e6, most_memory(report)
     megabytes = None if gates.max_size is None else gates.max_size / 1e6
     return _broken(
         ("size in MB, every file,", size, megabytes, 1),
+        ("memory in MB, loading and running,", memory and memory / 1e6, gates.max_memory and gates.max_memory / 1e6, 1),
         ("speed over the original's", speedup(report), gates.min_speedup, -1),
     )
 

@@ -21,6 +21,7 @@ from compressor.core.options import RunOptions, refuse_seed
 from compressor.core.training import Training, unlabelled
 from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
+from compressor.export.in_use import memory_in_use
 from compressor.export.measured import TRACED, TRACED_WITH_CACHE
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
@@ -28,7 +29,7 @@ from compressor.plan.planning import is_depthwise, make_plan, planned_with
 from compressor.plan.recipe import SHORTEST_WINDOW, Recipe
 from compressor.plan.recipe_file import load_recipe, refuse_reaching
 from compressor.plan.targets import aimed
-from compressor.plan.workload import workload_of
+from compressor.plan.workload import Workload, workload_of
 from compressor.widths.ladder import Ladder
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ FEW_CHANNELS = 4
 """As of pictures: a convolution of up to so many computes on floats (export.int8_operations)."""
 PROJECTED = re.compile(r"(^|\.)weight_hr_l\d+(_reverse)?$")
 """Names of the matrices that project the state of torch's LSTM."""
+TEXT = 512
+"""Tokens of the text that `bench` measures memory with."""
 TOKENIZERS = ("tokenizer", "vocab", "merges")
 """What names of a tokenizer's files begin with."""
 
@@ -79,6 +82,16 @@ class Prepared:
         found = replace(self, plan=plan)
         vars(found).update({name: value for name, value in vars(self).items() if name == "samples"})
         return found
+
+    @property
+    def load(self) -> Workload | None:
+        """What the data ask of the network, where they are arrays and were tried on it."""
+        if self.reads_text or "samples" not in vars(self):
+            return None
+        calibration, evaluation = self.samples.calibration, self.samples.evaluation
+        load = getattr(calibration or evaluation, "load", None)
+        counts = [0 if each is None else len(each) for each in (calibration, evaluation)]
+        return None if load is None else workload_of(load, self.recipe, *counts)
 
     @property
     def reads_text(self) -> bool:
@@ -126,7 +139,7 @@ def prepare(asked: RunOptions) -> Prepared:
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
     _refuse_data(found)
-    return _tried(_with_load(found))
+    return _with_memory(_tried(_with_load(found)))
 
 
 def _with_load(found: Prepared) -> Prepared:
@@ -135,19 +148,33 @@ def _with_load(found: Prepared) -> Prepared:
     Raises:
         ResourceError: That is more memory than there may be.
     """
-    if found.reads_text or "samples" not in vars(found):
-        return found
-    calibration, evaluation = found.samples.calibration, found.samples.evaluation
-    source = calibration or evaluation
-    load = getattr(source, "load", None)
+    load = found.load
     if load is None:
         return found
-    counts = [0 if each is None else len(each) for each in (calibration, evaluation)]
-    load = workload_of(load, found.recipe, *counts)
     plan = planned_with(found.plan, found.checkpoint, found.recipe, load)
     if found.options.max_ram is not None:
         refuse_beyond(found.options.max_ram, plan, found.checkpoint.config or {}, found.recipe, load)
     return found.planned(plan)
+
+
+def _with_memory(found: Prepared) -> Prepared:
+    """With what the artifact will take in onnxruntime, and a note where that is more than a gate allows.
+
+    Not of mode standard, whose weights are repacked.
+    """
+    options, plan, recipe = found.options, found.plan, found.recipe
+    if options.format != "onnx" or options.mode == "standard":
+        return found
+    static, config = recipe.export.activations == "static_int8", found.checkpoint.config or {}
+    in_use = memory_in_use(plan.tensors, plan.tied, config, options.mode, static, found.load)
+    limit, most = recipe.gates.max_memory, in_use.most(TEXT if in_use.per_thousand_tokens else 0)
+    notes = plan.notes
+    if limit is not None and most > limit:
+        notes = (
+            *notes,
+            f"gates.max_memory is {limit / 1e6:,.0f} MB, and the artifact will take about {most / 1e6:,.0f} MB",
+        )
+    return found.planned(replace(plan, in_use=in_use, notes=notes))
 
 
 def within_positions(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tuple[str, ...]]:

@@ -149,10 +149,12 @@ def test_exit_statuses(pipeline, command, error, expected):
 
 
 def test_gates_on_the_line_are_settings_of_the_recipe(pipeline, command):
-    args = "net.safetensors -r llm-2bit --max-size 60kB --min-speedup 1.5 --min-agreement 0.9"
+    args = "net.safetensors -r llm-2bit --max-size 60kB --max-memory 2MB --min-speedup 1.5 --min-agreement 0.9"
     assert command(args).status == 0
     (options,) = pipeline.asked
-    assert options.sets == ("gates.max_size=60000", "gates.min_speedup=1.5", "gates.min_agreement=0.9")
+    assert options.sets == (
+        "gates.max_size=60000", "gates.max_memory=2000000", "gates.min_speedup=1.5", "gates.min_agreement=0.9",
+    )  # fmt: skip
     assert command("net.safetensors -r llm-2bit --max-size lots").status == 2
 
 

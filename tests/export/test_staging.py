@@ -18,7 +18,8 @@ from compressor.export.builder import GraphBuilder
 from compressor.export.check import slow_paths
 from compressor.export.decoder import export_decoder
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, refusal
-from compressor.export.staging import Folding, folding_of, sizes_of, staged, units_of
+from compressor.export.shares import Folding, folding_of
+from compressor.export.staging import sizes_of, staged, units_of
 from compressor.runtime.sessions import Settings
 from tests.export import test_decoder, test_lowering
 

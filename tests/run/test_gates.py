@@ -8,7 +8,7 @@ from compressor.core.errors import RecipeError
 from compressor.core.report import Report, Size, Speed
 from compressor.plan.recipe import Gates
 from compressor.plan.recipe_file import load_recipe
-from compressor.run.gates import lost_quality, lost_size_or_speed, promised, speedup
+from compressor.run.gates import lost_quality, lost_size_or_speed, most_memory, promised, speedup
 from compressor.widths.allocate import Target
 
 SPEEDS = {"speed": {"decode_tokens_per_second": 30.0}, "original_speed": {"decode_tokens_per_second": 10.0}}
@@ -53,6 +53,18 @@ def test_size_and_speed_are_held_against_their_limits():
     ]
 
 
+def test_memory_is_limited_by_the_most_of_loading_and_running():
+    memory = {"loading": {"peak": 90_000_000, "after": 50_000_000}, "running": {"peak": 120_000_000}}
+    report = Report.model_validate({"speed": {"memory": memory}})
+    assert most_memory(report) == 120_000_000
+    assert lost_size_or_speed(Gates(max_memory=120_000_000), report) == []
+    assert lost_size_or_speed(Gates(max_memory=100_000_000), report) == [
+        "memory in MB, loading and running, is 120, the gate is 100"
+    ]
+    (unknown,) = lost_size_or_speed(Gates(max_memory=1_000_000), Report(speed=None))
+    assert unknown.startswith("memory in MB, loading and running, was not measured")
+
+
 def test_the_accuracy_drop_is_limited_where_there_are_labels():
     quality = {"accuracy": 0.7, "original_accuracy": 0.8, "top1_agreement": 0.9}
     assert lost_quality(Gates(max_accuracy_drop=0.05), quality) == ["accuracy drop is 0.1, the gate is 0.05"]
@@ -67,8 +79,9 @@ def test_what_is_not_a_number_keeps_no_limit():
 
 def test_gates_in_a_recipe_are_written_as_people_write_them(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("imports: llm-2bit\ngates: {max_loss: 5%, max_size: 60MB, min_speedup: 2}\n")
+    file.write_text("imports: llm-2bit\ngates: {max_loss: 5%, max_size: 60MB, min_speedup: 2, max_memory: 200MB}\n")
     gates = load_recipe(file).gates
+    assert gates.max_memory == 200_000_000
     assert (gates.max_loss, gates.max_size, gates.min_speedup) == (0.05, 60_000_000, 2.0)
     file.write_text("imports: llm-2bit\ngates: {max_size: 60XB}\n")
     with pytest.raises(RecipeError, match=r"mine.yaml, gates: max_size is '60XB'; it should be a size, as 60MB"):
