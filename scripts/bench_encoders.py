@@ -44,12 +44,10 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Judged:
-    """A network, what it is calibrated on, what its run evaluates on, and batches (inputs, labels, which of them count)
-    to judge it on."""
+    """A network, what it is calibrated on, and batches (inputs, labels, which of them count) to judge it on."""
 
     model: Path
     data: Path
-    eval: Path
     module: nn.Module
     batches: list[tuple[Inputs, Tensor, Tensor]]
 
@@ -76,15 +74,14 @@ def spam(n: int) -> Judged:
         module.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     judged = [(text, 0) for text in mails(("easy-ham-2",), n)] + [(text, 1) for text in mails(("spam-2",), n)]
-    data, evaluation = (folder / name for name in ("mails.jsonl", "others.jsonl"))
-    for path, texts in ((data, train), (evaluation, judged)):
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text, _ in texts), encoding="utf-8")
+    data = folder / "mails.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text, _ in train), encoding="utf-8")
     batches = []
     for part in (judged[at : at + BATCH] for at in range(0, len(judged), BATCH)):
         labels = torch.tensor([label for _, label in part])
         batches.append((encoded(tokenizer, [text for text, _ in part]), labels, torch.ones_like(labels).bool()))
     module = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
-    return Judged(folder, data, evaluation, module, batches)
+    return Judged(folder, data, module, batches)
 
 
 def encoded(tokenizer: Any, texts: list[str]) -> Inputs:
@@ -116,9 +113,8 @@ def molecules(n: int) -> Judged:
     source, folder = model_dir("albert"), cached("encoders")
     words = {word: at for at, word in enumerate((source / "vocab.txt").read_text(encoding="utf-8").splitlines())}
     module = transformers.AlbertForMaskedLM.from_pretrained(source).eval()
-    data, evaluation = (folder / name for name in ("drugs.npz", "others.npz"))
-    for path, file in ((data, "chembl_drugs.csv"), (evaluation, "chembl_samples.csv")):
-        np.savez(path, **{name: value.numpy() for name, value in smiles(file, words, n)[0].items()})
+    data = folder / "drugs.npz"
+    np.savez(data, **{name: value.numpy() for name, value in smiles("chembl_drugs.csv", words, n)[0].items()})
     inputs, tokens = smiles("chembl_samples.csv", words, n)
     chosen = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < MASKED) & (
         tokens > words["[MASK]"]
@@ -128,7 +124,7 @@ def molecules(n: int) -> Judged:
     for at in range(0, len(tokens), BATCH):
         rows = slice(at, at + BATCH)
         batches.append(({name: value[rows] for name, value in masked.items()}, tokens[rows], chosen[rows]))
-    return Judged(source, data, evaluation, module, batches)
+    return Judged(source, data, module, batches)
 
 
 def smiles(file: str, words: dict[str, int], n: int) -> tuple[Inputs, Tensor]:
@@ -197,7 +193,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=cached("encoders")) as scratch:
                 report = run(RunOptions(
                     model=str(judged.model), recipe="encoder-4bit", output=Path(scratch) / "out", data=str(judged.data),
-                    eval=str(judged.eval), sets=settings,
+                    sets=(*settings, "evaluation.tokens=0", "evaluation.samples=0"),
                 )).report  # fmt: skip
                 sizes = {"megabytes": report["size"]["bytes"] / 1e6}
                 sizes["original_megabytes"] = report["size"]["original_bytes"] / 1e6

@@ -233,12 +233,19 @@ class CachedForward(nn.Module):
         super().__init__()
         self.network, self.cache = network, cache
         self._counts = "position_ids" in inspect.signature(network.forward).parameters
+        self._first = _first_position(network)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ids, mask, *tensors = inputs
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, tensors[0].shape[2] :]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, tensors[0].shape[2] :] + self._first
         found = self.network(
             input_ids=ids, attention_mask=mask, past_key_values=self.cache.given(tensors), use_cache=True,
             **({"position_ids": positions} if self._counts else {}),
         )  # fmt: skip
         return (found.logits, *self.cache.kept(found.past_key_values))
+
+
+def _first_position(network: nn.Module) -> int:
+    """What positions begin with: of RoBERTa's kin after that of padding, which their table of positions has a row for."""
+    tables = [each for name, each in network.named_modules() if isinstance(each, nn.Embedding) and "position" in name]
+    return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
