@@ -246,6 +246,6 @@ class CachedForward(nn.Module):
 
 
 def _first_position(network: nn.Module) -> int:
-    """What positions begin with: of RoBERTa's kin after that of padding, which their table of positions has a row for."""
+    """What positions begin with: of RoBERTa's kin after that of padding, which their table has a row for."""
     tables = [each for name, each in network.named_modules() if isinstance(each, nn.Embedding) and "position" in name]
     return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
