@@ -41,7 +41,7 @@ def check_disjoint(calibration: Text | Arrays, evaluation: Text | Arrays, tolera
     if share > tolerance:
         raise DataError(
             f"{evaluation.source}: overlaps the calibration data {calibration.source}; {share:.1%} of it is in both, "
-            f"for example {example}; evaluate on other data"
+            f"for example {example}; evaluate on other data (--eval), or not at all (--set evaluation.tokens=0)"
         )
     return share
 

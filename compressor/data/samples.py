@@ -76,7 +76,8 @@ def load_samples(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) ->
     assert calibration is not None
     if evaluation is None:
         calibration, evaluation = calibration.split()
-    return Samples(calibration, evaluation, check_disjoint(calibration, evaluation))
+    shared = 0.0 if recipe.evaluation.skipped else check_disjoint(calibration, evaluation)
+    return Samples(calibration, evaluation, shared)
 
 
 def _fitting(checkpoint: Checkpoint, sources: Sequence[Text | Arrays | None]) -> list[Text | Arrays | None]:

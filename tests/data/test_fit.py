@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,6 +107,18 @@ def test_a_dry_run_and_a_run_refuse_data_in_the_same_words(tmp_path, resnet, kin
         run(options)
     assert str(planned.value) == str(ran.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npz", "recipe.yaml"]
+
+
+def test_data_whose_parts_are_alike_do_where_nothing_is_evaluated(tmp_path, resnet):
+    np.savez(tmp_path / "data.npz", input=np.repeat(IMAGES[:1], 8, 0))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    options = RunOptions(
+        model=str(resnet.path), arch="tests.pico:ResNet", recipe=str(tmp_path / "recipe.yaml"),
+        data=str(tmp_path / "data.npz"), output=tmp_path / "out",
+    )  # fmt: skip
+    with pytest.raises(DataError, match="overlaps the calibration data .* --set evaluation.tokens=0"):
+        prepare(options)
+    prepare(replace(options, sets=("evaluation.tokens=0",)))
 
 
 def test_two_inputs_go_by_their_names(tmp_path):
