@@ -116,7 +116,7 @@ def test_data_whose_parts_are_alike_do_where_nothing_is_evaluated(tmp_path, resn
         model=str(resnet.path), arch="tests.pico:ResNet", recipe=str(tmp_path / "recipe.yaml"),
         data=str(tmp_path / "data.npz"), output=tmp_path / "out",
     )  # fmt: skip
-    with pytest.raises(DataError, match="overlaps the calibration data .* --set evaluation.tokens=0"):
+    with pytest.raises(DataError, match="overlaps the calibration data .*--set evaluation.tokens=0"):
         prepare(options)
     prepare(replace(options, sets=("evaluation.tokens=0",)))
 
