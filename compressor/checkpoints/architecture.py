@@ -96,6 +96,7 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
             f"{transformers.__version__} does not know; code inside of checkpoints is never run; give "
             "--arch module:callable"
         )
+    config = _with_special_floats(config)
     refuse_implausible(path, config)
     described = to_build(path, config)
     name = architecture_of(config)
@@ -129,6 +130,15 @@ def build_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
 
 def _named_backbone(config: dict[str, Any]) -> str:
     return f", as backbone '{config['backbone']}'" if isinstance(config.get("backbone"), str) else ""
+
+
+def _with_special_floats(value: Any) -> Any:
+    """A config whose infinite numbers, which transformers writes as {"__float__": "Infinity"}, are numbers."""
+    if isinstance(value, dict):
+        if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_special_floats(each) for key, each in value.items()}
+    return [_with_special_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def refuse_implausible(path: Path, config: dict[str, Any]) -> None:

@@ -109,8 +109,8 @@ def _refuse_axes(checkpoint: Checkpoint, source: Arrays) -> None:
             inner += [(size, 1) for size in value.shape[:1]]  # one example, which the graph takes as a whole
         if any(isinstance(size, int) and size > 0 and size != found for size, found in inner):
             raise DataError(
-                f"{source.source}: array '{value.name}' has shape {array.shape}; {checkpoint.path} takes [{wanted}]: "
-                "give examples along that first axis, or, where the graph takes one as a whole, along an axis more"
+                f"{source.source}: array '{value.name}' has shape {array.shape}; {checkpoint.path} takes [{wanted}], "
+                "an example per row of the first axis, or, where that is of no examples, of one before it"
             )
 
 

@@ -205,7 +205,8 @@ def _shares(values: Tensor, name: str, network: Network) -> Tensor:
 
 
 def _collector(into: list[Tensor]):
-    def hook(_: nn.Module, __: tuple, output: Tensor) -> None:
-        output.register_hook(lambda gradient: into.append(gradient.float().pow(2).mean(-1).flatten()))
+    def hook(_: nn.Module, __: tuple, output: object) -> None:
+        if isinstance(output, Tensor):  # routers are linears that give more
+            output.register_hook(lambda gradient: into.append(gradient.float().pow(2).mean(-1).flatten()))
 
     return hook

@@ -66,7 +66,7 @@ NAN = np.where(np.arange(8).reshape(-1, 1, 1, 1) == 5, np.nan, IMAGES)
 WRONG = {
     "shape": ({"input": IMAGES[:, :2]}, None, "cannot be run on the first example; found 'input' .8, 2, 12, 12. of"),
     "dimensions": ({"input": IMAGES[:, 0, 0, 0]}, None, "cannot be run on the first example"),
-    "names": ({"input": IMAGES, "more": IMAGES}, None, "holds input, more; .* takes"),
+    "names": ({"input": IMAGES, "more": IMAGES}, None, "holds input, more, and lacks x; .* takes"),
     "integers": ({"input": (9 * IMAGES).astype(np.int32)}, None, "cannot be run on the first example"),
     "texts": ({"input": np.array(["a"] * 8)}, None, "array 'input' is of type <U1; networks take numbers"),
     "complex": ({"input": IMAGES + 1j}, None, "array 'input' is of type complex64; networks take numbers"),

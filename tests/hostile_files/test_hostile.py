@@ -176,6 +176,7 @@ def test_an_archive_is_refused_whatever_zipfile_says_of_it(name, tmp_path):
         ({"head_dim": 10**400}, "has head_dim 10000000.; expected at most 1,048,576"),
         ({"text_config": {"intermediate_size": -(2**40)}}, "has intermediate_size -1.09951e.12; expected at most"),
         ({"deep": [{"num_hidden_layers": [1, 10**9]}]}, "has num_hidden_layers 1e.09; expected at most 10,000"),
+        ({"rope_theta": {"__float__": "NaN"}}, "has rope_theta nan; expected at most"),
         ({"hidden_size": "wide"}, "does not describe a LlamaForCausalLM"),
         ({"architectures": ["os"]}, "names architecture 'os'"),
         ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "code inside of checkpoints is never run"),
@@ -191,6 +192,15 @@ def test_configs_that_nobody_means_are_refused(tmp_path, changes, message):
 @pytest.mark.parametrize("kind", ["mamba2", "doge", "gemma3n_text", "nemotron_h", "muse_spark_text", "qwen4_exp"])
 def test_what_a_kind_of_network_has_by_default_is_nothing_that_nobody_means(kind):
     refuse_implausible(Path("model"), transformers.CONFIG_MAPPING[kind]().to_dict())
+
+
+def test_an_infinite_limit_is_read_as_transformers_writes_it(tmp_path):
+    config = transformers.Mamba2Config(
+        num_hidden_layers=1, hidden_size=16, num_heads=4, head_dim=8, state_size=4, vocab_size=20
+    )
+    transformers.Mamba2ForCausalLM(config).save_pretrained(tmp_path)
+    assert '"__float__": "Infinity"' in (tmp_path / "config.json").read_text()
+    open_checkpoint(tmp_path).check()
 
 
 def test_shards_outside_of_the_directory_are_not_read(tmp_path):
