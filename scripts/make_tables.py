@@ -17,6 +17,7 @@ from typing import Any
 from bench_authors import authors_table
 from bench_batch import batch_table
 from bench_binary import binary_table
+from bench_encoders import encoders_table
 from bench_gradients import gradients_table
 from bench_layers import layers_table
 from bench_loading import in_use_table, loading_table
@@ -56,7 +57,7 @@ MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "quality": "scripts/bench_quality.py artifacts DIR…", "baselines": "scripts/bench_quality.py baselines",
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py",
-    "authors": "scripts/bench_authors.py",
+    "authors": "scripts/bench_authors.py", "encoders": "scripts/bench_encoders.py",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "in_use": "scripts/bench_loading.py --planned", "strangers": "scripts/bench_strangers.py",
     "products": "scripts/bench_products.py",
@@ -126,6 +127,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: measured_table("steps", steps_table),
     "layers": lambda: measured_table("layers", layers_table),
     "speed": lambda: measured_table("speed", speed_table),
+    "encoders": lambda: measured_table("encoders", encoders_table),
     "authors": lambda: measured_table("authors", authors_table),
     "prompt": lambda: measured_table("speed", prompt_table),
     "memory": lambda: measured_table("memory", memory_table),
