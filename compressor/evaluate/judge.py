@@ -12,7 +12,13 @@ import numpy as np
 from compressor.checkpoints import Checkpoint
 from compressor.core.artifact import Artifact
 from compressor.core.batch import Batch
-from compressor.core.errors import VerificationError
+from compressor.core.errors import (
+    CheckpointError,
+    CompressorError,
+    VerificationError,
+    first_line,
+    is_out_of_memory,
+)
 from compressor.core.log import LoggedProgress
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress, Task
@@ -36,6 +42,8 @@ _PROOF_TOKENS, _PROOF_STEPS = 112, 8
 """Tokens of a text that are compared, and how many of them are read one at a time where there is a cache."""
 _BEYOND_WINDOW = 32
 """Of attention, where the text is long enough."""
+_OTHER_LENGTH = 600
+"""Tokens of a decoder without a cache: other than what was traced, and beyond chunks that a forward may have."""
 _LARGEST_GRAPH = 2**31 - 2**24
 """Bytes of weights that a single .onnx file can hold."""
 
@@ -60,9 +68,12 @@ def prove(
     if "input_ids" in inputs:
         n = max(_PROOF_TOKENS, _window(checkpoint.config or {}) + _BEYOND_WINDOW)
         inputs = {name: array[:, :n] for name, array in inputs.items()}
+    session = open_session(directory, apart=True)
+    if checkpoint.family == "decoder" and "input_ids" in inputs and not isinstance(session, DecoderSession):
+        inputs = _lengthened(inputs, min(checkpoint.positions or _OTHER_LENGTH, _OTHER_LENGTH))
     expected = _expected(checkpoint, tensors, inputs, directory)
     config = checkpoint.config
-    shipped = compare_all(open_session(directory, apart=True).outputs_of(inputs), expected, inputs, config)
+    shipped = compare_all(_read(session, inputs, directory), expected, inputs, config)
     graph = directory / "model.onnx"
     paired = is_pair(directory) and "decoder_input_ids" in inputs
     pair = {"paired": _compared_pair(directory, expected, inputs, False)} if paired else {}
@@ -88,6 +99,24 @@ def prove(
                 f"value; expected less than {LARGEST_ERROR}; please report this with the recipe and the model's config"
             )
     return {"exact": exact, "as_shipped": shipped} | ({} if stepped is None else {"in_steps": stepped}) | pair
+
+
+def _lengthened(inputs: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
+    """Texts of so many tokens at least: what is there again and again."""
+    return {name: np.tile(array, (1, max(1, -(-n // array.shape[1])))) for name, array in inputs.items()}
+
+
+def _read(session: ModuleSession, inputs: dict[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
+    try:
+        return session.outputs_of(inputs)
+    except Exception as error:  # onnxruntime's own errors share no narrower class
+        if isinstance(error, CompressorError) or is_out_of_memory(error):
+            raise
+        shapes = ", ".join(f"'{name}' {array.shape}" for name, array in inputs.items())
+        raise CheckpointError(
+            f"{directory}: the graph that torch.onnx makes of the network cannot be run on {shapes}; "
+            f"{first_line(error)}; a size of its forward is fixed there; --format safetensors packs the weights alone"
+        ) from error
 
 
 def _in_steps(
