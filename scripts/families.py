@@ -80,7 +80,7 @@ def _summary(results: Mapping[str, Any]) -> str:
 
 
 def _reasons(results: Mapping[str, Any]) -> str:
-    said = [f"* {name}: {found['why']}" for name, found in results.items() if found.get("why")]
+    said = [f"* {name}: {found['why'].replace('](', '] (')}" for name, found in results.items() if found.get("why")]
     return "\n\nWhat was said of those without a cache, refused or wrong:\n\n" + "\n".join(said) if said else ""
 
 
