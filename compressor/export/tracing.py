@@ -76,7 +76,7 @@ def traced(
         network = type(shell.network).__name__
         raise CheckpointError(
             f"{path}: torch.onnx cannot trace {network}; {reason[0]}; its forward must be free of Python branches on "
-            "values, and work for any batch"
+            "values and of what ONNX lacks, as complex numbers, and work for any batch"
         ) from error
     assert program is not None
     return program.model
