@@ -68,12 +68,10 @@ def prove(
     if "input_ids" in inputs:
         n = max(_PROOF_TOKENS, _window(checkpoint.config or {}) + _BEYOND_WINDOW)
         inputs = {name: array[:, :n] for name, array in inputs.items()}
-    session = open_session(directory, apart=True)
-    if checkpoint.family == "decoder" and "input_ids" in inputs and not isinstance(session, DecoderSession):
-        inputs = _lengthened(inputs, min(checkpoint.positions or _OTHER_LENGTH, _OTHER_LENGTH))
+    inputs, given = _as_shipped(checkpoint, directory, inputs)
     expected = _expected(checkpoint, tensors, inputs, directory)
     config = checkpoint.config
-    shipped = compare_all(_read(session, inputs, directory), expected, inputs, config)
+    shipped = compare_all(given, expected, inputs, config)
     graph = directory / "model.onnx"
     paired = is_pair(directory) and "decoder_input_ids" in inputs
     pair = {"paired": _compared_pair(directory, expected, inputs, False)} if paired else {}
@@ -101,14 +99,20 @@ def prove(
     return {"exact": exact, "as_shipped": shipped} | ({} if stepped is None else {"in_steps": stepped}) | pair
 
 
-def _lengthened(inputs: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
-    """Texts of so many tokens at least: what is there again and again."""
-    return {name: np.tile(array, (1, max(1, -(-n // array.shape[1])))) for name, array in inputs.items()}
+def _as_shipped(
+    checkpoint: Any, directory: Path, inputs: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # fmt: skip
+    """(inputs, what the artifact makes of them); the inputs of a decoder without a cache are longer texts.
 
-
-def _read(session: ModuleSession, inputs: dict[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
+    Raises:
+        CheckpointError: Such texts do not go through the graph, whose sizes are those of the text that was traced.
+    """
+    session = open_session(directory, apart=True)
+    if checkpoint.family != "decoder" or "input_ids" not in inputs or isinstance(session, DecoderSession):
+        return inputs, session.outputs_of(inputs)
+    inputs = _lengthened(inputs, min(checkpoint.positions or _OTHER_LENGTH, _OTHER_LENGTH))
     try:
-        return session.outputs_of(inputs)
+        return inputs, session.outputs_of(inputs)
     except Exception as error:  # onnxruntime's own errors share no narrower class
         if isinstance(error, CompressorError) or is_out_of_memory(error):
             raise
@@ -117,6 +121,14 @@ def _read(session: ModuleSession, inputs: dict[str, np.ndarray], directory: Path
             f"{directory}: the graph that torch.onnx makes of the network cannot be run on {shapes}; "
             f"{first_line(error)}; a size of its forward is fixed there; --format safetensors packs the weights alone"
         ) from error
+
+
+def _lengthened(inputs: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
+    """Texts of `n` tokens, of what is there again and again; longer ones as they are."""
+    return {
+        name: array if array.shape[1] >= n else np.tile(array, (1, -(-n // array.shape[1])))[:, :n]
+        for name, array in inputs.items()
+    }
 
 
 def _in_steps(

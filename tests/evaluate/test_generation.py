@@ -21,7 +21,7 @@ from tests import pico
 
 RECIPE = """
 passes: [{pass: affine, bits: 4, group: 16, method: gptq}]
-calibration: {tokens: 256, window: 32}
+calibration: {tokens: 240, window: 24}
 embeddings: {bits: 8, group: 16}
 evaluation: {tokens: 96, window: 32, speed: false}
 """
