@@ -47,8 +47,9 @@ from compressor.export import staging
 from compressor.export.writing import export_graph
 from compressor.plan.plan import PlannedTensor
 from compressor.plan.planning import make_plan
+from compressor.plan.recipe import MEASURED_TEXT
 from compressor.plan.recipe_file import load_recipe
-from compressor.run.prepare import TEXT, prepare
+from compressor.run.prepare import prepare
 
 RECIPES = ("llm-2bit", "llm-3bit", "llm-4bit")
 REPEATS = 5
@@ -216,8 +217,8 @@ def measure_case(case: Case, threads: int) -> dict[str, Any]:
         shapes = {name: [1, *array.shape[1:]] for name, array in next(calibration.batches(1)).items() if array.ndim}
     with tempfile.TemporaryDirectory() as scratch:
         write_artifact(start.checkpoint, case.recipe, Path(scratch))
-        memory = bench(scratch, threads, new=4, prefill=TEXT, repeats=1, shapes=shapes)["memory"]
-    tokens = TEXT if planned.per_thousand_tokens else 0
+        memory = bench(scratch, threads, new=4, prefill=MEASURED_TEXT, repeats=1, shapes=shapes)["memory"]
+    tokens = MEASURED_TEXT if planned.per_thousand_tokens else 0
     return {
         "loading": [planned.loading, memory["loading"]["peak"]],
         "loaded": [planned.loaded, memory["loading"]["after"]],

@@ -19,6 +19,7 @@ from compressor.core.errors import CheckpointError
 from compressor.core.machine import private_memory
 from compressor.evaluate.installation import graph_to_run
 from compressor.evaluate.session import graph_path
+from compressor.plan.recipe import MEASURED_TEXT
 from compressor.runtime.processes import clean_environment, python
 
 POLL_SECONDS = 0.01
@@ -29,7 +30,7 @@ def bench(
     threads: int | None = None,
     prompt: int = 16,
     new: int = 64,
-    prefill: int = 512,
+    prefill: int = MEASURED_TEXT,
     repeats: int = 3,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:

@@ -126,6 +126,12 @@ class GraphBuilder:
         return value
 
 
+def scalar(value: ir.Value | None) -> float | None:
+    """The number that a value is, if it is a constant of one element."""
+    held = None if value is None else value.const_value
+    return float(held.numpy().item()) if held is not None and held.size == 1 else None
+
+
 def _follow_each_other(stored: Sequence[ir.TensorProtocol | None]) -> bool:
     """Whether tensors lie in one file, each where the one before ends."""
     at = None

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from compressor.export.builder import CONTRIBUTED, GraphBuilder
+from compressor.export.builder import CONTRIBUTED, GraphBuilder, scalar
 from compressor.export.lowering import Mode
 
 _NORMS: dict[Mode, str] = {
@@ -43,11 +43,11 @@ def _fuse_norm(builder: GraphBuilder, reciprocal: ir.Node, operator: str) -> Non
     square = _made_by(mean and mean.inputs[0], "Pow")
     if shifted is None or mean is None or square is None:
         return
-    x, epsilon = square.inputs[0], _scalar(shifted.inputs[1])
+    x, epsilon = square.inputs[0], scalar(shifted.inputs[1])
     over_last = _integers(mean.inputs[1] if len(mean.inputs) > 1 else None) == [-1]
     normed = _only_use(reciprocal.outputs[0], "Mul")
     scaled = _only_use(normed and normed.outputs[0], "Mul")
-    if x is None or epsilon is None or not over_last or _scalar(square.inputs[1]) != 2.0 or scaled is None:
+    if x is None or epsilon is None or not over_last or scalar(square.inputs[1]) != 2.0 or scaled is None:
         return
     assert normed is not None
     if x not in normed.inputs or x.shape is None or x.dtype != ir.DataType.FLOAT:
@@ -100,17 +100,14 @@ def _turned_halves(halves: ir.Node | None) -> ir.Value | None:
     size = x.shape[-1] if x is not None and x.shape is not None and len(x.shape) == 4 else None
     if not isinstance(size, int) or size % 2 or x is None or not isinstance(x.shape and x.shape[1], int):
         return None
-    wanted = (([0], [size // 2]), ([size // 2], [size]))
-    for half, (start, stop) in zip((first, second), wanted, strict=True):
-        found = [_integers(value) for value in half.inputs[1:]]
-        if (
-            found[0] != start
-            or (found[1] or [0])[0] < stop[0]
-            or found[2] not in ([3], [-1])
-            or found[3:] not in ([], [[1]])
-        ):
+    half = size // 2
+    for part, start, least, most in ((first, 0, half, half), (second, half, size, np.inf)):
+        if len(part.inputs) < 4:
             return None
-        if half is first and found[1] != stop:
+        starts, ends, axes, *steps = (_integers(value) for value in part.inputs[1:])
+        if starts != [start] or axes not in ([3], [-1]) or steps not in ([], [[1]]):
+            return None
+        if ends is None or not least <= ends[0] <= most:
             return None
     return x
 
@@ -125,9 +122,9 @@ def _is_table(table: ir.Value, operator: str, x: ir.Value) -> bool:
     node, seen = single.inputs[0] and single.inputs[0].producer(), False
     while node is not None and node.op_type in (operator, "Mul", "Cast"):
         seen |= node.op_type == operator
-        if node.op_type == "Mul" and all(_scalar(value) is None for value in node.inputs):
+        if node.op_type == "Mul" and all(scalar(value) is None for value in node.inputs):
             return False
-        value = next((value for value in node.inputs if _scalar(value) is None), None)
+        value = next((value for value in node.inputs if scalar(value) is None), None)
         node = value and value.producer()
     return (
         seen and node is not None and node.op_type == "Concat" and len(node.inputs) == 2
@@ -186,7 +183,7 @@ def _group_product(builder: GraphBuilder, product: ir.Node) -> None:
     found.shape, found.type = None, product.outputs[0].type
     last = product
     scale = _only_use(product.outputs[0], "Mul")
-    if scale is not None and any(_scalar(value) is not None for value in scale.inputs):
+    if scale is not None and any(scalar(value) is not None for value in scale.inputs):
         # A factor right after a product is part of it for onnxruntime.
         builder.before = last = scale
         found = builder.op("Mul", *(found if value is product.outputs[0] else value for value in scale.inputs))
@@ -249,11 +246,6 @@ def _only_use(value: ir.Value | None, operator: str) -> ir.Node | None:
     users = {user for user, _ in value.uses()}
     node = users.pop() if len(users) == 1 else None
     return node if node is not None and node.op_type == operator else None
-
-
-def _scalar(value: ir.Value | None) -> float | None:
-    held = None if value is None else value.const_value
-    return float(held.numpy().item()) if held is not None and held.size == 1 else None
 
 
 def _integers(value: ir.Value | None) -> list[int] | None:

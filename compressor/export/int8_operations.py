@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from compressor.export.builder import scalar
 from compressor.export.forms import int8_refusal
 
 IMAGE_CHANNELS = 4
@@ -171,11 +172,7 @@ def _holds_zero(clip: ir.Node) -> bool:
 
 def _constant(node: ir.Node, at: int) -> float | None:
     """The number that an input is, if it is a constant of one element."""
-    value = node.inputs[at] if len(node.inputs) > at else None
-    held = None if value is None else value.const_value
-    if held is None or held.size != 1:
-        return None
-    return float(held.numpy().ravel()[0])
+    return scalar(node.inputs[at]) if len(node.inputs) > at else None
 
 
 def _swish(node: ir.Node, outputs: set[ir.Value]) -> Int8Operation | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoints.skeleton import parameter_names
-from compressor.core.errors import CheckpointError, ExportError
+from compressor.core.errors import CheckpointError, ExportError, first_line
 from compressor.core.tensors import EncodedTensors
 from compressor.export.builder import GraphBuilder
 
@@ -72,10 +72,9 @@ def traced(
                 opset_version=TRACED_OPSET, verbose=False,
             )  # fmt: skip
     except Exception as error:  # torch's tracer runs somebody else's forward; anything may come out of it
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        network = type(shell.network).__name__
+        network, reason = type(shell.network).__name__, first_line(error.__cause__ or error)
         raise CheckpointError(
-            f"{path}: torch.onnx cannot trace {network}; {reason[0]}; its forward must be free of Python branches on "
+            f"{path}: torch.onnx cannot trace {network}; {reason}; its forward must be free of Python branches on "
             "values and of what ONNX lacks, as complex numbers, and work for any batch"
         ) from error
     assert program is not None

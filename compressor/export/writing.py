@@ -187,11 +187,10 @@ def traced(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[dict[s
         shapes = ()
     traces, key = _TRACES.setdefault(checkpoint, {}), (frozenset({*tensors, *tensors.tied}), shapes)
     if key not in traces:
-        found, whole = (
-            _with_cache(checkpoint, tensors) if checkpoint.family == "decoder" else None,
-            checkpoint in _WHOLE,
-        )
-        traces[key] = found or trace_module(checkpoint.build(), example, tensors, checkpoint.path, whole)
+        found = _with_cache(checkpoint, tensors) if checkpoint.family == "decoder" else None
+        traces[key] = found or trace_module(
+            checkpoint.build(), example, tensors, checkpoint.path, checkpoint in _WHOLE
+        )  # fmt: skip
     return traces[key]
 
 

@@ -25,6 +25,8 @@ from compressor.passes.settings.fields import GroupSetting
 
 SHORTEST_WINDOW = 16
 """Tokens of a text that are read together, at least."""
+MEASURED_TEXT = 512
+"""Tokens of the text that speed and memory of a decoder are measured with."""
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -131,12 +131,11 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         if (binary := binary_layers(partial, tensors)) is not None:
             report.binary = binary
         with clock.stage("benchmark"):
-            if options.format == "onnx" and recipe.evaluation.speed:
-                with progress.task("measuring speed", 1) as task:
+            if options.format == "onnx":
+                shown = progress if recipe.evaluation.speed else Progress()
+                with shown.task("measuring speed", 1) as task:
                     report.speed, report.original_speed = speeds(partial, original, recipe.evaluation, encoded.batches)
                     task.advance()
-            elif options.format == "onnx":
-                report.speed, report.original_speed = speeds(partial, original, recipe.evaluation, encoded.batches)
         report.size = artifact_size(partial, original)
         report.errors = weight_errors(checkpoint, tensors)
         worse, other = lost_quality(asked.gates, quality), lost_size_or_speed(asked.gates, report)

@@ -26,7 +26,7 @@ from compressor.export.measured import TRACED, TRACED_WITH_CACHE
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
 from compressor.plan.planning import is_depthwise, make_plan, planned_with
-from compressor.plan.recipe import SHORTEST_WINDOW, Recipe
+from compressor.plan.recipe import MEASURED_TEXT, SHORTEST_WINDOW, Recipe
 from compressor.plan.recipe_file import load_recipe, refuse_reaching
 from compressor.plan.targets import aimed
 from compressor.plan.workload import Workload, workload_of
@@ -43,8 +43,6 @@ FEW_CHANNELS = 4
 """As of pictures: a convolution of up to so many computes on floats (export.int8_operations)."""
 PROJECTED = re.compile(r"(^|\.)weight_hr_l\d+(_reverse)?$")
 """Names of the matrices that project the state of torch's LSTM."""
-TEXT = 512
-"""Tokens of the text that `bench` measures memory with."""
 TOKENIZERS = ("tokenizer", "vocab", "merges")
 """What names of a tokenizer's files begin with."""
 
@@ -167,7 +165,7 @@ def _with_memory(found: Prepared) -> Prepared:
         return found
     static, config = recipe.export.activations == "static_int8", found.checkpoint.config or {}
     in_use = memory_in_use(plan.tensors, plan.tied, config, options.mode, static, found.load)
-    limit, most = recipe.gates.max_memory, in_use.most(TEXT if in_use.per_thousand_tokens else 0)
+    limit, most = recipe.gates.max_memory, in_use.most(MEASURED_TEXT if in_use.per_thousand_tokens else 0)
     notes = plan.notes
     if limit is not None and most > limit:
         notes = (
