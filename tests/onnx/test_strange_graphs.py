@@ -102,7 +102,7 @@ def test_a_small_table_of_whole_numbers_is_no_quantised_weight(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("shape", "reason"), [([71], "an axis more"), (["n", 4, 72], "has 2 axes"), ([], "has 2 axes")]
+    ("shape", "reason"), [([71], "has shape (48, 72); "), (["n", 4, 72], "has 2 axes"), ([], "has 2 axes")]
 )
 def test_inputs_that_are_not_an_example_a_row_are_refused_before_work(
     shape: list, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -111,8 +111,7 @@ def test_inputs_that_are_not_an_example_a_row_are_refused_before_work(
     saved(tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])], ["y"], shape, made)
     assert status(tmp_path, "--dry-run") == 3
     assert status(tmp_path) == 3
-    said = capsys.readouterr().err
-    assert any(each in said for each in reason.split("|"))
+    assert reason in capsys.readouterr().err
 
 
 def test_one_number_for_all_examples_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
