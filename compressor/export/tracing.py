@@ -22,6 +22,7 @@ from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.errors import CheckpointError, ExportError, first_line
 from compressor.core.tensors import EncodedTensors
 from compressor.export.builder import GraphBuilder
+from compressor.export.recurrences import scanned
 
 PREFIX = "network."
 TRACED_OPSET = 21
@@ -65,7 +66,7 @@ def traced(
     free = torch.export.Dim.DYNAMIC
     shapes = tuple(dict.fromkeys(axes[name], free) for name in inputs)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _torch_says_nothing():
+        with warnings.catch_warnings(), torch.no_grad(), _torch_says_nothing(), scanned(shell.network):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 shell.eval(), (tuple(inputs.values()),), dynamic_shapes=(shapes,), dynamo=True, optimize=False,
