@@ -71,7 +71,7 @@ def chunk_kimi_delta_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tenso
 
 
 def mamba_selective_scan(
-    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,  # noqa: N803
+    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
     return_last_state: bool = False, **_: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
@@ -98,8 +98,8 @@ def mamba_selective_scan(
 
 
 def mamba2_chunk_scan(
-    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int,  # noqa: N803
-    D: Tensor | None = None, dt_bias: Tensor | None = None, initial_states: Tensor | None = None,  # noqa: N803
+    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int,
+    D: Tensor | None = None, dt_bias: Tensor | None = None, initial_states: Tensor | None = None,
     dt_softplus: bool = False, dt_limit: tuple[float, float] = (0.0, float("inf")), return_final_states: bool = False,
     **_: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip

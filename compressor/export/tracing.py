@@ -83,9 +83,9 @@ def traced(
     condition = fixed_size(program.exported_program, {name: axes[name] for name in inputs})
     if condition is not None:
         raise CheckpointError(
-            f"{path}: torch.onnx fixes a size of {type(shell.network).__name__} that depends on its inputs, as how often "
-            f"a loop is run; its graph would be right where {condition} and nowhere else; --format safetensors packs "
-            "the weights alone"
+            f"{path}: torch.onnx fixes a size of {type(shell.network).__name__} that depends on its inputs, as how "
+            f"often a loop is run; its graph would be right where {condition} and nowhere else; --format safetensors "
+            "packs the weights alone"
         )
     return program.model
 
