@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -11,6 +13,7 @@ from compressor.core.encoding import Codebook, describe, restore
 from compressor.core.errors import PassError
 from compressor.core.passes import Moves
 from compressor.learning.learned import learnable
+from compressor.ops.states import codes_of
 from compressor.passes.jlcm import Jlcm
 from compressor.passes.trellis import Trellis
 from tests.pico import correlated, output_error
@@ -36,6 +39,49 @@ def encoded(rows: int = 160, columns: int = 192, **settings) -> tuple[Codebook, 
     return found, output_error(weight, found.decode(), hessian)
 
 
+def naive_path(costs: torch.Tensor, width: int) -> list[int]:
+    """The best states for costs (steps, states): each remembers the whole path that led to it."""
+    n_states = costs.shape[1]
+    paths = [[state] for state in range(n_states)]
+    totals = costs[0].tolist()
+    for row in costs[1:].tolist():
+        met = []
+        for state in range(n_states):
+            before = [state >> width | code * (n_states >> width) for code in range(2**width)]
+            best = min(before, key=totals.__getitem__)
+            met.append((totals[best] + row[state], [*paths[best], state]))
+        totals, paths = [total for total, _ in met], [path for _, path in met]
+    return min(zip(totals, paths, strict=True))[1]
+
+
+def naive_states(found: Codebook, weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Two columns at a time in float64: the path of least Σ (w − ŵ)(H⁻¹_JJ)⁻¹(w − ŵ)ᵀ; the rest makes up for it."""
+    eye = torch.eye(len(hessian), dtype=torch.float64)
+    inverse = torch.linalg.inv(hessian.double() + damping * hessian.double().diagonal().mean() * eye)
+    current, scales, table = weight.double().clone(), found.scales.decode().double(), found.table[0].double()
+    states = torch.empty(len(weight), weight.shape[1] // 2, dtype=torch.long)
+    for j in range(states.shape[1]):
+        here = [2 * j, 2 * j + 1]
+        metric = torch.linalg.inv(inverse[here][:, here])
+        gaps = current[:, None, here] - scales[:, j * 2 // found.group].view(-1, 1, 1) * table
+        states[:, j] = torch.tensor(naive_path((gaps @ metric * gaps).sum(2), found.width))
+        pull = metric @ inverse[here]
+        current -= gaps[torch.arange(len(weight)), states[:, j]] @ pull
+        inverse = inverse - inverse[:, here] @ pull
+    return states
+
+
+def test_paths_are_chosen_with_error_feedback():
+    settings = {"width": 2, "window": 5, "group": 16, "descent_rounds": 0}
+    weight, hessian = correlated(128, 32)
+    found, error = encoded(128, 32, **settings)
+    states = naive_states(found, weight, hessian, Trellis().damping)
+    # A tie that float32 breaks the other way changes what comes after it.
+    assert (found.index() == states).float().mean() > 0.97
+    exact = dataclasses.replace(found, codes=codes_of(states, found.width, 5))
+    assert error == pytest.approx(output_error(weight, exact.decode(), hessian), rel=0.02)
+
+
 @pytest.mark.parametrize("shape", [(160, 192), (37, 101)], ids=str)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_gives_the_parts_that_were_planned(name, shape):
@@ -52,7 +98,7 @@ def test_it_beats_vectors_of_as_many_bits():
     weight, hessian = correlated(1024, 512)
     vectors = Jlcm(width=10, dim=4).encode(weight, Statistics(hessian), torch.Generator().manual_seed(0))
     path, error = encoded(1024, 512)
-    assert path.nbytes < 1.01 * vectors.nbytes
+    assert path.nbytes < 1.02 * vectors.nbytes
     assert error < 0.93 * output_error(weight, vectors.decode(), hessian)
 
 

@@ -68,6 +68,9 @@ https://arxiv.org/abs/2406.11235"
         fitting = (shape[0] * shape[1] // _PER_TABLE).bit_length() - 1
         return max(self.width + 1, min(self.window, fitting))
 
+    def compared(self, shape: tuple[int, int]) -> int:
+        return (1 + self.descent_rounds) * 2 ** self.window_of(shape)
+
     def ladder(self) -> tuple[WeightSettings, ...]:
         found = sorted({self.width, *WIDTHS})
         return tuple(self.model_copy(update={"width": width, "window": max(self.window, width + 1)}) for width in found)
