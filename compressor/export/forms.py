@@ -143,7 +143,7 @@ class Coded(Kind):
 
 
 LARGEST_FACTOR = 128
-"""By which codes are multiplied as they are joined to states: the factors are bytes, and sums stay far within 32 bits."""
+"""By which codes are multiplied as they are joined to states: factors are bytes, and sums stay far within 32 bits."""
 
 
 def bits_apart(width: int, window: int) -> int:

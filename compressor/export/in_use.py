@@ -267,8 +267,8 @@ def _of_states(n: int, widths: Sequence[int], width: int, window: int) -> float:
     """Bytes of a row's states, and of what they are made of (`states`): bytes of codes, twice where what lies high is
     apart."""
     planes = [INT32 * n * bits / 16 + n for bits in widths]  # looked up by pairs of bytes
-    direct, apart = sum(planes) + n * (len(planes) - 1), bits_apart(width, window)
-    above = planes[0] + 2 * n if apart else 0.0
+    direct, apart = sum(planes) + n * len(planes), bits_apart(width, window)
+    above = planes[0] + 3 * n if apart else 0.0
     if apart > widths[0]:
         above += sum(planes[1:]) + n
     return direct + above + INT32 * n

@@ -35,7 +35,8 @@ def kernel_codes(parts: Parts, form: Form) -> ir.Value:
         rows = parts.by_row("codes", UINT8, have)
     else:
         have = packed_columns(codes.n * parts.description.get("dim", 1), form.bits)
-        pieces = [_looked_up(piece, form, have != blocks * block_bytes) for piece in parts.pieces()]
+        some = parts.pieces()
+        pieces = [_looked_up(piece, form, have != blocks * block_bytes or len(some) > 1) for piece in some]
         rows = pieces[0] if len(pieces) == 1 else b.op("Concat", *pieces, axis=0)
     shaped = b.reshape(_fitted(parts, rows, have, blocks * block_bytes), -1, blocks, block_bytes)
     return b.op("Gather", shaped, parts.inverse_order(), axis=0) if parts.has("order") else shaped
@@ -98,7 +99,7 @@ def _whole(parts: Parts) -> np.ndarray:
 
 
 def _looked_up(parts: Parts, form: Form, flat: bool) -> ir.Value:
-    """Kernel bytes of the stored rows, uint8 (rows, …); (rows, bytes) if `flat`."""
+    """Kernel bytes of the stored rows, uint8, one row after another; (rows, bytes) if `flat`."""
     if form.values is None:
         return _codewords(parts, flat)
     if all(plane.per * form.bits % 8 == 0 for plane in parts.codes.planes):
@@ -156,7 +157,7 @@ def _codewords(parts: Parts, flat: bool) -> ir.Value:
     n_codes, width = parts.codes.n, description["width"]
     if "window" in description:
         entry_bytes, entries, n_index = dim // 2, 2 ** description["window"], n_codes
-        index = states(parts, lambda values: _ored_planes(parts, values, 8, "codes", n_codes))
+        index = states(parts, lambda values: _ored_planes(parts, values, 8, "codes", n_codes, False))
         table = parts.whole("table", UINT8, entries, entry_bytes)
     elif dim == 1 and width == 3:
         planes = _ored_planes(parts, tuple(range(8)), 4, "codes", n_codes)

@@ -1,8 +1,8 @@
 """The states of a trellis from the codes down its columns, as nodes that fold: one convolution over rows.
 
 A state is the last bits of the codes: Σ code·2^(bits it lies above), over a row and the rows before it, which is an
-integer convolution whose kernel is those powers. Kernels hold a byte, so what lies higher, or is cut off at the window's
-end, goes through a second channel in which it is shifted already.
+integer convolution whose kernel is those powers. Kernels hold bytes, so what lies higher, or is cut off at the end of the
+window, goes through a second channel in which it is shifted already.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from compressor.export.forms import bits_apart
 from compressor.export.parts import Parts
 from compressor.ops.widths import rows_before
 
+
 def states(parts: Parts, looked_up: Callable[[tuple[int, ...]], ir.Value]) -> ir.Value:
-    """int32 (rows, codes of a row): the state of each.
+    """int32 (1, 1, rows, codes of a row): the state of each. A shape is a copy while onnxruntime folds.
 
     Args:
-        looked_up: What each code becomes by a tuple of bytes, uint8 (rows before + rows, codes of a row).
+        looked_up: What each code becomes by a tuple of bytes: uint8, (rows before + rows) · codes of a row, of any shape.
     """
     b, description = parts.builder, parts.description
     width, window, n = description["width"], description["window"], parts.codes.n
@@ -35,4 +36,4 @@ def states(parts: Parts, looked_up: Callable[[tuple[int, ...]], ir.Value]) -> ir
     rows = parts.rows[1] - parts.rows[0]
     planes = [b.reshape(channel, 1, 1, rows + before, n) for channel in channels]
     image = planes[0] if len(planes) == 1 else b.op("Concat", *planes, axis=1)
-    return b.reshape(b.op("ConvInteger", image, b.constant(kernel)), rows, n)
+    return b.op("ConvInteger", image, b.constant(kernel))

@@ -26,7 +26,9 @@ def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int, co
         ValueError: A point is not finite.
     """
     squares, weights = points.square().sum(1), weights / weights.mean().clamp_min(1e-30)
-    factors = torch.cat([points * (-2 * weights).unsqueeze(1), weights.unsqueeze(1), (weights * squares).unsqueeze(1)], 1)
+    factors = torch.cat(
+        [points * (-2 * weights).unsqueeze(1), weights.unsqueeze(1), (weights * squares).unsqueeze(1)], 1
+    )
     if not bool(factors.isfinite().all()):
         raise ValueError("points without a path through the trellis: they are not finite")
     terms = torch.cat([codewords, codewords.square().sum(1, keepdim=True)], 1).T.contiguous()

@@ -1,4 +1,4 @@
-"""Weights that make up for how far a layer's inputs have drifted: the least squares on them, and a network's outputs."""
+"""Weights that make up for the drift of a layer's inputs: the least squares on them, and a network's outputs."""
 
 from __future__ import annotations
 
