@@ -1,8 +1,8 @@
 """The states of a trellis from the codes down its columns, as nodes that fold: one convolution over rows.
 
 A state is the last bits of the codes: Σ code·2^(bits it lies above), over a row and the rows before it, which is an
-integer convolution whose kernel is those powers. Kernels hold bytes, so what lies higher, or is cut off at the end of the
-window, goes through a second channel in which it is shifted already.
+integer convolution whose kernel is those powers. Kernels hold bytes, so what lies higher, or is cut off where the window
+ends, goes through a second channel in which it is shifted already.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def states(parts: Parts, looked_up: Callable[[tuple[int, ...]], ir.Value]) -> ir
     """int32 (1, 1, rows, codes of a row): the state of each. A shape is a copy while onnxruntime folds.
 
     Args:
-        looked_up: What each code becomes by a tuple of bytes: uint8, (rows before + rows) · codes of a row, of any shape.
+        looked_up: What each code becomes by a tuple of bytes: uint8, (rows before + rows) · codes of a row, any shape.
     """
     b, description = parts.builder, parts.description
     width, window, n = description["width"], description["window"], parts.codes.n
