@@ -1,8 +1,8 @@
 """The states of a trellis from the codes down its columns, as nodes that fold: one convolution over rows.
 
 A state is the last bits of the codes: Σ code·2^(bits it lies above), over a row and the rows before it, which is an
-integer convolution whose kernel is those powers. Kernels hold bytes, so what lies higher, or is cut off where the window
-ends, goes through a second channel in which it is shifted already.
+integer convolution whose kernel is those powers. Kernels hold bytes, so what lies higher, or is cut off by the window,
+goes through a second channel in which it is shifted already.
 """
 
 from __future__ import annotations
