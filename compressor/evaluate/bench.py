@@ -68,7 +68,7 @@ def bench(
 def alternated(
     graphs: Sequence[Path], threads: int | None = None, shapes: Mapping[str, Sequence[int]] | None = None
 ) -> list[dict[str, float]]:  # fmt: skip
-    """`latency_seconds` and `latency_error` of each graph, run in turn in one fresh process until they are stable.
+    """`latency_seconds`, `latency_error` and `processor_seconds` of each graph, run in turn in one fresh process until they are stable.
 
     Raises:
         CheckpointError: One cannot be opened or run.
