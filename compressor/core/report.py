@@ -93,8 +93,8 @@ class Proof(_Section):
 class Output(_Section):
     """How one output is beside the original's; figures that its kind does not have are absent.
 
-    `n_above` is how many scores lie above the threshold, the mean of both networks' numbers, `same_above` which share of
-    them are the same ones.
+    `n_above` is how many scores lie above the threshold, the mean of both networks' numbers, `same_above` which share
+    of them are the same ones.
     """
 
     kind: str
@@ -259,7 +259,7 @@ class Blame(_Section):
 
 
 class Gates(_Section):
-    """Whether the recipe's limits are kept, a sentence for each that is not, and one for each that few data leave open."""
+    """Whether the recipe's limits are kept, a sentence for each that is not, one for each that few data leave open."""
 
     passed: bool = True
     failures: list[str] = []

@@ -49,7 +49,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         inputs = inputs_for(session, settings["shapes"])
         (latency,) = latencies([lambda: session.run(inputs)])
         speed = {
-            **{key: value for key, value in latency.items() if key != "processor_seconds"},
+            **latency,
             "input_shapes": {name: list(array.shape) for name, array in inputs.items()},
         }
     most = memory_of()["peak_resident"]
@@ -114,9 +114,8 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(_timed(run) for _ in range(repeats))
 
 
-def latencies(runs: Sequence[Callable[[], object]]) -> list[dict[str, float]]:
-    """The median seconds of each, its relative standard error, and the median of the process's processor time, in which
-    threads that wait for others count: run in turn, until all of them are stable.
+def latencies(runs: Sequence[Callable[[], object]], processor: bool = False) -> list[dict[str, float]]:
+    """The median seconds of each, and its relative standard error: run in turn, until all of them are stable.
 
     In turn, since a machine that is slow for a while is so for all. Of n runs the error of a median is 1.25 σ / √n,
     where σ is what the quartiles of a normal distribution say.
@@ -124,29 +123,23 @@ def latencies(runs: Sequence[Callable[[], object]]) -> list[dict[str, float]]:
     for run in runs:
         run()
     taken: list[list[float]] = [[] for _ in runs]
-    worked: list[list[float]] = [[] for _ in runs]
     began = time.perf_counter()
     while True:
-        for run, times, work in zip(runs, taken, worked, strict=True):
-            before = time.process_time()
-            times.append(_timed(run))
-            work.append(time.process_time() - before)
+        for run, times in zip(runs, taken, strict=True):
+            times.append(_timed(run, processor))
         passed, n = time.perf_counter() - began, len(taken[0])
         if n >= LEAST_RUNS and (
             passed >= MOST_SECONDS or (passed >= LEAST_SECONDS and max(map(_relative_error, taken)) <= STABLE)
         ):
             break
-    return [
-        {"latency_seconds": statistics.median(times), "latency_error": _relative_error(times),
-         "processor_seconds": statistics.median(work)}
-        for times, work in zip(taken, worked, strict=True)
-    ]  # fmt: skip
+    return [{"latency_seconds": statistics.median(times), "latency_error": _relative_error(times)} for times in taken]
 
 
-def _timed(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def _timed(run: Callable[[], object], processor: bool = False) -> float:
+    clock = time.process_time if processor else time.perf_counter
+    began = clock()
     run()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _relative_error(times: Sequence[float]) -> float:
@@ -155,14 +148,15 @@ def _relative_error(times: Sequence[float]) -> float:
 
 
 def alternated(settings: dict[str, Any]) -> list[dict[str, float]]:
-    """Latencies of several graphs on the same inputs, of the same sizes."""
+    """Latencies of several graphs on the same inputs, of the same sizes; in the processor's time where it is asked."""
     sessions = [open_session(path, settings["threads"]) for path in settings["alternated"]]
     inputs = [inputs_for(session, settings["shapes"]) for session in sessions]
     return latencies(
         [
             lambda session=session, given=given: session.run(given)
             for session, given in zip(sessions, inputs, strict=True)
-        ]
+        ],
+        settings["processor"],
     )
 
 

@@ -178,11 +178,13 @@ def broken_promises(
     if gates.promised_size is not None and report.size is not None and report.size.original_bytes:
         share = report.size.bytes / report.size.original_bytes
         if share > gates.promised_size:
-            other.append(f"size over the original's is {share:.4g}, the recipe promises {gates.promised_size:g} at most")
+            other.append(
+                f"size over the original's is {share:.4g}, the recipe promises {gates.promised_size:g} at most"
+            )
     speed = surely_at_most(report)
-    if gates.promised_speed is not None and gates.min_speedup is None and speed is not None:
-        if speed < gates.promised_speed:
-            other.append(f"speed over the original's is {speed:.4g}, the recipe promises {gates.promised_speed:g}")
+    promised = gates.promised_speed if gates.min_speedup is None else None
+    if promised is not None and speed is not None and speed < promised:
+        other.append(f"speed over the original's is {speed:.4g}, the recipe promises {promised:g}")
     return worse, other, open_questions
 
 

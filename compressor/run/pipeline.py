@@ -134,7 +134,9 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
             if options.format == "onnx":
                 shown = progress if recipe.evaluation.speed else Progress()
                 with shown.task("measuring speed", 1) as task:
-                    report.speed, report.original_speed = speeds(partial, original, recipe.evaluation, encoded.batches)
+                    report.speed, report.original_speed = speeds(
+                        partial, original, recipe.evaluation, encoded.batches, recipe.gates.promised_speed
+                    )
                     task.advance()
         report.size = artifact_size(partial, original)
         report.errors = weight_errors(checkpoint, tensors)
