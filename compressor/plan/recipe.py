@@ -67,11 +67,15 @@ class Calibration(_Section):
     token_importance: weigh each token by the loss's gradient at each layer; one backward pass.
     generated: share of the text that the original itself writes; decoders only.
     correct_means: set biases and the means of batch norms so that each layer's mean output is the original's again.
+    drift: share of the step that makes up for how far a layer's inputs have moved from the original's; 0 is none.
+    drift_damping: added to the diagonal of the inputs' second moment in that step, relative to its mean.
     """
 
     token_importance: bool = True
     generated: Share = 0.0
     correct_means: bool = False
+    drift: Share = 0.0
+    drift_damping: Rate = 0.05
     tokens: Positive = 16384
     window: Annotated[int, Field(ge=SHORTEST_WINDOW)] = 512
     samples: Positive = 256

@@ -20,7 +20,7 @@ from compressor.core.passes import WeightSettings
 from compressor.core.spec import RefinedSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.core.work import Work
-from compressor.graph.blocks import layers, recurrent, unfolds, weight_of
+from compressor.graph.blocks import layers, layout_of, recurrent, unfolds, weight_of
 from compressor.learning.reconstruction import reconstruct
 from compressor.learning.student import Student
 from compressor.passes.registry import load_pass
@@ -29,6 +29,7 @@ from compressor.plan.recipe import Recipe
 from compressor.sweeps.backward import head_of
 from compressor.sweeps.chain import Chain, Choice, Learners
 from compressor.sweeps.gradients import load_gradients
+from compressor.sweeps.drift import Beside, Drift, blocks_beside
 from compressor.sweeps.means import correct_means, layer_means
 from compressor.sweeps.moments import groups_of, layer_stages, moments_of
 from compressor.sweeps.network import Arguments, Network, hidden_of, n_examples
@@ -53,13 +54,15 @@ def encode_network(
     shares = allocated_shares(network, plan, work.folder)
     learning = recipe.learns_blocks if has_blocks(network) else None
     targets = None if learning is None else _original_outputs(network, batches)
+    beside = blocks_beside(network, batches) if recipe.calibration.drift and has_blocks(network) else None
     for name, block, reached in network.sweep(batches):
         file = work.file(name)
+        original = None if beside is None else next(beside)
         wanted = next(targets) if targets is not None else []
         if not file.exists():
             means = layer_means(block, reached) if recipe.calibration.correct_means else {}
             learners: Learners = {}
-            tensors = _encode_block(network, block, name, reached, choice, shares, survey, work, learners)
+            tensors = _encode_block(network, block, name, reached, choice, shares, survey, work, learners, original)
             if learning is not None:
                 tensors |= _reconstruct(
                     network, block, name, tensors, reached, wanted, survey, learning, plan.pruned, work, learners
@@ -192,7 +195,7 @@ def _most_frequent(counts: Tensor, n_rows: int, n: int) -> Tensor:
 
 def _encode_block(
     network: Network, block: nn.Module, prefix: str, reached: list[Arguments], choice: Choice,
-    shares: Mapping[str, float], survey: Survey, work: Work, learners: Learners,
+    shares: Mapping[str, float], survey: Survey, work: Work, learners: Learners, original: Beside | None,
 ) -> dict[str, EncodedTensor]:  # fmt: skip
     """The tensors of one block; its weights are replaced as they are encoded, so that later layers make up for it."""
     dotted = f"{prefix}." if prefix else ""
@@ -202,6 +205,9 @@ def _encode_block(
     n_sequences = max(1, sum(n_examples(arguments) for arguments in reached))
     tensors = encode_recurrent(block, dotted, choice, work)
     encoded = [weight_of(found[name]) for name in chains]
+    drift = None
+    if original is not None:
+        drift = Drift(*original, layers(original[1], dotted), choice.recipe.calibration)
     settled = Settled(network, block, () if prefix else reached, encoded)
     for stage in layer_stages(network, block, dotted, reached[0]) if reached else ():
         for due in groups_of(stage, chains, found):
@@ -209,12 +215,14 @@ def _encode_block(
             if unfolds(found[due[0]]) and any("data" in chains[name].needs for name in due):
                 settled.advance()
                 moments = moments_of(
-                    network, block, found, due, stage, reached, survey.importance, settled.begun
+                    network, block, found, due, stage, reached, survey.importance, settled.begun, drift
                 )  # fmt: skip
                 if unreached := [name for name, (_, n_rows) in moments.items() if not n_rows]:
                     LOGGER.warning(_UNREACHED, ", ".join(unreached))
             for name in due:
                 moment, n_rows = moments.get(name, (None, 0))
+                if drift is not None and moment is not None:
+                    _correct(drift, name, found[name], moment, n_rows)
                 known = Statistics(moment, gradients.get(name), n_sequences, n_rows // n_sequences, shares.get(name))
                 tensors[name] = chains[name].of_layer(name, found[name], known, work.generator(name), learners)
                 weight = weight_of(found[name])
@@ -229,6 +237,14 @@ def _encode_block(
         for name, tensor in block.state_dict(keep_vars=True).items()
         if f"{dotted}{name}" not in done
     }
+
+
+def _correct(drift: Drift, name: str, module: nn.Module, moment: Tensor, n_rows: int) -> None:
+    """Moves a layer's weights towards the original's outputs, before they are encoded."""
+    layout = layout_of(module)
+    assert layout is not None
+    weight = weight_of(module)
+    weight.data = layout.tensor(drift.corrected(name, layout.matrix(weight.data.float()), moment, n_rows))
 
 
 def encode_recurrent(module: nn.Module, prefix: str, choice: Choice, work: Work) -> dict[str, EncodedTensor]:

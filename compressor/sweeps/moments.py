@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compressor.checkpoints.experts import routed
 from compressor.graph.blocks import Stage, geometry, layers, layout_of, stages, unfolded_pieces, unfolds, weight_of
 from compressor.ops.gram import add_gram, mirror
+from compressor.sweeps.drift import Drift
 from compressor.sweeps.network import Arguments, Network, Stop
 
 _NUMBER, _numbers = "_compressor_number", itertools.count()
@@ -86,10 +87,14 @@ def moments_of(
     network: Network, block: nn.Module, found: Mapping[str, nn.Module], names: list[str], stage: Stage,
     reached: list[Arguments], importance: Mapping[str, Tensor],
     begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
+    drift: Drift | None = None,
 ) -> dict[str, tuple[Tensor, int]]:  # fmt: skip
-    """H and the number of tokens of each layer of a group, see `second_moments`."""
+    """H and the number of tokens of each layer of a group, see `second_moments`; `drift` gathers where they share one.
+    """
+    if drift is not None:
+        drift.begin()
     if stage.share:
-        shared, n_tokens = second_moments(network, block, found, names, stage.calls, reached, importance, begun)
+        shared, n_tokens = second_moments(network, block, found, names, stage.calls, reached, importance, begun, drift)
         return {name: (moment, n_tokens) for name, moment in shared.items()}
     widths = {name: weight_of(found[name]).shape[1] for name in names}
     sums = {name: torch.zeros(width, width) for name, width in widths.items()}
@@ -128,6 +133,7 @@ def second_moments(
     reached: list[Arguments],
     importance: Mapping[str, Tensor],
     begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
+    drift: Drift | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
 
@@ -143,11 +149,14 @@ def second_moments(
     def watch(_: nn.Module, args: tuple) -> None:
         with torch.autocast("cpu", enabled=False):
             for rows in unfolded_pieces(lead, args[0]):
+                original = None if drift is None else drift.next_rows()
                 for name in weighted or names[:1]:
-                    seen = rows
+                    seen, token = rows, None
                     if name in importance:
                         token = importance[name][counts["tokens"] : counts["tokens"] + len(rows)]
                         seen = rows * token.sqrt().unsqueeze(1)
+                    if drift is not None and original is not None:
+                        drift.add(name, original, rows, token)
                     add_gram(sums.setdefault(name, torch.zeros(seen.shape[1], seen.shape[1])), seen)
                 counts["tokens"] += len(rows)
         counts["calls"] += 1
@@ -157,6 +166,8 @@ def second_moments(
     with lead.register_forward_pre_hook(watch):
         for i, arguments in enumerate(reached):
             counts["calls"] = 0
+            if drift is not None:
+                drift.batch(i, names[0], calls)
             with begun(i), contextlib.suppress(Stop):
                 network.step(block, arguments)
     for total in sums.values():

@@ -1,0 +1,99 @@
+"""Drift: how far a layer's inputs have moved from the original's, and the weights that make up for it.
+
+A layer that is encoded on the inputs x̂ of the compressed prefix, to give what its weights W give on x̂, keeps what went
+wrong before it. What it should give is W·x, x the original's inputs. The weights that come closest to that on x̂ are
+W + W·C·H⁻¹, with C = E[(x − x̂)·x̂ᵀ] and H = E[x̂·x̂ᵀ]; a share of that step, with H damped, does not follow the text at hand
+too far (QEP: Arai & Ichikawa, arXiv 2504.09629). Memory: one block of the original and its hidden states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from compressor.core.batch import Batch
+from compressor.graph.blocks import unfolded_pieces
+from compressor.plan.recipe import Calibration
+from compressor.sweeps.network import Arguments, Network, Stop
+
+ROWS_PER_COLUMN = 6
+"""Inputs that there are to be of a layer for each of its columns; with fewer the step is shorter by as much."""
+
+
+Beside = tuple[Network, nn.Module, list[Arguments]]
+"""The original, one of its blocks, loaded, and with what each batch reaches it."""
+
+
+class Drift:
+    """Gathers C of the layers of a block that share an input, while the compressed block is run.
+
+    network, block, reached    the original: its block, and with what each batch reaches it
+    found                      the block's layers by name, as the compressed block has them
+    """
+
+    def __init__(
+        self, network: Network, block: nn.Module, reached: list[Arguments], found: Mapping[str, nn.Module],
+        settings: Calibration,
+    ) -> None:  # fmt: skip
+        self._network, self._block, self._reached, self._found = network, block, reached, found
+        self._settings = settings
+        self._pieces: Iterator[Tensor] = iter(())
+        self._sums: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """Forgets what was gathered, before another group of layers."""
+        self._sums = {}
+
+    @torch.no_grad()
+    def batch(self, i: int, lead: str, calls: int) -> None:
+        """Runs the original on batch `i`, up to the last of so many `calls` that layers make on `lead`'s input."""
+        layer, pieces = self._found[lead], list[Tensor]()
+
+        def watch(_: nn.Module, args: tuple) -> None:
+            pieces.append(args[0])
+            if len(pieces) == calls:
+                raise Stop
+
+        with layer.register_forward_pre_hook(watch), contextlib.suppress(Stop):
+            self._network.step(self._block, self._reached[i])
+        self._pieces = (rows for piece in pieces for rows in unfolded_pieces(layer, piece))
+
+    def next_rows(self) -> Tensor:
+        """The original's inputs (n, in), in the order in which they reach the compressed layer."""
+        return next(self._pieces)
+
+    def add(self, name: str, original: Tensor, rows: Tensor, importance: Tensor | None) -> None:
+        """Adds Σ t·(x − x̂)·x̂ᵀ of some rows (n, in); `importance` t is (n,), or 1."""
+        moved = original - rows
+        if importance is not None:
+            moved.mul_(importance.unsqueeze(1))
+        total = self._sums.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1]))
+        total.addmm_(moved.T, rows)
+
+    def corrected(self, name: str, matrix: Tensor, moment: Tensor, n_rows: int) -> Tensor:
+        """The weights (out, in) whose outputs come nearer to the original's than those of `matrix` do.
+
+        moment   H (in, in), the mean over `n_rows`
+        """
+        total = self._sums.get(name, next(iter(self._sums.values()), None))
+        if total is None or not n_rows:
+            return matrix
+        settings, columns = self._settings, matrix.shape[1]
+        share = settings.drift * min(1.0, n_rows / (ROWS_PER_COLUMN * columns))
+        damped = moment.clone()
+        damped.diagonal().add_(settings.drift_damping * moment.diagonal().mean().clamp_min(1e-30))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            return matrix
+        step = torch.cholesky_solve((matrix @ total.div(n_rows)).T, factor).T
+        return matrix.add(step, alpha=share)
+
+
+def blocks_beside(network: Network, batches: list[Batch]) -> Iterator[Beside]:
+    """The original's blocks one after the other, loaded, with what reaches them."""
+    original = Network(network.checkpoint, network.fast)
+    for _, block, reached in original.sweep(batches):
+        yield original, block, reached
