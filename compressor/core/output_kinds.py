@@ -5,7 +5,7 @@
     positions    logits of where in a text something begins or ends: agreement of the largest, KL
     scores       independent logits or probabilities, one alone among them: relative error, agreement at the threshold
     values       anything without classes; boxes, images and numbers that are regressed: relative error
-    vectors      embeddings and hidden states: cosines
+    vectors      embeddings, hidden states and those of recurrent networks: cosines
     numbers      integers: the share that is the same
 
 A last axis of one value has no largest entry that could differ: it is never classes.
@@ -63,6 +63,8 @@ def kind_of(
     several = len(shape) > 1 and shape[axis] > 1
     if leaf.endswith(REGRESSED) or (len(shape) == 2 and "logit" not in leaf and _is_regressed(original, labels)):
         return OutputKind("values")
+    if _is_state(name, original, inputs):
+        return OutputKind("vectors")
     if leaf in SPANS and len(shape) == 2:
         return OutputKind("positions", masked=per_token)
     if leaf.endswith(VECTORS) and several:
@@ -84,6 +86,13 @@ def kind_of(
     if unit and len(shape) < 4:
         return OutputKind("scores", threshold=0.5, masked=per_token)
     return OutputKind("vectors", masked=per_token) if len(shape) == 3 else OutputKind("values")
+
+
+def _is_state(name: str, original: np.ndarray, inputs: Mapping[str, np.ndarray]) -> bool:
+    """Whether an output is the state that a step of a recurrent network hands to the next one, which takes it under the
+    same name or a shorter one (`state` and `stateN`): no first input, and of the same sizes."""
+    taken = [np.shape(array) for given, array in list(inputs.items())[1:] if name.startswith(given)]
+    return original.ndim > 2 and any(shape == original.shape for shape in taken)
 
 
 _ROWS = 4

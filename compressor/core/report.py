@@ -91,13 +91,19 @@ class Proof(_Section):
 
 
 class Output(_Section):
-    """How one output is beside the original's; figures that its kind does not have are absent."""
+    """How one output is beside the original's; figures that its kind does not have are absent.
+
+    `n_above` is how many scores lie above the threshold, the mean of both networks' numbers, `same_above` which share
+    of them are the same ones.
+    """
 
     kind: str
     n_examples: Count = 0
     n_compared: Count | None = None
     threshold: Number | None = None
     agreement: Number | None = None
+    n_above: Number | None = None
+    same_above: Number | None = None
     kl_divergence: Number | None = None
     accuracy: Number | None = None
     original_accuracy: Number | None = None
@@ -149,6 +155,8 @@ class Speed(_Section):
     """What `bench` says of a graph; `measured` is false where the recipe leaves it out, `failure` why it could not.
 
     `latency_error` is the latency's relative standard error. Those of artifact and original were timed in turn.
+    `processor_seconds` are of a run on one thread, which others on the machine change little: measured where the
+    artifact seemed to be the slower one.
     """
 
     measured: bool = True
@@ -162,6 +170,7 @@ class Speed(_Section):
     prefill_tokens_per_second: Number | None = None
     latency_seconds: Number | None = None
     latency_error: Number | None = None
+    processor_seconds: Number | None = None
     input_shapes: dict[str, list[int]] | None = None
 
 
@@ -250,10 +259,11 @@ class Blame(_Section):
 
 
 class Gates(_Section):
-    """Whether the recipe's limits are kept, and a sentence for each that is not."""
+    """Whether the recipe's limits are kept, a sentence for each that is not, one for each that few data leave open."""
 
     passed: bool = True
     failures: list[str] = []
+    doubts: list[str] = []
     blame: list[Blame] = []
 
 

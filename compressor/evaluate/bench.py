@@ -66,15 +66,20 @@ def bench(
 
 
 def alternated(
-    graphs: Sequence[Path], threads: int | None = None, shapes: Mapping[str, Sequence[int]] | None = None
+    graphs: Sequence[Path], threads: int | None = None, shapes: Mapping[str, Sequence[int]] | None = None,
+    processor: bool = False,
 ) -> list[dict[str, float]]:  # fmt: skip
     """`latency_seconds` and `latency_error` of each graph, run in turn in one fresh process until they are stable.
+
+    Args:
+        processor: Whether the processor's time is taken, which other processes change little. Of several threads it
+            counts those that wait, too.
 
     Raises:
         CheckpointError: One cannot be opened or run.
     """
     settings = {
-        "alternated": [str(graph) for graph in graphs], "threads": threads,
+        "alternated": [str(graph) for graph in graphs], "threads": threads, "processor": processor,
         "shapes": {name: list(shape) for name, shape in (shapes or {}).items()},
     }  # fmt: skip
     return json.loads(_in_a_process(settings, graphs[0])[0])

@@ -114,7 +114,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(_timed(run) for _ in range(repeats))
 
 
-def latencies(runs: Sequence[Callable[[], object]]) -> list[dict[str, float]]:
+def latencies(runs: Sequence[Callable[[], object]], processor: bool = False) -> list[dict[str, float]]:
     """The median seconds of each, and its relative standard error: run in turn, until all of them are stable.
 
     In turn, since a machine that is slow for a while is so for all. Of n runs the error of a median is 1.25 σ / √n,
@@ -126,7 +126,7 @@ def latencies(runs: Sequence[Callable[[], object]]) -> list[dict[str, float]]:
     began = time.perf_counter()
     while True:
         for run, times in zip(runs, taken, strict=True):
-            times.append(_timed(run))
+            times.append(_timed(run, processor))
         passed, n = time.perf_counter() - began, len(taken[0])
         if n >= LEAST_RUNS and (
             passed >= MOST_SECONDS or (passed >= LEAST_SECONDS and max(map(_relative_error, taken)) <= STABLE)
@@ -135,10 +135,11 @@ def latencies(runs: Sequence[Callable[[], object]]) -> list[dict[str, float]]:
     return [{"latency_seconds": statistics.median(times), "latency_error": _relative_error(times)} for times in taken]
 
 
-def _timed(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def _timed(run: Callable[[], object], processor: bool = False) -> float:
+    clock = time.process_time if processor else time.perf_counter
+    began = clock()
     run()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _relative_error(times: Sequence[float]) -> float:
@@ -147,14 +148,15 @@ def _relative_error(times: Sequence[float]) -> float:
 
 
 def alternated(settings: dict[str, Any]) -> list[dict[str, float]]:
-    """Latencies of several graphs on the same inputs, of the same sizes."""
+    """Latencies of several graphs on the same inputs, of the same sizes; in the processor's time where it is asked."""
     sessions = [open_session(path, settings["threads"]) for path in settings["alternated"]]
     inputs = [inputs_for(session, settings["shapes"]) for session in sessions]
     return latencies(
         [
             lambda session=session, given=given: session.run(given)
             for session, given in zip(sessions, inputs, strict=True)
-        ]
+        ],
+        settings["processor"],
     )
 
 

@@ -145,6 +145,8 @@ class Tally:
             found |= {"agreement": self.agreeing / self.n_rows, "n_compared": self.n_rows}
         if self.kind.threshold is not None:
             found["threshold"] = self.kind.threshold
+        if self.above:
+            found |= {"n_above": self.above / 2, "same_above": 2 * self.above_both / self.above}
         if label in ("classes", "tokens", "positions"):
             found["kl_divergence"] = max(0.0, self.divergence / max(1, self.n_rows))
         if self.labelled:
@@ -170,8 +172,8 @@ class Tally:
         notes = []
         commonest = max(self.chosen.values(), default=0) / max(1, self.n_rows)
         what = "class" if self.kind.threshold is None else "side of the threshold"
-        if self.above and 2 * self.above_both / self.above < _SAME:
-            notes.append(f"of the scores above the threshold {2 * self.above_both / self.above:.1%} are the same ones")
+        if found.get("same_above", 1) < _SAME:
+            notes.append(f"of the scores above the threshold {found['same_above']:.1%} are the same ones")
         if self.chosen and sum(n > 0 for n in self.chosen.values()) == 1:
             notes.append(f"the original gives the same {what} all {self.n_rows} times: agreement could hardly fail")
         elif self.chosen and found["agreement"] < min(1.0, commonest):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -58,6 +58,7 @@ class OnnxSource(Source):
     @classmethod
     def open(cls, path: Path) -> OnnxSource:
         """Reads the graph, and of weights beside it only where they lie."""
+        from compressor.onnx.branches import deciding
         from compressor.onnx.layers import find_weights, gates_as_matrices
 
         with _refusing(path):
@@ -69,9 +70,10 @@ class OnnxSource(Source):
             weights = find_weights(model.graph, lambda value: _is_finite(path, value))
         if not weights.layers:
             found = _counted(Counter(node.op_type for node in model.graph)) or "no nodes"
+            inputs = deciding(model.graph)
             raise CheckpointError(
-                f"{path}: no MatMul, Gemm, Gather or Conv of its main graph has float32 weights; found {found}; give a "
-                "float32 model whose layers are not within If or Loop"
+                f"{path}: no MatMul, Gemm, Gather or Conv of its main graph has float32 weights; found {found}; "
+                + (_which_branch(inputs) if inputs else "give a float32 model whose layers are not within If or Loop")
             )
         tensors = {info.name: info for info in weights.infos()}
         return cls(kind="onnx", files=[path, *files], tensors=tensors, path=path, model=model, weights=weights)
@@ -140,14 +142,19 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def normalise(model: ir.Model) -> None:
-    """Functions inlined, constants as initialisers of the main graph, nodes in order; the graph computes the same."""
+    """Functions inlined, constants as initialisers of the main graph, branches that always run in the place of their
+    If, nodes in order; the graph computes the same."""
     from onnx_ir.passes import common as passes
+
+    from compressor.onnx.branches import settle
 
     if model.functions:
         passes.InlinePass()(model)
     passes.RemoveInitializersFromInputsPass()(model)
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    settle(model.graph)
+    passes.NameFixPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     model.graph.sort()
 
@@ -330,6 +337,14 @@ def _refuse_dangling(graph: ir.Graph) -> None:
     unnamed = [value.name for value in (*made, *read) if not isinstance(value.name, str)]
     if unnamed:
         raise ValueError(f"the name {unnamed[0]!r} is no text")
+
+
+def _which_branch(inputs: Sequence[str]) -> str:
+    deciding = ", ".join(repr(name) for name in inputs)
+    return (
+        f"its layers are within an If, and the input {deciding} says which branch runs: each is a network of its own; "
+        "give one of them, the graph with that input as an initialiser: docs/onnx.md shows how in four lines"
+    )
 
 
 def _counted(types: Counter[str], most: int = 4) -> str:

@@ -204,6 +204,14 @@ class Gates(_Section):
     max_size      of all files together, as 60MB
     max_memory    that loading and running take in onnxruntime, as 200MB: a text of 512 tokens, or one example
     min_speedup   times the original's speed in onnxruntime: tokens/s, or inputs/s
+
+    What a recipe promises by itself is held against what was measured, and only beyond doubt: one example that came out
+    otherwise breaks nothing, nor does a speed that is within its error.
+
+    promised_loss   of every output, in the measure that fits it; where another limit of quality, or a target, is given,
+                    that counts instead
+    promised_size   times the original's bytes
+    promised_speed  times the original's speed; where min_speedup is given, that counts instead
     """
 
     max_loss: Annotated[Share | None, BeforeValidator(_share)] = None
@@ -217,6 +225,17 @@ class Gates(_Section):
     min_cosine: Share | None = None
     max_accuracy_drop: Share | None = None
     max_error: Annotated[float, Field(gt=0)] | None = None
+
+    promised_loss: Annotated[Share | None, BeforeValidator(_share)] = None
+    promised_size: Annotated[float, Field(gt=0)] | None = None
+    promised_speed: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def limits_quality(self) -> bool:
+        """Whether a limit of quality is given, other than what is promised."""
+        limits = (self.max_loss, self.max_perplexity_ratio, self.max_kl_divergence, self.min_agreement, self.min_cosine,
+                  self.max_accuracy_drop, self.max_error)  # fmt: skip
+        return any(limit is not None for limit in limits)
 
 
 class Evaluation(_Section):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.table import Table
 
 from compressor.core.quantities import duration, short_duration, size
@@ -169,13 +172,39 @@ OUTPUT_COLUMNS = ("output", "of", "agreement", "KL", "cosine", "relative error",
 def quality_tables(report: dict[str, Any]) -> list[Any]:
     """All figures of every output, and what is to be said of them."""
     heads, rows = output_columns(report.get("quality") or {})
-    made = table()
-    for i, (head, cells) in enumerate(zip(heads, zip(*rows, strict=True), strict=False)):
-        least = max(map(len, cells)) if i else min(10, max(map(len, cells)))  # figures stay whole, the rest wraps
-        made.add_column(head, justify="right" if i > 1 else "left", min_width=least, overflow="fold")
-    for row in rows:
-        made.add_row(*row)
-    return ([made] if rows else []) + quality_notes(report)
+    return ([_OutputsTable(heads, rows)] if rows else []) + quality_notes(report)
+
+
+@dataclass(frozen=True)
+class _OutputsTable:
+    """A row for each output: a column for each figure, or where the console is too narrow for them, all in one cell."""
+
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Table]:
+        wide = self._wide()
+        fits = Measurement.get(console, options.update(width=_ANY_WIDTH), wide).minimum <= options.max_width
+        yield wide if fits else self._narrow()
+
+    def _wide(self) -> Table:
+        made = table()
+        for i, (head, cells) in enumerate(zip(self.heads, zip(*self.rows, strict=True), strict=False)):
+            least = max(map(len, cells)) if i else min(10, max(map(len, cells)))  # figures stay whole, the rest wraps
+            made.add_column(head, justify="right" if i > 1 else "left", min_width=least, overflow="fold")
+        for row in self.rows:
+            made.add_row(*row)
+        return made
+
+    def _narrow(self) -> Table:
+        made = table(*self.heads[:2], "figures")
+        for name, kind, *figures in self.rows:
+            told = (f"{head} {figure}" for head, figure in zip(self.heads[2:], figures, strict=True) if figure)
+            made.add_row(name, kind, "\n".join(told))
+        return made
+
+
+_ANY_WIDTH = 1000
 
 
 def output_columns(quality: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -209,6 +238,7 @@ def quality_notes(report: dict[str, Any]) -> list[str]:
     outputs = quality.get("outputs") or {}
     notes = [f"{name}: {note}" for name, each in outputs.items() for note in each.get("notes", [])]
     notes += [f"the labels {quality['labels']}"] if quality.get("labels") else []
+    notes += (report.get("gates") or {}).get("doubts") or []
     if speed.get("measured") is False:
         notes.append("speed and memory were not measured: evaluation.speed is false")
     for what, found in (("artifact", speed), ("original", report.get("original_speed") or {})):

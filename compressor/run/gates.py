@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from compressor.core.report import Report
@@ -104,6 +105,99 @@ def lost_quality(gates: Gates, quality: Mapping[str, Any] | None) -> list[str]:
         (named("accuracy drop", "accuracy"), drop, gates.max_accuracy_drop, 1),
         (named("relative error", "relative_error"), quality.get("relative_error"), gates.max_error, 1),
     )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss from 0 to 1, in which measure, and where it is a share, of how many: each is `1 / n` of it."""
+
+    value: float
+    measure: str
+    n: float | None = None
+
+    def exceeds(self, limit: float) -> bool:
+        """NaN exceeds every limit; what is equal to it but for rounding exceeds none."""
+        return not self.value <= limit + 1e-9
+
+    def is_of_one(self) -> bool:
+        """Whether it is that of a single one alone, which may be chance."""
+        return self.n is not None and self.value * self.n < 1.5
+
+
+def losses(quality: Mapping[str, Any] | None) -> dict[str, list[Loss]]:
+    """What each output lost, in the measures that fit what it is; of a language model its perplexity.
+
+    Of scores it counts whether those above the threshold are the same, and by how much all of them differ, as a share
+    of the largest: their relative error says little where most are near zero.
+    """
+    quality = quality or {}
+    outputs = quality.get("outputs") or {}
+    if quality.get("ratio") is not None and not outputs:
+        return {"perplexity": [Loss(quality["ratio"] - 1, "rise of perplexity")]}
+    return {name: _of_output(each) for name, each in outputs.items()}
+
+
+def _of_output(found: Mapping[str, Any]) -> list[Loss]:
+    kind, n = found.get("kind"), found.get("n_compared")
+    if found.get("accuracy") is not None:
+        return [Loss(found["original_accuracy"] - found["accuracy"], "accuracy", n)]
+    if kind == "vectors":
+        return [Loss(1 - found["cosine"], "1 − cosine")]
+    if kind == "values":
+        return [Loss(found["relative_error"], "relative error")]
+    given = [Loss(1 - found["agreement"], "share of changed predictions", n)]
+    if kind == "scores":
+        given.append(Loss(found["mean_relative_error"], "mean difference of scores"))
+        if found.get("same_above") is not None:
+            given.append(Loss(1 - found["same_above"], "share of other ones above the threshold", found["n_above"]))
+    return given
+
+
+def broken_promises(
+    gates: Gates, target: Target, quality: Mapping[str, Any] | None, report: Report
+) -> tuple[list[str], list[str], list[str]]:  # fmt: skip
+    """What the artifact does not keep of what the recipe promises by itself: sentences on quality, on size and speed,
+    and on what so few data leave open.
+
+    A single example of few is more than a small promised loss and tells nothing: it fails no artifact, and is said.
+    """
+    worse, open_questions = list[str](), list[str]()
+    limit = gates.promised_loss
+    if limit is not None and not gates.limits_quality and target.loss is None and target.size is None:
+        for name, given in losses(quality).items():
+            beyond = [loss for loss in given if loss.exceeds(limit)]
+            for loss in beyond[:1] if all(loss.is_of_one() for loss in beyond) else ():
+                open_questions.append(
+                    f"{loss.measure} of '{name}' is {loss.value:.2%}: one of {loss.n:.0f}, too few to tell "
+                    f"{limit:.2%}; give {math.ceil(1 / limit)} or more to judge on"
+                )
+            beyond = [loss for loss in beyond if not loss.is_of_one()]
+            worse += [f"{loss.measure} of '{name}' is {loss.value:.2%}, the recipe promises {limit:.2%} at most"
+                      for loss in beyond[:1]]  # fmt: skip
+    other = list[str]()
+    if gates.promised_size is not None and report.size is not None and report.size.original_bytes:
+        share = report.size.bytes / report.size.original_bytes
+        if share > gates.promised_size:
+            other.append(
+                f"size over the original's is {share:.4g}, the recipe promises {gates.promised_size:g} at most"
+            )
+    speed = surely_at_most(report)
+    promised = gates.promised_speed if gates.min_speedup is None else None
+    if promised is not None and speed is not None and speed < promised:
+        other.append(f"speed over the original's is {speed:.4g}, the recipe promises {promised:g}")
+    return worse, other, open_questions
+
+
+def surely_at_most(report: Report) -> float | None:
+    """How many times as fast as the original the artifact is at the most: beyond three errors of latencies, and in the
+    processor's time, where a machine that others use tells less. None: not measured."""
+    found, speed, original = speedup(report), report.speed, report.original_speed
+    if found is None or speed is None or original is None or speed.decode_tokens_per_second:
+        return found
+    found *= 1 + 3 * ((speed.latency_error or 0.0) + (original.latency_error or 0.0))
+    if speed.processor_seconds and original.processor_seconds:
+        found = max(found, original.processor_seconds / speed.processor_seconds)
+    return found
 
 
 def most_memory(report: Report) -> int | None:

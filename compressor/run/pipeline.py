@@ -38,7 +38,7 @@ from compressor.run.blame import blame, blamed
 from compressor.run.clock import Clock
 from compressor.run.delivery import artifact_size, deliver, largest_tensors
 from compressor.run.encoding import encode, restructured
-from compressor.run.gates import came_true, lost_quality, lost_size_or_speed, measured_kind, promised
+from compressor.run.gates import broken_promises, came_true, lost_quality, lost_size_or_speed, measured_kind, promised
 from compressor.run.identity import identity_of
 from compressor.run.place import WORK, Place, held
 from compressor.run.prepare import Prepared, prepare, refuse_tokens_of
@@ -134,16 +134,20 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
             if options.format == "onnx":
                 shown = progress if recipe.evaluation.speed else Progress()
                 with shown.task("measuring speed", 1) as task:
-                    report.speed, report.original_speed = speeds(partial, original, recipe.evaluation, encoded.batches)
+                    report.speed, report.original_speed = speeds(
+                        partial, original, recipe.evaluation, encoded.batches, recipe.gates.promised_speed
+                    )
                     task.advance()
         report.size = artifact_size(partial, original)
         report.errors = weight_errors(checkpoint, tensors)
         worse, other = lost_quality(asked.gates, quality), lost_size_or_speed(asked.gates, report)
+        broken = broken_promises(recipe.gates, target, quality, report)
+        worse, other, doubts = worse + broken[0], other + broken[1], broken[2]
         blames = []
         if worse:
             kind, labelled = aimed_at.kind, aimed_at.labelled
             blames = blame(checkpoint, tensors, encoded.plan, encoded.batches, kind, labelled, progress)
-        report.gates = Gates(passed=not (worse or other), failures=worse + other, blame=blames)
+        report.gates = Gates(passed=not (worse or other), failures=worse + other, doubts=doubts, blame=blames)
         largest = largest_tensors(tensors) if any(failure.startswith("size") for failure in other) else ""
         report.cost = clock.stages
         _refuse_other_contents(start, identity, place)

@@ -123,3 +123,12 @@ BOX = np.random.default_rng(0).normal(size=(8, 4)) * 0.1  # offsets, as face fin
 )
 def test_boxes_and_points_that_no_name_tells_of_are_known_by_their_values(name, values, label):
     assert kind_of(name, values, IMAGE).label == label
+
+
+def test_a_state_that_a_step_hands_on_is_a_vector_and_what_the_network_says_of_its_input_is_not():
+    state = spread(3, 2, 1, 8)
+    given = {"input": spread(3, 16), "state": state}
+    assert kind_of("stateN", state, given).label == "vectors"
+    assert kind_of("stateN", state, given | {"state": state[:, :1]}).label == "values"
+    picture = spread(3, 3, 8, 8)
+    assert kind_of("image_sharp", picture, {"image": picture, "sigma": spread(3)}).label == "values"

@@ -221,3 +221,12 @@ def test_numbers_that_are_regressed_have_their_r_squared():
     assert quality["kind"] == "values"
     assert quality["r_squared"] == pytest.approx(wanted)
     assert quality["r_squared"] < 0.9 < 1 - quality["relative_error"]
+
+
+def test_how_many_scores_above_the_threshold_are_the_same_is_told_beside_the_many_below():
+    original = np.where(np.arange(1000).reshape(2, 500) % 10 == 0, 0.9, 0.1)
+    found = original.copy()
+    found[0, :250:10] = 0.4
+    quality = compared({"map": found}, {"map": original})["outputs"]["map"]
+    assert (quality["kind"], quality["agreement"]) == ("scores", 0.975)
+    assert (quality["n_above"], quality["same_above"]) == (87.5, pytest.approx(2 * 75 / 175))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compressor.export.range_choice import TRIALS, chosen_ranges, distance, held_out
+from compressor.export.range_choice import TRIALS, chosen_ranges, distance, held_out, strayed
 from compressor.export.ranges import RULES, Seen, closest
 
 
@@ -88,3 +88,47 @@ def test_the_closest_range_clips_a_lonely_outlier_and_keeps_an_even_spread():
 @pytest.mark.parametrize(("n", "held"), [(256, 8), (16, 4), (3, 0)])
 def test_examples_are_held_out_where_there_are_enough(n, held):
     assert held_out(n) == held
+
+
+GENERATOR = np.random.default_rng(4)
+NUMBERS = GENERATOR.normal(size=(64, 3, 6, 6))
+LOGITS = 4 * GENERATOR.normal(size=(64, 10))
+MAP = (GENERATOR.random((64, 1, 8, 8)) > 0.9) * 0.8 + 0.1
+
+
+def one_by_one(rows: np.ndarray) -> list[dict[str, np.ndarray]]:
+    return [{"out": row[None]} for row in rows]
+
+
+def flipped(scores: np.ndarray, n: int) -> np.ndarray:
+    """`n` of the scores above a half are just below it."""
+    found = scores.copy()
+    found.flat[np.flatnonzero(found > 0.5)[:n]] = 0.45
+    return found
+
+
+@pytest.mark.parametrize(
+    ("wanted", "near", "far"),
+    [
+        (NUMBERS, NUMBERS * 1.01, NUMBERS * 1.05),  # relative error
+        (LOGITS, LOGITS * 1.02, LOGITS + 0.2 * GENERATOR.normal(size=LOGITS.shape)),
+        (MAP, flipped(MAP, 4), flipped(MAP, 60)),  # scores above the threshold, of some 400
+        (MAP, MAP - 0.02, np.full_like(MAP, 0.1)),  # of scores the errors do not count, but what they decide
+        (NUMBERS, NUMBERS, np.where(NUMBERS > 2, np.nan, NUMBERS)),
+    ],
+)
+def test_outputs_have_strayed_where_they_no_longer_decide_the_same(wanted, near, far):
+    near, far, wanted = (one_by_one(each) for each in (near, far, wanted))
+    assert strayed(near, wanted, {}) <= 1 < strayed(far, wanted, {})
+
+
+def test_the_output_that_is_furthest_off_is_the_one_that_counts():
+    wanted = [{"a": row[None], "b": row[None]} for row in NUMBERS]
+    found = [{"a": row[None], "b": 1.04 * row[None]} for row in NUMBERS]
+    assert strayed(found, wanted, {}) == pytest.approx(2)
+
+
+def test_few_scores_above_a_threshold_tell_nothing():
+    few = MAP[:4, :, :4]
+    assert 0 < (few > 0.5).sum() < 20
+    assert strayed(one_by_one(flipped(few, 2)), one_by_one(few), {}) == 0

@@ -241,3 +241,37 @@ def test_onnxruntime_does_not_round_before_a_pool_on_floats(tmp_path):
     with torch.no_grad():
         expected = module(image).numpy()
     assert np.linalg.norm(run(path, image) - expected) < 0.02 * np.linalg.norm(expected)
+
+
+class Delicate(nn.Module):
+    """Convolutions that eight bits do no harm; a last pair between which one channel is a thousand times the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.robust = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(2))
+        self.widened, self.narrowed = (nn.Conv2d(16, 16, 1, bias=False) for _ in range(2))
+        for conv, factor in ((self.widened, 1000.0), (self.narrowed, 0.001)):
+            weight = torch.eye(16)
+            weight[0, 0] = factor
+            conv.weight.data = weight[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.robust:
+            x = torch.relu(conv(x))
+        return self.narrowed(self.widened(x))
+
+
+@pytest.mark.usefixtures("everything")
+@pytest.mark.parametrize(("delicate", "on_int8"), [(False, (4,)), (True, (1, 2))])
+def test_a_part_by_which_the_outputs_stray_computes_on_floats_and_the_rest_on_int8(tmp_path, delicate, on_int8):
+    torch.manual_seed(3)
+    module = Delicate().eval()
+    if not delicate:
+        module.widened.weight.data[0, 0] = module.narrowed.weight.data[0, 0] = 1.0
+    image = torch.randn(32, 16, 12, 12, generator=torch.Generator().manual_seed(5))
+    encoded = compressed(module, tmp_path, by_row)
+    path = traced_and_written(module, {"": image[:1]}, encoded, tmp_path, calibration=[{"": image}])
+    with torch.no_grad():
+        expected = module(image).numpy()
+    assert np.linalg.norm(run(path, image) - expected) < 0.03 * np.linalg.norm(expected)
+    assert fused(path)["QLinearConv"] in on_int8

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 from torch import nn
 
@@ -193,10 +193,31 @@ def test_the_same_run_gives_the_same_bytes_and_can_be_verified(data):
     assert first.report["original_speed"]["latency_seconds"] > 0
 
 
+@pytest.mark.parametrize("kind", ["images", "tokens"])
+def test_a_plan_counts_the_nodes_and_small_initialisers_that_a_graph_keeps(tmp_path, kind):
+    """A thousand nodes more, each with a number of its own, are as many bytes more in the plan as in the file."""
+    model = graphs.graph(kind)
+    onnx.save(model, tmp_path / "few.onnx")
+    output = model.graph.output[-1].name
+    last = next(node for node in model.graph.node if output in node.output)
+    last.output[list(last.output).index(output)] = "value_0"
+    for i in range(1000):
+        model.graph.initializer.append(numpy_helper.from_array(np.full((5,), i, np.float32), f"number_{i}"))
+        written = output if i == 999 else f"value_{i + 1}"
+        model.graph.node.append(helper.make_node("Sum", [f"value_{i}", f"number_{i}"], [written]))
+    onnx.save(model, tmp_path / "many.onnx")
+    few, many = (open_checkpoint(tmp_path / f"{name}.onnx") for name in ("few", "many"))
+    wanted = (tmp_path / "many.onnx").stat().st_size - (tmp_path / "few.onnx").stat().st_size
+    assert many.source.graph_bytes() - few.source.graph_bytes() == pytest.approx(wanted, rel=0.25)
+    plans = [make_plan(each, load_recipe("encoder-4bit")).files["model.onnx"] for each in (few, many)]
+    assert plans[1] - plans[0] == many.source.graph_bytes() - few.source.graph_bytes()
+
+
 def test_convolutions_run_on_int8(data, monkeypatch):
     """As in networks that are large enough for it to be faster."""
     monkeypatch.setattr(int8_regions, "convolution_times", lambda *_: (1e9, 1.0))
-    report = compressed(graphs.images(data), "cnn-int8", output=data / "int8").report
+    quick = ("evaluation.speed=false",)  # that of so small a network falls
+    report = compressed(graphs.images(data), "cnn-int8", output=data / "int8", sets=quick).report
     assert report["quality"]["mean_relative_error"] < 0.05
     types = [node.op_type for node in ir.load(data / "int8" / "model.onnx").graph]
     assert types.count("QuantizeLinear") >= 2

@@ -236,6 +236,7 @@ def test_convolutions_learn_in_a_run(tmp_path, monkeypatch):
             "calibration.correct_means=false",
             "evaluation.speed=false",
             "rounding.bits=3",
+            "gates.promised_loss=null",
             f"rounding.steps={steps}",
         )
         if not steps:

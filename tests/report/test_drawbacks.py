@@ -1,11 +1,12 @@
-"""What is worse than the original is said first, and noise is not said."""
+"""What is worse than the original is said first, and noise is not said; tables keep their figures in any terminal."""
 
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
 from compressor.report.facts import drawbacks
-from compressor.report.tables import run_tables
+from compressor.report.tables import quality_tables, run_tables
 
 
 def report(before: int = 100, after: int = 50, seconds: tuple[float, float] = (1.0, 1.0), error: float = 0.0):
@@ -32,3 +33,22 @@ def test_what_got_worse_is_named(found, said):
 def test_it_is_the_first_line_of_a_run():
     first = run_tables(report(seconds=(1.0, 2.0)), "out")[0]
     assert first == "slower than its original: 0.50 × its speed"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 160])
+def test_the_table_of_outputs_keeps_every_figure_however_narrow_the_terminal(width):
+    outputs = {
+        "boxes": {"kind": "values", "n_examples": 48, "relative_error": 0.0123, "r_squared": 0.9876},
+        "scores": {"kind": "classes", "n_examples": 48, "n_compared": 1920, "agreement": 0.9731,
+                   "kl_divergence": 0.00456, "relative_error": 0.0789, "notes": ["of few"]},
+    }  # fmt: skip
+    console = Console(width=width)
+    with console.capture() as printed:
+        for part in quality_tables({"quality": {"outputs": outputs}, "gates": {"doubts": ["one of 48"]}}):
+            console.print(part)
+    lines = printed.get().splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    for figure in ("0.0123", "0.9876", "48", "1920", "0.9731", "0.00456", "0.0789", "compared", "R²", "KL"):
+        assert figure in words
+    assert lines[-2:] == ["scores: of few", "one of 48"]

@@ -8,7 +8,7 @@ from compressor.core.errors import RecipeError
 from compressor.core.report import Report, Size, Speed
 from compressor.plan.recipe import Gates
 from compressor.plan.recipe_file import load_recipe
-from compressor.run.gates import lost_quality, lost_size_or_speed, most_memory, promised, speedup
+from compressor.run.gates import broken_promises, lost_quality, lost_size_or_speed, most_memory, promised, speedup
 from compressor.widths.allocate import Target
 
 SPEEDS = {"speed": {"decode_tokens_per_second": 30.0}, "original_speed": {"decode_tokens_per_second": 10.0}}
@@ -86,3 +86,87 @@ def test_gates_in_a_recipe_are_written_as_people_write_them(tmp_path):
     file.write_text("imports: llm-2bit\ngates: {max_size: 60XB}\n")
     with pytest.raises(RecipeError, match=r"mine.yaml, gates: max_size is '60XB'; it should be a size, as 60MB"):
         load_recipe(file)
+
+
+PROMISES = Gates(promised_loss=0.02, promised_size=1, promised_speed=0.9)
+NOTHING_ELSE = Target(None, None, "accuracy")
+
+
+def promises_broken(output: dict, gates: Gates = PROMISES, target: Target = NOTHING_ELSE) -> list[str]:
+    """What is said of an artifact with this output."""
+    worse, other, doubts = broken_promises(gates, target, {"outputs": {"y": output}}, Report())
+    assert not other
+    return worse + doubts
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "measure"),
+    [
+        ({"kind": "values", "relative_error": 0.019}, {"relative_error": 0.021}, "relative error"),
+        ({"kind": "vectors", "cosine": 0.981, "relative_error": 0.2}, {"cosine": 0.979}, "1 − cosine"),
+        ({"kind": "classes", "agreement": 0.98, "n_compared": 500}, {"agreement": 0.976}, "changed predictions"),
+        ({"kind": "classes", "agreement": 0.9, "n_compared": 500, "accuracy": 0.89, "original_accuracy": 0.9},
+         {"accuracy": 0.87}, "accuracy"),
+        ({"kind": "scores", "agreement": 0.999, "n_compared": 10**6, "mean_relative_error": 0.001,
+          "relative_error": 0.1, "n_above": 5000.0, "same_above": 0.985},
+         {"same_above": 0.94}, "other ones above the threshold"),
+        ({"kind": "scores", "agreement": 1.0, "n_compared": 48, "mean_relative_error": 0.01},
+         {"mean_relative_error": 0.1}, "mean difference of scores"),
+        ({"kind": "values", "relative_error": 0.019}, {"relative_error": float("nan")}, "relative error"),
+    ],
+)  # fmt: skip
+def test_a_promise_is_held_in_the_measure_that_fits_the_output(right, wrong, measure):
+    assert promises_broken(right) == []
+    (sentence,) = promises_broken(right | wrong)
+    assert measure in sentence and "the recipe promises 2.00% at most" in sentence
+
+
+def test_one_example_of_few_breaks_no_promise_and_two_do():
+    def of(n: int, others: int) -> list[str]:
+        return promises_broken({"kind": "classes", "agreement": 1 - others / n, "n_compared": n})
+
+    assert of(48, 0) == []
+    assert of(48, 1) == [
+        "share of changed predictions of 'y' is 2.08%: one of 48, too few to tell 2.00%; give 50 or more to judge on"
+    ]
+    assert of(48, 2) == ["share of changed predictions of 'y' is 4.17%, the recipe promises 2.00% at most"]
+
+
+def test_another_limit_or_target_counts_instead_of_the_promised_loss():
+    bad = {"kind": "values", "relative_error": 0.3}
+    assert promises_broken(bad)
+    for given in (PROMISES.model_copy(update={"max_loss": 0.5}), PROMISES.model_copy(update={"max_error": 0.5})):
+        assert promises_broken(bad, given) == []
+    for target in (Target(1000, None, "accuracy"), Target(None, 0.5, "accuracy")):
+        assert promises_broken(bad, target=target) == []
+
+
+def test_a_promise_of_size_is_to_the_original():
+    def said(n_bytes: int) -> list[str]:
+        return broken_promises(PROMISES, NOTHING_ELSE, None, Report(size=Size(bytes=n_bytes, original_bytes=1000)))[1]
+
+    assert said(1000) == []
+    assert said(1500) == ["size over the original's is 1.5, the recipe promises 1 at most"]
+
+
+@pytest.mark.parametrize(
+    ("found", "original", "broken"),
+    [
+        ({"latency_seconds": 0.2}, {"latency_seconds": 0.1}, True),
+        ({"latency_seconds": 0.11}, {"latency_seconds": 0.1}, False),
+        ({"latency_seconds": 0.12, "latency_error": 0.05}, {"latency_seconds": 0.1}, False),
+        ({"latency_seconds": 0.2, "processor_seconds": 0.1}, {"latency_seconds": 0.1, "processor_seconds": 0.1}, False),
+        ({"latency_seconds": 0.2, "processor_seconds": 0.2}, {"latency_seconds": 0.1, "processor_seconds": 0.1}, True),
+        ({"measured": False}, None, False),
+    ],
+)
+def test_a_promise_of_speed_is_broken_beyond_what_a_busy_machine_does(found, original, broken):
+    report = Report.model_validate({"speed": found, "original_speed": original})
+    assert bool(broken_promises(PROMISES, NOTHING_ELSE, None, report)[1]) == broken
+
+
+def test_the_recipes_of_four_and_eight_bits_promise_two_percent_and_a_smaller_file():
+    for name in ("cnn-int8", "cnn-4bit", "encoder-4bit"):
+        gates = load_recipe(name).gates
+        assert (gates.promised_loss, gates.promised_size) == (0.02, 1)
+    assert load_recipe("cnn-int8", ["gates.promised_loss=null"]).gates.promised_loss is None
