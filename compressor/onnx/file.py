@@ -142,8 +142,8 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def normalise(model: ir.Model) -> None:
-    """Functions inlined, constants as initialisers of the main graph, branches that always run in the place of their If,
-    nodes in order; the graph computes the same."""
+    """Functions inlined, constants as initialisers of the main graph, branches that always run in the place of their
+    If, nodes in order; the graph computes the same."""
     from onnx_ir.passes import common as passes
 
     from compressor.onnx.branches import settle
