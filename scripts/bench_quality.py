@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """Perplexity of artifacts, of the usual methods at the same sizes, and of each step of our method. SmolLM2-135M.
 
-    scripts/fetch_material smollm2 moby sotu
+    scripts/fetch_material smollm2 moby sotu policy foldoc spam
     scripts/bench_quality.py artifacts DIR…                 finished artifacts, in onnxruntime
     scripts/bench_quality.py others                         onnxruntime-genai's builder, and llama.cpp
     scripts/bench_quality.py baselines --bits 2 3           round-to-nearest, HQQ and GPTQ, in torch
     scripts/bench_quality.py steps                          a row per step of llm-2bit
 
 Windows of 512 tokens, nothing before them, 511 predictions each: 8 windows of two excerpts (the published protocol) and
-64 of the whole texts. Results go to docs/measured after each finished row; rows that are there are not measured again,
-unless by --again.
+64 of the whole texts; of artifacts 8 of texts of other kinds as well (scripts/material.py says which). Results go to
+docs/measured after each finished row; rows that are there are not measured again, unless by --again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from material import model_dir
-from measured import PROTOCOL, SETS, cached, markdown, number, read_results, set_windows, write_results
+from measured import KINDS, PROTOCOL, SETS, cached, markdown, number, read_results, set_windows, write_results
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.artifact import Artifact
@@ -62,7 +62,7 @@ def original() -> dict[str, float]:
     checkpoint = open_checkpoint(model_dir(MODEL))
     file = cached("original") / f"{checkpoint.digest()[:12]}.json"
     found: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-    for name in SETS:
+    for name in SETS | KINDS:
         if name in found:
             continue
         windows, sums = set_windows(name), Sums()
@@ -133,6 +133,23 @@ def quality_table(results: dict[str, Any]) -> str:
         ])  # fmt: skip
     columns = ["recipe", "MB, all files", "bits per weight", *map(_title, SETS), "× original", "CPU-seconds"]
     return markdown(columns, rows)
+
+
+def kinds_table(results: dict[str, Any]) -> str:
+    """How many times the original's perplexity artifacts have on texts of six kinds, 8 windows each."""
+    reference = results["original"]["perplexity"]
+    sets = {"speeches": "sotu_8", "novel": "moby_8", "documentation": "policy_8", "dictionary": "foldoc_8"}
+    sets |= {"mail": "mail_8", "code": "code_8"}
+    rows: list[list[object]] = [
+        ["original, its perplexity", *(number(reference.get(key)) for key in sets.values()), None]
+    ]
+    for name, entry in sorted(results.get("artifacts", {}).items(), key=lambda item: -item[1]["megabytes"]):
+        found = entry["perplexity"]
+        if not all(key in found for key in sets.values()):
+            continue
+        ratios = [found[key] / reference[key] for key in sets.values()]
+        rows.append([f"`{name}`", *(f"{ratio:.2f} ×" for ratio in ratios), f"{max(ratios) / min(ratios):.2f}"])
+    return markdown(["recipe", *sets, "worst by best"], rows)
 
 
 def _title(name: str) -> str:
@@ -278,7 +295,7 @@ def main() -> None:
     artifacts = commands.add_parser("artifacts", help="finished artifacts, in onnxruntime")
     artifacts.add_argument("directories", nargs="+")
     artifacts.add_argument("--threads", type=int)
-    artifacts.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+    artifacts.add_argument("--sets", nargs="+", default=list(SETS | KINDS), choices=list(SETS | KINDS))
     artifacts.set_defaults(run=measure_artifacts)
     baselines = commands.add_parser("baselines", help="round-to-nearest, HQQ and GPTQ, in torch")
     baselines.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], choices=[2, 3, 4])

@@ -334,6 +334,39 @@ DECODERS: dict[str, Family] = {
         linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"],
     ),
     "xlnet": renamed("XLNetLMHeadModel", d_model=64, n_layer=2, n_head=4, d_inner=96),
+    "qwen3_5_moe": causal(
+        "Qwen3_5MoeForCausalLM", head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"], **_EXPERTS,
+        shared_expert_intermediate_size=48,
+    ),
+    "kimi_linear": causal(
+        "KimiLinearForCausalLM", head_dim=16, linear_num_heads=4, linear_head_dim=16, kv_lora_rank=16,
+        qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, num_key_value_heads=4, **_ROUTED,
+        layer_types=["linear_attention", "full_attention"], first_k_dense_replace=1,
+    ),
+    "jamba": causal(
+        "JambaForCausalLM", num_experts=4, num_experts_per_tok=2, expert_layer_period=2, expert_layer_offset=1,
+        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, use_mamba_kernels=False,
+    ),
+    "granitemoehybrid": causal(
+        "GraniteMoeHybridForCausalLM", **_LOCAL, shared_intermediate_size=96, layer_types=["mamba", "attention"],
+        mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1,
+    ),
+    "nemotron_h": causal(
+        "NemotronHForCausalLM", hybrid_override_pattern="M*-", num_hidden_layers=3, head_dim=16, mamba_num_heads=8,
+        mamba_head_dim=16, ssm_state_size=8, n_groups=2,
+    ),
+    "zamba2": causal(
+        "Zamba2ForCausalLM", num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"], mamba_d_state=8,
+        n_mamba_heads=8, mamba_ngroups=1, num_mem_blocks=1, num_key_value_heads=4,
+    ),
+    "lfm2_moe": causal(
+        "Lfm2MoeForCausalLM", conv_L_cache=3, layer_types=["conv", "full_attention"], num_dense_layers=1, **_EXPERTS
+    ),
+    "hunyuan_v1_moe": causal("HunYuanMoEV1ForCausalLM", head_dim=16, num_experts=4, moe_topk=2),
+    "minimax_m2": causal("MiniMaxM2ForCausalLM", head_dim=16, **_LOCAL),
+    "dots1": causal("Dots1ForCausalLM", head_dim=16, **_ROUTED, first_k_dense_replace=1, n_group=1, topk_group=1),
+    "flex_olmo": causal("FlexOlmoForCausalLM", num_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 
 ENCODERS: dict[str, Family] = {
@@ -357,6 +390,19 @@ ENCODERS: dict[str, Family] = {
     "modernbert": encoder("ModernBertForMaskedLM", local_attention=WINDOW),
     "eurobert": encoder("EuroBertForMaskedLM", num_key_value_heads=3),
     "nomic_bert": encoder("NomicBertForMaskedLM"),
+    "gte": encoder("GteModel"),
+    "jina_embeddings_v3": encoder("JinaEmbeddingsV3ForMaskedLM"),
+    "roformer": encoder("RoFormerForMaskedLM", embedding_size=48),
+    "esm": encoder("EsmForMaskedLM", max_position_embeddings=1026, mask_token_id=2, position_embedding_type="rotary"),
+    "ernie": encoder("ErnieForMaskedLM"),
+    "convbert": encoder("ConvBertForMaskedLM", embedding_size=48, num_attention_heads=6, head_ratio=2),
+    "squeezebert": encoder("SqueezeBertForMaskedLM", embedding_size=60, num_attention_heads=4),
+    "mobilebert": encoder(
+        "MobileBertForMaskedLM", embedding_size=48, intra_bottleneck_size=36, true_hidden_size=36, hidden_size=60,
+    ),
+    "layoutlm, tokens": encoder("LayoutLMForTokenClassification", num_labels=5),
+    "clip, text": encoder("CLIPTextModelWithProjection", projection_dim=24, bos_token_id=0, eos_token_id=1),
+    "siglip, text": encoder("SiglipTextModel", projection_size=24),
 }  # fmt: skip
 
 VISION: dict[str, Family] = {
@@ -400,6 +446,50 @@ VISION: dict[str, Family] = {
     ),
     "clip_vision": vision("CLIPVisionModelWithProjection", projection_dim=24),
     "siglip_vision": vision("SiglipVisionModel"),
+    "dinov3": vision("DINOv3ViTModel"),
+    "convnextv2": Family(
+        "ConvNextV2ForImageClassification", {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "num_labels": 7},
+        "pixels",
+    ),
+    "regnet": Family(
+        "RegNetForImageClassification",
+        {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "groups_width": 8,
+         "num_labels": 7}, "pixels",
+    ),
+    "efficientnet": Family(
+        "EfficientNetForImageClassification",
+        {"width_coefficient": 0.5, "depth_coefficient": 0.3, "image_size": 32, "hidden_dim": 640, "num_labels": 7},
+        "pixels", 64,
+    ),
+    "mobilevit": Family(
+        "MobileViTForImageClassification",
+        {"hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64], "num_attention_heads": 4,
+         "image_size": 64, "num_labels": 7}, "pixels", 64,
+    ),
+    "levit": Family(
+        "LevitForImageClassification",
+        {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
+         "key_dim": [8, 8, 8], "num_labels": 7}, "pixels", 64,
+    ),
+    "depth_anything": Family(
+        "DepthAnythingForDepthEstimation",
+        {"patch_size": 8, "reassemble_hidden_size": 48, "neck_hidden_sizes": [16, 24, 32, 40], "fusion_hidden_size": 16,
+         "backbone_config": {
+             "model_type": "dinov2", "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3,
+             "image_size": 32, "patch_size": 8, "out_indices": [1, 2, 3, 4], "apply_layernorm": True,
+             "reshape_hidden_states": False}},
+        "pixels",
+    ),
+    "detr": Family(
+        "DetrForObjectDetection",
+        {"d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 3,
+         "decoder_attention_heads": 3, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "num_queries": 7, "num_labels": 7,
+         "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,
+         "backbone_config": {
+             "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1],
+             "layer_type": "basic", "out_features": ["stage4"]}},
+        "pixels", 64,
+    ),
 }  # fmt: skip
 
 PAIRS: dict[str, Family] = {
@@ -407,6 +497,10 @@ PAIRS: dict[str, Family] = {
     "bart": pair("BartForConditionalGeneration", **_BART),
     "marian": pair("MarianMTModel", **_BART, decoder_start_token_id=1),
     "m2m_100": pair("M2M100ForConditionalGeneration", **_BART),
+    "mt5": pair("MT5ForConditionalGeneration", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
+    "mbart": pair("MBartForConditionalGeneration", **_BART),
+    "pegasus": pair("PegasusForConditionalGeneration", **_BART),
+    "blenderbot": pair("BlenderbotForConditionalGeneration", **_BART),
     "whisper": Family(
         "WhisperForConditionalGeneration",
         {key: value for key, value in _BART.items() if key != "max_position_embeddings"}
@@ -427,6 +521,12 @@ PAIRS: dict[str, Family] = {
 SOUND: dict[str, Family] = {
     "wav2vec2": Family(
         "Wav2Vec2ForCTC",
+        {"vocab_size": 32, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80,
+         "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 16,
+         "num_conv_pos_embedding_groups": 4, "pad_token_id": 0}, "sound",
+    ),
+    "wavlm": Family(
+        "WavLMForCTC",
         {"vocab_size": 32, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80,
          "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 16,
          "num_conv_pos_embedding_groups": 4, "pad_token_id": 0}, "sound",

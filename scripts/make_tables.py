@@ -28,7 +28,7 @@ from bench_once import once_table
 from bench_onnx import onnx_table
 from bench_products import products_table
 from bench_pruning import pruning_table
-from bench_quality import baselines_table, best_baselines, quality_table, steps_table
+from bench_quality import baselines_table, best_baselines, kinds_table, quality_table, steps_table
 from bench_rounding import rounding_table
 from bench_speed import prompt_table, speed_table
 from bench_strangers import strangers_table
@@ -48,14 +48,16 @@ from measured import ROOT, markdown, number, read_results
 from compressor.plan.recipe_file import load_recipe, shipped_recipes
 
 PAGES = (
-    "README.md", "docs/passes/jlcm.md", "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
+    "README.md", "docs/passes/jlcm.md", "docs/passes/trellis.md",
+    "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md",
     "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md", "docs/mixed-precision.md",
     "docs/families.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
-    "quality": "scripts/bench_quality.py artifacts DIR…", "baselines": "scripts/bench_quality.py baselines",
+    "quality": "scripts/bench_quality.py artifacts DIR…", "kinds": "scripts/bench_quality.py artifacts DIR…",
+    "baselines": "scripts/bench_quality.py baselines",
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py",
     "authors": "scripts/bench_authors.py", "encoders": "scripts/bench_encoders.py",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
@@ -123,6 +125,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes_table,
     "comparison": comparison_table,
     "quality": lambda: measured_table("quality", quality_table),
+    "kinds": lambda: measured_table("quality", kinds_table),
     "baselines": lambda: measured_table("baselines", baselines_table),
     "steps": lambda: measured_table("steps", steps_table),
     "layers": lambda: measured_table("layers", layers_table),

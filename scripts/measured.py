@@ -17,12 +17,14 @@ from compressor.evaluate.session import open_session
 MEASURED = ROOT / "docs" / "measured"
 SETS = {"moby_8": ("moby", 8), "sotu_8": ("sotu", 8), "moby_64": ("moby", 64), "sotu_64": ("sotu", 64)}
 """Name of a figure -> text and number of windows of 512 tokens."""
+KINDS = {f"{name}_8": (name, 8) for name in ("policy", "foldoc", "mail", "code")}
+"""Of other kinds of text than what recipes calibrate on, in the same form."""
 PROTOCOL = ("moby_8", "sotu_8")
 
 
 def set_windows(name: str) -> np.ndarray:
-    """The windows (n, 512) of one of SETS."""
-    text, n = SETS[name]
+    """The windows (n, 512) of one of SETS or KINDS."""
+    text, n = (SETS | KINDS)[name]
     return evaluation_windows(text, n=n)
 
 

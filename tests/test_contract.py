@@ -39,6 +39,7 @@ VARIANTS = {
     "gblm": [{"score": "magnitude"}, {"score": "sparsegpt"}, {"pattern": "2:4", "score": "wanda"}, {"score": "wanda"}],
     "affine": [{"method": "rtn"}, {"method": "hqq", "zero": "learned"}, {"method": "gptq"}],
     "jlcm": [{}, {"width": 4, "dim": 2, "codebooks": 3}],
+    "trellis": [{}, {"width": 6, "descent_rounds": 0}],
     "rounding": [
         {},
         {"optimizer": "adam", "steps": 20},

@@ -8,7 +8,8 @@ of the network again. The arrays in `parts()` are what the artifact stores, byte
     Scaled     ŵ = scale · level of a code, in groups of columns
       Affine     scale · (code − zero)               2, 3, 4, 8 bits
       Binary     scale · (±1)                        one group
-    Codebook   ŵ = scale · table[codebook of row, code]   a code stands for `dim` neighbouring columns
+    Codebook   ŵ = scale · table[codebook of row, code]   a code stands for `dim` neighbouring columns; with a window
+               the last bits of the codes down a column do, a trellis
     Sparse     a mask, and codes or values only where it is set
     Refined    a grid for all rows, and a second one for what it leaves of some of them
 """
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from compressor.ops.packing import pack, pack_plane, unpack, unpack_plane
+from compressor.ops.states import states_of
 from compressor.ops.widths import n_groups, plane_widths, zero_bits
 
 _ROWS = 4096
@@ -249,6 +251,8 @@ class Codebook(Encoding):
 
     table   (n_codebooks, 2**width, dim): int8 on the int4 grid −8 … 7, or float16 (free)
     codes   (rows, n_groups·group / dim) int, rows in *stored* order
+    window  None; or the bits of a state: a row's code lowest, then those of the rows before it. The table has 2**window
+            codewords then, the only one, and codes as many rows more, first, as a state reaches back
     scales  (rows, n_groups), rows in stored order
     counts  rows per codebook: the first counts[0] stored rows use codebook 0, and so on
     order   (rows,) stored row i is row order[i] of the matrix; None where rows keep their order
@@ -263,14 +267,19 @@ class Codebook(Encoding):
     scales: Scales
     counts: tuple[int, ...]
     order: Tensor | None = None
+    window: int | None = None
+
+    def index(self) -> Tensor:
+        """The codeword of each row's vectors, int32 (rows, n_groups·group / dim), in the tables one after another."""
+        if self.window is not None:
+            return states_of(self.codes, self.width, self.window)
+        book = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
+        return (self.codes + (book * self.table.shape[1]).int().unsqueeze(1)).int()
 
     def stored(self) -> Tensor:
         """The matrix with its rows in stored order, float32."""
         rows, columns = self.shape
-        book = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
-        flat = self.table.float().flatten(0, 1)
-        index = self.codes.long() + book.unsqueeze(1) * self.table.shape[1]
-        values = flat[index.flatten()].view(rows, -1, self.group)
+        values = self.table.float().flatten(0, 1)[self.index().flatten()].view(rows, -1, self.group)
         return (values * self.scales.decode().unsqueeze(-1)).flatten(1)[:, :columns]
 
     def decode(self) -> Tensor:
@@ -307,21 +316,21 @@ class Codebook(Encoding):
         return parts
 
     def settings(self) -> dict[str, Any]:
-        return {
+        found = {
             "width": self.width, "dim": self.dim, "group": self.group,
             "counts": list(self.counts), "grid": "int4" if self.on_int4_grid else "free",
         }  # fmt: skip
+        return found if self.window is None else found | {"window": self.window}
 
     @classmethod
     def rebuild(cls, shape, settings, parts):
         width, dim, group = settings["width"], settings["dim"], settings["group"]
-        counts = tuple(settings["counts"])
-        table = parts["table"]
+        counts, window = tuple(settings["counts"]), settings.get("window")
+        table, entries = parts["table"], 2 ** (window or width)
         if settings["grid"] == "int4":
-            size = 2**width * dim
-            table = (unpack_plane(table, 4, size).to(torch.int8) - 8).view(len(counts), 2**width, dim)
+            table = (unpack_plane(table, 4, entries * dim).to(torch.int8) - 8).view(len(counts), entries, dim)
         codes = unpack(_planes(parts, width), width, n_groups(shape[1], group) * group // dim)
-        return cls(shape, width, dim, group, codes, table, Scales.rebuild(parts), counts, parts.get("order"))
+        return cls(shape, width, dim, group, codes, table, Scales.rebuild(parts), counts, parts.get("order"), window)
 
 
 @dataclass(frozen=True)

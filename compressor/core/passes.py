@@ -132,6 +132,10 @@ class WeightSettings(Pass):
         """
         return None
 
+    def compared(self, shape: tuple[int, int]) -> int:
+        """Codewords that each weight of a matrix (rows, columns) is compared with, where that takes the time."""
+        return 0
+
     @property
     def keeps_zeros(self) -> bool:
         """Whether what a pass before has dropped is exactly zero in its encoding; without, it cannot follow one."""

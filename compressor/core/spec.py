@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compressor.ops.widths import n_groups, packed_columns, plane_widths, zero_bits, zero_steps
+from compressor.ops.widths import n_groups, packed_columns, plane_widths, rows_before, zero_bits, zero_steps
 
 Group = int | Literal["row"]
 Parts = dict[str, tuple[str, tuple[int, ...]]]
@@ -168,6 +168,7 @@ class CodebookSpec(Spec):
     scale_bits  of a group's scale; of 8, a row has one of 16 beside
     grid        of codewords: int4, whole numbers −8 … 7; free, any in float16
     reorder     whether rows are stored in the order of their tables
+    window      bits of a state, where a codeword is named by the codes of several rows, a trellis; else None
     """
 
     kind = "codebook"
@@ -178,6 +179,7 @@ class CodebookSpec(Spec):
     scale_bits: Literal[8, 16] = 16
     grid: Literal["int4", "free"] = "int4"
     reorder: bool = False
+    window: Annotated[int, Field(ge=2, le=16)] | None = None
 
     def n_codebooks(self, rows: int) -> int:
         """Tables of a matrix with so many `rows`: never more than these."""
@@ -186,14 +188,14 @@ class CodebookSpec(Spec):
     def parts(self, rows: int, columns: int) -> Parts:
         group = group_columns(self.group, columns, self.dim)
         groups, width = n_groups(columns, group), self.width
-        books = self.n_codebooks(rows)
+        books, entries = self.n_codebooks(rows), 2 ** (self.window or width)
         parts = {
-            **code_parts("codes", rows, groups * group // self.dim, width),
+            **code_parts("codes", rows + rows_before(width, self.window), groups * group // self.dim, width),
             **scale_parts(rows, groups, self.scale_bits),
-            "table": ("F16", (books, 2**width, self.dim)),
+            "table": ("F16", (books, entries, self.dim)),
         }
         if self.grid == "int4":
-            parts["table"] = ("U8", (books, packed_columns(2**width * self.dim, 4)))
+            parts["table"] = ("U8", (books, packed_columns(entries * self.dim, 4)))
         if self.reorder:
             parts["order"] = ("U16" if rows <= 65536 else "I32", (rows,))
         return parts
@@ -205,10 +207,12 @@ class CodebookSpec(Spec):
         return {
             "kind": self.kind, "shape": [rows, columns], "width": self.width, "dim": self.dim,
             "group": group_columns(self.group, columns, self.dim), "counts": counts, "grid": self.grid,
-        }  # fmt: skip
+        } | ({} if self.window is None else {"window": self.window})  # fmt: skip
 
     @property
     def label(self) -> str:
+        if self.window is not None:
+            return f"trellis {self.width / self.dim:g} bit, window {self.window}, {group_label(self.group)}"
         books = "" if self.codebooks == 1 else f"{self.codebooks} × "
         return f"codebook {self.width / self.dim:g} bit, {books}dim {self.dim}, {group_label(self.group)}"
 
@@ -313,7 +317,7 @@ class RefinedSpec(Spec):
 
 def sparse_spec(spec: Spec, rows: int, columns: int, kept: int) -> Spec:
     """The smaller of `spec` and its sparse form, for a matrix of which `kept` weights are not zero."""
-    if isinstance(spec, CodebookSpec) and (spec.dim > 1 or spec.reorder):
+    if isinstance(spec, CodebookSpec) and (spec.dim > 1 or spec.reorder or spec.window is not None):
         return spec
     if not isinstance(spec, (DenseSpec, AffineSpec, CodebookSpec)):
         return spec

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from compressor.export.forms import Plane, coded
 from compressor.export.parts import Parts, byte_digits, digits
+from compressor.export.states import states
 
 INT32, FLOAT = ir.DataType.INT32, ir.DataType.FLOAT
 
@@ -114,14 +115,24 @@ def _codewords(parts: Parts, rows: ir.Value | None) -> ir.Value:
     b, description = parts.builder, parts.description
     dim, books = description["dim"], len(description["counts"])
     n_codes, width = parts.codes.n, description["width"]
-    entries = books * 2**width
+    entries = books * 2 ** description.get("window", width)
     if description["grid"] == "int4":
         packed = b.cast(parts.whole("table", ir.DataType.UINT8, entries * dim // 2), INT32)
         table = b.op("Gather", b.constant(digits(4).astype(np.float32) - 8), packed)
     else:
         table = b.cast(parts.whole("table", ir.DataType.FLOAT16, entries * dim), FLOAT)
-    index = unpacked(parts, "codes", n_codes, rows)
+    if "window" in description:
+        assert rows is None  # `forms` refuses tables of rows
+        index = states(parts, lambda values: _bytes_of(parts, values, n_codes))
+    else:
+        index = unpacked(parts, "codes", n_codes, rows)
     book = parts.book_offsets(2**width)
     if book is not None:
         index = b.op("Add", index, book if rows is None else b.op("Gather", book, rows, axis=0))
     return b.reshape(b.op("Gather", b.reshape(table, entries, dim), index), -1, n_codes * dim)
+
+
+def _bytes_of(parts: Parts, values: tuple[int, ...], n_codes: int) -> ir.Value:
+    """What each code becomes, uint8 (rows, n_codes)."""
+    b = parts.builder
+    return b.op("Gather", b.constant(np.array(values, np.uint8)), unpacked(parts, "codes", n_codes))

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from compressor.ops.widths import n_groups, plane_widths
+from compressor.ops.widths import n_groups, plane_widths, rows_before
 
 Mode = Literal["default", "standard", "compat"]
 MODES: tuple[Mode, ...] = ("default", "standard", "compat")
@@ -142,6 +142,18 @@ class Coded(Kind):
         return None if self.form(description, mode) is not None else self.no_form(description, mode)
 
 
+LARGEST_FACTOR = 128
+"""By which codes are multiplied as they are joined to states: factors are bytes, and sums stay far within 32 bits."""
+
+
+def bits_apart(width: int, window: int) -> int:
+    """How many bits of the furthest row's code go through a channel of their own on the way to a state of so many bits:
+    those that are cut off, or lie too high for a factor; 0 where all are as the others."""
+    lowest = rows_before(width, window) * width
+    kept = min(width, window - lowest)
+    return kept if kept < width or 2**lowest > LARGEST_FACTOR else 0
+
+
 def _no_block(description: dict[str, Any]) -> str:
     return f"groups of {_group(description)} columns are no multiple of 16, nor a whole row"
 
@@ -236,6 +248,11 @@ class CodebookKind(Coded):
 
     def levels(self, description: dict[str, Any]) -> None:
         return None
+
+    def refusal(self, description: dict[str, Any], operator: str, mode: Mode) -> str | None:
+        if operator == "embedding" and "window" in description:
+            return "a trellis cannot be read row by row: keep tables affine"
+        return super().refusal(description, operator, mode)
 
     def form(self, description: dict[str, Any], mode: Mode) -> Form | None:
         dim = description["dim"]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compressor.export.forms import Coded, Form, Mode, Plane, coded, form
+from compressor.export.forms import Coded, Form, Mode, Plane, bits_apart, coded, form
 from compressor.export.shares import STAGES, WORTH_IT, Share, folding_of, share_out
 from compressor.ops.widths import n_groups, packed_columns, plane_widths, zero_bits
 from compressor.plan.plan import InUse, PlannedTensor
@@ -246,6 +246,9 @@ def _unfolded(description: dict[str, Any], chosen: Form) -> float:
         indices = sum(INT32 * n // at_once for n in stored)
         return rows * indices + 2 * len(stored) * operand
     widths = plane_widths(description["width"])
+    window = description.get("window")
+    if window is not None:
+        return rows * _of_states(codes.n, widths, description["width"], window) + 2 * operand
     return rows * _of_codewords(codes.n, widths, description["width"]) + 2 * operand
 
 
@@ -258,6 +261,17 @@ def _of_codewords(n: int, widths: Sequence[int], width: int) -> float:
     for bits in (codes * each for each in widths):
         made += 2 * units if bits == 8 else INT32 * units * bits / 8 + 2 * units
     return made + 2 * units * (len(widths) - 1) + INT32 * units
+
+
+def _of_states(n: int, widths: Sequence[int], width: int, window: int) -> float:
+    """Bytes of a row's states, and of what they are made of (`states`): bytes of codes, twice where what lies high is
+    apart."""
+    planes = [INT32 * n * bits / 16 + n for bits in widths]  # looked up by pairs of bytes
+    direct, apart = sum(planes) + n * len(planes), bits_apart(width, window)
+    above = planes[0] + 3 * n if apart else 0.0
+    if apart > widths[0]:
+        above += sum(planes[1:]) + n
+    return direct + above + INT32 * n
 
 
 def _constant(description: dict[str, Any], stored: int, is_convolution: bool = False, static: bool = False) -> Taken:

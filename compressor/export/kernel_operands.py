@@ -9,6 +9,7 @@ from compressor.export.decoding import unpacked
 from compressor.export.forms import Form, Plane
 from compressor.export.pairs import nibbles_in_pairs, planes_in_pairs
 from compressor.export.parts import Parts, byte_digits, digits
+from compressor.export.states import states
 from compressor.export.units import Unit
 from compressor.ops.widths import FINE_BITS, packed_columns, plane_widths, zero_bits
 
@@ -34,7 +35,8 @@ def kernel_codes(parts: Parts, form: Form) -> ir.Value:
         rows = parts.by_row("codes", UINT8, have)
     else:
         have = packed_columns(codes.n * parts.description.get("dim", 1), form.bits)
-        pieces = [_looked_up(piece, form, have != blocks * block_bytes) for piece in parts.pieces()]
+        some = parts.pieces()
+        pieces = [_looked_up(piece, form, have != blocks * block_bytes or len(some) > 1) for piece in some]
         rows = pieces[0] if len(pieces) == 1 else b.op("Concat", *pieces, axis=0)
     shaped = b.reshape(_fitted(parts, rows, have, blocks * block_bytes), -1, blocks, block_bytes)
     return b.op("Gather", shaped, parts.inverse_order(), axis=0) if parts.has("order") else shaped
@@ -97,7 +99,7 @@ def _whole(parts: Parts) -> np.ndarray:
 
 
 def _looked_up(parts: Parts, form: Form, flat: bool) -> ir.Value:
-    """Kernel bytes of the stored rows, uint8 (rows, …); (rows, bytes) if `flat`."""
+    """Kernel bytes of the stored rows, uint8, one row after another; (rows, bytes) if `flat`."""
     if form.values is None:
         return _codewords(parts, flat)
     if all(plane.per * form.bits % 8 == 0 for plane in parts.codes.planes):
@@ -128,12 +130,15 @@ def _ored_planes(
 ) -> ir.Value:
     """Each plane's bytes looked up; they hold separate bits, so OR joins them. (rows, bytes) if `flat`."""
     b, step, joined = parts.builder, 1, None
-    needed, planes, tables = packed_columns(n_codes, kernel_bits), parts.planes(stem), []
-    for _, plane in planes:
+    needed, planes, tables = packed_columns(n_codes, kernel_bits), [], []
+    for part, plane in parts.planes(stem):
         base = values[0] if step > 1 else 0
-        tables.append(byte_table(plane, tuple(values[i * step] - base for i in range(plane.radix)), kernel_bits))
+        table = byte_table(plane, tuple(values[i * step] - base for i in range(plane.radix)), kernel_bits)
+        if table.any():  # what a plane adds
+            planes.append((part, plane))
+            tables.append(table)
         step *= plane.radix
-    paired = planes_in_pairs(parts, stem, n_codes, tables, needed)
+    paired = planes_in_pairs(parts, planes, n_codes, tables, needed)
     if paired is not None:
         return b.reshape(paired, -1, needed) if flat else paired
     for (part, plane), table in zip(planes, tables, strict=True):
@@ -150,7 +155,11 @@ def _codewords(parts: Parts, flat: bool) -> ir.Value:
     b, description = parts.builder, parts.description
     dim, books = description["dim"], len(description["counts"])
     n_codes, width = parts.codes.n, description["width"]
-    if dim == 1 and width == 3:
+    if "window" in description:
+        entry_bytes, entries, n_index = dim // 2, 2 ** description["window"], n_codes
+        index = states(parts, lambda values: _ored_planes(parts, values, 8, "codes", n_codes, False))
+        table = parts.whole("table", UINT8, entries, entry_bytes)
+    elif dim == 1 and width == 3:
         planes = _ored_planes(parts, tuple(range(8)), 4, "codes", n_codes)
         index, table, entry_bytes, entries = b.cast(planes, ir.DataType.INT32), _byte_codewords(parts, 4), 1, 256
         n_index = packed_columns(n_codes, 4)

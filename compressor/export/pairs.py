@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from compressor.export.builder import GraphBuilder
+from compressor.export.forms import Plane
 from compressor.export.parts import Parts
 
 _WORTH_IT = 1 << 17
 """Bytes of a part from which a table of pairs pays."""
 
 
-def planes_in_pairs(parts: Parts, stem: str, n_codes: int, tables: list[np.ndarray], needed: int) -> ir.Value | None:
+def planes_in_pairs(
+    parts: Parts, planes: Sequence[tuple[str, Plane]], n_codes: int, tables: Sequence[np.ndarray], needed: int
+) -> ir.Value | None:
     """The bytes that each plane's become by its table, uint8 (256, bytes), joined by OR: (rows, …), `needed` a row.
 
     None where the rows of a plane end within a pair or the parts are small.
     """
-    b, planes = parts.builder, parts.planes(stem)
+    b = parts.builder
     pairs = [plane.stored(n_codes) // 2 for _, plane in planes]
     made = [2 * table.shape[1] for table in tables]
     even = all(plane.nbytes == 1 and plane.stored(n_codes) % 2 == 0 for _, plane in planes)

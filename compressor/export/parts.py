@@ -11,7 +11,7 @@ import onnx_ir as ir
 from compressor.core.tensors import EncodedTensors, Place, part_name
 from compressor.export.builder import GraphBuilder
 from compressor.export.forms import FOLD_LIMIT, Codes, Plane, coded, planes_of
-from compressor.ops.widths import n_groups, zero_bits
+from compressor.ops.widths import n_groups, rows_before, zero_bits
 
 _SIZES = {
     ir.DataType.UINT8: 1,
@@ -55,10 +55,11 @@ class Parts:
         return self._view(part, self._tensors.place(self.name, part), dtype, shape)
 
     def by_row(self, part: str, dtype: ir.DataType, *shape: int) -> ir.Value:
-        """Rows `self.rows` of a row-wise part as an initialiser (rows, *shape)."""
+        """Rows `self.rows` of a row-wise part as an initialiser (rows, *shape); of codes with the rows before."""
         place = self._tensors.place(self.name, part)
-        start, stop = self.rows
-        row_bytes = place.nbytes // self.n_rows
+        before = self.before if part.startswith("codes") else 0
+        start, stop = self.rows[0], self.rows[1] + before
+        row_bytes = place.nbytes // (self.n_rows + before)
         some = Place(place.file, place.offset + start * row_bytes, (stop - start) * row_bytes)
         return self._view(part, some, dtype, (stop - start, *shape))
 
@@ -77,6 +78,11 @@ class Parts:
     @property
     def group(self) -> int:
         return self.description.get("group", self.columns)
+
+    @property
+    def before(self) -> int:
+        """Rows of codes before the matrix's first."""
+        return rows_before(self.description.get("width", 1), self.description.get("window"))
 
     @property
     def zero_steps(self) -> int:

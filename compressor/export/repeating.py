@@ -8,7 +8,7 @@ the copies to be right: where they are not, as where a constant counts blocks, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,6 @@ REPEATED = "repeated"
 """In the metadata of a graph that has blocks which were not traced."""
 _TENSOR = "tensor"
 """Where inputs that stand for weights note the tensor's name (export/tracing.py)."""
-_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class _Blocks:
         tail: set[ir.Value] = set()
         periods: tuple[list[ir.Node], list[ir.Node]] = ([], [])
         for node in self.graph:
-            if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
+            if any(attribute.type is ir.AttributeType.GRAPHS for attribute in node.attributes.values()):
                 return None
             inputs = [value for value in node.inputs if value is not None]
             depth = max((self.depth.get(value, -1) for value in inputs if node not in self.sizes), default=-1)
@@ -198,7 +197,7 @@ class _Blocks:
                 }
                 copy = ir.Node(
                     node.domain, node.op_type, [given.get(value, value) for value in node.inputs],
-                    list(node.attributes.values()), num_outputs=len(node.outputs), name=f"{node.name}.{by}",
+                    _copies(node.attributes.values()), num_outputs=len(node.outputs), name=f"{node.name}.{by}",
                 )  # fmt: skip
                 for value, made in zip(node.outputs, copy.outputs, strict=True):
                     made.name, made.type, made.shape = f"{value.name}.{by}", value.type, value.shape
@@ -243,6 +242,15 @@ class _Blocks:
             self.graph.outputs.append(copies[value])
 
 
+def _copies(attributes: Iterable[ir.Attr]) -> list[ir.Attr]:
+    """Attributes for another node; a graph belongs to one alone."""
+    graph = ir.AttributeType.GRAPH
+    return [
+        ir.AttrGraph(each.name, each.as_graph().clone(allow_outer_scope_values=True)) if each.type is graph else each
+        for each in attributes
+    ]
+
+
 def _of_free_axis(node: ir.Node) -> bool:
     """Whether a Shape is of one axis of a past that is not fixed: texts, or what was read."""
     start, end = (node.attributes.get(name) for name in ("start", "end"))
@@ -262,9 +270,31 @@ def _same_attributes(a: ir.Node, b: ir.Node) -> bool:
 def _same(a: object, b: object) -> bool:
     if isinstance(a, ir.TensorProtocol) and isinstance(b, ir.TensorProtocol):
         return _same_arrays(a, b)
+    if isinstance(a, ir.Graph) and isinstance(b, ir.Graph):
+        return _same_bodies(a, b)
     if isinstance(a, Sequence) and isinstance(b, Sequence) and not isinstance(a, str | bytes):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
+
+
+def _same_bodies(a: ir.Graph, b: ir.Graph) -> bool:
+    """Whether two graphs within nodes, as loops', compute the same, of their own inputs and constants alone."""
+    if [len(a), len(a.inputs), len(a.outputs)] != [len(b), len(b.inputs), len(b.outputs)]:
+        return False
+    twins = dict(zip(a.inputs, b.inputs, strict=True))
+    for x, y in zip(a, b, strict=True):
+        if _signature(x) != _signature(y) or not _same_attributes(x, y):
+            return False
+        if not all(_are_twins(p, q, twins) for p, q in zip(x.inputs, y.inputs, strict=True)):
+            return False
+        twins |= dict(zip(x.outputs, y.outputs, strict=True))
+    return all(_are_twins(p, q, twins) for p, q in zip(a.outputs, b.outputs, strict=True))
+
+
+def _are_twins(x: ir.Value | None, y: ir.Value | None, twins: Mapping[ir.Value, ir.Value]) -> bool:
+    if x is None or y is None:
+        return x is y
+    return twins[x] is y if x in twins else _same_constant(x, y)
 
 
 def _same_constant(x: ir.Value, y: ir.Value) -> bool:

@@ -32,7 +32,7 @@ from compressor.export.shares import STAGES, WORTH_IT, Folding, Share, folding_o
 _TOGETHER = 1 << 28
 """Bytes that are made at once at most, well below what onnxruntime still folds."""
 _SMALL = 50
-"""A node that makes less than this part of its unit needs none either."""
+"""Nodes that together make less than this part of their unit need none either."""
 _OLDEST_OPSET = 13
 _STEM = "stage."
 _SOURCES = (ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32)
@@ -218,13 +218,22 @@ class _Gates:
 
     def _leaves(self, unit: Unit) -> Iterator[ir.Node]:
         """The nodes that would fold at once, but for small ones."""
-        inner, small = {value for node in unit.nodes for value in node.outputs}, unit.made // _SMALL
+        inner = {value for node in unit.nodes for value in node.outputs}
         inner |= {value for each in unit.before if isinstance(each, Unit) for value in each.nodes[0].outputs}
+        left, small = unit.made // _SMALL, set[ir.Node]()
+        for node in sorted(unit.nodes, key=self._made):
+            left -= self._made(node)
+            if left < 0:
+                break
+            small.add(node)
         for node in unit.nodes:
-            waits = any(value in inner and self.sizes[value].nbytes > small for value in node.inputs if value)
-            made = sum(self.sizes[value].nbytes for value in node.outputs)
-            if made > small and not waits:
+            waits = any(value in inner and value.producer() not in small for value in node.inputs if value)
+            if node not in small and not waits:
                 yield node
+
+    def _made(self, node: ir.Node) -> int:
+        """Bytes of what a node gives."""
+        return sum(self.sizes[value].nbytes for value in node.outputs)
 
     def _lightest(self, node: ir.Node) -> int:
         """The input with the fewest bytes."""

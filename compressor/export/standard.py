@@ -40,9 +40,7 @@ def kernel_values(encoding: Encoding, form: Form) -> tuple[torch.Tensor, torch.T
 
 def _codebook_values(encoding: Codebook, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     rows, columns = encoding.shape
-    book = torch.repeat_interleave(torch.arange(len(encoding.counts)), torch.tensor(encoding.counts))
-    index = encoding.codes.long() + book.unsqueeze(1) * encoding.table.shape[1]
-    values = encoding.table.int().flatten(0, 1)[index.flatten()].view(rows, -1)[:, :columns] + 8
+    values = encoding.table.int().flatten(0, 1)[encoding.index().flatten()].view(rows, -1)[:, :columns] + 8
     if encoding.order is None:
         return values, scales, 8
     inverse = torch.argsort(encoding.order.long())

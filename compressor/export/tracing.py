@@ -22,6 +22,8 @@ from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.errors import CheckpointError, ExportError, first_line
 from compressor.core.tensors import EncodedTensors
 from compressor.export.builder import GraphBuilder
+from compressor.export.fixed_sizes import fixed_size
+from compressor.export.recurrences import scanned
 
 PREFIX = "network."
 TRACED_OPSET = 21
@@ -60,12 +62,12 @@ def traced(
     """The graph that torch makes of a shell's forward, with these axes free.
 
     Raises:
-        CheckpointError: It can make none.
+        CheckpointError: It can make none, or one for texts like the example alone.
     """
     free = torch.export.Dim.DYNAMIC
     shapes = tuple(dict.fromkeys(axes[name], free) for name in inputs)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _torch_says_nothing():
+        with warnings.catch_warnings(), torch.no_grad(), _torch_says_nothing(), scanned(shell.network):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 shell.eval(), (tuple(inputs.values()),), dynamic_shapes=(shapes,), dynamo=True, optimize=False,
@@ -77,7 +79,14 @@ def traced(
             f"{path}: torch.onnx cannot trace {network}; {reason}; its forward must be free of Python branches on "
             "values and of what ONNX lacks, as complex numbers, and work for any batch"
         ) from error
-    assert program is not None
+    assert program is not None and program.exported_program is not None
+    condition = fixed_size(program.exported_program, {name: axes[name] for name in inputs})
+    if condition is not None:
+        raise CheckpointError(
+            f"{path}: torch.onnx fixes a size of {type(shell.network).__name__} that depends on its inputs, as how "
+            f"often a loop is run; its graph would be right where {condition} and nowhere else; --format safetensors "
+            "packs the weights alone"
+        )
     return program.model
 
 

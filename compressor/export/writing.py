@@ -126,7 +126,6 @@ def try_to_trace(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[
     Raises:
         CheckpointError: torch cannot trace it.
     """
-    _refuse_chunks(checkpoint)
     cache = _cache_of(checkpoint) if checkpoint.family == "decoder" else None
     short = as_few_as_tell(checkpoint.build())
     if short is None or not _can_be_traced(short, checkpoint, tensors, _example(checkpoint, batches)):
@@ -180,7 +179,6 @@ def traced(checkpoint: Checkpoint, tensors: EncodedTensors, batches: list[dict[s
     """
     from compressor.export.module import trace_module
 
-    _refuse_chunks(checkpoint)
     example = _example(checkpoint, batches)
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in example.items())
     if checkpoint.family == "decoder":
@@ -207,17 +205,6 @@ def retrace(checkpoint: Checkpoint) -> bool:
     _WHOLE.add(checkpoint)
     del _TRACES[checkpoint]
     return True
-
-
-def _refuse_chunks(checkpoint: Checkpoint) -> None:
-    """Refuses a decoder that scans its text in chunks, whose number a traced graph would have fixed."""
-    config = checkpoint.config or {}
-    name = next((name for name in ("chunk_size", "mamba_chunk_size") if isinstance(config.get(name), int)), None)
-    if checkpoint.family == "decoder" and name is not None and isinstance(_cache_of(checkpoint), str):
-        raise CheckpointError(
-            f"{checkpoint.path}: {checkpoint.architecture} reads a text in chunks of {config[name]} tokens ({name}), "
-            "and torch.onnx fixes how many: its graph could read no longer text; --format safetensors packs the weights"
-        )
 
 
 def _with_cache(checkpoint: Checkpoint, tensors: EncodedTensors) -> ir.Model | None:

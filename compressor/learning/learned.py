@@ -98,10 +98,8 @@ class LearnedCodebook(Learnable):
     def __init__(self, encoding: Codebook, moves: Moves, keeps_zeros: bool = False) -> None:
         super().__init__()
         self.encoding = encoding
-        self._moves = Moves() if keeps_zeros else moves
-        size = encoding.table.shape[1]
-        book = torch.repeat_interleave(torch.arange(len(encoding.counts)), torch.tensor(encoding.counts))
-        self.index = (encoding.codes + (book * size).int().unsqueeze(1)).int().flatten()
+        self._moves = Moves() if keeps_zeros or encoding.window is not None else moves
+        self.index = encoding.index().flatten()
         self.table = nn.Parameter(encoding.table.float().flatten(0, 1))
         if keeps_zeros:
             open_places = self.table.detach() != 0
@@ -185,7 +183,9 @@ class LearnedCodebook(Learnable):
     def result(self) -> Codebook:
         old = self.encoding
         table = self.grid(self.table.detach()).to(old.table.dtype).view(old.table.shape)
-        codes = (self.index % old.table.shape[1]).view(old.codes.shape).int()
+        codes = old.codes  # a path's states do not move one by one
+        if old.window is None:
+            codes = (self.index % old.table.shape[1]).view(old.codes.shape).int()
         return dataclasses.replace(old, codes=codes, table=table, scales=_stored(self.scales, old.scales))
 
 

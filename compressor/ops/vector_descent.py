@@ -8,6 +8,8 @@ raises the loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,19 @@ from compressor.ops.vector_quantization import nearest, nearest_within
 _COLUMNS = 64
 
 
+Path = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(points (rows, dim), weights (rows,), codewords (K, dim)) -> codes (rows,) that are chosen together."""
+
+
 def best_codes(
-    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, table: Tensor, kept: Tensor | None = None
-) -> Tensor:
+    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, table: Tensor, kept: Tensor | None = None,
+    path: Path | None = None,
+) -> Tensor:  # fmt: skip
     """`codes` after one sweep over all columns, one vector of them at a time.
 
     weight (rows, columns), hessian (columns, columns) positive definite, codes (rows, columns/dim), scales (rows,
-    n_groups) not 0, table (K, dim). Where `kept` (rows, columns) is False a codeword is 0.
+    n_groups) not 0, table (K, dim). Where `kept` (rows, columns) is False a codeword is 0. With `path` the codes of all
+    rows are chosen at once, and not each by itself.
     """
     codes, dim = codes.clone(), table.shape[1]
     group = weight.shape[1] // scales.shape[1]
@@ -36,7 +44,9 @@ def best_codes(
             factor = torch.linalg.cholesky(inner[near, near])
             scale, current = scales[:, j // group].unsqueeze(1), values[:, j : j + dim]
             wanted = (current - torch.cholesky_solve(slope[:, near].T, factor).T) / scale
-            if kept is None:
+            if path is not None:
+                chosen = path(wanted @ factor, scale[:, 0].square(), table @ factor)
+            elif kept is None:
                 chosen = nearest(wanted @ factor, table @ factor)
             else:
                 chosen = nearest_within(wanted @ factor, kept[:, j : j + dim], table @ factor, table != 0)

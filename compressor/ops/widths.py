@@ -39,3 +39,12 @@ def zero_steps(zero: str, bits: int) -> int:
 def zero_bits(bits: int, steps: int) -> int:
     """Bits that a zero point in parts of 1/steps takes."""
     return FINE_BITS if steps > 1 else bits
+
+
+def rows_before(width: int, window: int | None) -> int:
+    """Rows of codes before the first of a matrix that a window of so many bits reaches into; 0 where there is none.
+
+    >>> rows_before(5, 12), rows_before(6, 12), rows_before(8, None)
+    (2, 1, 0)
+    """
+    return 0 if window is None else -(-window // width) - 1

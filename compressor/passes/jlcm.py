@@ -20,7 +20,7 @@ from compressor.core.encoding import Codebook, Scales
 from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
 from compressor.ops.sums import mean
-from compressor.ops.vector_descent import best_codes, best_scales, decoded, row_losses
+from compressor.ops.vector_descent import best_codes
 from compressor.ops.vector_quantization import (
     balanced_clusters,
     gaussian_codebook,
@@ -29,9 +29,9 @@ from compressor.ops.vector_quantization import (
     nearest_within,
     sparse_kmeans,
 )
+from compressor.passes.parts.codewords import group_scales, rescaled, snap
 from compressor.passes.settings.jlcm import JlcmSettings
 
-GRID_LOW, GRID_HIGH = -8, 7
 _QUANTILES = 16
 _POINTS_PER_CODEWORD = 24
 _PRUNED_RESOLUTION = 3.5
@@ -66,11 +66,6 @@ def row_features(weight: Tensor) -> Tensor:
     return ranked[:, at]
 
 
-def snap(codewords: Tensor, resolution: float) -> Tensor:
-    """Codewords (…, K, dim) in units of the group's rms, to the int4 grid at `resolution` steps per rms."""
-    return (codewords * resolution).round().clamp(GRID_LOW, GRID_HIGH)
-
-
 @functools.lru_cache(maxsize=8)
 def start(width: int, dim: int) -> tuple[Tensor, float]:
     """A codebook for unit Gaussian weights, and the resolution at which snapping it costs least."""
@@ -83,17 +78,6 @@ def start(width: int, dim: int) -> tuple[Tensor, float]:
         return float(mean((points - grid[nearest(points, grid)]).pow(2)))
 
     return codewords, min((2.0, 2.3, 2.6, 3.0, 3.5, 4.0, 4.6, 5.2), key=loss)
-
-
-def group_scales(weight: Tensor, group: int, resolution: float) -> Tensor:
-    """Scales (rows, n_groups): rms/resolution, more where the group's largest weight would leave the grid.
-
-    The rms is of what is not zero.
-    """
-    rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, -columns % group)).view(rows, -1, group)
-    rms = (padded.pow(2).sum(2) / (padded != 0).sum(2).clamp_min(1)).sqrt()
-    return torch.maximum(rms / resolution, padded.abs().amax(2) / (GRID_HIGH + 1.5)).clamp_min(1e-7)
 
 
 class Jlcm(JlcmSettings, WeightPass):
@@ -195,22 +179,13 @@ class Jlcm(JlcmSettings, WeightPass):
                 places = None if kept is None else kept[part]
                 own = Scales(values[part], None if row is None else row[part])
                 for _ in range(self.descent_rounds):
-                    own = self._rescaled(weight[part], hessian, codes[part], own, codewords)
+                    own = rescaled(weight[part], hessian, codes[part], own, codewords, self.scale_bits)
                     size = own.decode().clamp_min(1e-12)
                     codes[part] = best_codes(weight[part], hessian, codes[part], size, codewords, places)
                 values[part] = own.values
                 if row is not None and own.row is not None:
                     row[part] = own.row
         return Scales(values, row)
-
-    def _rescaled(self, weight: Tensor, hessian: Tensor, codes: Tensor, scales: Scales, codewords: Tensor) -> Scales:
-        """The best scales as they are stored; a row's old ones where rounding loses what they gain."""
-        old = scales.decode()
-        new = Scales.of(best_scales(weight, hessian, codes, old, codewords).clamp_min(1e-7), self.scale_bits)
-        before, after = (row_losses(weight, hessian, decoded(codes, s, codewords)) for s in (old, new.decode()))
-        worse = (after >= before).unsqueeze(1)
-        row = None if scales.row is None or new.row is None else torch.where(worse, scales.row, new.row)
-        return Scales(torch.where(worse, scales.values, new.values), row)
 
 
 def _books(order: Tensor, counts: tuple[int, ...], table: Tensor) -> Iterator[tuple[Tensor | slice, Tensor]]:

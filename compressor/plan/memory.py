@@ -46,6 +46,7 @@ def peak_memory(
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     states = FLOAT * width * recipe.calibration.tokens
     kept = 4 if recipe.learns_blocks else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
+    kept += 2 * bool(recipe.calibration.drift)  # the original's
     peak = max(stages) + kept * states
     if any(block_of(tensor.name, config) for tensor in tensors):
         if recipe.distill.steps:
@@ -135,14 +136,21 @@ def _largest_block(tensors: Sequence[PlannedTensor], config: dict[str, Any], rec
     peaks = []
     for block in blocks.values():
         layers = [tensor for tensor in block if tensor.by and tensor.role != "embedding"]
-        moments = [2 * FLOAT * tensor.matrix[1] ** 2 for tensor in layers if tensor.method and tensor.method.needs]
-        encoding = max((_MATRICES * FLOAT * _count([tensor]) for tensor in layers), default=0)
-        encoding += max(moments, default=0)
+        arrays = 4 if recipe.calibration.drift else 2
+        moments = [arrays * FLOAT * tensor.matrix[1] ** 2 for tensor in layers if tensor.method and tensor.method.needs]
+        encoding = max((_MATRICES * FLOAT * _count([tensor]) + _path_costs(tensor) for tensor in layers), default=0)
+        encoding += max(moments, default=0) + (FLOAT * _count(block) if recipe.calibration.drift else 0)
         learning = 0
         if _wants_gradients(recipe) or recipe.learns_blocks:
             learning = 2 * FLOAT * _count(layers) * bool(recipe.learns_blocks) + _activations(layers, FLOAT)
         peaks.append((FLOAT + 1) * _count(block) + max(encoding, learning))
     return max(peaks, default=0)
+
+
+def _path_costs(tensor: PlannedTensor) -> int:
+    """Of every state in every row, where a trellis is searched."""
+    spec = tensor.spec
+    return FLOAT * tensor.matrix[0] * 2**spec.window if isinstance(spec, CodebookSpec) and spec.window else 0
 
 
 def _activations(layers: Sequence[PlannedTensor], size: int) -> float:

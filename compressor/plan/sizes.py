@@ -18,6 +18,8 @@ FLOPS = 90e9
 """Multiplications and additions per CPU-second of a forward pass, measured on SmolLM2-135M."""
 SECONDS_PER_WEIGHT = 1.0e-6
 """CPU-seconds to assign codes to a weight, about."""
+SECONDS_PER_CODEWORD = 6e-10
+"""CPU-seconds to compare a weight with a codeword, of those that `WeightSettings.compared` counts, about."""
 SECONDS_PER_STEP = 2e-8
 """CPU-seconds to decode a weight and learn what it is made of, about, in a step of the distillation."""
 FIXED = 1.5
@@ -99,7 +101,8 @@ def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe, load: Worklo
     n_weights, tokens, distill = _weights(tensors), recipe.calibration.tokens, recipe.distill
     tables = sum(math.prod(tensor.shape) for tensor in tensors if tensor.role == "embedding")
     passes = sum(step.settings.cost(tokens) for step in recipe.passes) + 3 * ("gradients" in recipe.required)
-    found = n_weights * SECONDS_PER_WEIGHT
+    passes += 3 * bool(recipe.calibration.drift)
+    found = n_weights * SECONDS_PER_WEIGHT + sum(_search_seconds(tensor) for tensor in tensors)
     if load is not None and load.layers:
         found += _seconds_of_arrays(recipe, load)
     else:
@@ -109,6 +112,13 @@ def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe, load: Worklo
         learned = 2 * (n_weights + tables) * (distill.tokens + 3 * distill.steps * TOKENS_PER_BATCH) / rate
         found += learned + distill.steps * (n_weights + tables) * SECONDS_PER_STEP
     return round(found, 1)
+
+
+def _search_seconds(tensor: PlannedTensor) -> float:
+    """To compare a matrix's weights with codewords."""
+    if tensor.method is None:
+        return 0.0
+    return math.prod(tensor.matrix) * tensor.method.compared(tensor.matrix) * SECONDS_PER_CODEWORD
 
 
 def _seconds_of_arrays(recipe: Recipe, load: Workload) -> float:

@@ -2,8 +2,8 @@
 
 A layer that is encoded on the inputs x̂ of the compressed prefix, to give what its weights W give on x̂, keeps what went
 wrong before it. What it should give is W·x, x the original's inputs. The weights that come closest to that on x̂ are
-W + W·C·H⁻¹, with C = E[(x − x̂)·x̂ᵀ] and H = E[x̂·x̂ᵀ]; a share of that step, with H damped, does not follow the text at hand
-too far (QEP: Arai & Ichikawa, arXiv 2504.09629). Memory: one block of the original and its hidden states.
+W + W·C·H⁻¹, with C = E[(x − x̂)·x̂ᵀ] and H = E[x̂·x̂ᵀ]; a share of that step, with H damped, does not follow the text at
+hand too far (QEP: Arai & Ichikawa, arXiv 2504.09629). Memory: one block of the original and its hidden states.
 """
 
 from __future__ import annotations

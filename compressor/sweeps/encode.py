@@ -28,8 +28,8 @@ from compressor.plan.plan import Plan
 from compressor.plan.recipe import Recipe
 from compressor.sweeps.backward import head_of
 from compressor.sweeps.chain import Chain, Choice, Learners
-from compressor.sweeps.gradients import load_gradients
 from compressor.sweeps.drift import Beside, Drift, blocks_beside
+from compressor.sweeps.gradients import load_gradients
 from compressor.sweeps.means import correct_means, layer_means
 from compressor.sweeps.moments import groups_of, layer_stages, moments_of
 from compressor.sweeps.network import Arguments, Network, hidden_of, n_examples

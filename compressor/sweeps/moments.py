@@ -89,8 +89,7 @@ def moments_of(
     begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
     drift: Drift | None = None,
 ) -> dict[str, tuple[Tensor, int]]:  # fmt: skip
-    """H and the number of tokens of each layer of a group, see `second_moments`; `drift` gathers where they share one.
-    """
+    """H and the number of tokens of each layer of a group, see `second_moments`; `drift` where they share an input."""
     if drift is not None:
         drift.begin()
     if stage.share:

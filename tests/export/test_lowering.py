@@ -15,7 +15,7 @@ from compressor.core.encoding import Affine, Binary, Codebook, Dense, Encoding, 
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.export.builder import GraphBuilder
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, form, least_version, refusal
-from compressor.ops.widths import n_groups
+from compressor.ops.widths import n_groups, rows_before
 
 ROWS, COLUMNS = 52, 160
 
@@ -45,6 +45,17 @@ def codebook(
     order = torch.randperm(ROWS, generator=generator) if ordered else None
     return Codebook(
         (ROWS, columns), width, dim, group, codes, table.half() / 3 if free else table, scales, counts, order
+    )
+
+
+def trellis(width: int, window: int, group: int = 32, columns: int = COLUMNS, free: bool = False) -> Codebook:
+    generator = torch.Generator().manual_seed(width * 31 + window)
+    groups, before = n_groups(columns, group), rows_before(width, window)
+    codes = torch.randint(0, 2**width, (before + ROWS, groups * group // 2), generator=generator, dtype=torch.int32)
+    table = torch.randint(-8, 8, (1, 2**window, 2), generator=generator).to(torch.int8)
+    scales = Scales.of(torch.rand(ROWS, groups, generator=generator) + 0.5, 8)
+    return Codebook(
+        (ROWS, columns), width, 2, group, codes, table.half() / 3 if free else table, scales, (ROWS,), window=window
     )
 
 
@@ -111,6 +122,12 @@ ENCODINGS: dict[str, Encoding] = {
         for width, dim in ((3, 1), (4, 2), (5, 2), (6, 2), (7, 2), (8, 4), (9, 4), (12, 4))
     },
     "codebook6x2row108": codebook(6, 2, 108, 3, True, columns=108),
+    **{
+        f"trellis{width}w{window}": trellis(width, window)
+        for width, window in ((2, 6), (4, 8), (4, 12), (5, 10), (5, 11), (5, 12), (6, 12), (7, 11), (7, 12))
+    },
+    "trellis5w12g64": trellis(5, 12, 64),
+    "trellis5w12row108": trellis(5, 12, 108, 108),
     "refined3": refined(3, 4),
     "refined4": refined(4, 2),
     "binary": binary(True),
@@ -204,6 +221,8 @@ def test_constant_folds_to_the_decoded_tensor(tmp_path, name):
         (affine(8, 32, "half"), "matmul", "default", "a zero point of 127.5 at 8 bits has no kernel"),
         (affine(4, 24), "matmul", "default", "groups of 24 columns are no multiple of 16"),
         (affine(4, 24), "constant", "default", None),
+        (trellis(5, 10), "embedding", "default", "a trellis cannot be read row by row"),
+        (trellis(5, 10, free=True), "matmul", "default", "free codewords only with --format safetensors"),
         (codebook(5, 1), "matmul", "default", "single-weight codebooks have at most 4 bits"),
     ],
 )
@@ -223,7 +242,7 @@ def test_large_tensors_are_looked_up_in_pieces(tmp_path, monkeypatch):
         return len(ir.load(tmp_path / "model.onnx").graph)
 
     whole = {}
-    for name in ("codebook8x4books", "codebook9x4books", "affine3g32", "float16"):
+    for name in ("codebook8x4books", "codebook9x4books", "affine3g32", "float16", "trellis5w12"):
         graph_of(tmp_path, ENCODINGS[name], "matmul", "default")
         whole[name] = n_nodes()
     monkeypatch.setattr("compressor.export.parts.FOLD_LIMIT", 4096)

@@ -1,0 +1,93 @@
+"""Trellis codes (QTIP: Tseng, Sun, Hou, De Sa, arXiv 2406.11235, NeurIPS 2024), down the rows of a matrix.
+
+QTIP rotates weights into Gaussians and runs its trellis along blocks of 16 × 16. Here a step gives a codeword of two
+neighbouring columns, on the int4 grid times the scale of a group, and the path runs down all rows of these columns: so
+that error feedback goes on from column to column as ever (GPTQ, arXiv 2210.17323, in the block form of QuIP#, arXiv
+2402.04396), and the path is the best one for what is due in these columns of every row at once. Without rotation: the
+groups' scales see to outliers. The table is Gaussian to begin with, and learns with the network.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from compressor.core.contract import Statistics, WeightPass
+from compressor.core.encoding import Codebook, Scales
+from compressor.core.errors import PassError
+from compressor.core.spec import group_columns
+from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.states import codes_of
+from compressor.ops.trellis import best_path
+from compressor.ops.vector_descent import best_codes
+from compressor.passes.parts.codewords import group_scales, rescaled, snap
+from compressor.passes.settings.trellis import DIM, TrellisSettings
+
+RESOLUTION = 2.6
+"""Grid steps per rms at which a Gaussian table on the grid loses least, of 2 to 5.2."""
+
+
+@functools.lru_cache(maxsize=8)
+def gaussian_table(window: int) -> Tensor:
+    """Codewords (2**window, 2) of a unit Gaussian on the int4 grid: that each is as likely as another is what a path
+    chooses among."""
+    generator = torch.Generator().manual_seed(0)
+    return snap(torch.randn(2**window, DIM, generator=generator), RESOLUTION)
+
+
+class Trellis(TrellisSettings, WeightPass):
+    """Trellis codes; see the module for the method."""
+
+    def encode(self, matrix: Tensor, known: Statistics, generator: torch.Generator) -> Codebook:
+        """Of a matrix (out, in).
+
+        Raises:
+            PassError: Weights of it were dropped.
+        """
+        if known.kept is not None:
+            raise PassError("trellis: a path cannot keep zeros where weights were dropped; write jlcm after pruning")
+        rows, columns = matrix.shape
+        group = group_columns(self.group, columns, DIM)
+        padding, window = -columns % group, self.window_of((rows, columns))
+        weight, hessian = matrix.float(), known.moment(columns)
+        if padding:  # pad copies even by nothing, and Hessians are large
+            weight = torch.nn.functional.pad(weight, (0, padding))
+            hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+        table = gaussian_table(window)
+        scales = Scales.of(group_scales(weight[:, :columns], group, RESOLUTION), self.scale_bits)
+        states = self._assign(weight, hessian, scales.decode(), table, group)
+        if self.descent_rounds:
+            hessian = hessian.clone()
+            hessian.diagonal().add_(self.damping * hessian.diagonal().mean().clamp_min(1e-30))
+        for _ in range(self.descent_rounds):
+            scales = rescaled(weight, hessian, states, scales, table, self.scale_bits)
+            size = scales.decode().clamp_min(1e-12)
+            states = best_codes(weight, hessian, states, size, table, path=self._paths(rows, window))
+        codes = codes_of(states, self.width, window)
+        return Codebook(
+            (rows, columns), self.width, DIM, group, codes, table.to(torch.int8).unsqueeze(0), scales, (rows,),
+            window=window,
+        )  # fmt: skip
+
+    def _paths(self, rows: int, window: int):
+        """The best states down the rows, given what is due there, its weight, and codewords in the same basis."""
+        cost = torch.empty(rows, 2**window)
+        return lambda points, weights, codewords: best_path(points, weights, codewords, self.width, cost).long()
+
+    def _assign(self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, group: int) -> Tensor:
+        """States (rows, columns / 2), chosen with error feedback."""
+        rows, columns = weight.shape
+        states = torch.empty(rows, columns // DIM, dtype=torch.long)
+        path = self._paths(rows, (len(table) - 1).bit_length())
+
+        def quantise(begin: int, current: Tensor, factor: Tensor) -> Tensor:
+            scale = scales[:, begin // group].clamp_min(1e-12)
+            inverse = torch.linalg.inv(factor)
+            target = (current[:, :DIM] / scale.unsqueeze(1)) @ inverse
+            states[:, begin // DIM] = found = path(target, scale.square(), table @ inverse)
+            return table[found] * scale.unsqueeze(1)
+
+        error_feedback(weight, inverse_factor(hessian, self.damping), DIM, quantise)
+        return states
