@@ -5,7 +5,7 @@
     scripts/bench_quality.py artifacts DIR…                 finished artifacts, in onnxruntime
     scripts/bench_quality.py others                         onnxruntime-genai's builder, and llama.cpp
     scripts/bench_quality.py baselines --bits 2 3           round-to-nearest, HQQ and GPTQ, in torch
-    scripts/bench_quality.py steps                          a row per step of llm-2bit
+    scripts/bench_quality.py steps                          a row per step of jlcm at 2.5 bits
 
 Windows of 512 tokens, nothing before them, 511 predictions each: 8 windows of two excerpts (the published protocol) and
 64 of the whole texts; of artifacts 8 of texts of other kinds as well (scripts/material.py says which). Results go to
@@ -37,6 +37,14 @@ from compressor.evaluate.session import DecoderSession
 MODEL = "smollm2"
 TITLES = {"moby": "Moby Dick", "sotu": "State of the Union"}
 UNTIMED = ("export", "evaluation")
+STEP_RECIPE = """
+name: steps
+passes: [{pass: jlcm, width: 10, dim: 4, group: 64, scale_bits: 8}]
+calibration: {tokens: 16384, window: 512}
+embeddings: {bits: 3, group: 64, zero: learned, scale_bits: 8, sweeps: 4, ridge: 0.3, refined: 2048}
+distill: {tokens: 98304}
+evaluation: {window: 512}
+"""
 START = {
     "jlcm.feedback": "false", "jlcm.kmeans_iterations": "0", "jlcm.codebooks": "1", "jlcm.block_steps": "0",
     "jlcm.descent_rounds": "0", "distill.steps": "0", "distill.mapping_rate": "0.0",
@@ -48,6 +56,7 @@ STEPS: dict[str, tuple[str | None, dict[str, str]]] = {
     "error feedback": ("weighted k-means", {"jlcm.feedback": "true"}),
     "token importance": ("error feedback", {"calibration.token_importance": "true"}),
     "coordinate descent, 2 rounds": ("token importance", {"jlcm.descent_rounds": "2"}),
+    "drift, half a step": ("coordinate descent, 2 rounds", {"calibration.drift": "0.5"}),
     "row clusters, 4 codebooks": ("coordinate descent, 2 rounds", {"jlcm.codebooks": "4"}),
     "block reconstruction, 8 steps": ("coordinate descent, 2 rounds", {"jlcm.block_steps": "8"}),
     "distillation, 16 steps": ("coordinate descent, 2 rounds", {"distill.steps": "16"}),
@@ -258,14 +267,15 @@ def measure_steps(arguments: argparse.Namespace) -> None:
     from compressor.core.progress import make_progress
     from compressor.run.pipeline import run
 
-    results = read_results("steps")
+    results, recipe = read_results("steps"), cached("steps") / "recipe.yaml"
+    recipe.write_text(STEP_RECIPE, encoding="utf-8")
     for row in STEPS:
         if row in results and not arguments.again:
             continue
         target = cached("steps") / row.replace(",", "").replace(" ", "-")
         sets = tuple(f"{key}={value}" for key, value in step_settings(row).items())
         options = RunOptions(
-            str(model_dir(MODEL)), "llm-2bit", target, sets=sets, force=True, progress=make_progress(silent=False)
+            str(model_dir(MODEL)), str(recipe), target, sets=sets, force=True, progress=make_progress(silent=False)
         )
         report = run(options).report
         results[row] = {
@@ -304,7 +314,7 @@ def main() -> None:
     baselines.set_defaults(run=measure_baselines)
     others = commands.add_parser("others", help="onnxruntime-genai's builder and llama.cpp")
     others.set_defaults(run=measure_others)
-    steps = commands.add_parser("steps", help="a row per step of llm-2bit, in onnxruntime")
+    steps = commands.add_parser("steps", help="a row per step of jlcm at 2.5 bits, in onnxruntime")
     steps.add_argument("--threads", type=int)
     steps.add_argument("--again", action="store_true")
     steps.set_defaults(run=measure_steps)

@@ -33,7 +33,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 SETS = ("calibration.tokens=256", "calibration.window=32", "distill.steps=0", "evaluation.tokens=64",
-        "evaluation.window=32", "jlcm.width=4", "jlcm.dim=2", "jlcm.group=16", "embeddings.group=16")  # fmt: skip
+        "evaluation.window=32", "trellis.width=4", "trellis.window=8", "trellis.group=16", "embeddings.group=16",
+        "calibration.generated=0")  # fmt: skip
 DEEP, WIDE = 2, 4096
 """Containers are looked into so deep, and where they have no more entries."""
 

@@ -76,10 +76,16 @@ def test_imports_find_files_beside_the_importing_recipe(folder):
 
 
 def test_set_changes_settings_sections_and_patterns():
-    sets = ["jlcm.width=5", "jlcm.delta=1e-3", "jlcm.select=*.mlp.*", "embeddings.bits=8", "jlcm.group=row"]
+    sets = [
+        "trellis.width=6",
+        "trellis.damping=1e-3",
+        "trellis.select=*.mlp.*",
+        "embeddings.bits=8",
+        "trellis.group=row",
+    ]
     recipe = load_recipe("llm-2bit", sets)
     settings = recipe.passes[0].settings.model_dump()
-    assert (settings["width"], settings["delta"], settings["group"]) == (5, 0.001, "row")
+    assert (settings["width"], settings["damping"], settings["group"]) == (6, 0.001, "row")
     assert recipe.passes[0].select == ("*.mlp.*",)
     assert recipe.embeddings.bits == 8
 
@@ -166,10 +172,10 @@ def test_longer_import_cycles_are_named(folder):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("jlcm.widht=3", "--set jlcm.widht=3: no setting 'widht'. Did you mean 'width'?"),
-        ("jlmc.width=3", "--set jlmc.width=3: the recipe has no 'jlmc'. Did you mean 'jlcm'?"),
-        ("jlcm.width", "--set jlcm.width: write PASS.KEY=VALUE"),
-        ("jlcm.width=0", "--set jlcm.width=0: width is 0; it should be greater than or equal to 1"),
+        ("trellis.widht=3", "--set trellis.widht=3: no setting 'widht'. Did you mean 'width'?"),
+        ("trelis.width=3", "--set trelis.width=3: the recipe has no 'trelis'. Did you mean 'trellis'?"),
+        ("trellis.width", "--set trellis.width: write PASS.KEY=VALUE"),
+        ("trellis.width=0", "--set trellis.width=0: width is 0; it should be greater than or equal to 2"),
     ],
 )
 def test_a_wrong_set_names_the_option(assignment, message):

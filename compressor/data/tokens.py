@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,10 +17,8 @@ from compressor.core.files import whole
 from compressor.core.resources import refuse_shortage
 
 if TYPE_CHECKING:
-    from compressor.checkpoints import Checkpoint
     from compressor.data.text import Text
 
-BETWEEN_DOCUMENTS = "<|endoftext|>"
 PIECE = 1 << 24
 """Characters that are tokenised at a time: texts beyond it are cut at line ends or spaces."""
 
@@ -131,31 +128,6 @@ def refuse_tokens(text: Text, tokenizer: str | Path, window: int, vocabulary: in
             f"{text.source}: the tokenizer makes token {ids.max()} of it, and the network's table has {vocabulary} "
             "entries; put the tokenizer beside the model that belongs to it"
         )
-
-
-def start_token(checkpoint: Checkpoint, tokenizer: Path) -> int:
-    """What a document begins after: the separator of the pre-training if the tokenizer has it, else the config's bos.
-
-    A chat model's bos opens a turn; after the separator it writes as it was pre-trained.
-
-    Raises:
-        DataError: There is neither, or the network is no decoder.
-    """
-    if checkpoint.family != "decoder":
-        raise DataError(f"{checkpoint.path}: {checkpoint.architecture} writes no text; set generated to 0")
-    file = tokenizer / "tokenizer.json"
-    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", []) if file.is_file() else []
-    config = checkpoint.config or {}
-    named = [token["id"] for token in added if token["content"] == BETWEEN_DOCUMENTS]
-    ids = [*named, config.get("bos_token_id"), config.get("eos_token_id")]
-    for found in ids:
-        found = found[0] if isinstance(found, list) and found else found
-        if isinstance(found, int) and not isinstance(found, bool) and found < config.get("vocab_size", found + 1):
-            return found
-    raise DataError(
-        f"{checkpoint.path}: names no token that text begins with; write bos_token_id in config.json, or set generated "
-        "to 0"
-    )
 
 
 def _tokenizer_files(path: Path) -> list[Path]:

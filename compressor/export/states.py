@@ -26,7 +26,8 @@ def states(parts: Parts, looked_up: Callable[[tuple[int, ...]], ir.Value]) -> ir
     b, description = parts.builder, parts.description
     width, window, n = description["width"], description["window"], parts.codes.n
     before, apart = rows_before(width, window), bits_apart(width, window)
-    kernel, shift = np.zeros((1, 2 if apart else 1, before + 1, 1), np.uint8), 8 - apart
+    kernel = np.zeros((1, 2 if apart else 1, before + 1, 1), np.uint8)
+    shift = min(8 - apart, before * width)
     for back in range(before + 1):
         high = apart and back == before
         kernel[0, int(high), before - back, 0] = 2 ** (back * width - (shift if high else 0))

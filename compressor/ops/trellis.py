@@ -6,6 +6,8 @@ lowest bits of the state before. Distances, adding, comparing and selecting are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 import torch
@@ -36,7 +38,16 @@ def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int, co
     return torch.from_numpy(_path(factors.numpy(), terms.numpy(), width, cost.numpy()))
 
 
-@numba.njit(fastmath=True, nogil=True, error_model="numpy")
+def _compiled(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """The function in machine code, kept beside this file or in the user's cache, where one can be written."""
+    options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        return numba.njit(**options)(function)
+
+
+@_compiled
 def _path(factors, terms, width, cost):  # pragma: no cover - compiled
     """The states of least cost; `factors` (steps, 4) times `terms` (3, states), and one, are the distances."""
     n, n_states = cost.shape

@@ -407,7 +407,7 @@ def refuse_tokens_of(found: Prepared, tokenizer: Path) -> None:
 
 def _refuse_speechless(checkpoint: Checkpoint) -> None:
     """Refuses a network that writes no text, or of which nothing says what its text begins with."""
-    from compressor.data.tokens import start_token
+    from compressor.data.start_token import start_token
 
     files = checkpoint.tokenizer_files
     if files or checkpoint.family != "decoder":

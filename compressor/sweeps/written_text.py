@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from compressor.core.files import whole
-from compressor.data.tokens import start_token
+from compressor.data.start_token import start_token
 from compressor.plan.recipe import WINDOWS_AT_ONCE
 
 

@@ -98,12 +98,12 @@ def test_a_model_as_the_first_word_is_run(pipeline, args, command):
 
 def test_options_reach_the_pipeline(pipeline, command):
     args = "net.safetensors -r llm-2bit -o out --data d.txt --eval e.txt --arch a:b --trust-pickle --format safetensors"
-    args += " --set jlcm.width=4 --set calibration.tokens=64 --compat --resume --force"
+    args += " --set trellis.width=4 --set calibration.tokens=64 --compat --resume --force"
     assert command(args).status == 0
     (options,) = pipeline.asked
     assert (options.output, options.data, options.eval, options.arch) == (Path("out"), "d.txt", "e.txt", "a:b")
     assert (options.trust_pickle, options.format, options.mode) == (True, "safetensors", "compat")
-    assert (options.sets, options.resume, options.force) == (("jlcm.width=4", "calibration.tokens=64"), True, True)
+    assert (options.sets, options.resume, options.force) == (("trellis.width=4", "calibration.tokens=64"), True, True)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_options_reach_the_pipeline(pipeline, command):
     [
         ("net.safetensors", 2, "no recipe; write --recipe NAME. Known: cnn-4bit, cnn-binary, cnn-explain"),
         ("net.safetensors -r llm2bit", 2, "no recipe named 'llm2bit'. Did you mean 'llm-2bit'?"),
-        ("net.safetensors -r llm-2bit --set jlcm.widht=3", 2, "no setting 'widht'. Did you mean 'width'?"),
+        ("net.safetensors -r llm-2bit --set trellis.widht=3", 2, "no setting 'widht'. Did you mean 'width'?"),
         ("net.safetensors -r llm-2bit --standard --compat", 2, "--standard and --compat exclude each other"),
         ("net.safetensors -r llm-2bit --fromat onnx", 2, "--format"),
         ("recpies", 2, "no such model, and no such command. Did you mean 'recipes'?"),
@@ -208,7 +208,7 @@ def test_an_empty_target_is_used(pipeline, folder, command):
 def test_a_dry_run_prints_the_plan_and_writes_nothing(pipeline, folder, llama, command):
     before = sorted(folder.iterdir())
     plan = json.loads(command(f"{llama} -r llm-2bit --dry-run --json").out)
-    assert {tensor["by"] for tensor in plan["tensors"]} == {"jlcm", "embeddings", None}
+    assert {tensor["by"] for tensor in plan["tensors"]} == {"trellis", "embeddings", None}
     assert plan["bytes_after"] == sum(plan["files"].values())
     assert "layers.*.mlp.up_proj.weight" in command(f"{llama} -r llm-2bit --dry-run").out
     assert sorted(folder.iterdir()) == before
@@ -217,7 +217,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(pipeline, folder, llama, c
 
 def test_recipes_are_listed_and_explained(command):
     assert "llm-2bit-fast" in command("recipes").out
-    assert "step 1: jlcm" in command("recipes llm-2bit").out
+    assert "step 1: trellis" in command("recipes llm-2bit").out
     assert json.loads(command("recipes llm-2bit --json").out)["name"] == "llm-2bit"
 
 

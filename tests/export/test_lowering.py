@@ -124,7 +124,7 @@ ENCODINGS: dict[str, Encoding] = {
     "codebook6x2row108": codebook(6, 2, 108, 3, True, columns=108),
     **{
         f"trellis{width}w{window}": trellis(width, window)
-        for width, window in ((2, 6), (4, 8), (4, 12), (5, 10), (5, 11), (5, 12), (6, 12), (7, 11), (7, 12))
+        for width, window in ((2, 6), (4, 6), (4, 8), (4, 12), (5, 6), (5, 10), (5, 12), (6, 12), (7, 11), (7, 12))
     },
     "trellis5w12g64": trellis(5, 12, 64),
     "trellis5w12row108": trellis(5, 12, 108, 108),

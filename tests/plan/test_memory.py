@@ -51,10 +51,11 @@ def peak(checkpoint, *sets: str) -> int:
     return make_plan(checkpoint, load_recipe("llm-2bit-fast", [*FEW, *sets])).peak_memory
 
 
-def test_states_of_a_block_are_counted_twice_each_in_four_bytes(checkpoint):
-    width = checkpoint.config["hidden_size"]
-    more = peak(checkpoint, "calibration.tokens=8192") - peak(checkpoint)
-    assert more == pytest.approx(2 * 4 * width * 4096, abs=1)
+@pytest.mark.parametrize(("drift", "n"), [(0.0, 2), (0.5, 4)])
+def test_states_of_a_block_are_counted_twice_each_in_four_bytes(checkpoint, drift, n):
+    width, share = checkpoint.config["hidden_size"], f"calibration.drift={drift}"
+    more = peak(checkpoint, share, "calibration.tokens=8192") - peak(checkpoint, share)
+    assert more == pytest.approx(n * 4 * width * 4096, abs=1)
 
 
 @pytest.mark.parametrize("setting", [LEARNING, "calibration.token_importance=true", "calibration.generated=0.5"])

@@ -29,7 +29,7 @@ from compressor.core.spec import (
 )
 from compressor.core.tensors import EncodedTensor, write_tensors
 from compressor.learning.learned import learnable
-from compressor.ops.widths import n_groups, zero_steps
+from compressor.ops.widths import n_groups, rows_before, zero_steps
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
 from compressor.plan.sizes import header_bytes
@@ -55,6 +55,10 @@ SPECS: list[Spec] = [
             (False, True),
         )
     ),
+    *(
+        CodebookSpec(width=width, dim=2, group=group, window=window)
+        for (width, window), group in itertools.product(((2, 6), (5, 10), (5, 12), (7, 11)), (16, "row"))
+    ),
 ]  # fmt: skip
 
 
@@ -76,10 +80,12 @@ def encoding_of(spec: Spec, rows: int, columns: int):
         return Affine(shape, group, codes, scales, spec.bits, zero, steps)
     books = spec.n_codebooks(rows)
     counts = tuple(rows // books + (i < rows % books) for i in range(books))
-    table = torch.zeros(books, 2**spec.width, spec.dim, dtype=torch.int8 if spec.grid == "int4" else torch.float16)
-    codes = torch.zeros(rows, groups * group // spec.dim, dtype=torch.int32)
+    entries, kind = 2 ** (spec.window or spec.width), torch.int8 if spec.grid == "int4" else torch.float16
+    table = torch.zeros(books, entries, spec.dim, dtype=kind)
+    before = rows_before(spec.width, spec.window)
+    codes = torch.zeros(before + rows, groups * group // spec.dim, dtype=torch.int32)
     order = torch.arange(rows) if spec.reorder else None
-    return Codebook(shape, spec.width, spec.dim, group, codes, table, scales, counts, order)
+    return Codebook(shape, spec.width, spec.dim, group, codes, table, scales, counts, order, spec.window)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -137,7 +143,7 @@ def checkpoint(tmp_path):
 def test_every_tensor_is_planned_or_has_a_reason(checkpoint):
     plan = make_plan(checkpoint, load_recipe("llm-2bit"))
     found = {tensor.name: (tensor.by, tensor.reason) for tensor in plan.tensors}
-    assert found["layers.0.mlp.up.weight"] == ("jlcm", "")
+    assert found["layers.0.mlp.up.weight"] == ("trellis", "")
     assert found["embed.weight"] == ("embeddings", "")
     assert found["layers.1.mlp.up.bias"] == ("", "bias")
     assert found["layers.1.norm.weight"] == ("", "norm or vector")
@@ -181,8 +187,10 @@ def test_dense_tensors_are_planned_in_the_type_of_the_export_section(checkpoint)
 
 def test_a_pattern_that_selects_nothing_is_refused(checkpoint):
     with pytest.raises(RecipeError) as caught:
-        make_plan(checkpoint, load_recipe("llm-2bit", ["jlcm.select=*.mpl.*"]))
-    assert "step 1 (jlcm): select '*.mpl.*' matches none of 10 tensors; names are like 'layers.0." in str(caught.value)
+        make_plan(checkpoint, load_recipe("llm-2bit", ["trellis.select=*.mpl.*"]))
+    assert "step 1 (trellis): select '*.mpl.*' matches none of 10 tensors; names are like 'layers.0." in str(
+        caught.value
+    )
 
 
 def test_a_network_without_anything_to_encode_is_refused(tmp_path):

@@ -199,6 +199,7 @@ GENERATED = (*DISTILLED, "distill.generated=0.5", "calibration.generated=0.5")
 @pytest.mark.parametrize(
     ("task", "n", "sets"),
     [("surveying", 4, ()), ("encoding", 1, ()), ("encoding", 3, ()), ("encoding", 3, ("jlcm.block_steps=3",)),
+     ("encoding", 2, ("calibration.drift=0.5",)),
      ("evaluating", 2, ()), ("distilling", 2, DISTILLED), ("the original writes text", 1, GENERATED)],
 )  # fmt: skip
 def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(llama, uninterrupted, task, n, sets):

@@ -22,7 +22,8 @@ from tests.core.interrupting import Interrupting
 
 SETS = (
     "calibration.tokens=64", "calibration.window=32", "evaluation.tokens=0", "evaluation.window=32",
-    "evaluation.speed=false", "jlcm.width=4", "jlcm.dim=2", "jlcm.group=16", "distill.steps=0", "embeddings.group=16",
+    "evaluation.speed=false", "trellis.width=4", "trellis.window=8", "trellis.group=16", "distill.steps=0",
+    "embeddings.group=16", "calibration.generated=0",
 )  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def begun(llama, tmp_path_factory):
         ({"seed": 4}, "seed is 0 there and 4 here"),
         ({"max_loss": 0.05}, "targets.loss is none there and 0.05 here"),
         ({"target_size": 200_000}, "targets.size is none there and 200000 here"),
-        ({"sets": (*SETS, "jlcm.width=5")}, "recipe.passes.0.width is 4 there and 5 here"),
+        ({"sets": (*SETS, "trellis.width=5")}, "recipe.passes.0.width is 4 there and 5 here"),
         ({"sets": (*SETS, "gates.max_loss=5%")}, "recipe.gates.max_loss is none there and 0.05 here"),
     ],
     ids=str,
@@ -116,7 +117,7 @@ def test_the_same_run_is_resumed_and_its_identity_is_in_the_report(begun, tmp_pa
 
 WORDS = [
     (), ("--compat",), ("--standard",), ("--format", "safetensors"), ("--seed", "3"), ("--target-size", "60kB"),
-    ("--max-loss", "5%"), ("--set", "jlcm.width=5"), ("--target-flops", "50%"), ("--trust-pickle", "--seed", "4"),
+    ("--max-loss", "5%"), ("--set", "trellis.width=6"), ("--target-flops", "50%"), ("--trust-pickle", "--seed", "4"),
 ]  # fmt: skip
 
 
@@ -141,14 +142,14 @@ def test_a_batch_knows_other_data_and_another_tokenizer(begun, here):
 def test_a_job_asks_for_what_its_manifest_says(here, llama):
     (here / "batch.yaml").write_text(
         f"recipe: llm-2bit\nmode: compat\nformat: safetensors\nseed: 7\ntarget_size: 60kB\nmax_loss: 5%\n"
-        f"set: {{jlcm.width: 5}}\nmodels: [{llama}]\n"
+        f"set: {{trellis.width: 5}}\nmodels: [{llama}]\n"
     )
     (job,) = read_manifest(here / "batch.yaml")
     asked = options_of(job)
     assert (asked.mode, asked.format, asked.seed, asked.target_size, asked.max_loss) == (
         "compat", "safetensors", 7, 60_000, 0.05,
     )  # fmt: skip
-    assert asked.sets == ("jlcm.width=5",)
+    assert asked.sets == ("trellis.width=5",)
 
 
 def test_a_policy_to_start_from_is_part_of_the_run(begun, here):
