@@ -55,13 +55,14 @@ def strangers_table(results: dict[str, Any]) -> str:
 
 
 def verdict(each: dict[str, Any]) -> str:
-    """What is wrong with an artifact, if anything is."""
+    """What is wrong with an artifact, if anything is, and whether it was delivered as failed."""
     wrong = [
         "larger" if each["bytes_share"] >= 1 else "",
         "slower" if each["times_faster"] < FAST else "",
         "worse" if each["measure"] < KEPT else "",
     ]
-    return ", ".join(word for word in wrong if word)
+    found = ", ".join(word for word in wrong if word)
+    return found if each["passed"] else f"{found or 'as it judges itself'}: delivered as failed"
 
 
 def outputs(graph: Path, data: Path) -> list[np.ndarray]:
@@ -132,6 +133,7 @@ def measured(name: str, recipe: str) -> dict[str, Any]:
         "process_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         "wall_seconds": round(time.perf_counter() - began, 1),
         "operators": integers(artifact), "passed": report["gates"]["passed"],
+        "failures": report["gates"]["failures"],
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import DataError, suggestion
+from compressor.core.log import LOGGER
 from compressor.core.reading import refuse_special
 
 SEPARATOR = "\n\n"
@@ -23,6 +25,8 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 TEXT_FIELDS = ("text", "content", "document")
+_HALF = re.compile("[\ud800-\udfff]")
+"""Of a character, which JSON can escape alone and no file of text can hold."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +145,19 @@ def _plain(path: Path) -> Iterable[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    halves = 0
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: is not JSON; {error}; write one JSON object per line") from error
-        yield _document(row, f"{path}, line {number}")
+        document = _document(row, f"{path}, line {number}")
+        halves += len(_HALF.findall(document))
+        yield _HALF.sub("\N{REPLACEMENT CHARACTER}", document)
+    if halves:
+        LOGGER.warning("%s: holds %d halves of characters (lone surrogates); � stands in their place", path, halves)
 
 
 def _document(row: Any, where: str) -> str:

@@ -28,8 +28,8 @@ _LITTLE = 0.05
 """Of a value's size: where the original's values differ by less, their relative error says little."""
 _SAME = 0.98
 """Of the scores above a threshold: where fewer are the same, that is said, since among many below they count little."""
-_AT_ONCE = 2**22
-"""Values whose errors are added up at a time."""
+_AT_ONCE = 2**20
+"""Values whose errors and divergences are added up at a time: several arrays of twice the width are made of them."""
 _SMALLEST = 1e-12
 _LEAST = -700.0
 """Logarithm of what counts as no probability."""
@@ -75,10 +75,14 @@ class Tally:
                 self._add_classes(a[row][seen][None], b[row][seen][None], None)
         elif kind.label in ("classes", "tokens"):
             a, b = np.moveaxis(a, kind.axis, -1), np.moveaxis(b, kind.axis, -1)
-            mask = np.ones(b.shape[:-1], bool) if real is None or not kind.masked else real
             fits = labels is not None and labels.shape == b.shape[:-1]
-            a, b, labels = a[mask], b[mask], labels[mask] if fits and labels is not None else None
-            self._add_classes(a, b, labels)
+            labels = labels if fits else None
+            if real is None or not kind.masked:
+                rows = [each.reshape(-1, each.shape[-1]) for each in (a, b)]
+                self._add_classes(rows[0], rows[1], None if labels is None else labels.reshape(-1))
+            else:
+                a, b = a[real], b[real]
+                self._add_classes(a, b, None if labels is None else labels[real])
         if kind.masked and real is not None and b.shape[:2] == real.shape:
             a, b = a[real], b[real]
         if kind.label in ("scores", "numbers"):
@@ -86,7 +90,7 @@ class Tally:
         self._add_errors(a, b)
 
     def _add_errors(self, a: np.ndarray, b: np.ndarray) -> None:
-        if b.size > _AT_ONCE and len(b) > 1:  # several arrays of twice the width are made of them
+        if b.size > _AT_ONCE and len(b) > 1:
             rows = max(1, len(b) * _AT_ONCE // b.size)
             for start in range(0, len(b), rows):
                 self._add_errors(a[start : start + rows], b[start : start + rows])
@@ -108,8 +112,9 @@ class Tally:
 
     def _add_classes(self, a: np.ndarray, b: np.ndarray, labels: np.ndarray | None) -> None:
         """Rows (n, classes)."""
-        for start in range(0, len(b), 1024):
-            rows = slice(start, start + 1024)
+        n_rows = max(1, _AT_ONCE // max(1, b.shape[-1]))
+        for start in range(0, len(b), n_rows):
+            rows = slice(start, start + n_rows)
             classes, originals = a[rows].argmax(-1), b[rows].argmax(-1)
             self.n_rows += len(originals)
             self.agreeing += int((classes == originals).sum())

@@ -27,7 +27,7 @@ def settle(graph: ir.Graph) -> None:
     waiting = [node for node in graph if node.op_type == "If" and node.domain == ""]
     while waiting:
         node = waiting.pop()
-        condition = _known(graph, node.inputs[0])
+        condition = _known(graph, node.inputs[0], {})
         if condition is None or condition.size != 1:
             continue
         branch = node.attributes["then_branch" if condition.item() else "else_branch"].as_graph()
@@ -64,21 +64,36 @@ def _replace(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> None:
     graph.remove(node, safe=True)
 
 
-def _known(graph: ir.Graph, value: ir.Value | None, depth: int = 0) -> np.ndarray | None:
-    """The values of what does not depend on inputs but for their declared sizes; None: not known."""
+Found = dict["ir.Value", np.ndarray | None]
+
+
+def _known(graph: ir.Graph, value: ir.Value | None, found: Found, depth: int = 0) -> np.ndarray | None:
+    """The values of what does not depend on inputs but for their declared sizes; None: not known.
+
+    Args:
+        found: What was known before; of values that many read each is gone through once.
+    """
     if value is None or depth > _DEEPEST:
         return None
-    if value.const_value is not None:
-        held = value.const_value
-        return np.array(held.numpy()) if held.size <= _MOST and not value.is_graph_input() else None
-    node = value.producer()
+    if value not in found:
+        found[value] = _computed_or_held(graph, value, found, depth)
+    return found[value]
+
+
+def _computed_or_held(graph: ir.Graph, value: ir.Value, found: Found, depth: int) -> np.ndarray | None:
+    import onnx_ir as ir
+
+    held, node = value.const_value, value.producer()
+    if held is not None:
+        small = held.size <= _MOST and not isinstance(held, ir.ExternalTensor) and not value.is_graph_input()
+        return np.array(held.numpy()) if small else None
     if node is None or node.domain != "" or not node.inputs:
         return None
     if node.op_type in ("Shape", "Size", "Gather"):
-        found = _of_sizes(graph, node, depth)
-        if found is not None:
-            return found
-    given = [_known(graph, each, depth + 1) for each in node.inputs]
+        sizes = _of_sizes(graph, node, found, depth)
+        if sizes is not None:
+            return sizes
+    given = [_known(graph, each, found, depth + 1) for each in node.inputs]
     if any(each is None for each in given):
         return None
     return _computed(node, [each for each in given if each is not None])
@@ -103,7 +118,7 @@ def _computed(node: ir.Node, given: list[np.ndarray]) -> np.ndarray | None:
     return None
 
 
-def _of_sizes(graph: ir.Graph, node: ir.Node, depth: int) -> np.ndarray | None:
+def _of_sizes(graph: ir.Graph, node: ir.Node, found: Found, depth: int) -> np.ndarray | None:
     """What an input's sizes say where they are declared: all of them, some, or how many there are."""
     if node.op_type == "Shape":
         sizes = _declared(graph, node)
@@ -113,7 +128,7 @@ def _of_sizes(graph: ir.Graph, node: ir.Node, depth: int) -> np.ndarray | None:
         return None
     if node.op_type == "Size":
         return np.array(len(sizes))
-    places = _known(graph, node.inputs[1], depth + 1)
+    places = _known(graph, node.inputs[1], found, depth + 1)
     if places is None or places.size == 0 or not (-len(sizes) <= places.min() <= places.max() < len(sizes)):
         return None
     chosen = [sizes[place] for place in places.flat]
@@ -130,11 +145,14 @@ def _declared(graph: ir.Graph, node: ir.Node | None) -> list[int | None] | None:
     return [size if isinstance(size, int) and size > 0 else None for size in value.shape]
 
 
-def _origins(value: ir.Value | None, depth: int = 0) -> list[ir.Value]:
+def _origins(value: ir.Value | None) -> list[ir.Value]:
     """The values without producers that a value is computed from."""
-    node = None if value is None else value.producer()
-    if value is None or depth > _DEEPEST:
-        return []
-    if node is None:
-        return [value]
-    return [found for each in node.inputs for found in _origins(each, depth + 1)]
+    waiting = [value]
+    seen: dict[ir.Value, None] = {}
+    while waiting:
+        found = waiting.pop()
+        if found is not None and found not in seen:
+            seen[found] = None
+            node = found.producer()
+            waiting += [] if node is None else node.inputs
+    return [found for found in seen if found.producer() is None]

@@ -205,8 +205,8 @@ class Gates(_Section):
     max_memory    that loading and running take in onnxruntime, as 200MB: a text of 512 tokens, or one example
     min_speedup   times the original's speed in onnxruntime: tokens/s, or inputs/s
 
-    What a recipe promises by itself is held against what was measured, and only beyond doubt: one example that came out
-    otherwise breaks nothing, nor does a speed that is within its error.
+    What a recipe promises by itself is held against what was measured, and only beyond doubt: a few examples that come
+    out otherwise by chance break nothing, nor does a speed that is within its error.
 
     promised_loss   of every output, in the measure that fits it; where another limit of quality, or a target, is given,
                     that counts instead

@@ -107,6 +107,10 @@ def lost_quality(gates: Gates, quality: Mapping[str, Any] | None) -> list[str]:
     )
 
 
+_CHANCE, _MANY = 0.05, 1000
+"""How seldom chance makes what is taken for a loss; and so many examples that it is not asked about."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss from 0 to 1, in which measure, and where it is a share, of how many: each is `1 / n` of it."""
@@ -119,9 +123,14 @@ class Loss:
         """NaN exceeds every limit; what is equal to it but for rounding exceeds none."""
         return not self.value <= limit + 1e-9
 
-    def is_of_one(self) -> bool:
-        """Whether it is that of a single one alone, which may be chance."""
-        return self.n is not None and self.value * self.n < 1.5
+    def may_be_chance(self, limit: float) -> bool:
+        """Whether so many of so few come out otherwise once in twenty times, or more often, where the true share is the
+        limit."""
+        if self.n is None or not math.isfinite(self.value) or self.n > _MANY or not 0 < limit < 1:
+            return False
+        n, found = round(self.n), round(self.value * self.n)
+        below = sum(math.comb(n, k) * limit**k * (1 - limit) ** (n - k) for k in range(found))
+        return 1 - below >= _CHANCE
 
 
 def losses(quality: Mapping[str, Any] | None) -> dict[str, list[Loss]]:
@@ -159,21 +168,24 @@ def broken_promises(
     """What the artifact does not keep of what the recipe promises by itself: sentences on quality, on size and speed,
     and on what so few data leave open.
 
-    A single example of few is more than a small promised loss and tells nothing: it fails no artifact, and is said.
+    Of few examples one or two that come out otherwise are more than a small promised loss and tell nothing: they fail
+    no artifact, and are said.
     """
     worse, open_questions = list[str](), list[str]()
     limit = gates.promised_loss
     if limit is not None and not gates.limits_quality and target.loss is None and target.size is None:
         for name, given in losses(quality).items():
             beyond = [loss for loss in given if loss.exceeds(limit)]
-            for loss in beyond[:1] if all(loss.is_of_one() for loss in beyond) else ():
-                open_questions.append(
-                    f"{loss.measure} of '{name}' is {loss.value:.2%}: one of {loss.n:.0f}, too few to tell "
-                    f"{limit:.2%}; give {math.ceil(1 / limit)} or more to judge on"
-                )
-            beyond = [loss for loss in beyond if not loss.is_of_one()]
-            worse += [f"{loss.measure} of '{name}' is {loss.value:.2%}, the recipe promises {limit:.2%} at most"
-                      for loss in beyond[:1]]  # fmt: skip
+            sure = [loss for loss in beyond if not loss.may_be_chance(limit)]
+            for loss in (sure or beyond)[:1]:
+                told = f"{loss.measure} of '{name}' is {loss.value:.2%}"
+                if sure:
+                    worse.append(f"{told}, the recipe promises {limit:.2%} at most")
+                else:
+                    open_questions.append(
+                        f"{told}, {loss.value * (loss.n or 0):.0f} of {loss.n:.0f}: too few to tell whether it is the "
+                        f"{limit:.2%} that the recipe promises; give more to judge on"
+                    )
     other = list[str]()
     if gates.promised_size is not None and report.size is not None and report.size.original_bytes:
         share = report.size.bytes / report.size.original_bytes

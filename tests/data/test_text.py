@@ -182,3 +182,18 @@ def test_too_short_a_text_says_what_was_found_and_needed():
         windows(np.arange(4), 5)
     with pytest.raises(DataError, match="found 14 tokens, needed 15; .* at most 2 windows"):
         windows(np.arange(14), 5, 3)
+
+
+def test_half_a_character_in_json_is_replaced_and_said_and_a_whole_one_stays(tmp_path, caplog):
+    rows = [r'{"text": "one \ud83d half"}', r'{"messages": [{"content": ["a \ud83d\ude00 face", "\udc00"]}]}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    found = load_text(str(tmp_path / "rows.jsonl"))
+    assert found.documents == ("one \N{REPLACEMENT CHARACTER} half", "a 😀 face\n\N{REPLACEMENT CHARACTER}")
+    assert len(found.digest) == 64
+    assert "holds 2 halves of characters" in caplog.text
+
+
+def test_rows_that_are_nested_too_deeply_are_no_json(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": ' + "[" * 100_000)
+    with pytest.raises(DataError, match="line 1: is not JSON"):
+        load_text(str(tmp_path / "rows.jsonl"))
