@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import sympy
 import torch
 from torch.export import ExportedProgram
+from torch.utils._sympy.functions import Min
 
 BATCH, LONGEST = 5, 597
 """Of what the conditions are tried on: sizes that no forward has of its own."""
@@ -49,5 +50,14 @@ def _sizes(called: Mapping[sympy.Symbol, str], longest: int) -> dict[sympy.Symbo
 
 
 def _is_limit(condition: sympy.Basic) -> bool:
-    """Whether it only says how long a text may be, as a table of positions does."""
+    """Whether it only says how long a text may be, as a table of positions does, or a slice of one."""
+    if isinstance(condition, sympy.Equality):
+        sides = ((condition.lhs, condition.rhs), (condition.rhs, condition.lhs))
+        return any(_is_least_of(some, other) for some, other in sides)
     return isinstance(condition, sympy.LessThan | sympy.StrictLessThan) and condition.rhs.is_number
+
+
+def _is_least_of(some: sympy.Basic, least: sympy.Basic) -> bool:
+    """Whether one side is the least of the other and of a number: a slice of a table, which is as long as that."""
+    rest = [each for each in least.args if each != some]
+    return isinstance(least, sympy.Min | Min) and len(rest) < len(least.args) and all(each.is_number for each in rest)

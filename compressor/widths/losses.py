@@ -27,12 +27,16 @@ EXAMPLES, MANY_EXAMPLES = 64, 256
 
 
 def probe(batches: Sequence[Batch], kind: Kind, examples: int = EXAMPLES) -> list[Batch]:
-    """A few samples of the calibration data: about 1,024 tokens, or as many examples, in whole batches."""
+    """A few samples of the calibration data: about 1,024 tokens, with what else the forward is given beside them, or as
+    many examples, in whole batches."""
     first = batches[0]
     if "input_ids" not in first:
         return list(batches[: math.ceil(examples / max(1, len(next(iter(first.values())))))])
     ids = first["input_ids"]
-    ids = ids[: max(1, TOKENS // ids.shape[1])]
+    n = max(1, TOKENS // ids.shape[1])
+    if len(first) > 1:
+        return [{name: values[:n] for name, values in first.items()}]
+    ids = ids[:n]
     if kind != "perplexity" and ids.shape[1] % _SENTENCE == 0:
         ids = ids.reshape(-1, _SENTENCE)
     return [{"input_ids": ids}]

@@ -30,7 +30,7 @@ from compressor.sweeps.network import Network
 from compressor.sweeps.survey import Survey
 from compressor.widths.allocate import Costs, Menu, closest
 from compressor.widths.ladder import Ladder
-from compressor.widths.losses import Curve, Judge, judged
+from compressor.widths.losses import Curve, Judge, judged, probe
 from compressor.widths.sensitivity import ROWS, tensor_errors
 from tests import pico
 from tests.core.interrupting import Interrupting
@@ -293,3 +293,13 @@ def test_classes_of_pixels_are_along_their_own_axis():
     found[:, 2, 0, 0] = 2.0
     judge = Judge("accuracy", {"logits": ("accuracy", True, 1)}, [{"logits": wanted}])
     assert judge.judge([{"logits": found}]).promised == pytest.approx(1 / 4)
+
+
+def test_what_a_network_is_given_beside_its_tokens_is_kept_where_losses_are_measured():
+    ids = torch.arange(24).view(6, 4)
+    pair = {"input_ids": ids.repeat(1, 128), "decoder_input_ids": ids}
+    (sample,) = probe([pair], "accuracy")
+    assert sample["input_ids"].shape == (2, 512)
+    assert torch.equal(sample["decoder_input_ids"], ids[:2])
+    (alone,) = probe([{"input_ids": ids.repeat(1, 128)}], "accuracy")
+    assert alone["input_ids"].shape == (32, 32)
