@@ -17,6 +17,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from compressor.data.text import BETWEEN_SAMPLES  # noqa: E402
+
 SAMPLE = ROOT / "compressor" / "data" / "sample_text"
 EVALUATION_YEARS = range(1944, 2010, 9)
 CALIBRATION_SPEECHES = 30
@@ -45,7 +49,7 @@ def evenly(names: list[str], n: int) -> list[str]:
 
 
 def write(part: str, texts: list[str]) -> None:
-    content = "\n\n".join(texts).encode()
+    content = BETWEEN_SAMPLES.join(texts).encode()
     data = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
     (SAMPLE / f"{part}.txt.xz").write_bytes(data)
     print(f"{part}: {len(texts)} texts, {len(content):,} bytes, {len(data):,} compressed")

@@ -133,7 +133,11 @@ class WeightSettings(Pass):
         return None
 
     def compared(self, shape: tuple[int, int]) -> int:
-        """Codewords that each weight of a matrix (rows, columns) is compared with, where that takes the time."""
+        """Codewords that each weight of a matrix is compared with, where that takes the time.
+
+        Args:
+            shape: (rows, columns) of the matrix.
+        """
         return 0
 
     @property

@@ -20,6 +20,8 @@ from compressor.core.reading import refuse_special
 
 SEPARATOR = "\n\n"
 SAMPLE = Path(__file__).parent / "sample_text"
+BETWEEN_SAMPLES = "\x1e"
+"""Between the documents of the built-in sample, which have empty lines of their own."""
 PARTS = ("calibration", "evaluation")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -105,7 +107,7 @@ def _sample(part: str) -> Text:
     if part not in PARTS:
         raise DataError(f"built-in sample: has no part '{part}'. {suggestion(part, PARTS)}")
     content = lzma.decompress((SAMPLE / f"{part}.txt.xz").read_bytes()).decode("utf-8")
-    return Text(f"built-in sample ({part})", tuple(content.split(SEPARATOR)))
+    return Text(f"built-in sample ({part})", tuple(content.split(BETWEEN_SAMPLES)))
 
 
 def _directory(path: Path) -> Iterator[str]:

@@ -16,9 +16,9 @@ from compressor.data.tokens import encode_sentences, tokenize, windows
 
 def test_the_sample_is_small_and_its_parts_are_disjoint():
     calibration, evaluation = load_text(), load_text(None, "evaluation")
-    assert (len(calibration.documents), len(evaluation.documents)) == (30, 8)
-    assert 800_000 < len(calibration) + len(evaluation) < 900_000
-    assert sum(file.stat().st_size for file in SAMPLE.iterdir()) < 300_000
+    assert (len(calibration.documents), len(evaluation.documents)) == (70, 8)
+    assert 1_200_000 < len(calibration) + len(evaluation) < 1_300_000
+    assert sum(file.stat().st_size for file in SAMPLE.iterdir()) < 400_000
     assert check_disjoint(calibration, evaluation) < 0.002
     with pytest.raises(DataError, match="Did you mean 'evaluation'"):
         load_text(None, "evaluatoin")

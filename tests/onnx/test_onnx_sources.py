@@ -204,7 +204,7 @@ def test_a_plan_counts_the_nodes_and_small_initialisers_that_a_graph_keeps(tmp_p
     for i in range(1000):
         model.graph.initializer.append(numpy_helper.from_array(np.full((5,), i, np.float32), f"number_{i}"))
         written = output if i == 999 else f"value_{i + 1}"
-        model.graph.node.append(helper.make_node("Sum", [f"value_{i}", f"number_{i}"], [written]))
+        model.graph.node.append(helper.make_node("Sum", [f"value_{i}", f"number_{i}"], [written], name=f"node_{i}"))
     onnx.save(model, tmp_path / "many.onnx")
     few, many = (open_checkpoint(tmp_path / f"{name}.onnx") for name in ("few", "many"))
     wanted = (tmp_path / "many.onnx").stat().st_size - (tmp_path / "few.onnx").stat().st_size
