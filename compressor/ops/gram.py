@@ -21,3 +21,10 @@ def mirror(total: Tensor) -> Tensor:
         end = min(begin + _PANEL, len(total))
         total[:begin, begin:end] = total[begin:end, :begin].T
     return total
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """A second moment (in, in) with damping·mean of its diagonal added to that."""
+    found = moment.clone()
+    found.diagonal().add_(damping * moment.diagonal().mean().clamp_min(1e-30))
+    return found

@@ -19,6 +19,7 @@ from compressor.core.contract import Statistics, WeightPass
 from compressor.core.encoding import Codebook, Scales
 from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.gram import damped
 from compressor.ops.sums import mean
 from compressor.ops.vector_descent import best_codes
 from compressor.ops.vector_quantization import (
@@ -29,7 +30,7 @@ from compressor.ops.vector_quantization import (
     nearest_within,
     sparse_kmeans,
 )
-from compressor.passes.parts.codewords import group_scales, rescaled, snap
+from compressor.passes.parts.codewords import group_scales, in_whole_groups, rescaled, snap
 from compressor.passes.settings.jlcm import JlcmSettings
 
 _QUANTILES = 16
@@ -88,12 +89,8 @@ class Jlcm(JlcmSettings, WeightPass):
         n_rows, columns = matrix.shape
         mask, hessian = known.kept, known.moment(columns)
         group = group_columns(self.group, columns, self.dim)
-        padding = -columns % group
-        weight = matrix.float()
-        if padding:  # pad copies even by nothing, and Hessians are large
-            weight = torch.nn.functional.pad(weight, (0, padding))
-            hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
-        kept = None if mask is None else torch.nn.functional.pad(mask, (0, padding), value=True)
+        weight, hessian = in_whole_groups(matrix, hessian, group)
+        kept = None if mask is None else torch.nn.functional.pad(mask, (0, -columns % group), value=True)
         resolution = start(self.width, self.dim)[1] if mask is None else _PRUNED_RESOLUTION
         scales = Scales.of(group_scales(weight[:, :columns], group, resolution), self.scale_bits)
         order, counts = self._order(weight)
@@ -171,8 +168,7 @@ class Jlcm(JlcmSettings, WeightPass):
         order: Tensor, counts: tuple[int, ...],
     ) -> Scales:  # fmt: skip
         """Moves `codes`, in place, and the scales to a lower output error in turns; returns the scales."""
-        hessian = hessian.clone()
-        hessian.diagonal().add_(self.damping * hessian.diagonal().mean().clamp_min(1e-30))
+        hessian = damped(hessian, self.damping)
         values, row = scales.values.clone(), None if scales.row is None else scales.row.clone()
         for rows, codewords in _books(order, counts, table):
             for part in torch.arange(len(weight))[rows].split(_ROWS):

@@ -19,10 +19,11 @@ from compressor.core.encoding import Codebook, Scales
 from compressor.core.errors import PassError
 from compressor.core.spec import group_columns
 from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.gram import damped
 from compressor.ops.states import codes_of
 from compressor.ops.trellis import best_path
-from compressor.ops.vector_descent import best_codes
-from compressor.passes.parts.codewords import group_scales, rescaled, snap
+from compressor.ops.vector_descent import Path, best_codes
+from compressor.passes.parts.codewords import group_scales, in_whole_groups, rescaled, snap
 from compressor.passes.settings.trellis import DIM, TrellisSettings
 
 RESOLUTION = 2.6
@@ -50,37 +51,33 @@ class Trellis(TrellisSettings, WeightPass):
             raise PassError("trellis: a path cannot keep zeros where weights were dropped; write jlcm after pruning")
         rows, columns = matrix.shape
         group = group_columns(self.group, columns, DIM)
-        padding, window = -columns % group, self.window_of((rows, columns))
-        weight, hessian = matrix.float(), known.moment(columns)
-        if padding:  # pad copies even by nothing, and Hessians are large
-            weight = torch.nn.functional.pad(weight, (0, padding))
-            hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
-        table = gaussian_table(window)
+        weight, hessian = in_whole_groups(matrix, known.moment(columns), group)
+        window = self.window_of((rows, columns))
+        table, cost = gaussian_table(window), torch.empty(rows, 2**window)
+
+        def path(points: Tensor, weights: Tensor, codewords: Tensor) -> Tensor:
+            return best_path(points, weights, codewords, self.width, cost).long()
+
         scales = Scales.of(group_scales(weight[:, :columns], group, RESOLUTION), self.scale_bits)
-        states = self._assign(weight, hessian, scales.decode(), table, group)
+        states = self._assign(weight, hessian, scales.decode(), table, group, path)
         if self.descent_rounds:
-            hessian = hessian.clone()
-            hessian.diagonal().add_(self.damping * hessian.diagonal().mean().clamp_min(1e-30))
+            hessian = damped(hessian, self.damping)
         for _ in range(self.descent_rounds):
             scales = rescaled(weight, hessian, states, scales, table, self.scale_bits)
             size = scales.decode().clamp_min(1e-12)
-            states = best_codes(weight, hessian, states, size, table, path=self._paths(rows, window))
+            states = best_codes(weight, hessian, states, size, table, path=path)
         codes = codes_of(states, self.width, window)
         return Codebook(
             (rows, columns), self.width, DIM, group, codes, table.to(torch.int8).unsqueeze(0), scales, (rows,),
             window=window,
         )  # fmt: skip
 
-    def _paths(self, rows: int, window: int):
-        """The best states down the rows, given what is due there, its weight, and codewords in the same basis."""
-        cost = torch.empty(rows, 2**window)
-        return lambda points, weights, codewords: best_path(points, weights, codewords, self.width, cost).long()
-
-    def _assign(self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, group: int) -> Tensor:
+    def _assign(
+        self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, group: int, path: Path
+    ) -> Tensor:  # fmt: skip
         """States (rows, columns / 2), chosen with error feedback."""
         rows, columns = weight.shape
         states = torch.empty(rows, columns // DIM, dtype=torch.long)
-        path = self._paths(rows, (len(table) - 1).bit_length())
 
         def quantise(begin: int, current: Tensor, factor: Tensor) -> Tensor:
             scale = scales[:, begin // group].clamp_min(1e-12)

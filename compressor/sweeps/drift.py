@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor.core.batch import Batch
 from compressor.graph.blocks import unfolded_pieces
+from compressor.ops.gram import damped
 from compressor.plan.recipe import Calibration
 from compressor.sweeps.network import Arguments, Network, Stop
 
@@ -83,9 +84,7 @@ class Drift:
             return matrix
         settings, columns = self._settings, matrix.shape[1]
         share = settings.drift * min(1.0, n_rows / (ROWS_PER_COLUMN * columns))
-        damped = moment.clone()
-        damped.diagonal().add_(settings.drift_damping * moment.diagonal().mean().clamp_min(1e-30))
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(damped(moment, settings.drift_damping))
         if failed:
             return matrix
         step = torch.cholesky_solve((matrix @ total.div(n_rows)).T, factor).T

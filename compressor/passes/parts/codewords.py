@@ -27,6 +27,16 @@ def group_scales(weight: Tensor, group: int, resolution: float) -> Tensor:
     return torch.maximum(rms / resolution, padded.abs().amax(2) / (GRID_HIGH + 1.5)).clamp_min(1e-7)
 
 
+def in_whole_groups(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """A weight (rows, columns), float32, and its hessian (columns, columns), zero where columns fill up a group."""
+    padding = -weight.shape[1] % group
+    weight = weight.float()
+    if padding:  # pad copies even by nothing, and Hessians are large
+        weight = torch.nn.functional.pad(weight, (0, padding))
+        hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+    return weight, hessian
+
+
 def rescaled(
     weight: Tensor, hessian: Tensor, codes: Tensor, scales: Scales, codewords: Tensor, scale_bits: int
 ) -> Scales:
