@@ -2,8 +2,8 @@
 
 A learnable stands for one encoded matrix: its forward decodes, its backward gives the gradients of what is continuous,
 and of a codebook gathers what the codes would gain by moving (the proximal search of JLCM, arXiv 2309.17361).
-Codewords are rounded to the int4 grid straight-through. Held is what learns; codes that stay are read when they are due,
-forwards and again backwards.
+Codewords are rounded to the int4 grid straight-through. Held is what learns; codes that stay are read when they are
+due, forwards and again backwards.
 """
 
 from __future__ import annotations

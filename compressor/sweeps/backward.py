@@ -15,7 +15,8 @@ from compressor.graph.blocks import patched
 from compressor.learning.head import Head, Logits
 from compressor.sweeps.network import Network, Stop
 
-_POSITIONS = 512
+_POSITIONS = 128
+"""Whose logits are there at a time."""
 
 
 def head_of(module: nn.Module) -> nn.Linear | None:
