@@ -23,9 +23,13 @@ from torch.overrides import TorchFunctionMode
 
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.files import whole
+from compressor.core.memory import give_back
 from compressor.data.start_token import start_token
 from compressor.plan.memory import documents_at_once
 from compressor.plan.recipe import WINDOWS_AT_ONCE
+
+_GIVEN_BACK = 16
+"""Tokens after which what the growing keys and values have left behind goes back to the system."""
 
 
 def generated_tokens(
@@ -78,7 +82,9 @@ def _drawn(module: nn.Module, first: int, chances: Tensor) -> Tensor:
     """Tokens (rows, length), as `chances` (length, rows) in 0 … 1 decide."""
     token = torch.full((chances.shape[1], 1), first)
     past, drawn = None, []
-    for chance in chances:
+    for number, chance in enumerate(chances):
+        if not number % _GIVEN_BACK:
+            give_back()
         with SingleQueries():
             output = module(token, past_key_values=past, use_cache=True)
         past = output.past_key_values
