@@ -133,6 +133,7 @@ class _Decode(torch.autograd.Function):
         upstream = upstream.float().reshape(values.shape)
         to_scales = (upstream * values).sum(2)
         to_values = (upstream * scales.unsqueeze(2)).reshape(-1, ctx.size[1])
+        index = index.long()  # torch adds by int32 fifteen times slower
         to_table = torch.zeros(ctx.size).index_add_(0, index, to_values)
         ctx.learned.gather(to_values)
         return to_table, to_scales, None
