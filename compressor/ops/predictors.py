@@ -9,7 +9,7 @@ code, so that equal networks have one code.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -63,7 +63,13 @@ def kendall(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) ->
     return float((x * y).sum()) / math.sqrt(untied[0] * untied[1]) if all(untied) else 0.0
 
 
-def latency(table: Mapping[tuple[int, int], float], choices: Sequence[int], base: float) -> float:
-    """What a network takes by a table of (place, choice) -> seconds, on top of `base`; what the table lacks costs
-    nothing."""
-    return base + sum(table.get((place, choice), 0.0) for place, choice in enumerate(choices))
+def latency(table: Mapping[Hashable, float], choices: Sequence[Hashable], base: float) -> float:
+    """What a network takes: `base`, and what the `table` says that each of its operators takes, one key for each.
+
+    Raises:
+        ValueError: An operator was not measured.
+    """
+    unknown = [choice for choice in choices if choice not in table]
+    if unknown:
+        raise ValueError(f"the table has no {unknown[0]!r}; measure it first")
+    return base + sum(table[choice] for choice in choices)

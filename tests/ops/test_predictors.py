@@ -48,5 +48,8 @@ def test_kendall_counts_pairs_in_order_and_leaves_ties_out():
     assert kendall([1, 1], [1, 2]) == 0
 
 
-def test_a_latency_is_the_base_and_what_the_table_says_of_each_choice():
-    assert latency({(0, 1): 0.5, (1, 0): 0.25}, [1, 0, 3], 2.0) == 2.75
+def test_a_latency_is_the_base_and_what_the_table_says_of_each_operator():
+    table = {("conv", 8): 0.5, ("conv", 16): 1.0, ("gemm", 10): 0.25}
+    assert latency(table, [("conv", 8), ("conv", 16), ("conv", 8)], 2.0) == 4.0
+    with pytest.raises(ValueError, match="the table has no 'pool'"):
+        latency(table, ["pool"], 0.0)
