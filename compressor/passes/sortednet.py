@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,12 +47,14 @@ _RULES = Composite("lrp", Rule("zplus"), Rule("epsilon", {"epsilon": 1e-6}), Tru
 
 
 def widths(full: int, shares: Sequence[float], multiple: int) -> list[int]:
-    """max(d, d⌊(v + d/2)/d⌋) of v = full · share, one d more where that is below 0.9 v; at most `full`."""
+    """max(d, d⌊(v + d/2)/d⌋) of v = full · share, one d more where that is below 0.9 v; at most `full`, which share 1
+    is."""
     found = []
     for share in shares:
         wanted = full * share
         n = max(multiple, multiple * int((wanted + multiple / 2) // multiple))
-        found.append(min(full, n + multiple if n < _ENOUGH * wanted else n))
+        n = n + multiple if n < _ENOUGH * wanted else n
+        found.append(full if share >= 1 else min(full, n))
     return found
 
 
@@ -255,6 +257,8 @@ class Sortednet(SortednetSettings, StructurePass):
                 f"{type(subject.module).__name__}: sortednet finds no blocks, nor branches that end in a sum, to leave "
                 "out; write depths: [1]"
             )
+        tensors = _tensors(subject.module)
+        branches = Branches(_one_of_each_sum(branches, tensors), branches.feeds, branches.sums)
         return list(branches.operators), self._order(subject, branches)
 
     def _order(self, subject: Subject, branches: Branches) -> list[int]:
@@ -316,12 +320,25 @@ def _n_blocks(share: float, blocks: Sequence[Operator]) -> int:
     return max(1, n) if blocks and blocks[0].whole else n
 
 
+def _one_of_each_sum(branches: Branches, tensors: Mapping[str, Tensor]) -> tuple[Operator, ...]:
+    """Of branches that cannot both go, as the two sides of a sum, the one that holds more; in their order."""
+    size = {
+        operator: sum(tensors[name].numel() for name in {member.tensor for member in operator.members})
+        for operator in branches.operators
+    }
+    kept: list[Operator] = []
+    for operator in sorted(branches.operators, key=lambda each: -size[each]):
+        if all(branches.connected([operator, other]) for other in kept):
+            kept.append(operator)
+    return tuple(operator for operator in branches.operators if operator in kept)
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
 def _in_a_row(group: Group, tensors: dict[str, Tensor]) -> bool:
-    """Whether in every tensor the units are all there is, one after another, so that the first ones are its beginning."""
+    """Whether in every tensor the units are all there is, one after another: the first ones are its beginning."""
     return all(
         torch.equal(member.index.sort(1).values.flatten(), torch.arange(tensors[member.tensor].shape[member.dim]))
         for member in group.members
@@ -356,7 +373,7 @@ def _taylor(subject: Subject, groups: Sequence[Group]) -> list[Tensor]:
 
 
 def _products(
-    group: Group, role: str, weights: dict[str, nn.Parameter], gradients: dict[str, Tensor | None]
+    group: Group, role: str, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
 ) -> Tensor:  # fmt: skip
     """Σ w⊙g of the entries that a unit has in tensors of that role: (units,)."""
     total = torch.zeros(group.size, dtype=torch.float64)
@@ -407,13 +424,11 @@ def _measure(module: nn.Module, batches: Sequence[Batch]) -> None:
     kept = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]
     pools = [_Pool() for _ in norms]
 
-    def add(pool: _Pool, inputs: tuple[Tensor, ...]) -> None:
-        pool.add(inputs[0].movedim(1, -1).flatten(0, -2))
+    def added_to(pool: _Pool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: pool.add(inputs[0].movedim(1, -1).flatten(0, -2))
 
-    handles = [
-        norm.register_forward_pre_hook(lambda _, inputs, pool=pool: add(pool, inputs))
-        for norm, pool in zip(norms, pools, strict=True)
-    ]
+    pairs = zip(norms, pools, strict=True)
+    handles = [norm.register_forward_pre_hook(added_to(pool)) for norm, pool in pairs]
     for norm in norms:
         norm.running_mean = norm.running_var = norm.num_batches_tracked = None
         norm.train()
@@ -423,7 +438,7 @@ def _measure(module: nn.Module, batches: Sequence[Batch]) -> None:
         handle.remove()
     for norm, pool, (mean, variance, count) in zip(norms, pools, kept, strict=True):
         norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, variance, count
-        if pool.n:
+        if pool.n and mean is not None and variance is not None:
             mean.copy_(pool.mean)
             variance.copy_(pool.variance)
     module.eval()

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
+from compressor.checkpoints.sized import SizedCheckpoint, open_sizes, write_sizes
 from compressor.core.absent import Absent
 from compressor.core.batch import Batch, Examples, call
 from compressor.core.contract import TrainedPass
@@ -51,7 +52,7 @@ from compressor.structure.students.making import students_of
 
 LARGEST_ERROR = 1e-4
 """Of the largest output, between a network with units masked and without them."""
-REPORT = "report.json"
+REPORT, SIZES = "report.json", "sizes"
 
 
 class GraphSurgeon:
@@ -180,6 +181,11 @@ def restructure(
     return found, reports
 
 
+def sizes_of(checkpoint: Checkpoint, recipe: Recipe, work: Work) -> list[SizedCheckpoint]:
+    """The networks within what `restructure` made of a checkpoint, smallest first; the last pass alone makes some."""
+    return open_sizes(checkpoint, work.folder / f"structure-{len(recipe.early) - 1}" / SIZES)
+
+
 def decided(recipe: Recipe, reports: list[dict[str, Any]]) -> Recipe:
     """The recipe whose trained steps leave alone what they did leave alone, and that asks for no gradient of a sign."""
     for report in reports:
@@ -193,6 +199,10 @@ def decided(recipe: Recipe, reports: list[dict[str, Any]]) -> Recipe:
 def _summary(report: dict[str, Any]) -> str:
     if "binary" in report:
         return f"{len(report['binary'])} layers are binary, {len(report['dense'])} stay as they are"
+    if "sizes" in report:
+        return (
+            f"{len(report['sizes'])} sizes, {report['sizes'][0]['parameters']:,} to {report['parameters']:,} parameters"
+        )
     return f"{report['parameters_before']:,} → {report['parameters']:,} parameters"
 
 
@@ -300,4 +310,5 @@ def _write(original: Checkpoint, before: Checkpoint, outcome: Outcome, name: str
         "parameters": sum(p.numel() for p in outcome.module.parameters()),
     }
     (partial / REPORT).write_text(json.dumps({"pass": name} | parameters | outcome.report))
+    write_sizes(original, outcome.sizes, partial / SIZES)
     partial.rename(folder)

@@ -43,9 +43,10 @@ class Nest(Nested):
         self._shared: list[dict[str, nn.Parameter]] = []
         if not frozen:
             self.whole = whole
-        self.own = nn.ModuleList()
+        self.own = nn.ParameterList()
+        self._own: list[list[nn.Parameter]] = []
         for number, part in enumerate(self._parts):
-            kept, shared = nn.ParameterList(), {}
+            kept, shared = [], {}
             for name, parameter in part.named_parameters():
                 stored = self._stored[renamed[number].get(name, name)]
                 if own(number, name, parameter):
@@ -55,7 +56,8 @@ class Nest(Nested):
                     parameter.data = beginning(stored.data, parameter.shape)
                     parameter.requires_grad_(not frozen)
                     shared[renamed[number].get(name, name)] = parameter
-            self.own.append(kept)
+            self.own.extend(kept)
+            self._own.append(kept)
             self._shared.append(shared)
 
     def drawn(self, generator: torch.Generator) -> list[nn.Module]:
@@ -73,7 +75,7 @@ class Nest(Nested):
         for number in set(numbers):
             for each in self._shared[number].values():
                 each.grad = None
-            for each in self.own[number]:
+            for each in self._own[number]:
                 if each.grad is not None:
                     each.grad /= len(drawn)
 

@@ -40,10 +40,8 @@ class SortednetSettings(FittedSettings):
     """
 
     name = "sortednet"
-    paper = (
-        "Valipour et al., SortedNet: a place for every network and every network in its place, 2023, \
+    paper = "Valipour et al., SortedNet: a place for every network and every network in its place, 2023, \
 https://arxiv.org/abs/2309.00255"
-    )
 
     widths: Shares = (0.25, 0.5, 0.75, 1.0)
     heads: Shares | None = None
@@ -85,7 +83,9 @@ https://arxiv.org/abs/2309.00255"
         if self.draw == "sandwich" and self.largest == "frozen":
             raise ValueError("draw: sandwich trains the largest, and it is frozen; write draw: random")
         if self.epochs and self.largest == "frozen" and self.vectors == "shared":
-            raise ValueError("with largest: frozen and vectors: shared nothing learns; write vectors: own, or epochs: 0")
+            raise ValueError(
+                "with largest: frozen and vectors: shared nothing learns; write vectors: own, or epochs: 0"
+            )
         return self
 
     @property
@@ -99,6 +99,10 @@ https://arxiv.org/abs/2309.00255"
         return tuple(size_name(width, depth, len(self.depths) > 1) for width, depth in self.pairs)
 
     @property
+    def sizes(self) -> tuple[str, ...]:
+        return tuple(name for name in self.ship or self.names if name != self.largest_name)
+
+    @property
     def largest_name(self) -> str:
         """That of the network itself."""
         return size_name(1.0, 1.0, len(self.depths) > 1)
@@ -109,7 +113,8 @@ https://arxiv.org/abs/2309.00255"
 
     @property
     def needs(self) -> frozenset[Need]:
-        return super().needs | {"data", "gradients"}
+        always: frozenset[Need] = frozenset({"data", "gradients"})
+        return super().needs | always
 
     @property
     def chooses_units(self) -> bool:
