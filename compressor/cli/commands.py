@@ -83,8 +83,8 @@ Original = Annotated[
 ]
 Size = Annotated[
     str | None,
-    typer.Option("--size", metavar="NAME", show_default="the largest", help="Of an artifact of several sizes: 50, say."),
-]  # fmt: skip
+    typer.Option("--size", metavar="NAME", show_default="the largest", help="Of an artifact of several sizes: 50."),
+]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that compress wrote.")]
 
 

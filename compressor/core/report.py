@@ -289,6 +289,7 @@ class Report(_Section):
     sizes        of an artifact of several networks, what is said of each; sizes.json has the rest
     errors       ‖W − Ŵ‖ / ‖W‖ by tensor
     sha256       of every file
+    extracted    of which artifact this is one size alone
     seal         SHA-256 of report.html and README.md, and of all else that compression.json says
     """
 
@@ -316,6 +317,7 @@ class Report(_Section):
     errors: dict[str, Number] | None = None
     gates: Gates | None = None
     sha256: dict[str, str] | None = None
+    extracted: dict[str, str] | None = None
     seal: dict[str, str] | None = None
 
     def as_json(self) -> dict[str, Any]:

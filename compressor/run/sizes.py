@@ -5,7 +5,7 @@ largest; and sizes.json, which says what there is.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,13 @@ class Nested:
     sized    the smaller networks, smallest first
     parts    of each, where its tensors are
     own      what they have for themselves, as it is stored
-    largest  what the largest is called
+    largest  what the largest is called, its facts and its config
     """
 
     sized: Sequence[SizedCheckpoint]
     largest: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
     parts: dict[str, dict[str, Part]] = field(default_factory=dict)
     own: dict[str, EncodedTensor] = field(default_factory=dict)
 
@@ -57,7 +58,8 @@ class Nested:
             return cls(())
         facts = next(report["sizes"] for report in reversed(reports) if "sizes" in report)
         largest = next(each for each in facts if each["width"] == each["depth"] == 1)
-        found = cls(sized, largest["size"], {key: value for key, value in largest.items() if key != "size"})
+        found = cls(sized, largest["size"], {key: value for key, value in largest.items() if key != "size"},
+                    whole.config)  # fmt: skip
         dtype = torch.float16 if recipe.export.dense == "float16" else torch.float32
         for each in sized:
             found.parts[each.name], own = each.parts(whole)
@@ -120,12 +122,12 @@ class Nested:
             if part.stored not in self.own
             and (name not in whole or part != Part(name, tuple(whole.describe(name)["tensor_shape"])))
         }
-        taken = {part.stored for part in parts.values()} | set(checkpoint.tied)
         record = None if checkpoint.reshaping is None else json.loads(checkpoint.reshaping.text())
         own = [name for name, part in parts.items() if part.stored in self.own]
         return SizeEntry(
-            facts=dict(size.facts), parts=other, own=own, tied=dict(checkpoint.tied), config=checkpoint.config, structure=record,
-            absent=sorted(name for name in whole if name not in taken and name not in parts),
+            facts=dict(size.facts), parts=other, own=own, tied=dict(checkpoint.tied), structure=record,
+            config=None if checkpoint.config == self.config else checkpoint.config,
+            absent=sorted(name for name in whole if name not in parts),
             bytes=Bytes(
                 graph=graph.stat().st_size, own=sum(self.own[parts[name].stored].encoding.nbytes for name in own),
                 alone=sum(tensors.nbytes(name) for name in parts),
@@ -138,13 +140,18 @@ def _quality(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None if found is None else Quality.model_validate(found).model_dump(exclude_unset=True, exclude=_DETAILS)
 
 
+def _measured(graphs: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, graph in graphs.items():
+        yield name, bench(graph)
+
+
 def _speeds(graphs: Mapping[str, Path], report: Report) -> dict[str, dict[str, Any]]:
     """By size: of decoders tokens per second, each in a process of its own; of others the latency, in turn."""
     shapes = (report.speed.input_shapes if report.speed is not None else None) or {}
     try:
         if report.speed is not None and report.speed.decode_tokens_per_second is not None:
             keys = ("decode_tokens_per_second", "prefill_tokens_per_second")
-            return {name: {key: bench(graph)[key] for key in keys} for name, graph in graphs.items()}
+            return {name: {key: found[key] for key in keys} for name, found in _measured(graphs)}
         found = alternated(list(graphs.values()), shapes=shapes)
     except CheckpointError:
         return {}
