@@ -151,8 +151,8 @@ def sorted_table(results: dict[str, Any]) -> str:
     text = []
     if found := results.get("cnn"):
         text.append(
-            f"ResNet-20 of width 16 on Fashion-MNIST, one seed: {found['start_epochs']} epochs over {found['images']:,} "
-            f"images alone ({found['start_cpu_seconds']} CPU-seconds, {found['original']:.1%}), then "
+            f"ResNet-20 of width 16 on Fashion-MNIST, one seed: {found['start_epochs']} epochs over {found['images']:,}"
+            f" images alone ({found['start_cpu_seconds']} CPU-seconds, {found['original']:.1%}), then "
             f"{found['epochs']} epochs of all sizes together, with sorting and statistics {found['cpu_seconds']} "
             f"CPU-seconds. The largest then has {found['largest']:.1%} on {found['test']:,} test images; "
             f"{found['n_enough']} of 160 sizes keep 96 % of that, the worst one {found['least']:.1%}."
