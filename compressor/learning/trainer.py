@@ -3,7 +3,8 @@
 A training is a pure function of the network, the examples, the settings and the seed: the order of an epoch, and what
 dropout draws at a step, come from generators of their own, so that a resumed training arrives at the same weights.
 Under torchrun each process takes its share of every batch and gradients are averaged (`DistributedDataParallel`), so
-that the result is that of one process, but for batch norms, which see their process's share.
+that the result is that of one process, but for batch norms, which see their process's share. Compressed gradients
+(`sparse_gradients.py`) are another training: what a process has not sent yet is its own, and each saves its own.
 
 Teaching: Hinton et al., "Distilling the knowledge in a neural network", arXiv 1503.02531.
 """
@@ -25,10 +26,11 @@ from compressor.core.batch import Examples, call
 from compressor.core.errors import DataError, RecipeError
 from compressor.core.files import whole
 from compressor.core.follower import Follower
-from compressor.core.training import Training, unlabelled
+from compressor.core.training import Training, alone, unlabelled
 from compressor.graph.blocks import first_tensor
+from compressor.learning.sparse_gradients import SparseGradients
 from compressor.ops.schedules import rate_share
-from compressor.runtime.torchrun import n_processes, rank, wait
+from compressor.runtime.torchrun import as_the_first, n_processes, rank, wait
 
 SECONDS_BETWEEN_SAVES = 60.0
 STATE = "training.pt"
@@ -45,7 +47,7 @@ class Fitting:
 
     Raises:
         DataError: Labels are asked for and there are none, or there are fewer examples than processes.
-        RecipeError: The optimizer does not take the options.
+        RecipeError: The optimizer does not take the options, or gradients are compressed and this is the only process.
     """
 
     def __init__(
@@ -69,6 +71,11 @@ class Fitting:
         for parameter in module.parameters():
             parameter.requires_grad_(True)
         self.optimizer = make_optimizer(settings, module)
+        self.sparse = None
+        if settings.gradients == "compressed":
+            if n_processes() == 1:
+                raise RecipeError(alone(settings))
+            self.sparse = SparseGradients(module, settings)
 
     def train(self, follower: Follower | None = None) -> list[dict[str, float]]:
         """All steps, or those that an interrupted training has left; what each epoch came to.
@@ -78,7 +85,10 @@ class Fitting:
         """
         parallel = self.module
         if n_processes() > 1:  # what a forward leaves out, as a pooler, has no gradient, as in one process
-            parallel = DistributedDataParallel(self.module, find_unused_parameters=True)
+            same = self.sparse is None  # a training step reads no running statistics: the first's are kept
+            parallel = DistributedDataParallel(self.module, find_unused_parameters=True, broadcast_buffers=same)
+            if self.sparse is not None:
+                self.sparse.attach(parallel)
         step, log, total = self._restore(follower)
         self.advance(step / self.n_steps, "")
         saved = time.monotonic()
@@ -91,7 +101,7 @@ class Fitting:
                     log.append(self._epoch(step, total / self.steps_per_epoch, follower))
                     total = 0.0
                 self.advance(1 / self.n_steps, self._note(step, total, log, follower))
-                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                if self._due(saved):
                     self._save(follower, step, log, total)
                     saved = time.monotonic()
         self.module.eval().requires_grad_(False)
@@ -107,6 +117,8 @@ class Fitting:
         torch.manual_seed(self.seed + (step * n_processes() + rank()) * 7919)
         examples = self.examples.part(self._index(step))
         self.optimizer.zero_grad()
+        if self.sparse is not None:
+            self.sparse.begin(step // self.steps_per_epoch)
         loss = self._loss(called(parallel, examples.inputs), examples)
         if not bool(loss.isfinite()):
             raise RecipeError(
@@ -146,6 +158,8 @@ class Fitting:
 
     def _epoch(self, step: int, loss: float, follower: Follower | None) -> dict[str, float]:
         found = {"epoch": step // self.steps_per_epoch, "loss": round(loss, 6)}
+        if self.sparse is not None:
+            found |= {"share": self.sparse.share, "bytes_per_step": self.sparse.bytes_sent}
         return found | (follower.entry() if follower else {})
 
     def _note(self, step: int, total: float, log: list[dict[str, float]], follower: Follower | None) -> str:
@@ -154,9 +168,19 @@ class Fitting:
         beside = follower.note() if follower else ""
         return f"loss {loss:.4f} · {beside}" if beside else f"loss {loss:.4f}"
 
+    def _due(self, saved: float) -> bool:
+        """Whether the state is to be saved; where each process has some, all save that of the same step."""
+        due = self.folder is not None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES
+        return due if self.sparse is None or self.folder is None else as_the_first(due)
+
     def _save(self, follower: Follower | None, step: int, log: list[dict[str, float]], total: float) -> None:
-        """Whole or not at all, by the first process."""
-        if self.folder is None or rank():
+        """Whole or not at all, by the first process, once each has saved what is its own."""
+        if self.folder is None:
+            return
+        if self.sparse is not None:
+            self.sparse.save(self.folder, step)
+            wait()
+        if rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
@@ -165,6 +189,8 @@ class Fitting:
         }  # fmt: skip
         with whole(self.folder / STATE) as partial:
             torch.save(state, partial)
+        if self.sparse is not None:
+            self.sparse.forget(self.folder, step)
 
     def _restore(self, follower: Follower | None) -> tuple[int, list[dict[str, float]], float]:
         """(steps done, log, sum of losses in this epoch) of an interrupted training; of a new one 0."""
@@ -174,6 +200,8 @@ class Fitting:
         state: dict[str, Any] = torch.load(self.folder / STATE, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.sparse is not None:
+            self.sparse.restore(self.folder, state["step"])
         if follower:
             follower.restore(state["follower"])
         return state["step"], state["log"], state["total"]
@@ -219,8 +247,9 @@ def make_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimiz
         RecipeError: It does not take the options.
     """
     kind = getattr(torch.optim, settings.optimizer)
+    options = {} if settings.gradients == "compressed" else settings.options  # its momentum is in what is sent
     try:
-        return kind(module.parameters(), lr=settings.rate, **settings.options)
+        return kind(module.parameters(), lr=settings.rate, **options)
     except (TypeError, ValueError) as error:
         raise RecipeError(
             f"{settings.name}: torch.optim.{settings.optimizer} does not take options {settings.options}; {error}; "

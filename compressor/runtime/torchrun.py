@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from datetime import timedelta
 
+import torch
 from torch import distributed
 
 LONGEST_WAIT = timedelta(days=2)
@@ -20,7 +21,7 @@ LONGEST_WAIT = timedelta(days=2)
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Joins the processes that torchrun started, on the CPU by gloo; nothing where this is the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if n_started() == 1 or distributed.is_initialized():
         yield
         return
     distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
@@ -28,6 +29,11 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def n_started() -> int:
+    """How many processes torchrun started, of which this is one, whether or not they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
@@ -48,3 +54,12 @@ def wait() -> None:
     """Until all processes have come here."""
     if distributed.is_initialized():
         distributed.barrier()
+
+
+def as_the_first(decision: bool) -> bool:
+    """What the first process decides; all ask."""
+    if not distributed.is_initialized():
+        return decision
+    said = torch.tensor([decision])
+    distributed.broadcast(said, 0)
+    return bool(said)
