@@ -29,12 +29,12 @@ class Compression(BaseModel):
     share     of a matrix's entries that a process sends in a step; what has one dimension is sent whole
     warmup    the shares of the first epochs instead
     masking   clears the momentum where entries were sent; late: at shares up to 1 %; paper: always; never
-    clip      the largest norm of a tensor's mean gradient; each of N processes clips its own to that by √N first
+    clip      the largest norm of the mean gradient; each of N processes clips its own to that by √N, before all else
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     share: Annotated[float, Field(gt=0, lt=1)] = 0.001
-    warmup: list[Annotated[float, Field(gt=0, lt=1)]] = Field([])
+    warmup: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[])
     masking: Literal["late", "paper", "never"] = "late"
     clip: Rate | None = None
 

@@ -1,20 +1,22 @@
 """What processes that train together send one another: the largest entries of their gradients, the rest later.
 
-The mathematics is in `ops/gradient_compression.py`. Here it is a communication hook of `DistributedDataParallel`, with
-its state per parameter, since buckets are made anew after the first step. Tensors of one dimension (norms, biases) are
-sent whole and have plain momentum: they are few, and their entries matter. What acts on all processes alike and need
-not be sent, weight decay, has a momentum of its own.
+The mathematics is in `ops/gradient_compression.py`. Tensors of one dimension (norms, biases) are sent whole and have
+plain momentum: they are few, and their entries matter. What acts on all processes alike and need not be sent, weight
+decay, has a momentum of its own.
+
+Not a hook of `DistributedDataParallel`: what that sends beside gradients, running statistics and which parameters were
+used, is more than a thousandth of a network, and with so little to send there is nothing to hide behind the backward
+pass. A step takes two direct exchanges of all with all: each process adds up its part of the vectors, then sends that
+together with its entries of the matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from compressor.core.errors import UsageError
 from compressor.core.files import whole
@@ -22,7 +24,7 @@ from compressor.core.training import Training
 from compressor.ops.gradient_compression import (
     averaged,
     bytes_sent,
-    clipped,
+    clip_share,
     compensate,
     local_limit,
     masks,
@@ -39,11 +41,12 @@ _FILE = "gradients-{step}-{rank}.pt"
 
 
 class SparseGradients:
-    """What one process has not sent yet, and the hook that sends of it.
+    """What one process has not sent yet, and how it sends of it.
 
-    waiting   by parameter, v: what was not sent
-    momentum  by parameter, u
-    decay     by parameter, the momentum of weight decay, the same in all processes
+    matrices, vectors   the parameters by name: those of two dimensions and more, and the others
+    waiting     of each matrix, v: what was not sent
+    momentum    of each parameter, u
+    decay       of each parameter for which anything came, the momentum of weight decay; the same in all processes
     """
 
     def __init__(self, module: nn.Module, settings: Training) -> None:
@@ -51,16 +54,13 @@ class SparseGradients:
         self.factor = float(settings.options.get("momentum", 0.0))
         self.nesterov = bool(settings.options.get("nesterov", False))
         self.decays = float(settings.options.get("weight_decay", 0.0))
-        self.parameters = dict(module.named_parameters())
-        self.names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self.momentum = {name: torch.zeros(parameter.numel()) for name, parameter in self.parameters.items()}
-        self.waiting = {n: torch.zeros(p.numel()) for n, p in self.parameters.items() if p.dim() > 1}
-        self.decay = {n: torch.zeros_like(u) for n, u in self.momentum.items()} if self.decays else {}
+        self.module, parameters = module, dict(module.named_parameters())
+        self.matrices = {name: parameter for name, parameter in parameters.items() if parameter.dim() > 1}
+        self.vectors = {name: parameter for name, parameter in parameters.items() if parameter.dim() <= 1}
+        self.waiting = {name: torch.zeros(parameter.numel()) for name, parameter in self.matrices.items()}
+        self.momentum = {name: torch.zeros(parameter.numel()) for name, parameter in parameters.items()}
+        self.decay: dict[str, Tensor] = {}
         self.share = self.settings.share
-
-    def attach(self, parallel: DistributedDataParallel) -> None:
-        """Sends gradients of a module so from now on."""
-        parallel.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
 
     def begin(self, epoch: int) -> None:
         """Takes the share of an epoch, from 0."""
@@ -68,8 +68,31 @@ class SparseGradients:
 
     @property
     def bytes_sent(self) -> int:
-        """That this process hands over in a step."""
-        return bytes_sent([parameter.shape for parameter in self.parameters.values()], self.share)
+        """That this process has for the others in a step."""
+        shapes = [parameter.shape for parameter in (*self.matrices.values(), *self.vectors.values())]
+        return bytes_sent(shapes, self.share)
+
+    def align(self) -> None:
+        """Gives all processes the network of the first."""
+        for tensor in self.module.state_dict().values():
+            distributed.broadcast(tensor, 0)
+
+    def exchange(self, asks: bool) -> bool:
+        """Puts in place of each gradient the step that all processes take; whether the first of them `asks`."""
+        gradients = self._gradients()
+        part = self._summed_part(gradients)
+        messages = [self._chosen(name, gradients[name]) for name in self.matrices]
+        sizes, counts = [len(gradients[name]) for name in self.matrices], [len(index) for index, _ in messages]
+        own = torch.cat([part.view(torch.uint8), packed(messages, sizes), torch.tensor([asks], dtype=torch.uint8)])
+        received = _to_all(own.repeat(n_processes())).view(n_processes(), -1)
+        n = 4 * len(part)
+        steps = self._vector_steps(received[:, :n].contiguous().view(torch.float32).flatten())
+        each = zip(*(unpacked(message[n:-1].clone(), counts, sizes) for message in received), strict=True)
+        for name, of_all in zip(self.matrices, each, strict=True):
+            steps[name] = averaged(of_all, len(gradients[name]))
+        for name, parameter in (self.matrices | self.vectors).items():
+            parameter.grad = self._with_decay(name, parameter, steps[name]).view_as(parameter)
+        return bool(received[0, -1])
 
     def save(self, folder: Path, step: int) -> None:
         """This process's part of a training's state; those of an earlier step stay."""
@@ -100,78 +123,55 @@ class SparseGradients:
             if not file.name.startswith(_FILE.format(step=step, rank="").removesuffix(".pt")):
                 file.unlink()
 
-    def _reduce(self, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
-        """Puts into a bucket the step that all processes take, as soon as all have sent theirs."""
-        parts = {self.names[id(p)]: g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
-        begun = [
-            send(chosen)
-            for send, chosen in (
-                (self._sparse, {name: part for name, part in parts.items() if name in self.waiting}),
-                (self._whole, {name: part for name, part in parts.items() if name not in self.waiting}),
-            )
-            if chosen
-        ]
+    def _gradients(self) -> dict[str, Tensor]:
+        """Of this process, flat; zeros where a forward has left a parameter out."""
+        found = {}
+        for name, parameter in (self.matrices | self.vectors).items():
+            gradient = parameter.grad
+            found[name] = torch.zeros(parameter.numel()) if gradient is None else gradient.detach().flatten()
+        if self.settings.clip is not None:
+            share = clip_share(found.values(), local_limit(self.settings.clip, n_processes()))
+            found = {name: gradient * share for name, gradient in found.items()}
+        return found
 
-        def finished(_done: object) -> Tensor:
-            for _, finish in begun:
-                finish()
-            for name, gradient in parts.items():
-                self._add_decay(name, gradient)
-            return bucket.buffer()
+    def _summed_part(self, gradients: dict[str, Tensor]) -> Tensor:
+        """The mean over processes of this one's part of the vectors, all of them in a row; (entries,)."""
+        flat = torch.cat([gradients[name] for name in self.vectors]) if self.vectors else torch.zeros(0)
+        padded = nn.functional.pad(flat, (0, -len(flat) % n_processes()))
+        return _to_all(padded).view(n_processes(), -1).mean(0)
 
-        return torch.futures.collect_all([future for future, _ in begun]).then(finished)
-
-    def _sparse(self, gradients: dict[str, Tensor]) -> tuple[torch.futures.Future, Callable[[], None]]:
-        """Sends the largest of matrices: when it will have come, and what is to be done then."""
-        messages = [self._chosen(name, gradient) for name, gradient in gradients.items()]
-        sizes = [gradient.numel() for gradient in gradients.values()]
-        counts = [len(index) for index, _ in messages]
-        message = packed(messages, sizes)
-        received = [torch.empty_like(message) for _ in range(n_processes())]
-        work = distributed.all_gather(received, message, async_op=True)
-        assert work is not None
-
-        def finish() -> None:
-            each = zip(*(unpacked(message, counts, sizes) for message in received), strict=True)
-            for gradient, of_all in zip(gradients.values(), each, strict=True):
-                gradient.copy_(averaged(of_all, gradient.numel()).view_as(gradient))
-
-        return work.get_future(), finish
+    def _vector_steps(self, means: Tensor) -> dict[str, Tensor]:
+        """The steps of vectors, with momentum, from the mean of their gradients in a row."""
+        steps, begun = {}, 0
+        for name, parameter in self.vectors.items():
+            mean = means[begun : begun + parameter.numel()]
+            begun += parameter.numel()
+            self.momentum[name], steps[name] = self._stepped(mean, self.momentum[name])
+        return steps
 
     def _chosen(self, name: str, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """What this process sends of a gradient, which is gone from what waits."""
-        flat = self._limited(gradient)
-        u, v = compensate(flat, self.momentum[name], self.waiting[name], self.factor, self.nesterov)
-        index, values = select(v, n_sent(v.numel(), self.share))
+        u, v = compensate(gradient, self.momentum[name], self.waiting[name], self.factor, self.nesterov)
+        index, values = select(v, n_sent(len(v), self.share))
         self.waiting[name] = sent(v, index)
         self.momentum[name] = sent(u, index) if masks(self.settings.masking, self.share) else u
         return index, values
 
-    def _whole(self, gradients: dict[str, Tensor]) -> tuple[torch.futures.Future, Callable[[], None]]:
-        """Sends vectors whole: when the sum will have come, and what is to be done then."""
-        flat = torch.cat([self._limited(gradient) for gradient in gradients.values()])
-        work = distributed.all_reduce(flat, async_op=True)
-        assert work is not None
+    def _with_decay(self, name: str, parameter: Tensor, step: Tensor) -> Tensor:
+        """A step with what weight decay adds to it; not before anything came for the parameter, as torch has it."""
+        if not self.decays or not (name in self.decay or bool(step.any())):
+            return step
+        wanted = self.decays * parameter.detach().flatten()
+        self.decay[name], more = self._stepped(wanted, self.decay.get(name, torch.zeros_like(wanted)))
+        return step + more
 
-        def finish() -> None:
-            means = (flat / n_processes()).split([gradient.numel() for gradient in gradients.values()])
-            for (name, gradient), mean in zip(gradients.items(), means, strict=True):
-                nothing = torch.zeros_like(mean)
-                self.momentum[name], step = compensate(mean, self.momentum[name], nothing, self.factor, self.nesterov)
-                gradient.copy_(step.view_as(gradient))
+    def _stepped(self, gradient: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(momentum, step) of plain SGD."""
+        return compensate(gradient, u, torch.zeros_like(gradient), self.factor, self.nesterov)
 
-        return work.get_future(), finish
 
-    def _limited(self, gradient: Tensor) -> Tensor:
-        flat = gradient.detach().flatten()
-        clip = self.settings.clip
-        return flat if clip is None else clipped(flat, local_limit(clip, n_processes()))
-
-    def _add_decay(self, name: str, gradient: Tensor) -> None:
-        """What weight decay adds to a step."""
-        if not self.decays:
-            return
-        wanted = self.decays * self.parameters[name].detach().flatten()
-        nothing = torch.zeros_like(wanted)
-        self.decay[name], step = compensate(wanted, self.decay[name], nothing, self.factor, self.nesterov)
-        gradient.add_(step.view_as(gradient))
+def _to_all(parts: Tensor) -> Tensor:
+    """As many equal parts as there are processes, one for each; returns those for this one, in the processes' order."""
+    received = torch.empty_like(parts)
+    distributed.all_to_all_single(received, parts)
+    return received

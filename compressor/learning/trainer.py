@@ -30,7 +30,7 @@ from compressor.core.training import Training, alone, unlabelled
 from compressor.graph.blocks import first_tensor
 from compressor.learning.sparse_gradients import SparseGradients
 from compressor.ops.schedules import rate_share
-from compressor.runtime.torchrun import as_the_first, n_processes, rank, wait
+from compressor.runtime.torchrun import n_processes, rank, wait
 
 SECONDS_BETWEEN_SAVES = 60.0
 STATE = "training.pt"
@@ -84,14 +84,13 @@ class Fitting:
             follower: Goes along with every step; without one the network is only trained.
         """
         parallel = self.module
-        if n_processes() > 1:  # what a forward leaves out, as a pooler, has no gradient, as in one process
-            same = self.sparse is None  # a training step reads no running statistics: the first's are kept
-            parallel = DistributedDataParallel(self.module, find_unused_parameters=True, broadcast_buffers=same)
-            if self.sparse is not None:
-                self.sparse.attach(parallel)
+        if self.sparse is not None:
+            self.sparse.align()
+        elif n_processes() > 1:  # what a forward leaves out, as a pooler, has no gradient, as in one process
+            parallel = DistributedDataParallel(self.module, find_unused_parameters=True)
         step, log, total = self._restore(follower)
         self.advance(step / self.n_steps, "")
-        saved = time.monotonic()
+        self.saved, self.due = time.monotonic(), False
         self.module.train()
         with torch.random.fork_rng(devices=[]):
             while step < self.n_steps:
@@ -101,9 +100,9 @@ class Fitting:
                     log.append(self._epoch(step, total / self.steps_per_epoch, follower))
                     total = 0.0
                 self.advance(1 / self.n_steps, self._note(step, total, log, follower))
-                if self._due(saved):
+                if self.due:
                     self._save(follower, step, log, total)
-                    saved = time.monotonic()
+                    self.saved = time.monotonic()
         self.module.eval().requires_grad_(False)
         self.optimizer.zero_grad()
         return log
@@ -117,8 +116,6 @@ class Fitting:
         torch.manual_seed(self.seed + (step * n_processes() + rank()) * 7919)
         examples = self.examples.part(self._index(step))
         self.optimizer.zero_grad()
-        if self.sparse is not None:
-            self.sparse.begin(step // self.steps_per_epoch)
         loss = self._loss(called(parallel, examples.inputs), examples)
         if not bool(loss.isfinite()):
             raise RecipeError(
@@ -126,6 +123,10 @@ class Fitting:
                 f"training has diverged at a rate of {settings.rate * share:g}; write a smaller rate"
             )
         loss.backward()
+        self.due = self.folder is not None and time.monotonic() - self.saved > SECONDS_BETWEEN_SAVES
+        if self.sparse is not None:  # each has some of the state: all save that of one step
+            self.sparse.begin(step // self.steps_per_epoch)
+            self.due = self.sparse.exchange(self.due)
         before = follower.before() if follower else {}
         self.optimizer.step()
         if follower:
@@ -167,11 +168,6 @@ class Fitting:
         loss = total / done if done else log[-1]["loss"]
         beside = follower.note() if follower else ""
         return f"loss {loss:.4f} · {beside}" if beside else f"loss {loss:.4f}"
-
-    def _due(self, saved: float) -> bool:
-        """Whether the state is to be saved; where each process has some, all save that of the same step."""
-        due = self.folder is not None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES
-        return due if self.sparse is None or self.folder is None else as_the_first(due)
 
     def _save(self, follower: Follower | None, step: int, log: list[dict[str, float]], total: float) -> None:
         """Whole or not at all, by the first process, once each has saved what is its own."""

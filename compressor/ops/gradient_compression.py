@@ -33,9 +33,10 @@ def local_limit(limit: float, n_processes: int) -> float:
     return limit * n_processes**-0.5
 
 
-def clipped(gradient: Tensor, limit: float) -> Tensor:
-    """A gradient whose norm is `limit` at most."""
-    return gradient * (limit / gradient.norm().clamp_min(limit))
+def clip_share(gradients: Iterable[Tensor], limit: float) -> float:
+    """What all of a network's gradients are multiplied with, so that their norm together is `limit` at most."""
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    return limit / max(norm, limit)
 
 
 def compensate(

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from datetime import timedelta
 
-import torch
 from torch import distributed
 
 LONGEST_WAIT = timedelta(days=2)
@@ -54,12 +53,3 @@ def wait() -> None:
     """Until all processes have come here."""
     if distributed.is_initialized():
         distributed.barrier()
-
-
-def as_the_first(decision: bool) -> bool:
-    """What the first process decides; all ask."""
-    if not distributed.is_initialized():
-        return decision
-    said = torch.tensor([decision])
-    distributed.broadcast(said, 0)
-    return bool(said)

@@ -40,7 +40,7 @@ def shrunk() -> dict:
 
 def sparse(folder: Path | None = None, stop: int = 0) -> dict:
     """Compressed gradients; with a `stop`, interrupted there."""
-    module, calls = residual(norms=False), iter(range(1000))
+    module, calls = with_pooler(residual(norms=False)), iter(range(1000))
 
     def advance(share: float, note: str) -> None:
         if stop and next(calls) == stop:
