@@ -7,10 +7,10 @@
 
 He et al.'s ResNet-20 of width 16 on Fashion-MNIST, from random weights, in processes of one thread over gloo. Images
 are averaged over squares of `--pool` pixels first. Bytes are what /proc/net/dev counts for the loopback device, headers
-and acknowledgements with it, and every other process's traffic as well: `unshare -rn` gives the benchmark a device of its
-own. A seed is the weights' and the order of the batches. Accuracy is of torch on the whole test set. `killed` ends two
-processes with SIGKILL in the middle of a training, and starts it again. What is finished stays in the cache. Results go
-to docs/measured/traffic.json.
+and acknowledgements with it, and every other process's traffic as well: `unshare -rn` gives the benchmark a device of
+its own. A seed is the weights' and the order of the batches. Accuracy is of torch on the whole test set. `killed` ends
+two processes with SIGKILL in the middle of a training, and starts it again. What is finished stays in the cache.
+Results go to docs/measured/traffic.json.
 """
 
 from __future__ import annotations
