@@ -90,7 +90,7 @@ def runs() -> list[Run]:
     ]  # fmt: skip
     found += [
         Run("reconstruct", f"{score}, {amount}", {"score": score, "reconstruct": "layer", **AMOUNTS[amount]})
-        for amount in ("50 %", "2:4") for score in ("wanda", "gblm", "sparsegpt")
+        for score in ("wanda", "sparsegpt") for amount in ("50 %", "2:4")
     ]  # fmt: skip
     return found
 

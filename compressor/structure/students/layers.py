@@ -27,7 +27,7 @@ _AT_ONCE = 256
 _SAMPLES = 16
 """Per-sample gradients of GradSign."""
 _FUSED = ("Adam", "AdamW", "SGD", "Adagrad")
-"""Optimizers of torch that take their step in one pass over the weights: of small networks it is a tenth of the time."""
+"""Optimizers of torch that can step in one pass over the weights: of small networks that is a tenth of the time."""
 
 
 @dataclass
