@@ -321,6 +321,11 @@ def _info(path: Path, name: str, tensor: torch.Tensor) -> TensorInfo:
             f"{path}: tensor '{name}' is {tensor.dtype}, {tensor.layout}; only dense tensors can be "
             "compressed; give the checkpoint before it was quantised or made sparse"
         )
+    if tensor.device.type == "meta" and tensor.numel() and tensor.untyped_storage()._checkpoint_offset is None:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' was saved from the meta device and has no values; load the weights, and save "
+            "them then"
+        )
     size, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     if size > max(MOST_INFLATED, MOST_TIMES * held):
         raise CheckpointError(

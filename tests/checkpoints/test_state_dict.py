@@ -150,6 +150,15 @@ def test_a_pickled_module_needs_trust(tmp_path):
     torch.testing.assert_close(checkpoint.build("cpu")(ids), model(ids), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("names", [("head.weight",), ("norm.weight", "norm.bias"), ("embed.weight",)])
+def test_tensors_that_were_saved_without_values_are_named(tmp_path, names, zipped):
+    state = {name: value.to("meta") if name in names else value for name, value in Small().state_dict().items()}
+    torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=rf"'{names[0]}' was saved from the meta device and has no values"):
+        open_checkpoint(tmp_path / "m.pt", arch=ARCH)
+
+
 def test_trust_also_reads_training_checkpoints(tmp_path):
     torch.save({"state_dict": small().state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "net.pt")
     with pytest.raises(CheckpointError, match=r"found argparse.Namespace"):
