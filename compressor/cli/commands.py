@@ -81,6 +81,10 @@ Original = Annotated[
     str | None,
     typer.Option(metavar="PATH", show_default="where it was", help="The network that it was made from."),
 ]
+Size = Annotated[
+    str | None,
+    typer.Option("--size", metavar="NAME", show_default="the largest", help="Of an artifact of several sizes: 50."),
+]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that compress wrote.")]
 
 
@@ -93,8 +97,9 @@ def _about(
 
 @app.command(epilog=epilog("run"))
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, or a .safetensors, .pt, "
-                                         ".pth, .bin, .pt2, .gguf or .onnx file.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a name on its "
+                                         "hub (ORG/NAME@REVISION), or a .safetensors, .pt, .pth, .bin, .pt2, .gguf or "
+                                         ".onnx file.")],
     recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE", show_default=False,
                                         help="Required; see `compress recipes`.")] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", show_default="MODEL-RECIPE",
@@ -348,6 +353,7 @@ def evaluate(
                     "of the run.")] = None,
     calibration: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="--data of the run, where it "
                            "was a module:callable and a part of it is evaluated on.")] = None,
+    size: Size = None,
     arch: ArchAgain = None,
     original: Original = None,
     json: Json = False,
@@ -362,7 +368,7 @@ def evaluate(
     from compressor.evaluate.judge import evaluate as measure
 
     given = Given(original, arch, calibration, data)
-    found = measure(artifact, given)
+    found = measure(artifact, given, size)
     for path in named_paths(Artifact.open(artifact), given):
         print(f"read as {artifact}/compression.json names it: {path}", file=sys.stderr)
     _print(found, json, str(artifact))
@@ -374,6 +380,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, show_default="all cores", help="Of onnxruntime.")
     ] = None,
+    size: Size = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -381,11 +388,31 @@ def bench(
 
     Of the artifact in onnxruntime, in a process of its own.
     """
+    from compressor.core.sizes import graph_of
     from compressor.evaluate.bench import bench as measure
-    from compressor.evaluate.bench import size
+    from compressor.evaluate.bench import size as bytes_of
 
-    found = measure(artifact, threads=threads)
-    _print(found | {"size": size(artifact)}, json, str(artifact))
+    found = measure(graph_of(artifact, size), threads=threads)
+    _print(found | {"size": bytes_of(artifact)}, json, str(artifact))
+
+
+@app.command(epilog=epilog("extract"))
+def extract(
+    artifact: ArtifactPath,
+    size: Annotated[str, typer.Option("--size", metavar="NAME", help="Which one, 50 for example.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", show_default="ARTIFACT-SIZE",
+                                                help="Where it goes.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write one of an artifact's sizes as an artifact alone.
+
+    It computes the same to the bit, and is tried on made-up inputs before it is put in its place.
+    """
+    from compressor.evaluate.extraction import extract as write
+
+    _print(write(artifact, size, output, force), json, str(artifact))
 
 
 @app.command(epilog=epilog("install"))
@@ -427,6 +454,7 @@ def verify(
         ),
     ] = None,
     eval: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Likewise.")] = None,
+    size: Size = None,
     arch: ArchAgain = None,
     original: Original = None,
     json: Json = False,
@@ -443,7 +471,7 @@ def verify(
     from compressor.evaluate.verification import failures
     from compressor.evaluate.verification import verify as check
 
-    checks = check(artifact, not quick, Given(original, arch, data, eval))
+    checks = check(artifact, not quick, Given(original, arch, data, eval), size)
     if json:
         _print_json([each.as_json() for each in checks])
     else:
@@ -512,6 +540,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    size: Size = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -526,7 +555,7 @@ def generate(
     from compressor.evaluate.generation import generate_text
     from compressor.evaluate.pair_session import is_pair
 
-    pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed, chat)
+    pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed, chat, size)
     if json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})
         return

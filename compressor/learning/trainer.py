@@ -12,6 +12,7 @@ Teaching: Hinton et al., "Distilling the knowledge in a neural network", arXiv 1
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,22 +117,31 @@ class Fitting:
         torch.manual_seed(self.seed + (step * n_processes() + rank()) * 7919)
         examples = self.examples.part(self._index(step))
         self.optimizer.zero_grad()
-        loss = self._loss(called(parallel, examples.inputs), examples)
-        if not bool(loss.isfinite()):
+        loss = self._gradients(parallel, examples, step)
+        if not math.isfinite(loss):
             raise RecipeError(
-                f"{settings.name}: the loss is {float(loss.detach())} at step {step + 1} of {self.n_steps}; the "
-                f"training has diverged at a rate of {settings.rate * share:g}; write a smaller rate"
+                f"{settings.name}: the loss is {loss} at step {step + 1} of {self.n_steps}; the training has diverged "
+                f"at a rate of {settings.rate * share:g}; write a smaller rate"
             )
+<<<<<<< HEAD
         loss.backward()
         self.due = self.folder is not None and time.monotonic() - self.saved > SECONDS_BETWEEN_SAVES
         if self.sparse is not None:  # each has some of the state: all save that of one step
             self.sparse.begin(step // self.steps_per_epoch)
             self.due = self.sparse.exchange(self.due)
+=======
+>>>>>>> main
         before = follower.before() if follower else {}
         self.optimizer.step()
         if follower:
             with torch.no_grad():
                 follower.step(step, before, settings.rate * share)
+        return loss
+
+    def _gradients(self, parallel: nn.Module, examples: Examples, step: int) -> float:
+        """The loss of a step's examples, whose gradients the parameters have then."""
+        loss = self._loss(called(parallel, examples.inputs), examples)
+        loss.backward()
         return float(loss.detach())
 
     def _index(self, step: int) -> Tensor:
@@ -147,10 +157,14 @@ class Fitting:
             assert examples.labels is not None
             terms.append(class_loss(outputs, examples.labels, self.settings.name))
         if self.loss != "labels":
-            wanted = examples.wanted if self.teacher is None else self._taught(examples.inputs)
+            wanted = self._wanted(examples)
             assert wanted is not None
             terms.append(teaching_loss(outputs, wanted, self.settings.distance, self.settings.temperature))
         return torch.stack(terms).mean()
+
+    def _wanted(self, examples: Examples) -> Tensor | None:
+        """What the teacher says of examples."""
+        return examples.wanted if self.teacher is None else self._taught(examples.inputs)
 
     @torch.no_grad()
     def _taught(self, batch: dict[str, Tensor]) -> Tensor:

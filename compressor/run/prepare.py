@@ -30,6 +30,7 @@ from compressor.plan.recipe import MEASURED_TEXT, SHORTEST_WINDOW, Recipe
 from compressor.plan.recipe_file import load_recipe, refuse_reaching
 from compressor.plan.targets import aimed
 from compressor.plan.workload import Workload, workload_of
+from compressor.run.nesting import refuse_sizes
 from compressor.widths.ladder import Ladder
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def prepare(asked: RunOptions) -> Prepared:
     if recipe.export.activations == "static_int8" and options.format == "onnx":
         plan = _on_int8(plan, checkpoint)
     _refuse_passes(recipe, options, checkpoint)
+    refuse_sizes(recipe, options, checkpoint)
     plan = _without_cache(plan, checkpoint, options)
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
