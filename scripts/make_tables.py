@@ -30,9 +30,9 @@ from bench_products import products_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, kinds_table, quality_table, steps_table
 from bench_rounding import rounding_table
+from bench_sorted import sorted_table
 from bench_speed import prompt_table, speed_table
 from bench_strangers import strangers_table
-from bench_sorted import sorted_table
 from bench_structure import structure_table
 from bench_tables import tables_table
 from bench_traffic import traffic_table
@@ -69,13 +69,8 @@ COMMANDS = {
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
     "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
-<<<<<<< HEAD
     "n2n": "scripts/bench_n2n.py", "traffic": "scripts/bench_traffic.py",
-    "structure": "scripts/bench_structure.py", "mixed": "scripts/bench_mixed.py",
-=======
-    "n2n": "scripts/bench_n2n.py",
     "structure": "scripts/bench_structure.py", "sorted": "scripts/bench_sorted.py", "mixed": "scripts/bench_mixed.py",
->>>>>>> main
     "fuzz": "scripts/fuzz.py", "families": "scripts/families.py",
     "batch": "scripts/bench_batch.py", "hosts": "scripts/check_hosts.py DIR",
     "crashes": "scripts/check_crashes.py", "shortage": "scripts/check_memory.py",

@@ -123,14 +123,10 @@ class Fitting:
                 f"{settings.name}: the loss is {loss} at step {step + 1} of {self.n_steps}; the training has diverged "
                 f"at a rate of {settings.rate * share:g}; write a smaller rate"
             )
-<<<<<<< HEAD
-        loss.backward()
         self.due = self.folder is not None and time.monotonic() - self.saved > SECONDS_BETWEEN_SAVES
         if self.sparse is not None:  # each has some of the state: all save that of one step
             self.sparse.begin(step // self.steps_per_epoch)
             self.due = self.sparse.exchange(self.due)
-=======
->>>>>>> main
         before = follower.before() if follower else {}
         self.optimizer.step()
         if follower:

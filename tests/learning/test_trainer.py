@@ -24,6 +24,7 @@ from compressor.passes.oto import Oto, Projecting
 from compressor.passes.settings.lrp import LrpSettings
 from compressor.passes.settings.n2n import N2nSettings
 from compressor.passes.settings.reste import ResteSettings
+from compressor.passes.settings.sortednet import SortednetSettings
 from compressor.passes.settings.training import TrainingSettings
 from tests.learning.training_case import EXAMPLE, N_CLASSES, examples, images, residual, subject_of, with_pooler
 from tests.learning.training_worker import SPARSE, STOPS_AT
@@ -308,6 +309,7 @@ def test_what_another_number_of_processes_has_not_sent_is_not_lost_in_silence(tm
         (LrpSettings, {"optimizer": "SGD"}, "is of a training, and epochs is 0"),
         (Hesso, {}, "compressed: hesso tells by each step which units matter.*; write gradients: dense"),
         (Oto, {}, "compressed: oto tells by each step which units matter"),
+        (SortednetSettings, {}, "compressed: sortednet adds up the gradients of several sizes"),
         (N2nSettings, {}, "compressed: n2n trains its students in processes of its own"),
         (ResteSettings, {"gradients": "dense", "compression": Compression(share=0.01)}, "leave compression out"),
     ],

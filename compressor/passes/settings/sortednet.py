@@ -89,6 +89,10 @@ https://arxiv.org/abs/2309.00255"
         return self
 
     @property
+    def refuses_compression(self) -> str | None:
+        return "sortednet adds up the gradients of several sizes, with which it has not been tried"
+
+    @property
     def pairs(self) -> tuple[tuple[float, float], ...]:
         """(width, depth) of every size."""
         return tuple((width, depth) for depth in self.depths for width in self.widths)
