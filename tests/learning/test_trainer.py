@@ -309,7 +309,7 @@ def test_what_another_number_of_processes_has_not_sent_is_not_lost_in_silence(tm
         (LrpSettings, {"optimizer": "SGD"}, "is of a training, and epochs is 0"),
         (Hesso, {}, "compressed: hesso tells by each step which units matter.*; write gradients: dense"),
         (Oto, {}, "compressed: oto tells by each step which units matter"),
-        (SortednetSettings, {}, "compressed: sortednet adds up the gradients of several sizes"),
+        (SortednetSettings, {}, "compressed: sortednet trains in one process"),
         (N2nSettings, {}, "compressed: n2n trains its students in processes of its own"),
         (ResteSettings, {"gradients": "dense", "compression": Compression(share=0.01)}, "leave compression out"),
     ],

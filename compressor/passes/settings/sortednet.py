@@ -90,7 +90,7 @@ https://arxiv.org/abs/2309.00255"
 
     @property
     def refuses_compression(self) -> str | None:
-        return "sortednet adds up the gradients of several sizes, with which it has not been tried"
+        return "sortednet trains in one process"
 
     @property
     def pairs(self) -> tuple[tuple[float, float], ...]:
