@@ -223,6 +223,9 @@ def evaluate(directory: Path | str, given: Given | None = None) -> dict[str, Any
     artifact, given = Artifact.open(directory), given or Given()
     refuse_unreadable(given)
     checkpoint, recipe = open_original(artifact, given), recipe_of(artifact)
+    if given.tokens is not None:
+        more = recipe.evaluation.model_copy(update={"tokens": given.tokens})
+        recipe = recipe.model_copy(update={"evaluation": more})
     return evaluate_on(artifact, checkpoint, samples_again(artifact, checkpoint, recipe, given), recipe)
 
 
