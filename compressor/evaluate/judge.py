@@ -240,6 +240,10 @@ def _accepted(session: ModuleSession, batch: dict[str, np.ndarray]) -> dict[str,
 
 
 def _counted(arrays: Iterable[Counted], task: Task) -> Iterator[Counted]:
-    for array in arrays:
-        yield array
+    """The arrays; none is held while the next is made."""
+
+    def counted(array: Counted) -> Counted:
         task.advance()
+        return array
+
+    return map(counted, arrays)
