@@ -52,6 +52,7 @@ STRUCTURE = {
     "hesso": [{"epochs": 2, "batch": 16, "periods": 2}, {"epochs": 4, "batch": 16, "periods": 1, "pruning": 0.2,
                                                          "cycles": 2, "cycle_steps": 4}],
     "oto": [{"epochs": 2, "batch": 16}],
+    "sortednet": [{"widths": (0.5, 1.0), "epochs": 1, "batch": 16}],
     "n2n": [{"search_epochs": 2, "shrink_epochs": 1, "rollouts": 2, "student_examples": 32, "batch": 16, "jobs": 1}],
 }  # fmt: skip
 TRAINED = {"reste": [{}, {"activations": "binary", "estimator": "ede", "scale": "channel"}]}

@@ -98,12 +98,19 @@ class Reshaping:
         Raises:
             CheckpointError: It is damaged.
         """
-        content = read_json(file)
+        return cls.of(read_json(file), file)
+
+    @classmethod
+    def of(cls, content: dict[str, Any], file: Path) -> Reshaping:
+        """From the content of `file`.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
         known = set(cls.__dataclass_fields__)
         if not {"shapes", "attributes"} <= set(content) <= known:
             raise CheckpointError(f"{file}: has keys {sorted(content)}; expected {sorted(known)}; compress again")
-        content["signed"] = tuple(content.get("signed", ()))
-        return cls(**content)
+        return cls(**{**content, "signed": tuple(content.get("signed", ()))})
 
     def text(self) -> str:
         content = asdict(self)

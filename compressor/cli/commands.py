@@ -81,6 +81,10 @@ Original = Annotated[
     str | None,
     typer.Option(metavar="PATH", show_default="where it was", help="The network that it was made from."),
 ]
+Size = Annotated[
+    str | None,
+    typer.Option("--size", metavar="NAME", show_default="the largest", help="Of an artifact of several sizes: 50."),
+]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that compress wrote.")]
 
 
@@ -351,6 +355,7 @@ def evaluate(
                            "was a module:callable and a part of it is evaluated on.")] = None,
     tokens: Annotated[int | None, typer.Option(min=2, metavar="N", show_default="the recipe's",
                       help="Of a text, how many are measured.")] = None,
+    size: Size = None,
     arch: ArchAgain = None,
     original: Original = None,
     json: Json = False,
@@ -365,7 +370,7 @@ def evaluate(
     from compressor.evaluate.judge import evaluate as measure
 
     given = Given(original, arch, calibration, data, tokens)
-    found = measure(artifact, given)
+    found = measure(artifact, given, size)
     for path in named_paths(Artifact.open(artifact), given):
         print(f"read as {artifact}/compression.json names it: {path}", file=sys.stderr)
     _print(found, json, str(artifact))
@@ -377,6 +382,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, show_default="all cores", help="Of onnxruntime.")
     ] = None,
+    size: Size = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -384,11 +390,31 @@ def bench(
 
     Of the artifact in onnxruntime, in a process of its own.
     """
+    from compressor.core.sizes import graph_of
     from compressor.evaluate.bench import bench as measure
-    from compressor.evaluate.bench import size
+    from compressor.evaluate.bench import size as bytes_of
 
-    found = measure(artifact, threads=threads)
-    _print(found | {"size": size(artifact)}, json, str(artifact))
+    found = measure(graph_of(artifact, size), threads=threads)
+    _print(found | {"size": bytes_of(artifact)}, json, str(artifact))
+
+
+@app.command(epilog=epilog("extract"))
+def extract(
+    artifact: ArtifactPath,
+    size: Annotated[str, typer.Option("--size", metavar="NAME", help="Which one, 50 for example.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", show_default="ARTIFACT-SIZE",
+                                                help="Where it goes.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write one of an artifact's sizes as an artifact alone.
+
+    It computes the same to the bit, and is tried on made-up inputs before it is put in its place.
+    """
+    from compressor.evaluate.extraction import extract as write
+
+    _print(write(artifact, size, output, force), json, str(artifact))
 
 
 @app.command(epilog=epilog("install"))
@@ -430,6 +456,7 @@ def verify(
         ),
     ] = None,
     eval: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="Likewise.")] = None,
+    size: Size = None,
     arch: ArchAgain = None,
     original: Original = None,
     json: Json = False,
@@ -446,7 +473,7 @@ def verify(
     from compressor.evaluate.verification import failures
     from compressor.evaluate.verification import verify as check
 
-    checks = check(artifact, not quick, Given(original, arch, data, eval))
+    checks = check(artifact, not quick, Given(original, arch, data, eval), size)
     if json:
         _print_json([each.as_json() for each in checks])
     else:
@@ -515,6 +542,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    size: Size = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -529,7 +557,7 @@ def generate(
     from compressor.evaluate.generation import generate_text
     from compressor.evaluate.pair_session import is_pair
 
-    pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed, chat)
+    pieces = generate_text(artifact, prompt, tokens, temperature, top_p, seed, chat, size)
     if json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})
         return

@@ -32,7 +32,7 @@ KEPT = "num_logits_to_keep"
 SEAL = "seal"
 """Key of compression.json with the SHA-256 of the page and the card, and of all else that compression.json says."""
 _WRITTEN = (
-    "model.*", PAIRED_ENCODER, PAIRED_DECODER,
+    "model.*", "model-*.onnx", "sizes.json", PAIRED_ENCODER, PAIRED_DECODER,
     "config.json", "genai_config.json", "generation_config.json", "structure.json", "tokenizer*", "vocab*",
     "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip

@@ -76,6 +76,14 @@ class Encoding(ABC):
     def rebuild(cls, shape: tuple[int, int], settings: dict[str, Any], parts: dict[str, Tensor]) -> Encoding:
         """The inverse of `parts()` and `settings()`, for a matrix of this `shape`."""
 
+    def indivisible(self, rows: int, columns: int) -> str:
+        """Why its first rows and columns are no encoding of their own; empty where they are."""
+        return f"stored as {self.kind}, of which a part cannot be read alone"
+
+    def beginning(self, rows: int, columns: int) -> Encoding:
+        """The encoding of its first rows and columns, where `indivisible` says nothing: the same codes."""
+        raise NotImplementedError(self.indivisible(rows, columns))
+
     @property
     def nbytes(self) -> int:
         """Of all parts together."""
@@ -99,6 +107,12 @@ class Dense(Encoding):
 
     def parts(self) -> dict[str, Tensor]:
         return {"weight": self.values.contiguous()}
+
+    def indivisible(self, rows: int, columns: int) -> str:
+        return ""
+
+    def beginning(self, rows: int, columns: int) -> Dense:
+        return Dense((rows, columns), self.values[:rows, :columns].contiguous())
 
     def settings(self) -> dict[str, Any]:
         return {}
@@ -213,6 +227,23 @@ class Affine(Scaled):
     def code_bits(self) -> int:
         """Of a code."""
         return self.bits
+
+    def indivisible(self, rows: int, columns: int) -> str:
+        whole = columns == self.shape[1]
+        if whole or (self.group >= self.shape[1] and columns % 8 == 0) or columns % self.group == 0:
+            return ""
+        return f"{columns} of {self.shape[1]} columns end within a group of {self.group}"
+
+    def beginning(self, rows: int, columns: int) -> Affine:
+        group = min(self.group, columns) if self.group >= self.shape[1] else self.group
+        n = n_groups(columns, group)
+        scales = Scales(self.scales.values, self.scales.row)
+        if self.scales.values.shape != (1, 1) or rows == 1:
+            row = None if self.scales.row is None else self.scales.row[:rows].contiguous()
+            scales = Scales(self.scales.values[:rows, :n].contiguous(), row)
+        zero = self.zero[:rows, :n].contiguous() if isinstance(self.zero, Tensor) else self.zero
+        codes = self.codes[:rows, : n * group].contiguous()
+        return Affine((rows, columns), group, codes, scales, self.bits, zero, self.zero_steps)
 
     def zero_codes(self) -> Tensor:
         """The code of zero everywhere, like `codes`; zero points are whole."""

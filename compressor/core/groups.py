@@ -60,10 +60,12 @@ class Operator(Group):
 
     nodes   of the traced graph that are in it
     cut     what stands in its place: path -> kind and n_outputs of a `core.absent.Absent`
+    whole   it is a block of a list, which becomes shorter: nothing stands in its place
     """
 
     nodes: frozenset[str] = frozenset()
     cut: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    whole: bool = False
 
 
 @dataclass(frozen=True, eq=False)

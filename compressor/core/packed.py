@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,10 @@ class StoredPart:
 
 
 def packed_header(
-    descriptions: dict[str, dict[str, Any]], stored: Mapping[tuple[str, str], StoredPart], tied: dict[str, str]
+    descriptions: dict[str, dict[str, Any]],
+    stored: Mapping[tuple[str, str], StoredPart],
+    tied: dict[str, str],
+    own: Sequence[str] = (),
 ) -> tuple[bytes, Spans]:
     """All bytes before the first part, and where the parts lie from there on.
 
@@ -60,6 +63,7 @@ def packed_header(
         descriptions: Of tensors by name, with the names of their `parts`.
         stored: The parts by (tensor, part).
         tied: Alias to name.
+        own: Tensors that only networks of other sizes have.
     """
     found, header = spans({key: part.nbytes for key, part in stored.items()}), {}
     for name, description in descriptions.items():
@@ -68,7 +72,8 @@ def packed_header(
             header[part_name(name, part)] = {
                 "dtype": each.dtype, "shape": list(each.shape), "data_offsets": list(found[name, part]),
             }  # fmt: skip
-    metadata = json.dumps({"tensors": descriptions, "tied": tied}, separators=(",", ":"))
+    said = {"tensors": descriptions, "tied": tied} | ({"own": list(own)} if own else {})
+    metadata = json.dumps(said, separators=(",", ":"))
     text = json.dumps({"__metadata__": {METADATA_KEY: metadata}, **header}, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text, found

@@ -141,6 +141,11 @@ class WeightSettings(Pass):
         return 0
 
     @property
+    def encodes_beginnings(self) -> bool:
+        """Whether the first rows, and the first groups of columns, of its encoding are that of a smaller matrix."""
+        return False
+
+    @property
     def keeps_zeros(self) -> bool:
         """Whether what a pass before has dropped is exactly zero in its encoding; without, it cannot follow one."""
         return False
@@ -213,6 +218,11 @@ class StructureSettings(Pass):
     def removes_exactly(self) -> bool:
         """Whether that is a share of the parameters, so that sizes can be told before."""
         return False
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Names of smaller networks that are in its result, and go with it into one artifact."""
+        return ()
 
     @property
     def measures_norms(self) -> bool:

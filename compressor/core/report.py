@@ -290,8 +290,10 @@ class Report(_Section):
     learning     what gradient steps came to
     structure    of each pass that made the network smaller, or trained it before it was encoded
     allocation   where widths were chosen per tensor
+    sizes        of an artifact of several networks, what is said of each; sizes.json has the rest
     errors       ‖W − Ŵ‖ / ‖W‖ by tensor
     sha256       of every file
+    extracted    of which artifact this is one size alone
     seal         SHA-256 of report.html and README.md, and of all else that compression.json says
     """
 
@@ -312,12 +314,14 @@ class Report(_Section):
     least_onnxruntime: str | None = None
     allocation: Annotated[Facts, _as(Allocation)] | None = None
     binary: Binary | None = None
+    sizes: dict[str, Facts] | None = None
     speed: Speed | None = None
     original_speed: Speed | None = None
     size: Size | None = None
     errors: dict[str, Number] | None = None
     gates: Gates | None = None
     sha256: dict[str, str] | None = None
+    extracted: dict[str, str] | None = None
     seal: dict[str, str] | None = None
 
     def as_json(self) -> dict[str, Any]:

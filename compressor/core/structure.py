@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from compressor.core.batch import Batch, call
 from compressor.core.encoding import Layout
-from compressor.core.groups import Branches, Group
+from compressor.core.groups import Branches, Group, Operator
+from compressor.core.nested import Size
 
 if TYPE_CHECKING:
     from compressor.core.follower import Trainer
@@ -55,6 +57,18 @@ class Surgeon(Protocol):
 
     def remove(self, module: nn.Module, removal: Removal) -> nn.Module:
         """`module` without the units of `removal`, checked to compute what it does with them masked."""
+        ...
+
+    def sort(self, module: nn.Module, group: Group, order: Tensor) -> None:
+        """Puts the units of a `group` of `module` in another `order`, in place: it computes what it did."""
+        ...
+
+    def blocks(self, module: nn.Module) -> list[Operator]:
+        """The repeated blocks of `module` that can go altogether, in order; none where it has no list of them."""
+        ...
+
+    def skipping(self, module: nn.Module, gone: Sequence[Operator]) -> AbstractContextManager[None]:
+        """Meanwhile `module` computes without these blocks or branches."""
         ...
 
 
@@ -142,7 +156,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The smaller network, `module`, and what the `report` says of how it came about."""
+    """The smaller network, `module`, what the `report` says of how it came about, and networks within it of other
+    `sizes`."""
 
     module: nn.Module
     report: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[Size, ...] = ()

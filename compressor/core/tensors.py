@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,22 @@ class EncodedTensor:
         """The tensor, float32, as the network computes with it."""
         return self.layout.tensor(self.encoding.decode())
 
+    def beginning(self, shape: tuple[int, ...]) -> EncodedTensor:
+        """The first entries along every dimension: a tensor of this `shape`, of the same codes.
+
+        Raises:
+            CheckpointError: They are no encoding of their own.
+        """
+        reason = "" if begins(shape, self.layout.shape) else f"no beginning of {self.layout.shape} has shape {shape}"
+        layout = Layout(shape, self.layout.transposed)
+        rows, columns = matrix_of_shape(shape, self.layout.transposed)
+        reason = reason or self.encoding.indivisible(rows, columns)
+        if reason:
+            raise CheckpointError(
+                f"a smaller network cannot share its tensor: {reason}; write another multiple or group"
+            )
+        return EncodedTensor(self.encoding.beginning(rows, columns), layout)
+
     @classmethod
     def dense(cls, tensor: Tensor, dtype: torch.dtype = torch.float32) -> EncodedTensor:
         """Stores `tensor` as it is, in `dtype`."""
@@ -46,6 +62,27 @@ class EncodedTensor:
         matrix = tensor.detach().reshape(first, math.prod(tensor.shape[1:])).to(dtype)
         rows, columns = matrix.shape
         return cls(Dense((rows, columns), matrix), layout)
+
+
+def begins(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether a tensor of `shape` can be the beginning of one of shape `whole`: fewer outputs and inputs, no less of
+    what lies behind them."""
+    same = len(shape) == len(whole) and tuple(shape[2:]) == tuple(whole[2:])
+    return same and all(n <= size for n, size in zip(shape, whole, strict=True))
+
+
+def matrix_of_shape(shape: Sequence[int], transposed: bool) -> tuple[int, int]:
+    """The (rows, columns) of the matrix of a tensor."""
+    first, rest = shape[0] if len(shape) else 1, math.prod(shape[1:])
+    return (rest, first) if transposed else (first, rest)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of a smaller network is: the beginning, of this `shape`, of the tensor `stored`."""
+
+    stored: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -68,12 +105,15 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
     Args:
         paths: The files. Of two that have a tensor, the later one counts; it is read when it is asked for.
         tied: Names that stand for another tensor's, beside those that the files name.
+        own: Whether tensors count that only smaller networks in it have.
 
     Raises:
         CheckpointError: A file is damaged, or not written so.
     """
 
-    def __init__(self, paths: Iterable[Path | str], tied: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, paths: Iterable[Path | str], tied: Mapping[str, str] | None = None, own: bool = False
+    ) -> None:  # fmt: skip
         self._files, self._descriptions = {}, {}
         self._places: dict[str, Place] = {}
         self.tied: dict[str, str] = dict(tied or {})
@@ -84,8 +124,10 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
                 raise CheckpointError(f"{path}: not written by compressor (no '{METADATA_KEY}' metadata)")
             try:
                 metadata = json.loads(text)
-                self._descriptions |= metadata["tensors"]
-                self._files |= dict.fromkeys(metadata["tensors"], handle)
+                hidden = frozenset(() if own else metadata.get("own", ()))
+                found = {name: each for name, each in metadata["tensors"].items() if name not in hidden}
+                self._descriptions |= found
+                self._files |= dict.fromkeys(found, handle)
                 self.tied |= metadata["tied"]
                 self._places |= _places(Path(path))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -134,6 +176,59 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         return {**found, "tensor_shape": found["shape"], "transposed": False, "parts": sorted(parts)}
 
 
+class SizeTensors(EncodedTensors):
+    """The tensors of a smaller network, by its names, in the file of the network that it is in.
+
+    Args:
+        path: The file.
+        parts: Where each of its tensors is.
+        tied: Of its names, those that stand for another one's.
+
+    Raises:
+        CheckpointError: The file is damaged, or a part is not in it.
+    """
+
+    def __init__(self, path: Path, parts: Mapping[str, Part], tied: Mapping[str, str]) -> None:
+        super().__init__([path], own=True)
+        self._stored, places, files = self._descriptions, self._places, self._files
+        self._parts, self.tied = dict(parts), dict(tied)
+        self._descriptions, self._places, self._files = {}, {}, {}
+        for name, part in parts.items():
+            description = self._stored.get(part.stored)
+            if description is None or not begins(part.shape, description["tensor_shape"]):
+                raise CheckpointError(f"{path}: holds no '{part.stored}' that begins with {part.shape}; compress again")
+            self._descriptions[name] = _begun(description, part.shape)
+            self._files[name] = files[part.stored]
+            for each in description["parts"]:
+                self._places[part_name(name, each)] = places[part_name(part.stored, each)]
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        name = self.tied.get(name, name)
+        if name not in self._parts:
+            return super().__getitem__(name)
+        part = self._parts[name]
+        description, handle = self._stored[part.stored], self._files[name]
+        parts = {each: handle.get_tensor(part_name(part.stored, each)) for each in description["parts"]}
+        layout = Layout(tuple(description["tensor_shape"]), description["transposed"])
+        whole = EncodedTensor(restore(description, parts), layout)
+        return whole if part.shape == layout.shape else whole.beginning(part.shape)
+
+    def nbytes(self, name: str) -> int:
+        """The bytes that the tensor `name` has alone."""
+        return self[name].encoding.nbytes
+
+
+def _begun(description: dict, shape: tuple[int, ...]) -> dict:
+    """What is said of a tensor's beginning; "stored": the rows and columns of the matrix that there are in the file."""
+    if list(shape) == list(description["tensor_shape"]):
+        return description
+    rows, columns = matrix_of_shape(shape, description["transposed"])
+    found = description | {"shape": [rows, columns], "tensor_shape": list(shape), "stored": description["shape"]}
+    if description.get("group", 0) >= description["shape"][1]:
+        found["group"] = columns
+    return found
+
+
 def _places(path: Path) -> dict[str, Place]:
     """Part name -> its place, by the header of a safetensors file."""
     with path.open("rb") as file:
@@ -152,11 +247,13 @@ def _open(path: Path):
         raise CheckpointError(f"{path}: not a whole safetensors file; {error}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, EncodedTensor], tied: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, EncodedTensor], tied: Mapping[str, str] | None = None, own: Iterable[str] = ()
+) -> None:  # fmt: skip
     """Writes the parts of `tensors` to `path`, one tensor in memory at a time.
 
     The file appears whole or not at all. The same tensors give the same bytes. `tied` are names that stand for another
-    tensor's: alias to name.
+    tensor's: alias to name. `own` are tensors that only smaller networks have, which are in the other's tensors.
     """
     descriptions, stored = {}, {}
     for name in tensors:
@@ -166,7 +263,7 @@ def write_tensors(path: Path, tensors: Mapping[str, EncodedTensor], tied: Mappin
         for part, values in parts.items():
             nbytes = values.numel() * values.element_size()
             stored[name, part] = StoredPart(_DTYPES[values.dtype], tuple(values.shape), nbytes)
-    header, places = packed_header(descriptions, stored, dict(tied or {}))
+    header, places = packed_header(descriptions, stored, dict(tied or {}), tuple(own))
     with whole(path) as partial, open(partial, "wb") as file:
         file.write(header)
         for name in tensors:

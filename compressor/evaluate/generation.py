@@ -11,6 +11,7 @@ from compressor.checkpoints.architecture import family_of
 from compressor.checkpoints.positions import positions_of
 from compressor.core.errors import CheckpointError, DataError
 from compressor.core.reading import read_json
+from compressor.core.sizes import graph_of
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """At the end of a text: the first bytes of a character."""
@@ -18,7 +19,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 def generate_text(
     directory: Path, prompt: str, n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-    chat: bool = False,
+    chat: bool = False, size: str | None = None,
 ) -> Iterator[str]:  # fmt: skip
     """Pieces of text that continue `prompt`, or answer it where the network is an encoder-decoder: up to `n` tokens and
     as many as the network has positions for.
@@ -26,6 +27,7 @@ def generate_text(
     Args:
         temperature: 0 takes the likeliest token each time.
         chat: The prompt is what a user says, in the tokenizer's template of a chat; the text is the answer.
+        size: Of an artifact of several sizes, which one; by default the largest.
 
     Raises:
         CheckpointError: It is no artifact of a language model, or of a chat's, or the prompt is empty or too long.
@@ -36,6 +38,7 @@ def generate_text(
     from compressor.evaluate.pair_session import PairSession, is_pair
     from compressor.evaluate.session import DecoderSession
 
+    graph = graph_of(directory, size)
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{directory}: has no tokenizer.json; give the artifact of a language model")
@@ -45,7 +48,7 @@ def generate_text(
         ids = tokenizer.encode(asked, add_special_tokens=not chat).ids
     if not ids:
         raise CheckpointError(f"{directory}: the prompt has no tokens; give some text to go on from")
-    session = PairSession(directory) if is_pair(directory) else DecoderSession(graph_to_run(directory))
+    session = PairSession(directory) if is_pair(directory) else DecoderSession(graph_to_run(graph))
     if isinstance(session, PairSession) and "input_ids" not in session.encoder.inputs:
         reads = ", ".join(session.encoder.inputs)
         raise CheckpointError(f"{directory}: its encoder reads {reads}, and a prompt is text; run it in Python instead")

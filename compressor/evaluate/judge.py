@@ -22,6 +22,7 @@ from compressor.core.errors import (
 from compressor.core.log import LoggedProgress
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress, Task
+from compressor.core.sizes import GRAPH, graph_of
 from compressor.core.tensors import EncodedTensors
 from compressor.data.arrays import Arrays
 from compressor.data.batches import evaluation_windows, sentence_batches
@@ -50,9 +51,10 @@ _LARGEST_GRAPH = 2**31 - 2**24
 
 def prove(
     checkpoint: Any, tensors: EncodedTensors, directory: Path, options: RunOptions,
-    batches: list[Batch],
+    batches: list[Batch], file: str = GRAPH,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Compares every output of the graph, with exact activations and as shipped, with torch on the decoded weights.
+    """Compares every output of the graph `file`, with exact activations and as shipped, with torch on the decoded
+    weights.
 
     A decoder with a cache reads the last tokens one at a time, too. What came as an ONNX graph is compared with that
     graph on the decoded weights, in onnxruntime.
@@ -68,20 +70,21 @@ def prove(
     if "input_ids" in inputs:
         n = max(_PROOF_TOKENS, _window(checkpoint.config or {}) + _BEYOND_WINDOW)
         inputs = {name: array[:, :n] for name, array in inputs.items()}
-    inputs, given = _as_shipped(checkpoint, directory, inputs)
+    inputs, given = _as_shipped(checkpoint, directory / file, inputs)
     expected = _expected(checkpoint, tensors, inputs, directory)
     config = checkpoint.config
     shipped = compare_all(given, expected, inputs, config)
-    graph = directory / "model.onnx"
+    graph = directory / file
     paired = is_pair(directory) and "decoder_input_ids" in inputs
     pair = {"paired": _compared_pair(directory, expected, inputs, False)} if paired else {}
-    files = [path for pattern in ("*.onnx", "*.repacked.bin") for path in directory.glob(pattern)]
+    patterns = ("*.onnx", "*.repacked.bin") if file == GRAPH else (file,)
+    files = [path for pattern in patterns for path in directory.glob(pattern)]
     copies = [(path, path.with_name(path.name + ".shipped")) for path in files]
     for path, copy in copies:
         shutil.copy2(path, copy)
     try:
-        export_graph(checkpoint, tensors, directory, options.mode, True, batches)
-        session = open_session(directory, exact=True, apart=True)
+        export_graph(checkpoint, tensors, directory, options.mode, True, batches, file=file)
+        session = open_session(graph, exact=True, apart=True)
         exact = compare_all(session.outputs_of(inputs), expected, inputs, config)
         stepped = _in_steps(session, expected, inputs)
         if paired:
@@ -100,14 +103,14 @@ def prove(
 
 
 def _as_shipped(
-    checkpoint: Any, directory: Path, inputs: dict[str, np.ndarray]
+    checkpoint: Any, graph: Path, inputs: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # fmt: skip
     """(inputs, what the artifact makes of them); the inputs of a decoder without a cache are longer texts.
 
     Raises:
         CheckpointError: Such texts do not go through the graph, whose sizes are those of the text that was traced.
     """
-    session = open_session(directory, apart=True)
+    session = open_session(graph, apart=True)
     if checkpoint.family != "decoder" or "input_ids" not in inputs or isinstance(session, DecoderSession):
         return inputs, session.outputs_of(inputs)
     inputs = _lengthened(inputs, min(checkpoint.positions or _OTHER_LENGTH, _OTHER_LENGTH))
@@ -118,7 +121,7 @@ def _as_shipped(
             raise
         shapes = ", ".join(f"'{name}' {array.shape}" for name, array in inputs.items())
         raise CheckpointError(
-            f"{directory}: the graph that torch.onnx makes of the network cannot be run on {shapes}; "
+            f"{graph}: what torch.onnx makes of the network cannot be run on {shapes}; "
             f"{first_line(error)}; a size of its forward is fixed there; --format safetensors packs the weights alone"
         ) from error
 
@@ -175,13 +178,14 @@ def _expected(
 
 
 def judge(
-    checkpoint: Any, samples: Samples, recipe: Recipe, directory: Path, format: str, progress: Progress
-) -> dict[str, Any] | None:
-    """Quality on the evaluation data; None where there is none to measure on."""
+    checkpoint: Any, samples: Samples, recipe: Recipe, directory: Path, format: str, progress: Progress,
+    file: str = GRAPH,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Quality of the graph `file` on the evaluation data; None where there is none to measure on."""
     source = samples.evaluation
     if source is None or format != "onnx" or recipe.evaluation.skipped:
         return None
-    session = open_session(directory, apart=True)
+    session = open_session(directory / file, apart=True)
     if isinstance(source, Text) and checkpoint.family == "decoder" and "logits" in session.outputs:
         assert isinstance(session, (DecoderSession, EncoderSession))
         windows = evaluation_windows(source, recipe, directory)
@@ -207,7 +211,7 @@ def judge(
     return found if language is None else found | language.as_dict()
 
 
-def evaluate(directory: Path | str, given: Given | None = None) -> dict[str, Any]:
+def evaluate(directory: Path | str, given: Given | None = None, size: str | None = None) -> dict[str, Any]:
     """Measures an artifact's quality again, beside the original's: the figures of its report's "quality".
 
     Nothing is run that only the artifact names; which files were read for it is logged.
@@ -215,24 +219,30 @@ def evaluate(directory: Path | str, given: Given | None = None) -> dict[str, Any
     Args:
         directory: The artifact's.
         given: The original, its architecture and data, where they are not what and where they were.
+        size: Of an artifact of several sizes, which one; by default the largest.
 
     Raises:
+        UsageError: The artifact has no such size.
         CheckpointError: It is no artifact, its original is gone, or is built by code that is not `given`.
         DataError: The data of the run are gone or are code; give others.
     """
     artifact, given = Artifact.open(directory), given or Given()
     refuse_unreadable(given)
+    graph = graph_of(artifact.directory, size)
     checkpoint, recipe = open_original(artifact, given), recipe_of(artifact)
     if given.tokens is not None:
         more = recipe.evaluation.model_copy(update={"tokens": given.tokens})
         recipe = recipe.model_copy(update={"evaluation": more})
-    return evaluate_on(artifact, checkpoint, samples_again(artifact, checkpoint, recipe, given), recipe)
+    samples = samples_again(artifact, checkpoint, recipe, given)
+    return evaluate_on(artifact, checkpoint, samples, recipe, GRAPH if graph.is_dir() else graph.name)
 
 
-def evaluate_on(artifact: Artifact, checkpoint: Checkpoint, samples: Samples, recipe: Recipe) -> dict[str, Any]:
-    """The quality of an artifact on the evaluation data of samples."""
+def evaluate_on(
+    artifact: Artifact, checkpoint: Checkpoint, samples: Samples, recipe: Recipe, file: str = GRAPH
+) -> dict[str, Any]:  # fmt: skip
+    """The quality of an artifact's graph `file` on the evaluation data of samples."""
     format = "onnx" if (artifact.directory / "model.onnx").exists() else "safetensors"
-    return judge(checkpoint, samples, recipe, artifact.directory, format, LoggedProgress()) or {}
+    return judge(checkpoint, samples, recipe, artifact.directory, format, LoggedProgress(), file) or {}
 
 
 def _accepted(session: ModuleSession, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

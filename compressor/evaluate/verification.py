@@ -26,6 +26,7 @@ from compressor.core.artifact import (
 )  # fmt: skip
 from compressor.core.errors import CompressorError, DataError, ResourceError
 from compressor.core.packed import packed_tensors
+from compressor.core.sizes import GRAPH, chosen_size, graph_of
 from compressor.evaluate.again import (
     Given,
     named_paths,
@@ -58,15 +59,19 @@ class Check:
         return asdict(self)
 
 
-def verify(directory: Path, measure: bool = True, given: Given | None = None) -> list[Check]:
+def verify(
+    directory: Path, measure: bool = True, given: Given | None = None, size: str | None = None
+) -> list[Check]:  # fmt: skip
     """All checks of the artifact in `directory`.
 
     Args:
         directory: The artifact's.
         measure: Whether its weights and its quality are held against the original.
         given: The original, its architecture and data, where they are not what and where they were.
+        size: Of an artifact of several sizes, whose graph and quality are looked at; by default the largest's.
 
     Raises:
+        UsageError: It has no such size.
         CheckpointError: There is no artifact, or its compression.json is damaged; or the original that is given cannot
             be read.
         DataError: The data that are given cannot be read, or do not fit.
@@ -74,14 +79,19 @@ def verify(directory: Path, measure: bool = True, given: Given | None = None) ->
     """
     artifact, given = Artifact.open(directory), given or Given()
     refuse_unreadable(given)
+    graph = graph_of(artifact.directory, size)
+    file = GRAPH if graph.is_dir() else graph.name
     checks = [
         _hashes(artifact), _files(artifact), _figures(artifact), _provenance(artifact), _original(artifact, given),
-        _opens(artifact),
+        _opens(artifact, file),
     ]  # fmt: skip
     if is_installed(artifact.directory):
         checks.append(_installed(artifact))
     if measure and all(check.passed is not False for check in checks):
-        against = [_weights(artifact, given), _quality(artifact, given)]
+        recorded = artifact.report.get("quality")
+        if file != GRAPH and size is not None:
+            recorded = chosen_size(artifact.directory, size)[1].quality
+        against = [_weights(artifact, given), _quality(artifact, given, recorded, file)]
         checks += [*against, _conclusion(against, named_paths(artifact, given))]
     return checks
 
@@ -159,15 +169,15 @@ def _original(artifact: Artifact, given: Given) -> Check:
     return Check("original", same, str(path) if same else f"{path} is not what it was compressed from")
 
 
-def _opens(artifact: Artifact) -> Check:
+def _opens(artifact: Artifact, file: str) -> Check:
     if packed_tensors(artifact.directory / WEIGHTS) is None:
         return Check("opens", False, f"{WEIGHTS} is no file of packed tensors")
-    if not (artifact.directory / "model.onnx").exists():
+    if not (artifact.directory / file).exists():
         return Check("opens", True, f"{WEIGHTS}; there is no graph")
     from compressor.evaluate.session import open_session
 
     try:
-        session = open_session(artifact.directory)
+        session = open_session(artifact.directory / file)
     except CompressorError as error:
         return Check("opens", False, _reason(error))
     return Check("opens", True, f"in onnxruntime, as {type(session).__name__.removesuffix('Session').lower()}")
@@ -214,8 +224,7 @@ def _weights(artifact: Artifact, given: Given) -> Check:
     )
 
 
-def _quality(artifact: Artifact, given: Given) -> Check:
-    recorded = artifact.report.get("quality")
+def _quality(artifact: Artifact, given: Given, recorded: dict[str, Any] | None, file: str) -> Check:
     recipe, data = recipe_of(artifact), artifact.report.get("data") or {}
     if not recorded:
         has_graph = (artifact.directory / "model.onnx").is_file()
@@ -231,7 +240,7 @@ def _quality(artifact: Artifact, given: Given) -> Check:
         samples = samples_again(artifact, checkpoint, recipe, given)
         if samples.digest()["evaluation"] != (data.get("sha256") or {}).get("evaluation"):
             return Check("quality", None, "not measured again: the data are not those that it was evaluated on")
-        return _beside(recorded, evaluate_on(artifact, checkpoint, samples, recipe))
+        return _beside(recorded, evaluate_on(artifact, checkpoint, samples, recipe, file))
     except DataError as error:
         return Check("quality", None, f"not measured again: {_reason(error, given.data, given.evaluation)}")
     except CompressorError as error:

@@ -35,9 +35,9 @@ INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 
 def export_decoder(
     config: dict[str, Any], tensors: EncodedTensors, out_dir: Path,
-    mode: Mode = "default", exact: bool = False, context: int | None = None,
+    mode: Mode = "default", exact: bool = False, context: int | None = None, file: str = MODEL_FILE,
 ) -> Path:  # fmt: skip
-    """Writes `out_dir`/model.onnx over `out_dir`/model.safetensors; returns its path.
+    """Writes the graph `file` over `out_dir`/model.safetensors; returns its path.
 
     Raises:
         ExportError: the config is of a network that this file does not know.
@@ -59,8 +59,8 @@ def export_decoder(
             value.type = value.shape = None
     if mode == "standard":
         del graph.opset_imports["com.microsoft"]
-    ir.save(model, out_dir / MODEL_FILE)
-    return out_dir / MODEL_FILE
+    ir.save(model, out_dir / file)
+    return out_dir / file
 
 
 class _Decoder:

@@ -51,7 +51,7 @@ def zero_points(parts: Parts, rows: ir.Value | None = None) -> ir.Value:
 def _dense(parts: Parts, rows: ir.Value | None) -> ir.Value:
     b = parts.builder
     half = parts.nbytes("weight") == 2 * parts.n_rows * parts.columns
-    stored = parts.whole("weight", ir.DataType.FLOAT16 if half else FLOAT, parts.n_rows, parts.columns)
+    stored = parts.values(ir.DataType.FLOAT16 if half else FLOAT, parts.n_rows, parts.columns)
     stored = stored if rows is None else b.op("Gather", stored, rows, axis=0)
     return b.cast(stored, FLOAT) if half else stored
 

@@ -15,7 +15,9 @@ from compressor.checkpoints.reshaping import RECORD, Reshaping
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError
-from compressor.core.tensors import EncodedTensors
+from compressor.core.sizes import RECORD as SIZES
+from compressor.core.sizes import SizeEntry, chosen_size, own_name
+from compressor.core.tensors import EncodedTensors, Part, SizeTensors
 
 WEIGHTS = "model.safetensors"
 
@@ -39,26 +41,34 @@ class DecodedSource(Source):
         return tensor.decode()
 
 
-def load(path: str | PathLike[str], arch: str | None = None) -> nn.Module:
+def load(path: str | PathLike[str], arch: str | None = None, size: str | None = None) -> nn.Module:
     """The network of an artifact's directory with its decoded weights: float32, in eval mode.
 
     Args:
         path: The directory.
         arch: `module:callable` that returns the module, where no config.json and no known architecture tells. The
             one that the artifact names is not called: it may come from anybody.
+        size: Of an artifact that holds networks of several sizes, which one; by default the largest.
 
     Raises:
+        UsageError: It holds no such size.
         CheckpointError: The directory is no artifact, or its network cannot be built.
     """
     artifact = Artifact.open(Path(path))
     weights = artifact.directory / WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{artifact.directory}: has no {WEIGHTS}; give a directory that compress wrote")
-    source = DecodedSource(weights, EncodedTensors([weights]))
     config_file = artifact.directory / "config.json"
     config = read_config(config_file) if arch is None and config_file.is_file() else None
     record = artifact.directory / RECORD
-    reshaping = Reshaping.read(record) if record.is_file() else None
+    tensors, reshaping = EncodedTensors([weights]), Reshaping.read(record) if record.is_file() else None
+    if size is not None:
+        sizes, entry = chosen_size(artifact.directory, size)
+        if size != sizes.largest:
+            tensors = size_tensors(weights, size, entry)
+            reshaping = None if entry.structure is None else Reshaping.of(entry.structure, artifact.directory / SIZES)
+            config = config if entry.config is None or arch is not None else entry.config
+    source = DecodedSource(weights, tensors)
     if reshaping is None:
         architecture = resolve(artifact.directory, source, config, arch)
     else:
@@ -72,6 +82,23 @@ def load(path: str | PathLike[str], arch: str | None = None) -> nn.Module:
             f"names is not run; give arch={recorded!r} if you trust it"
         )
     return Checkpoint(artifact.directory, source, architecture, config=config).build("cpu").float()
+
+
+def size_tensors(weights: Path, size: str, entry: SizeEntry) -> SizeTensors:
+    """The tensors of one of an artifact's sizes, in the file of all of them.
+
+    Raises:
+        CheckpointError: The file does not hold what is said of it.
+    """
+    whole, everything = EncodedTensors([weights]), EncodedTensors([weights], own=True)
+    other = {*entry.absent, *entry.parts, *entry.own}
+    names = {name: name for name in whole if name not in other} | {name: own_name(name, size) for name in entry.own}
+    missing = [stored for stored in names.values() if stored not in everything]
+    if missing:
+        raise CheckpointError(f"{weights}: holds no '{missing[0]}', which size {size} has; compress again")
+    parts = {name: Part(stored, tuple(everything.describe(stored)["tensor_shape"])) for name, stored in names.items()}
+    parts |= {name: Part(stored, tuple(shape)) for name, (stored, shape) in entry.parts.items()}
+    return SizeTensors(weights, parts, entry.tied)
 
 
 def decoded_checkpoint(checkpoint: Checkpoint, tensors: EncodedTensors) -> Checkpoint:

@@ -119,7 +119,7 @@ class Lowering:
             return matrix if shape == (parts.n_rows, parts.columns) else self.builder.reshape(matrix, *shape)
         half = parts.nbytes("weight") == 2 * math.prod(shape) if parts.has("weight") else False
         if parts.description["kind"] == "dense" and not parts.description["transposed"]:
-            stored = parts.whole("weight", ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, *shape)
+            stored = parts.values(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, *shape)
             return self.builder.cast(stored, ir.DataType.FLOAT) if half else stored
         matrix = decoded(parts)
         if parts.description["transposed"]:

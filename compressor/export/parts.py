@@ -47,21 +47,52 @@ class Parts:
     def has(self, part: str) -> bool:
         return part in self.description["parts"]
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix in the file, of which these may be the first."""
+        rows, columns = self.description.get("stored", (self.n_rows, self.columns))
+        return rows, columns
+
     def nbytes(self, part: str) -> int:
-        return self._tensors.place(self.name, part).nbytes
+        """Of the part as far as it is this tensor's."""
+        nbytes, (rows, columns) = self._tensors.place(self.name, part).nbytes, self.stored_shape
+        if (rows, columns) == (self.n_rows, self.columns) or nbytes == 2:  # a single scale
+            return nbytes
+        return (
+            nbytes // (rows * columns) * self.n_rows * self.columns
+            if part == "weight"
+            else nbytes // rows * self.n_rows
+        )
+
+    def values(self, dtype: ir.DataType, *shape: int) -> ir.Value:
+        """The values of what is stored as it is, in this shape."""
+        return (
+            self.by_row("weight", dtype, *shape[1:])
+            if "stored" in self.description
+            else self.whole("weight", dtype, *shape)
+        )
 
     def whole(self, part: str, dtype: ir.DataType, *shape: int) -> ir.Value:
         """The part as an initialiser of this shape."""
         return self._view(part, self._tensors.place(self.name, part), dtype, shape)
 
     def by_row(self, part: str, dtype: ir.DataType, *shape: int) -> ir.Value:
-        """Rows `self.rows` of a row-wise part as an initialiser (rows, *shape); of codes with the rows before."""
+        """Rows `self.rows` of a row-wise part as an initialiser (rows, *shape); of codes with the rows before.
+
+        Where rows are longer in the file than these columns take, the rest is cut off, which onnxruntime folds.
+        """
         place = self._tensors.place(self.name, part)
         before = self.before if part.startswith("codes") else 0
         start, stop = self.rows[0], self.rows[1] + before
-        row_bytes = place.nbytes // (self.n_rows + before)
+        row_bytes = place.nbytes // (self.stored_shape[0] + before)
         some = Place(place.file, place.offset + start * row_bytes, (stop - start) * row_bytes)
-        return self._view(part, some, dtype, (stop - start, *shape))
+        wanted, behind = math.prod(shape) * _SIZES[dtype], math.prod(shape[1:]) * _SIZES[dtype]
+        if wanted == row_bytes or "stored" not in self.description:
+            return self._view(part, some, dtype, (stop - start, *shape))
+        if row_bytes % behind:
+            raise AssertionError(f"{part_name(self.name, part)}: rows of {row_bytes} bytes do not begin with {shape}")
+        longer = self._view(part, some, dtype, (stop - start, row_bytes // behind, *shape[1:]))
+        return self.builder.once(("beginning", longer.name, shape), lambda: self.builder.slice(longer, shape[0], 1))
 
     def _view(self, part: str, place: Place, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
         full = part_name(self.name, part)

@@ -13,7 +13,7 @@ from compressor.core.artifact import PAIRED_DECODER, PAIRED_ENCODER
 from compressor.core.errors import CheckpointError, ExportError
 from compressor.core.log import LOGGER
 from compressor.core.tensors import EncodedTensors
-from compressor.export.decoder import export_decoder
+from compressor.export.decoder import MODEL_FILE, export_decoder
 from compressor.export.decoder_config import DecoderConfig, DecoderSizes, decoder_refusal
 from compressor.export.forms import Mode
 from compressor.graph.periods import as_few_as_tell
@@ -38,12 +38,13 @@ _PAIRS: WeakKeyDictionary[Any, dict[str, ir.Model] | str] = WeakKeyDictionary()
 
 def export_graph(
     checkpoint: Checkpoint, tensors: EncodedTensors, directory: Path, mode: Mode,
-    exact: bool, batches: list[dict[str, Tensor]], static: bool = False,
+    exact: bool, batches: list[dict[str, Tensor]], static: bool = False, file: str = MODEL_FILE,
 ) -> Path:  # fmt: skip
-    """`directory`/model.onnx, over the packed weights beside it: a decoder with its cache, the module as it
+    """The graph `file` in a directory, over the packed weights beside it: a decoder with its cache, the module as it
     is, or the ONNX graph that it came from. Of an encoder-decoder two graphs beside it, one of each.
 
-    `static`: the module's convolutions compute on int8 activations in the ranges of `batches`.
+    `static`: the module's convolutions compute on int8 activations in the ranges of `batches`. A network of another
+    size, whose graph is called otherwise, comes beside the largest, and is no ONNX graph nor encoder-decoder.
     """
     if checkpoint.kind == "onnx":
         from compressor.export.onnx_graph import export_onnx
@@ -56,14 +57,17 @@ def export_graph(
     if config is not None:
         from compressor.export.genai import write_genai_config
 
-        graph = export_decoder(config, tensors, directory, mode, exact)
-        write_genai_config(config, DecoderConfig.of(config), directory)
+        graph = export_decoder(config, tensors, directory, mode, exact, file=file)
+        if file == MODEL_FILE:
+            write_genai_config(config, DecoderConfig.of(config), directory)
         return graph
     from compressor.export.module import export_module
 
     calibration = batches if static else []
     graph = traced(checkpoint, tensors, batches).clone()
-    path = export_module(graph, tensors, directory, mode, exact, calibration)
+    path = export_module(graph, tensors, directory, mode, exact, calibration, file)
+    if file != MODEL_FILE:
+        return path
     cache = _CACHES.get(checkpoint)
     if cache is not None and not isinstance(cache, str):
         _write_genai_config(checkpoint, cache, directory)

@@ -8,6 +8,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from compressor.core.absent import cut_list
 from compressor.core.errors import PassError
 from compressor.core.groups import Group, Member, Operator
 from compressor.core.structure import Removal
@@ -21,6 +22,16 @@ def zero_units(module: nn.Module, group: Group, units: Tensor) -> None:
     tensors = _tensors(module)
     for member in group.producers:
         tensors[member.tensor].index_fill_(member.dim, member.index[units].reshape(-1), 0)
+
+
+@torch.no_grad()
+def sort_units(module: nn.Module, group: Group, order: Tensor) -> None:
+    """Puts unit order[i] of a group in the place of its unit i, in every tensor, in place."""
+    tensors = _tensors(module)
+    for member in group.members:
+        tensor = tensors[member.tensor].detach()
+        moved = tensor.index_select(member.dim, member.index[order].reshape(-1))
+        tensor.index_copy_(member.dim, member.index.reshape(-1), moved)
 
 
 def remove_units(module: nn.Module, removal: Removal) -> nn.Module:
@@ -44,9 +55,16 @@ def remove_units(module: nn.Module, removal: Removal) -> nn.Module:
     found = copy.deepcopy(module, memo)
     channels = {group: units for group, units in removal.items() if not isinstance(group, Operator)}
     follow(found, {name: tensors[name].shape for name in smaller}, channels)
+    shortened: dict[str, set[str]] = defaultdict(set)
     for group in removal:
-        if isinstance(group, Operator):
+        if isinstance(group, Operator) and group.whole:
+            path, _, child = group.name.rpartition(".")
+            shortened[path].add(child)
+        elif isinstance(group, Operator):
             erase(found, group.cut)
+    for path, gone in shortened.items():
+        names = [name for name, _ in found.get_submodule(path).named_children()]
+        cut_list(found, path, [place for place, name in enumerate(names) if name not in gone])
     return found
 
 

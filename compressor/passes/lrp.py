@@ -37,6 +37,7 @@ from compressor.core.structure import Outcome, Subject
 from compressor.ops.attribution import Composite, Rule, attribute, first_output
 from compressor.ops.relevance import RULES
 from compressor.ops.selection import even_share, lowest, lowest_reaching
+from compressor.passes.parts.units import unit_scores
 from compressor.passes.settings.lrp import LrpSettings
 from compressor.passes.settings.lrp import Rule as RuleName
 
@@ -109,11 +110,11 @@ class Lrp(LrpSettings, StructurePass):
         """(units,) per group; infinite where no layer that was seen makes the unit."""
         if self.criterion == "magnitude":
             tensors = {name: p.detach().square() for name, p in subject.module.named_parameters()}
-            found = [_gathered(group, {name: t for name, t in tensors.items() if t.dim() > 1}) for group in groups]
+            found = [unit_scores(group, {name: t for name, t in tensors.items() if t.dim() > 1}) for group in groups]
         else:
             names = {id(parameter): name for name, parameter in subject.module.named_parameters()}
             layers = attribute(names, subject.call, subject.batches, subject.labels, composite)
-            found = [_gathered(group, layers) for group in groups]
+            found = [unit_scores(group, layers) for group in groups]
         if self.criterion == "lrp":
             return found
         return [_of_unit_length(values) for values in found]
@@ -220,21 +221,6 @@ def _kept(output: Tensor, original: Tensor, labels: Tensor) -> float:
 
 def _removal(gone: Gone) -> dict[Group, Tensor]:
     return {group: flags.nonzero()[:, 0] for group, flags in gone.items() if flags.any()}
-
-
-def _gathered(group: Group, layers: dict[str, Tensor]) -> Tensor:
-    """A group's scores: its entries' summed in each tensor, averaged over the tensors that have scores.
-
-    Args:
-        layers: Scores along a layer's outputs (out,) by the name of its weight, or per weight, of the weight's shape.
-    """
-    found = []
-    for member in group.producers:
-        values = layers.get(member.tensor)
-        if values is not None:
-            along = values if values.dim() == 1 else values.movedim(member.dim, 0).flatten(1).sum(1)
-            found.append(along[member.index].double().sum(1))
-    return torch.stack(found).mean(0) if found else torch.full((group.size,), math.inf, dtype=torch.float64)
 
 
 def _of_unit_length(values: Tensor) -> Tensor:

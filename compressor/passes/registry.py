@@ -17,6 +17,7 @@ from compressor.passes.settings.n2n import N2nSettings
 from compressor.passes.settings.oto import OtoSettings
 from compressor.passes.settings.reste import ResteSettings
 from compressor.passes.settings.rounding import RoundingSettings
+from compressor.passes.settings.sortednet import SortednetSettings
 from compressor.passes.settings.trellis import TrellisSettings
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ PASSES: tuple[type[Pass], ...] = (
     OtoSettings,
     ResteSettings,
     RoundingSettings,
+    SortednetSettings,
     TrellisSettings,
 )
 SETTINGS: dict[str, type[Pass]] = {settings.name: settings for settings in PASSES}

@@ -238,6 +238,13 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
     ]
     for step in recipe.structure:
         settings = structure_settings(step)
+        if settings.sizes:
+            n = len(settings.sizes)
+            notes.append(
+                f"{step.name} makes {n} smaller networks in it, {', '.join(settings.sizes[:4])}{', …' * (n > 4)}: the "
+                "sizes above are of the largest; their graphs, norms and biases come on top"
+            )
+            continue
         what = f"removes {settings.removes:.0%} of the {settings.counts}"
         what = what if settings.chooses_units else "makes the network smaller"
         notes.append(f"{step.name} {what} first: the sizes above are upper bounds")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.checkpoints import Checkpoint
+from compressor.checkpoints.sized import SizedCheckpoint
 from compressor.core.batch import Batch, Examples
 from compressor.core.errors import UsageError
 from compressor.core.files import whole
@@ -36,7 +37,7 @@ from compressor.plan.planning import make_plan
 from compressor.plan.recipe import Recipe, learning_window
 from compressor.run.clock import Clock
 from compressor.run.prepare import Prepared, ladder_of
-from compressor.structure.stage import Reference, decided, restructure
+from compressor.structure.stage import Reference, decided, restructure, sizes_of
 from compressor.sweeps.distill import learn
 from compressor.sweeps.encode import encode_network
 from compressor.sweeps.network import Network
@@ -51,6 +52,7 @@ class Course:
     """What is encoded, and how: the network as the structure stage left it, the recipe and the plan for it.
 
     reports   what each pass of that stage says of itself
+    sizes     the smaller networks in it, where that stage made some
     ladder    the widths to allocate from; None where none are
     traced    whether torch has to trace the network for its graph
     """
@@ -61,6 +63,7 @@ class Course:
     ladder: Ladder | None
     reports: list[dict[str, Any]]
     traced: bool
+    sizes: tuple[SizedCheckpoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def restructured(start: Prepared, work: Work, progress: Progress, clock: Clock) 
     recipe = decided(start.recipe, reports)
     plan = make_plan(checkpoint, recipe, start.options.format, smaller=True)
     ladder = ladder_of(plan, recipe, start.options)
-    return Course(checkpoint, recipe, plan, ladder, reports, _is_traced(checkpoint, start))
+    sizes = tuple(sizes_of(start.checkpoint, start.recipe, work))
+    return Course(checkpoint, recipe, plan, ladder, reports, _is_traced(checkpoint, start), sizes)
 
 
 def _is_traced(checkpoint: Checkpoint, start: Prepared) -> bool:

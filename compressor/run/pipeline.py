@@ -43,6 +43,7 @@ from compressor.run.identity import identity_of
 from compressor.run.place import WORK, Place, held
 from compressor.run.prepare import Prepared, prepare, refuse_tokens_of
 from compressor.run.report import report_of
+from compressor.run.sizes import Nested
 from compressor.run.workplace import delivered, open_work
 from compressor.run.write import binary_layers, write_graph, write_weights
 from compressor.runtime.torchrun import process_group, rank, wait
@@ -109,7 +110,9 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         encoded = encode(course, samples, target, work, progress, clock)
         checkpoint, recipe = course.checkpoint, course.recipe
         with clock.stage("export"), progress.task("exporting", 2) as task:
-            tensors = write_weights(checkpoint, encoded.tensors, encoded.plan, partial)
+            nested = Nested.of(checkpoint, course.sizes, recipe, course.reports)
+            nested.refuse_indivisible(encoded.tensors)
+            tensors = write_weights(checkpoint, encoded.tensors, encoded.plan, partial, nested.own)
             task.advance()
             least = write_graph(checkpoint, tensors, partial, options, recipe, encoded.batches)
             task.advance()
@@ -138,6 +141,11 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
                         partial, original, recipe.evaluation, encoded.batches, recipe.gates.promised_speed
                     )
                     task.advance()
+        if nested.sized:
+            with clock.stage("sizes"):
+                nested.write(
+                    original, tensors, partial, options, recipe, samples, encoded.batches, report, progress
+                )  # fmt: skip
         report.size = artifact_size(partial, original)
         report.errors = weight_errors(checkpoint, tensors)
         worse, other = lost_quality(asked.gates, quality), lost_size_or_speed(asked.gates, report)

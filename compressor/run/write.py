@@ -14,19 +14,27 @@ from compressor.core.encoding import Affine, Codebook, Sparse
 from compressor.core.errors import ExportError
 from compressor.core.options import RunOptions
 from compressor.core.report import Binary
+from compressor.core.sizes import GRAPH
 from compressor.core.spec import SparseSpec
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
 from compressor.plan.plan import Plan
 from compressor.plan.recipe import Recipe
 
 
-def write_weights(checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, folder: Path) -> EncodedTensors:
-    """Config, record of the structure, and weights, which are then read from the file that was written."""
+def write_weights(
+    checkpoint: Checkpoint, tensors: EncodedTensors, plan: Plan, folder: Path,
+    own: Mapping[str, EncodedTensor] | None = None,
+) -> EncodedTensors:  # fmt: skip
+    """Config, record of the structure, and weights, which are then read from the file that was written.
+
+    Args:
+        own: Tensors that networks of other sizes have for themselves.
+    """
     if checkpoint.config is not None:
         (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=1, ensure_ascii=False) + "\n")
     if checkpoint.reshaping is not None:
         (folder / RECORD).write_text(checkpoint.reshaping.text())
-    write_tensors(folder / WEIGHTS, _Stored(tensors, plan), tensors.tied)
+    write_tensors(folder / WEIGHTS, _Stored(tensors, plan, own or {}), tensors.tied, own or ())
     written = EncodedTensors([folder / WEIGHTS])
     refuse_unplanned(plan, written)
     return written
@@ -50,14 +58,18 @@ def refuse_unplanned(plan: Plan, written: EncodedTensors) -> None:
 
 
 class _Stored(Mapping[str, EncodedTensor]):
-    """The tensors as the plan stores them: sparse ones without the codes of zeros, in its order, which tells sizes."""
+    """The tensors as the plan stores them: sparse ones without the codes of zeros, in its order, which tells sizes.
+    Then those that networks of other sizes have for themselves."""
 
-    def __init__(self, tensors: EncodedTensors, plan: Plan) -> None:
-        self.tensors = tensors
-        self.names = sorted(tensors, key={tensor.name: at for at, tensor in enumerate(plan.tensors)}.__getitem__)
+    def __init__(self, tensors: EncodedTensors, plan: Plan, own: Mapping[str, EncodedTensor]) -> None:
+        self.tensors, self.own = tensors, own
+        order = {tensor.name: at for at, tensor in enumerate(plan.tensors)}
+        self.names = [*sorted(tensors, key=order.__getitem__), *own]
         self.sparse = {tensor.name for tensor in plan.tensors if isinstance(tensor.spec, SparseSpec)}
 
     def __getitem__(self, name: str) -> EncodedTensor:
+        if name in self.own:
+            return self.own[name]
         tensor = self.tensors[name]
         if name not in self.sparse:
             return tensor
@@ -73,9 +85,9 @@ class _Stored(Mapping[str, EncodedTensor]):
 
 def write_graph(
     checkpoint: Checkpoint, tensors: EncodedTensors, folder: Path, options: RunOptions, recipe: Recipe,
-    batches: list[Batch],
+    batches: list[Batch], file: str = GRAPH,
 ) -> str | None:  # fmt: skip
-    """Writes the graph; returns the least onnxruntime that runs it, or None for --format safetensors.
+    """Writes the graph `file`; returns the least onnxruntime that runs it, or None for --format safetensors.
 
     Raises:
         ExportError: onnxruntime would run it slowly.
@@ -87,7 +99,7 @@ def write_graph(
     from compressor.export.writing import export_graph
 
     exact, static = (recipe.export.activations == kind for kind in ("exact", "static_int8"))
-    graph = export_graph(checkpoint, tensors, folder, options.mode, exact, batches, static)
+    graph = export_graph(checkpoint, tensors, folder, options.mode, exact, batches, static, file)
     paired = [folder / name for name in (PAIRED_ENCODER, PAIRED_DECODER) if (folder / name).exists()]
     slow = [reason for path in (graph, *paired) for reason in slow_paths(path, exact)]
     if slow:

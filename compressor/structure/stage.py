@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
+from compressor.checkpoints.sized import SizedCheckpoint, open_sizes, write_sizes
+from compressor.core.absent import Absent
 from compressor.core.batch import Batch, Examples, call
 from compressor.core.contract import TrainedPass
 from compressor.core.errors import CheckpointError, PassError
-from compressor.core.groups import Branches, Group
+from compressor.core.groups import Branches, Group, Operator
 from compressor.core.passes import Pass, StructureSettings, WeightSettings
 from compressor.core.progress import Progress
 from compressor.core.structure import Layer, Outcome, Removal, Subject
 from compressor.core.training import Training
 from compressor.core.work import Work
-from compressor.graph.blocks import first_tensor, layers, layout_of
+from compressor.graph.blocks import block_names, first_tensor, layers, layout_of, patched, without_cache
 from compressor.graph.compensation import compensate, mean_inputs, readers
 from compressor.graph.cost import multiplications, positions
+from compressor.graph.depth import depth_units
 from compressor.graph.groups import find_groups
 from compressor.graph.operators import find_branches
 from compressor.graph.places import layer_places
-from compressor.graph.surgery import predicted_parameters, remove_units, zero_units
+from compressor.graph.surgery import predicted_parameters, remove_units, sort_units, zero_units
+from compressor.learning.nested import fitting
 from compressor.learning.trainer import Fitting
 from compressor.passes.registry import load_pass
 from compressor.passes.settings.n2n import N2nSettings
@@ -47,7 +52,7 @@ from compressor.structure.students.making import students_of
 
 LARGEST_ERROR = 1e-4
 """Of the largest output, between a network with units masked and without them."""
-REPORT = "report.json"
+REPORT, SIZES = "report.json", "sizes"
 
 
 class GraphSurgeon:
@@ -87,9 +92,12 @@ class GraphSurgeon:
             CheckpointError: It does not run, or computes something else: a size is written into its code.
         """
         smaller = remove_units(module, removal)
+        blocks = [group for group in removal if isinstance(group, Operator) and group.whole]
         for group, units in removal.items():
-            zero_units(module, group, units)
-        wanted = first_tensor(self.call(module, self.example))
+            if group not in blocks:
+                zero_units(module, group, units)
+        with self.skipping(module, blocks):
+            wanted = first_tensor(self.call(module, self.example))
         where = f"{type(module).__name__}: without {sum(len(units) for units in removal.values())} units"
         advice = "a size is written into its forward; take it from an attribute that counts heads, or from a shape"
         try:
@@ -101,6 +109,24 @@ class GraphSurgeon:
         if error > LARGEST_ERROR:
             raise CheckpointError(f"{where} it differs from the masked one by {error:.2g} of the output; {advice}")
         return smaller
+
+    def sort(self, module: nn.Module, group: Group, order: Tensor) -> None:
+        sort_units(module, group, order)
+
+    def blocks(self, module: nn.Module) -> list[Operator]:
+        if block_names(module) == [""]:
+            return []
+        without_cache(module)
+        found = depth_units(module, lambda: self.call(module, self.example), parts=False)
+        return [
+            Operator(unit.name, 1, (), cut={unit.name: (unit.absent, unit.n_outputs)}, whole=True) for unit in found
+        ]
+
+    @contextmanager
+    def skipping(self, module: nn.Module, gone: Sequence[Operator]) -> Iterator[None]:
+        absent = {path: Absent(*left) for operator in gone for path, left in operator.cut.items()}
+        with patched({module.get_submodule(path): each.forward for path, each in absent.items()}):
+            yield
 
 
 @dataclass(frozen=True)
@@ -155,6 +181,11 @@ def restructure(
     return found, reports
 
 
+def sizes_of(checkpoint: Checkpoint, recipe: Recipe, work: Work) -> list[SizedCheckpoint]:
+    """The networks within what `restructure` made of a checkpoint, smallest first; the last pass alone makes some."""
+    return open_sizes(checkpoint, work.folder / f"structure-{len(recipe.early) - 1}" / SIZES)
+
+
 def decided(recipe: Recipe, reports: list[dict[str, Any]]) -> Recipe:
     """The recipe whose trained steps leave alone what they did leave alone, and that asks for no gradient of a sign."""
     for report in reports:
@@ -168,6 +199,10 @@ def decided(recipe: Recipe, reports: list[dict[str, Any]]) -> Recipe:
 def _summary(report: dict[str, Any]) -> str:
     if "binary" in report:
         return f"{len(report['binary'])} layers are binary, {len(report['dense'])} stay as they are"
+    if "sizes" in report:
+        return (
+            f"{len(report['sizes'])} sizes, {report['sizes'][0]['parameters']:,} to {report['parameters']:,} parameters"
+        )
     return f"{report['parameters_before']:,} → {report['parameters']:,} parameters"
 
 
@@ -190,7 +225,7 @@ def _subject(
         kept = folder.with_name(f"{folder.name}-training")
         if other is not None and teacher is None:
             teacher = original.build("cpu").float()
-        return Fitting(other or module, data.examples(), settings, work.seed, kept, advance, teacher)
+        return fitting(other or module, data.examples(), settings, work.seed, kept, advance, teacher)
 
     def students(settings: StructureSettings) -> Laboratory:
         assert isinstance(settings, N2nSettings)
@@ -275,4 +310,5 @@ def _write(original: Checkpoint, before: Checkpoint, outcome: Outcome, name: str
         "parameters": sum(p.numel() for p in outcome.module.parameters()),
     }
     (partial / REPORT).write_text(json.dumps({"pass": name} | parameters | outcome.report))
+    write_sizes(original, outcome.sizes, partial / SIZES)
     partial.rename(folder)

@@ -13,6 +13,7 @@ from compressor.core.structure import Layer, Outcome, Subject
 from compressor.core.training import Training
 from compressor.graph.blocks import layers
 from compressor.graph.places import layer_places
+from compressor.learning.nested import fitting
 from compressor.learning.trainer import Fitting
 from compressor.passes.settings.n2n import N2nSettings
 from compressor.passes.settings.training import TrainingSettings
@@ -94,7 +95,7 @@ def subject_of(
     surgeon = GraphSurgeon(batch, lambda module, batch: module(batch[""]))
 
     def trainer(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> Fitting:
-        return Fitting(other or module, data or examples(), settings, 3, folder, lambda share, note: None, teacher)
+        return fitting(other or module, data or examples(), settings, 3, folder, lambda share, note: None, teacher)
 
     def found() -> list[Layer]:
         modules, places = layers(module), layer_places(module, batch)

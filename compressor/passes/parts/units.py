@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -64,3 +65,18 @@ class Units:
     def split(self, values: Tensor) -> list[Tensor]:
         """(n,) over all units as (units,) per group."""
         return list(values.split([group.size for group in self.groups]))
+
+
+def unit_scores(group: Group, layers: dict[str, Tensor]) -> Tensor:
+    """A group's scores: its entries' summed in each tensor, averaged over the tensors that have scores.
+
+    Args:
+        layers: Scores along a layer's outputs (out,) by the name of its weight, or per weight, of the weight's shape.
+    """
+    found = []
+    for member in group.producers:
+        values = layers.get(member.tensor)
+        if values is not None:
+            along = values if values.dim() == 1 else values.movedim(member.dim, 0).flatten(1).sum(1)
+            found.append(along[member.index].double().sum(1))
+    return torch.stack(found).mean(0) if found else torch.full((group.size,), math.inf, dtype=torch.float64)

@@ -63,5 +63,9 @@ class AffineSettings(WeightSettings):
         return 3.0 + self.sweeps if self.method == "gptq" else 0.0
 
     @property
+    def encodes_beginnings(self) -> bool:
+        return self.method != "gptq"
+
+    @property
     def keeps_zeros(self) -> bool:
         return self.zero in ("middle", "learned")
