@@ -48,7 +48,7 @@ def peak_memory(
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     states = FLOAT * width * recipe.calibration.tokens
     kept = 4 if recipe.learns_blocks else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
-    kept += 2 * bool(recipe.calibration.drift)  # the original's
+    kept += 2 * recipe.corrects_drift  # the original's
     peak = max(stages) + kept * states
     if any(block_of(tensor.name, config) for tensor in tensors):
         if recipe.distill.steps:
@@ -138,10 +138,10 @@ def _largest_block(tensors: Sequence[PlannedTensor], config: dict[str, Any], rec
     peaks = []
     for block in blocks.values():
         layers = [tensor for tensor in block if tensor.by and tensor.role != "embedding"]
-        arrays = 4 if recipe.calibration.drift else 2
+        arrays = 4 if recipe.corrects_drift else 2
         moments = [arrays * FLOAT * tensor.matrix[1] ** 2 for tensor in layers if tensor.method and tensor.method.needs]
         encoding = max((_MATRICES * FLOAT * _count([tensor]) + _path_costs(tensor) for tensor in layers), default=0)
-        encoding += max(moments, default=0) + (FLOAT * _count(block) if recipe.calibration.drift else 0)
+        encoding += max(moments, default=0) + (FLOAT * _count(block) if recipe.corrects_drift else 0)
         learning = 0
         if _wants_gradients(recipe) or recipe.learns_blocks:
             learning = 2 * FLOAT * _count(layers) * bool(recipe.learns_blocks) + _activations(layers, FLOAT)

@@ -58,6 +58,22 @@ def test_states_of_a_block_are_counted_twice_each_in_four_bytes(checkpoint, drif
     assert more == pytest.approx(n * 4 * width * 4096, abs=1)
 
 
+@pytest.mark.parametrize(("method", "more"), [("rtn", False), ("gptq", True)])
+def test_drift_costs_nothing_where_no_pass_looks_at_inputs(checkpoint, method, more):
+    def cost(share: float) -> tuple[int, float]:
+        sets = [
+            f"affine.method={method}",
+            "affine.sweeps=0",
+            "calibration.token_importance=false",
+            f"calibration.drift={share}",
+        ]
+        plan = make_plan(checkpoint, load_recipe("llm-4bit", sets))
+        return plan.peak_memory, plan.cpu_seconds
+
+    with_drift, without = cost(0.5), cost(0.0)
+    assert (with_drift[0] > without[0], with_drift[1] > without[1]) == (more, more)
+
+
 @pytest.mark.parametrize("setting", [LEARNING, "calibration.token_importance=true", "calibration.generated=0.5"])
 def test_what_a_recipe_asks_for_costs_memory(checkpoint, setting):
     assert peak(checkpoint, setting) > peak(checkpoint) > BASE
