@@ -89,6 +89,7 @@ def _streamed(student: Student, name: str, names: dict[int, str], dtype: torch.d
     stored = {local: names[id(parameter)] for local, parameter in block.named_parameters()}
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        give_back()  # what the block before left behind: over all blocks it is several times what one needs
         weights = student.weights(dtype, set(stored.values()))
         own = {local: weights[each] for local, each in stored.items() if each in weights}
         streamed = block.__dict__.pop("forward")
