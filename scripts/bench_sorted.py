@@ -45,7 +45,7 @@ def all_sizes(arguments: argparse.Namespace) -> SortednetSettings:
     return SortednetSettings(
         widths=tuple(n / N_WIDTHS for n in range(1, N_WIDTHS + 1)),
         depths=tuple(n / N_BLOCKS for n in range(N_BLOCKS + 1)), multiple=1, vectors="shared", loss="both",
-        epochs=arguments.epochs, batch=128, draws=4, optimizer="SGD", rate=0.05, options=TRAINING["options"],
+        epochs=arguments.epochs, batch=256, draws=4, optimizer="SGD", rate=0.05, options=TRAINING["options"],
     )  # fmt: skip
 
 

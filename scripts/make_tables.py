@@ -30,9 +30,9 @@ from bench_products import products_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, kinds_table, quality_table, steps_table
 from bench_rounding import rounding_table
+from bench_sorted import sorted_table
 from bench_speed import prompt_table, speed_table
 from bench_strangers import strangers_table
-from bench_sorted import sorted_table
 from bench_structure import structure_table
 from bench_tables import tables_table
 from bench_vision import vision_table

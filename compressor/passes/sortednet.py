@@ -115,7 +115,7 @@ def pooled_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance over the first axis of all batches as one, float64: (…) each."""
     pool = _Pool()
     for batch in batches:
-        pool.add(batch)
+        pool.add(batch.double(), (0,))
     return pool.mean, pool.variance
 
 
@@ -138,11 +138,12 @@ class _Pool:
     def __init__(self) -> None:
         self.n, self.mean, self.squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
-    def add(self, batch: Tensor) -> None:
-        values = batch.double()
-        n, mean = len(values), values.mean(0)
-        apart, total = mean - self.mean, self.n + n
-        self.squares = self.squares + (values - mean).square().sum(0) + apart.square() * (self.n * n / total)
+    def add(self, batch: Tensor, over: Sequence[int]) -> None:
+        """Adds what lies along the dimensions `over`."""
+        variance, mean = torch.var_mean(batch, list(over), correction=0)
+        n = math.prod(batch.shape[dim] for dim in over)
+        apart, total = mean.double() - self.mean, self.n + n
+        self.squares = self.squares + variance.double() * n + apart.square() * (self.n * n / total)
         self.mean, self.n = self.mean + apart * (n / total), total
 
     @property
@@ -425,7 +426,7 @@ def _measure(module: nn.Module, batches: Sequence[Batch]) -> None:
     pools = [_Pool() for _ in norms]
 
     def added_to(pool: _Pool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: pool.add(inputs[0].movedim(1, -1).flatten(0, -2))
+        return lambda _, inputs: pool.add(inputs[0], [dim for dim in range(inputs[0].dim()) if dim != 1])
 
     pairs = zip(norms, pools, strict=True)
     handles = [norm.register_forward_pre_hook(added_to(pool)) for norm, pool in pairs]
