@@ -39,6 +39,8 @@ from compressor.passes.parts.nest import Nest, beginning
 from compressor.passes.parts.units import unit_scores
 from compressor.passes.settings.sortednet import SortednetSettings
 
+_JUDGED = 128
+"""Examples on which the order of blocks is found: with n of them it takes n² / 2 forwards."""
 _ENOUGH = 0.9
 """Of what is asked for, that a rounded width has at least."""
 _SAME = 1e-5
@@ -268,13 +270,16 @@ class Sortednet(SortednetSettings, StructurePass):
             return []
         n = len(branches.operators)
         least = min(_n_blocks(share, branches.operators) for share in self.depths)
+        batches = _first(subject.batches, _JUDGED)
         with torch.no_grad():
-            wanted = [first_output(subject.call(batch)) for batch in subject.batches]
+            wanted = [first_output(subject.call(batch)) for batch in batches]
         gone: list[int] = []
         while len(gone) < n - least:
             left = [block for block in range(n) if block not in gone]
             allowed = [b for b in left if branches.connected([branches.operators[each] for each in (*gone, b)])]
-            errors = {b: _apart(subject, [branches.operators[each] for each in (*gone, b)], wanted) for b in allowed}
+            errors = {
+                b: _apart(subject, batches, [branches.operators[each] for each in (*gone, b)], wanted) for b in allowed
+            }
             gone.append(min(errors, key=errors.__getitem__))
         return gone
 
@@ -387,11 +392,13 @@ def _products(
 
 
 @torch.no_grad()
-def _apart(subject: Subject, gone: Sequence[Operator], wanted: Sequence[Tensor]) -> float:
+def _apart(
+    subject: Subject, batches: Sequence[Batch], gone: Sequence[Operator], wanted: Sequence[Tensor]
+) -> float:  # fmt: skip
     """How far the outputs are from the `wanted` without these blocks: the sum of squares, of classes of their logs."""
     total = 0.0
     with subject.surgeon.skipping(subject.module, gone):
-        for batch, target in zip(subject.batches, wanted, strict=True):
+        for batch, target in zip(batches, wanted, strict=True):
             output = first_output(subject.call(batch))
             if output.dim() == 2:
                 log_p, log_q = target.log_softmax(-1), output.log_softmax(-1)
@@ -399,6 +406,17 @@ def _apart(subject: Subject, gone: Sequence[Operator], wanted: Sequence[Tensor])
             else:
                 total += float((output - target).square().mean())
     return total
+
+
+def _first(batches: Sequence[Batch], n: int) -> list[Batch]:
+    """Batches that come to `n` examples, or the first one."""
+    found, counted = [], 0
+    for batch in batches:
+        if found and counted >= n:
+            break
+        found.append(batch)
+        counted += len(next(iter(batch.values())))
+    return found
 
 
 def _renamed(whole: nn.Module, smaller: nn.Module) -> dict[str, str]:
