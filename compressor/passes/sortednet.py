@@ -30,12 +30,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compressor.core.absent import KEPT, kept_children
 from compressor.core.batch import Batch, call
 from compressor.core.contract import StructurePass
-from compressor.core.errors import CheckpointError
+from compressor.core.errors import CheckpointError, RecipeError
 from compressor.core.groups import Branches, Group, Operator
 from compressor.core.nested import Size
 from compressor.core.structure import Outcome, Subject
 from compressor.ops.attribution import Composite, Observed, Rule, attribute, first_output, start_of
-from compressor.passes.parts.nest import Nest, beginning
+from compressor.passes.parts.nest import Nest, beginning, lay_over
 from compressor.passes.parts.units import unit_scores
 from compressor.passes.settings.sortednet import SortednetSettings
 
@@ -169,8 +169,9 @@ class Sortednet(SortednetSettings, StructurePass):
         subject.advance(0.1, "sorted")
         sizes = sorted(
             (self._size(subject, groups, blocks, order, width, depth) for width, depth in self.pairs),
-            key=lambda size: (size.facts["parameters"], size.facts["blocks"]),
+            key=lambda size: (size.name == self.largest_name, size.facts["parameters"], size.facts["blocks"]),
         )
+        self._refuse_alike(sizes)
         whole, log = subject.module, []
         nest = self._nest(whole, sizes)
         if original is not None:
@@ -188,6 +189,23 @@ class Sortednet(SortednetSettings, StructurePass):
         }  # fmt: skip
         chosen = tuple(size for size in sizes if size.name in shipped and size.name != self.largest_name)
         return Outcome(whole.requires_grad_(False), report | ({"training": log} if log else {}), chosen)
+
+    def _refuse_alike(self, sizes: Sequence[Size]) -> None:
+        """Refuses shares of which two come to the same network.
+
+        Raises:
+            RecipeError: They do, since what stays is a multiple.
+        """
+        known: dict[tuple[Any, ...], str] = {}
+        for size in sizes:
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in size.module.named_parameters())
+            key = (shapes, *sorted(size.renamed.items()))
+            if key in known:
+                raise RecipeError(
+                    f"sortednet: sizes {known[key]} and {size.name} are the same network, as its channels and neurons "
+                    f"stay in multiples of {self.multiple}; write other widths or depths, or a smaller multiple"
+                )
+            known[key] = size.name
 
     def _is_frozen(self, size: Size) -> bool:
         """Whether it stays the original."""
@@ -287,7 +305,7 @@ class Sortednet(SortednetSettings, StructurePass):
         self, subject: Subject, groups: Sequence[Group], blocks: Sequence[Operator], order: Sequence[int],
         width: float, depth: float,
     ) -> Size:  # fmt: skip
-        """The network of one size alone, its tensors copies."""
+        """The network of one size alone, its parameters views of the whole's."""
         removal: dict[Group, Tensor] = {}
         for group in groups:
             heads = max(member.index.shape[1] for member in group.producers) > 1
@@ -301,11 +319,13 @@ class Sortednet(SortednetSettings, StructurePass):
         removal |= {block: torch.tensor([0]) for number, block in enumerate(blocks) if number not in stays}
         name = self.names[self.pairs.index((width, depth))]
         module = subject.surgeon.remove(copy.deepcopy(subject.module), removal)
+        renamed = _renamed(subject.module, module)
+        lay_over(module, subject.module, renamed)
         facts = {
             "width": width, "depth": depth, "blocks": n,
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
         }  # fmt: skip
-        return Size(name, module, _renamed(subject.module, module), facts)
+        return Size(name, module, renamed, facts)
 
     def _nest(self, whole: nn.Module, sizes: Sequence[Size]) -> Nest:
         n = len(sizes) - (self.largest == "frozen")
