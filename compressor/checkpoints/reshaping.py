@@ -110,7 +110,7 @@ class Reshaping:
         known = set(cls.__dataclass_fields__)
         if not {"shapes", "attributes"} <= set(content) <= known:
             raise CheckpointError(f"{file}: has keys {sorted(content)}; expected {sorted(known)}; compress again")
-        return cls(**(content | {"signed": tuple(content.get("signed", ()))}))
+        return cls(**{**content, "signed": tuple(content.get("signed", ()))})
 
     def text(self) -> str:
         content = asdict(self)

@@ -97,8 +97,9 @@ def _about(
 
 @app.command(epilog=epilog("run"))
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, or a .safetensors, .pt, "
-                                         ".pth, .bin, .pt2, .gguf or .onnx file.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a name on its "
+                                         "hub (ORG/NAME@REVISION), or a .safetensors, .pt, .pth, .bin, .pt2, .gguf or "
+                                         ".onnx file.")],
     recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE", show_default=False,
                                         help="Required; see `compress recipes`.")] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", show_default="MODEL-RECIPE",

@@ -61,8 +61,8 @@ class Learnable(nn.Module, ABC):
     """A matrix that gradient steps improve, on the output of a block or of the network, and its encoding afterwards."""
 
     @abstractmethod
-    def forward(self) -> Tensor:
-        """The matrix (rows, columns), differentiable."""
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix (rows, columns) in `dtype`, differentiable."""
 
     @abstractmethod
     def result(self) -> Encoding:

@@ -192,7 +192,7 @@ class Scaled(Encoding):
     scales: Scales
 
     @abstractmethod
-    def levels(self, rows: slice = slice(None)) -> Tensor:
+    def levels(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """What the scales multiply: a new float32 tensor (rows, n_groups, group), of these `rows`."""
 
     def decode(self) -> Tensor:
@@ -218,7 +218,7 @@ class Affine(Scaled):
     zero: float | Tensor
     zero_steps: int = 1
 
-    def levels(self, rows: slice = slice(None)) -> Tensor:
+    def levels(self, rows: slice | Tensor = slice(None)) -> Tensor:
         zero = self.zero[rows].float().unsqueeze(-1) if isinstance(self.zero, Tensor) else self.zero
         codes = self.codes[rows]
         return codes.view(len(codes), -1, self.group).float().sub_(zero)
@@ -376,7 +376,7 @@ class Binary(Scaled):
         rows, columns = signs.shape
         return cls((rows, columns), columns, signs, Scales(scale.half()))
 
-    def levels(self, rows: slice = slice(None)) -> Tensor:
+    def levels(self, rows: slice | Tensor = slice(None)) -> Tensor:
         return self.codes[rows].float().mul_(2).sub_(1).unsqueeze(1)
 
     def parts(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from compressor.core.errors import UsageError
 from compressor.core.files import resolved, short_name
+from compressor.core.model_names import hub_name
 
 if TYPE_CHECKING:
     from compressor.core.progress import Progress
@@ -20,7 +21,7 @@ Mode = Literal["default", "standard", "compat"]
 class RunOptions:
     """One compression.
 
-    model     the checkpoint's path
+    model     the checkpoint's path, or its name on a hub
     recipe    a shipped recipe's name, or a file
     output    the artifact's directory; None: `<model>-<recipe>` in the working directory
     data      calibration data; None: the built-in sample
@@ -77,7 +78,7 @@ class RunOptions:
         if self.output is not None:
             return self.output
         model = resolved(Path(self.model))
-        stem = model.name if model.is_dir() else model.stem
+        stem = hub_name(self.model) or (model.name if model.is_dir() else model.stem)
         return Path(short_name(f"{stem}-{Path(self.recipe).stem}"))
 
 

@@ -26,7 +26,10 @@ class _Section(BaseModel):
 
 
 class Source(_Section):
-    """The original, as `Checkpoint.describe` has it; `sha256` is of its weight files, `path` holds in any folder."""
+    """The original, as `Checkpoint.describe` has it; `sha256` is of its weight files, `path` holds in any folder.
+
+    revision   the hub's commit, of what lies in a hub's cache
+    """
 
     path: str | None = None
     kind: str | None = None
@@ -42,6 +45,7 @@ class Source(_Section):
     tokenizer_files: list[str] = []
     card: dict[str, str] = {}
     sha256: str | None = None
+    revision: str | None = None
     arch: str | None = None
 
 

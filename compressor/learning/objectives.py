@@ -9,9 +9,9 @@ from torch import Tensor
 
 from compressor.learning.head import Head
 
-_POSITIONS = 512
+_POSITIONS = 128
 """Whose logits are there at a time."""
-_SAMPLED = 32
+_SAMPLED = 8
 """Of them, on which the divergence itself is measured."""
 
 

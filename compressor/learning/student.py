@@ -33,16 +33,21 @@ class Student(nn.Module):
         for name, parameter in ((f"{prefix}{name}", parameter) for name, parameter in module.named_parameters()):
             tensor = tensors[name]
             if tensor.encoding.kind != "dense":
-                self.learned[name] = own.get(name) or learnable(tensor.encoding, moves, name in pruned)
+                self.learned[name] = own.get(name) or learnable(
+                    tensor.encoding, moves, name in pruned, lambda name=name: tensors[name].encoding
+                )
                 self.layouts[name] = tensor.layout
             elif parameter.dim() == 1:
                 self.dense[name] = nn.Parameter(tensor.decode())
                 self.stored[name] = tensor.encoding.parts()["weight"].dtype
 
-    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Every open tensor by name, as a forward takes it."""
-        found = {name: self.layouts[name].tensor(learned()).to(dtype) for name, learned in self.learned.items()}
-        return found | {name: parameter.to(dtype) for name, parameter in self.dense.items()}
+    def weights(self, dtype: torch.dtype, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The open tensors of these names, or all, as a forward takes them."""
+        wanted = self.learned.keys() | self.dense.keys() if names is None else names
+        found = {
+            name: self.layouts[name].tensor(learned(dtype)) for name, learned in self.learned.items() if name in wanted
+        }
+        return found | {name: parameter.to(dtype) for name, parameter in self.dense.items() if name in wanted}
 
     def groups(self, rates: Rates) -> list[dict]:
         """Parameter groups of an optimiser."""

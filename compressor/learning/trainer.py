@@ -3,7 +3,8 @@
 A training is a pure function of the network, the examples, the settings and the seed: the order of an epoch, and what
 dropout draws at a step, come from generators of their own, so that a resumed training arrives at the same weights.
 Under torchrun each process takes its share of every batch and gradients are averaged (`DistributedDataParallel`), so
-that the result is that of one process, but for batch norms, which see their process's share.
+that the result is that of one process, but for batch norms, which see their process's share. Compressed gradients
+(`sparse_gradients.py`) are another training: what a process has not sent yet is its own, and each saves its own.
 
 Teaching: Hinton et al., "Distilling the knowledge in a neural network", arXiv 1503.02531.
 """
@@ -26,8 +27,9 @@ from compressor.core.batch import Examples, call
 from compressor.core.errors import DataError, RecipeError
 from compressor.core.files import whole
 from compressor.core.follower import Follower
-from compressor.core.training import Training, unlabelled
+from compressor.core.training import Training, alone, unlabelled
 from compressor.graph.blocks import first_tensor
+from compressor.learning.sparse_gradients import SparseGradients
 from compressor.ops.schedules import rate_share
 from compressor.runtime.torchrun import n_processes, rank, wait
 
@@ -46,7 +48,7 @@ class Fitting:
 
     Raises:
         DataError: Labels are asked for and there are none, or there are fewer examples than processes.
-        RecipeError: The optimizer does not take the options.
+        RecipeError: The optimizer does not take the options, or gradients are compressed and this is the only process.
     """
 
     def __init__(
@@ -70,6 +72,11 @@ class Fitting:
         for parameter in module.parameters():
             parameter.requires_grad_(True)
         self.optimizer = make_optimizer(settings, module)
+        self.sparse = None
+        if settings.gradients == "compressed":
+            if n_processes() == 1:
+                raise RecipeError(alone(settings))
+            self.sparse = SparseGradients(module, settings)
 
     def train(self, follower: Follower | None = None) -> list[dict[str, float]]:
         """All steps, or those that an interrupted training has left; what each epoch came to.
@@ -78,11 +85,13 @@ class Fitting:
             follower: Goes along with every step; without one the network is only trained.
         """
         parallel = self.module
-        if n_processes() > 1:  # what a forward leaves out, as a pooler, has no gradient, as in one process
+        if self.sparse is not None:
+            self.sparse.align()
+        elif n_processes() > 1:  # what a forward leaves out, as a pooler, has no gradient, as in one process
             parallel = DistributedDataParallel(self.module, find_unused_parameters=True)
         step, log, total = self._restore(follower)
         self.advance(step / self.n_steps, "")
-        saved = time.monotonic()
+        self.saved, self.due = time.monotonic(), False
         self.module.train()
         with torch.random.fork_rng(devices=[]):
             while step < self.n_steps:
@@ -92,9 +101,9 @@ class Fitting:
                     log.append(self._epoch(step, total / self.steps_per_epoch, follower))
                     total = 0.0
                 self.advance(1 / self.n_steps, self._note(step, total, log, follower))
-                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                if self.due:
                     self._save(follower, step, log, total)
-                    saved = time.monotonic()
+                    self.saved = time.monotonic()
         self.module.eval().requires_grad_(False)
         self.optimizer.zero_grad()
         return log
@@ -114,6 +123,10 @@ class Fitting:
                 f"{settings.name}: the loss is {loss} at step {step + 1} of {self.n_steps}; the training has diverged "
                 f"at a rate of {settings.rate * share:g}; write a smaller rate"
             )
+        self.due = self.folder is not None and time.monotonic() - self.saved > SECONDS_BETWEEN_SAVES
+        if self.sparse is not None:  # each has some of the state: all save that of one step
+            self.sparse.begin(step // self.steps_per_epoch)
+            self.due = self.sparse.exchange(self.due)
         before = follower.before() if follower else {}
         self.optimizer.step()
         if follower:
@@ -156,6 +169,8 @@ class Fitting:
 
     def _epoch(self, step: int, loss: float, follower: Follower | None) -> dict[str, float]:
         found = {"epoch": step // self.steps_per_epoch, "loss": round(loss, 6)}
+        if self.sparse is not None:
+            found |= {"share": self.sparse.share, "bytes_per_step": self.sparse.bytes_sent}
         return found | (follower.entry() if follower else {})
 
     def _note(self, step: int, total: float, log: list[dict[str, float]], follower: Follower | None) -> str:
@@ -165,8 +180,13 @@ class Fitting:
         return f"loss {loss:.4f} · {beside}" if beside else f"loss {loss:.4f}"
 
     def _save(self, follower: Follower | None, step: int, log: list[dict[str, float]], total: float) -> None:
-        """Whole or not at all, by the first process."""
-        if self.folder is None or rank():
+        """Whole or not at all, by the first process, once each has saved what is its own."""
+        if self.folder is None:
+            return
+        if self.sparse is not None:
+            self.sparse.save(self.folder, step)
+            wait()
+        if rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
@@ -175,6 +195,8 @@ class Fitting:
         }  # fmt: skip
         with whole(self.folder / STATE) as partial:
             torch.save(state, partial)
+        if self.sparse is not None:
+            self.sparse.forget(self.folder, step)
 
     def _restore(self, follower: Follower | None) -> tuple[int, list[dict[str, float]], float]:
         """(steps done, log, sum of losses in this epoch) of an interrupted training; of a new one 0."""
@@ -184,6 +206,8 @@ class Fitting:
         state: dict[str, Any] = torch.load(self.folder / STATE, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.sparse is not None:
+            self.sparse.restore(self.folder, state["step"])
         if follower:
             follower.restore(state["follower"])
         return state["step"], state["log"], state["total"]
@@ -229,8 +253,9 @@ def make_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimiz
         RecipeError: It does not take the options.
     """
     kind = getattr(torch.optim, settings.optimizer)
+    options = {} if settings.gradients == "compressed" else settings.options  # its momentum is in what is sent
     try:
-        return kind(module.parameters(), lr=settings.rate, **settings.options)
+        return kind(module.parameters(), lr=settings.rate, **options)
     except (TypeError, ValueError) as error:
         raise RecipeError(
             f"{settings.name}: torch.optim.{settings.optimizer} does not take options {settings.options}; {error}; "

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compressor.core.contract import Pruned, PruningPass, Statistics
 from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.masked_fit import masked_fit
 from compressor.ops.sums import mean
 from compressor.passes.settings.fields import whole_share
 from compressor.passes.settings.gblm import SPARSEGPT_COLUMNS, GblmSettings
@@ -152,9 +153,13 @@ class Gblm(GblmSettings, PruningPass):
         weight = matrix.float()
         sparsity = self.sparsity if known.sparsity is None else known.sparsity
         if self.score == "sparsegpt":
-            return Pruned(*sparsegpt(weight, 2 * known.moment(weight.shape[1]), sparsity, self.run, self.damping))
-        kept = ~self._dropped(self.scores(weight, known), sparsity)
-        return Pruned(weight * kept, kept)
+            found = Pruned(*sparsegpt(weight, 2 * known.moment(weight.shape[1]), sparsity, self.run, self.damping))
+        else:
+            kept = ~self._dropped(self.scores(weight, known), sparsity)
+            found = Pruned(weight * kept, kept)
+        if self.reconstruct == "none" or known.hessian is None:
+            return found
+        return Pruned(masked_fit(weight, found.kept, known.hessian, self.damping), found.kept)
 
     def scores(self, weight: Tensor, known: Statistics) -> Tensor:
         """S (out, in); the lowest are dropped."""

@@ -102,7 +102,7 @@ class RoundedMatrix(Learnable):
                 first = torch.where(up == (share >= 0.5), first, torch.where(up, 1e-3, -1e-3))
         self.v = nn.Parameter(first, requires_grad="rounding" in learn)
 
-    def forward(self) -> Tensor:
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ŵ (rows, columns), differentiable."""
         scale, zero = self._grid()
         if self.soft:
@@ -111,7 +111,7 @@ class RoundedMatrix(Learnable):
             position = self._position(scale, zero)
             smooth = self.start.clamp(position + self._gap * self.v)
             values = smooth + (self._hard(position.detach()) - smooth).detach()
-        return self._whole(values, scale, zero)
+        return self._whole(values, scale, zero).to(dtype)
 
     def rounded(self) -> Tensor:
         """Ŵ (rows, columns) as it will be stored."""

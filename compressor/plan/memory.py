@@ -28,8 +28,10 @@ _FORMS, _BATCHES, _OBSERVED = 8.0, 3.5, 3.0
 batch's largest layer; values that are seen at once where ranges are taken. Measured on six networks."""
 _CHUNK, _COPIES = 8192 * 576, 9
 """Values of a table that are encoded at a time, and arrays of that many floats meanwhile."""
-_POSITIONS = 512
+_POSITIONS = 128
 """Whose logits are held at a time, in four arrays."""
+_KEYS_AND_VALUES, _FEWEST_DOCUMENTS = 384_000_000, 8
+"""Bytes of keys and values that are held while the original writes, and how many documents it writes at least."""
 _SAVED = 3.5
 """Values that a backward pass keeps per output of a linear: it, its neighbours, what norms computed in floats."""
 _MATRICES = 5
@@ -46,13 +48,13 @@ def peak_memory(
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     states = FLOAT * width * recipe.calibration.tokens
     kept = 4 if recipe.learns_blocks else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
-    kept += 2 * bool(recipe.calibration.drift)  # the original's
+    kept += 2 * recipe.corrects_drift  # the original's
     peak = max(stages) + kept * states
     if any(block_of(tensor.name, config) for tensor in tensors):
         if recipe.distill.steps:
-            peak = max(peak, _distillation(tensors, width, recipe))
+            peak = max(peak, _distillation(tensors, config, width, recipe))
         if recipe.writes_text:
-            peak = max(peak, _generation(tensors, config, width, recipe))
+            peak = max(peak, _generation(tensors, config, recipe))
     return BASE + int(peak)
 
 
@@ -136,10 +138,10 @@ def _largest_block(tensors: Sequence[PlannedTensor], config: dict[str, Any], rec
     peaks = []
     for block in blocks.values():
         layers = [tensor for tensor in block if tensor.by and tensor.role != "embedding"]
-        arrays = 4 if recipe.calibration.drift else 2
+        arrays = 4 if recipe.corrects_drift else 2
         moments = [arrays * FLOAT * tensor.matrix[1] ** 2 for tensor in layers if tensor.method and tensor.method.needs]
         encoding = max((_MATRICES * FLOAT * _count([tensor]) + _path_costs(tensor) for tensor in layers), default=0)
-        encoding += max(moments, default=0) + (FLOAT * _count(block) if recipe.calibration.drift else 0)
+        encoding += max(moments, default=0) + (FLOAT * _count(block) if recipe.corrects_drift else 0)
         learning = 0
         if _wants_gradients(recipe) or recipe.learns_blocks:
             learning = 2 * FLOAT * _count(layers) * bool(recipe.learns_blocks) + _activations(layers, FLOAT)
@@ -159,33 +161,60 @@ def _activations(layers: Sequence[PlannedTensor], size: int) -> float:
     return _SAVED * size * TOKENS_PER_BATCH * outputs
 
 
-def _distillation(tensors: Sequence[PlannedTensor], width: int, recipe: Recipe) -> float:
-    """The whole student with its backward pass, the original's head and what the head is given."""
+def _distillation(tensors: Sequence[PlannedTensor], config: dict[str, Any], width: int, recipe: Recipe) -> float:
+    """What is learned, with its gradients and moments; the tables, decoded, and their gradients; one block's weights
+    and activations, and what each was given; the logits of a few positions."""
     size = 2 if multiplies_bfloat16() else FLOAT
-    layers = [tensor for tensor in tensors if tensor.by and tensor.role == "linear"]
-    resident = sum(_count([tensor]) * (_open_bytes(tensor, recipe) + size + 1) for tensor in layers)
-    tables = [tensor for tensor in tensors if tensor.role == "embedding"]
-    entries = max((_count([tensor]) for tensor in tables), default=0)
-    resident += (2 + size) * _count(tables) + (3 * FLOAT + size) * entries
-    logits = 4 * FLOAT * _POSITIONS * max((tensor.shape[0] for tensor in tables), default=0)
-    given = 2 * width * recipe.distill.tokens
-    return resident + _activations(layers, size) + logits + given
+    blocks: dict[str, list[PlannedTensor]] = {}
+    for tensor in tensors:
+        if tensor.by and tensor.role == "linear":
+            blocks.setdefault(block_of(tensor.name, config), []).append(tensor)
+    learned = sum(_open_bytes(tensor, recipe) for tensor in tensors if tensor.by)
+    tables = [_count([tensor]) for tensor in tensors if tensor.role == "embedding"]
+    resident = size * sum(tables) + (FLOAT + 3 * size) * max(tables, default=0)
+    given = size * width * TOKENS_PER_BATCH * len(blocks)
+    due = max((_decoded_block(block, size) for block in blocks.values()), default=0)
+    logits = (
+        5 * FLOAT * _POSITIONS * max((tensor.shape[0] for tensor in tensors if tensor.role == "embedding"), default=0)
+    )
+    return learned + resident + given + max(due, logits)
 
 
-def _generation(tensors: Sequence[PlannedTensor], config: dict[str, Any], width: int, recipe: Recipe) -> float:
-    """The whole original, with the keys and values of what it writes at once, and the logits of a token."""
+def _decoded_block(layers: Sequence[PlannedTensor], size: int) -> float:
+    """Weights, codewords and their places, activations; the gradients of the largest matrix."""
+    largest = max(_count([tensor]) for tensor in layers)
+    return (size + 3) * _count(layers) + 3 * FLOAT * largest + _activations(layers, size)
+
+
+def _generation(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> float:
+    """The keys and values of what the original writes at once, and the logits of a token; its weights are mapped."""
+    at_once = documents_at_once(config, learning_window(recipe))
+    vocabulary = max((tensor.shape[0] for tensor in tensors if tensor.role == "embedding"), default=0)
+    loaded = max((tensor.bytes_before for tensor in tensors), default=0)
+    cache = _document_bytes(config, learning_window(recipe)) * at_once
+    return max(cache + 4 * FLOAT * at_once * vocabulary, 1.5 * loaded)
+
+
+def documents_at_once(config: dict[str, Any], length: int) -> int:
+    """How many documents of so many tokens the original writes side by side: as their keys and values have room."""
+    return max(_FEWEST_DOCUMENTS, min(WINDOWS_AT_ONCE, _KEYS_AND_VALUES // max(1, _document_bytes(config, length))))
+
+
+def _document_bytes(config: dict[str, Any], length: int) -> int:
+    """Of the keys and values of a document of so many tokens."""
     size = 2 if multiplies_bfloat16() else FLOAT
+    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     cached = int(config.get("num_key_value_heads") or heads) * int(config.get("head_dim") or width // heads)
-    layers = len({block_of(tensor.name) for tensor in tensors} - {""})
-    cache = 2 * size * layers * cached * WINDOWS_AT_ONCE * learning_window(recipe)
-    vocabulary = max((tensor.shape[0] for tensor in tensors if tensor.role == "embedding"), default=0)
-    return sum(tensor.bytes_before for tensor in tensors) + cache + 3 * FLOAT * WINDOWS_AT_ONCE * vocabulary
+    return 2 * size * layers * cached * length
 
 
 def _open_bytes(tensor: PlannedTensor, recipe: Recipe) -> float:
-    """Per weight: of a codebook its codes, and what moves them; else the values."""
-    if not isinstance(tensor.spec, CodebookSpec):
-        return 2
-    moves = recipe.distill.mapping_rate and tensor.prune is None
-    return FLOAT / tensor.spec.dim + (2 if moves else 0)
+    """What learns of a matrix: scales, their gradients and moments; and where codes move, these and what moves them."""
+    spec, n = tensor.spec, _count([tensor])
+    parts = spec.parts(*tensor.matrix).items()
+    found = 4.0 * FLOAT * sum(math.prod(shape) for name, (_, shape) in parts if name.rpartition(".")[2] == "scales")
+    if isinstance(spec, CodebookSpec) and not spec.window and recipe.distill.mapping_rate and tensor.prune is None:
+        found += n * (FLOAT / spec.dim + 2)
+    return found

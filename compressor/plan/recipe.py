@@ -313,6 +313,12 @@ class Recipe(BaseModel):
         return bool(self.calibration.generated or (self.distill.steps and self.distill.generated))
 
     @property
+    def corrects_drift(self) -> bool:
+        """Whether weights make up for the drift of their inputs: those of passes that look at inputs."""
+        looks = any("data" in step.settings.needs for step in self.passes if isinstance(step.settings, WeightSettings))
+        return bool(self.calibration.drift) and looks
+
+    @property
     def structure(self) -> tuple[Step, ...]:
         """The steps that make the network smaller, before any other."""
         return tuple(step for step in self.passes if step.settings.stage == "structure")

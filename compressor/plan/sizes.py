@@ -101,7 +101,7 @@ def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe, load: Worklo
     n_weights, tokens, distill = _weights(tensors), recipe.calibration.tokens, recipe.distill
     tables = sum(math.prod(tensor.shape) for tensor in tensors if tensor.role == "embedding")
     passes = sum(step.settings.cost(tokens) for step in recipe.passes) + 3 * ("gradients" in recipe.required)
-    passes += 3 * bool(recipe.calibration.drift)
+    passes += 3 * recipe.corrects_drift
     found = n_weights * SECONDS_PER_WEIGHT + sum(_search_seconds(tensor) for tensor in tensors)
     if load is not None and load.layers:
         found += _seconds_of_arrays(recipe, load)

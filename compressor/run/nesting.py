@@ -36,7 +36,7 @@ def refuse_sizes(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) ->
         )
     elif recipe.learns:
         wrong = f"what is learned after it would be the largest size's alone; found {recipe.learns}; leave it out"
-    elif recipe.calibration.correct_means or recipe.calibration.drift:
+    elif recipe.calibration.correct_means or recipe.corrects_drift:
         key = "correct_means" if recipe.calibration.correct_means else "drift"
         wrong = f"calibration.{key} would change the largest size alone; write --set calibration.{key}=" + (
             "false" if key == "correct_means" else "0"

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import refuse_target
-from compressor.core.errors import CheckpointError, DataError, UsageError
+from compressor.core.errors import CheckpointError, DataError, RecipeError, UsageError
 from compressor.core.options import RunOptions, refuse_seed
-from compressor.core.training import Training, unlabelled
+from compressor.core.training import Training, alone, unlabelled
 from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
 from compressor.export.in_use import memory_in_use
@@ -277,11 +277,21 @@ def _refuse_passes(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) 
         reason = settings.refuses_decoders if checkpoint.family == "decoder" else settings.refuses_others
         if reason:
             raise CheckpointError(f"{checkpoint.path}: {reason}")
+        if isinstance(settings, Training) and settings.gradients == "compressed":
+            _refuse_alone(settings)
     if options.allocates and any(step.settings.signs_inputs for step in recipe.early):
         raise UsageError(
             f"{recipe.name}: widths are allocated by gradients, and binary inputs have none; leave --target-size and "
             "--max-loss out, or write activations: float"
         )
+
+
+def _refuse_alone(settings: Training) -> None:
+    """Refuses to compress what one process would send, where there is no other."""
+    from compressor.runtime.torchrun import n_started
+
+    if n_started() == 1:
+        raise RecipeError(alone(settings))
 
 
 def _refuse_data(found: Prepared) -> None:

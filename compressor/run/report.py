@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 from compressor.checkpoints import Checkpoint
+from compressor.checkpoints.hub import local, revision_of
 from compressor.core.files import resolved
 from compressor.core.identity import Identity
 from compressor.core.report import Data, Facts, Report, Source
@@ -45,7 +46,8 @@ def report_of(
 
 
 def _source(checkpoint: Checkpoint, identity: Identity, model: str, arch: str | None) -> Source:
-    described = checkpoint.describe() | {"path": str(resolved(Path(model)))}
+    path = local(model)
+    described = checkpoint.describe() | {"path": str(resolved(path)), "revision": revision_of(path)}
     return Source.model_validate(described | {"sha256": identity.model["weights"], "arch": arch})
 
 

@@ -20,7 +20,7 @@ LONGEST_WAIT = timedelta(days=2)
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Joins the processes that torchrun started, on the CPU by gloo; nothing where this is the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if n_started() == 1 or distributed.is_initialized():
         yield
         return
     distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
@@ -28,6 +28,11 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def n_started() -> int:
+    """How many processes torchrun started, of which this is one, whether or not they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:

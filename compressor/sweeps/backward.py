@@ -13,16 +13,10 @@ from torch import Tensor, nn
 from compressor.core.outputs import named_outputs
 from compressor.graph.blocks import patched
 from compressor.learning.head import Head, Logits
-from compressor.sweeps.network import Network, Stop
+from compressor.sweeps.network import Network, Stop, head_of
 
-_POSITIONS = 512
-
-
-def head_of(module: nn.Module) -> nn.Linear | None:
-    """The output head of a language model, or None."""
-    find = getattr(module, "get_output_embeddings", None)
-    head = find() if find else None
-    return head if isinstance(head, nn.Linear) else None
+_POSITIONS = 128
+"""Whose logits are there at a time."""
 
 
 def head_input(network: Network, call: Callable[[], Any]) -> Tensor:

@@ -1,7 +1,8 @@
 """The learning stage: the whole network, as encoded, is distilled on the original's predictions.
 
-The original runs block by block first and leaves only its head inputs. The student is held whole, in bfloat16 where the
-processor multiplies that in hardware; the plan's peak memory does not count it yet.
+The original runs block by block first, over as many tokens at a time as the calibration has, and leaves only its head
+inputs, in files. The student computes in bfloat16 where the processor multiplies that in hardware; of its weights only
+those of one block, and the tables, are there at a time.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch
 from compressor.core.errors import CheckpointError
+from compressor.core.files import whole
 from compressor.core.passes import Moves, Rates
 from compressor.core.progress import Progress
 from compressor.core.tensors import EncodedTensors, write_tensors
@@ -26,7 +30,7 @@ from compressor.learning.student import Student
 from compressor.plan.plan import Plan
 from compressor.plan.recipe import Distill, Recipe
 from compressor.sweeps.network import Network
-from compressor.sweeps.survey import head_inputs, head_of
+from compressor.sweeps.survey import head_inputs, head_of, measure_logits
 
 LEARNED = "learned.safetensors"
 
@@ -43,28 +47,27 @@ def learn(
         return tensors
     file = work.folder / LEARNED
     if not file.exists():
-        with progress.task("running the original", len(network.blocks)) as task:
-            rows = head_inputs(network, batches, lambda: task.advance())
+        measure_logits(network, batches[0])
+        if network.blocks == [""]:  # which only shows when it is run
+            return tensors
         if network.logits is None:
             raise CheckpointError(
                 f"{checkpoint.path}: what it makes of its head's outputs is neither a scale nor a cap, and learning "
                 "needs its own logits; write distill: {steps: 0}"
             )
-        table, bias = (
-            None if part is None else checkpoint.read(_name_of(part, network)).float()
-            for part in (original_head.weight, original_head.bias)
-        )
-        assert table is not None
+        rows = _predictions(network, batches, recipe.calibration.tokens, work, progress)
+        dtype = torch.bfloat16 if network.fast else torch.float32
+        table = checkpoint.read(_name_of(original_head.weight, network)).to(dtype)
+        bias = None if original_head.bias is None else checkpoint.read(_name_of(original_head.bias, network)).float()
         teacher = Head(table, bias, network.logits)
         student = _student(checkpoint, tensors, settings, plan.pruned, network.fast)
-        dtype = torch.bfloat16 if network.fast else torch.float32
         head = head_of(student.module)
         assert head is not None
         rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
         with progress.task("distilling", settings.steps) as task:
             for entry in distill(
-                student, _cycle(batches, rows), teacher, head, settings.steps, rates, dtype,
-                lambda note: task.advance(note=note),
+                student, lambda step: (batches[step % len(batches)], rows(step % len(batches))), teacher, head,
+                settings.steps, rates, dtype, lambda note: task.advance(note=note), network.blocks,
             ):  # fmt: skip
                 work.log.append(entry)
         write_tensors(file, student.results())
@@ -75,8 +78,23 @@ def _name_of(weight: Tensor, network: Network) -> str:
     return next(name for name, parameter in network.module.named_parameters() if parameter is weight)
 
 
-def _cycle(batches: list[Batch], rows: list[Tensor]) -> Callable[[int], tuple[Batch, Tensor]]:
-    return lambda step: (batches[step % len(batches)], rows[step % len(batches)])
+def _predictions(
+    network: Network, batches: list[Batch], at_once: int, work: Work, progress: Progress
+) -> Callable[[int], Tensor]:
+    """What the original's head is given for each batch, by its number; it runs over `at_once` tokens at a time."""
+    size = max(1, at_once // batches[0]["input_ids"].numel())
+    starts = range(0, len(batches), size)
+    files = [work.folder / f"predictions-{number}.safetensors" for number in range(len(starts))]
+    with progress.task("running the original", len(network.blocks) * len(files)) as task:
+        for start, file in zip(starts, files, strict=True):
+            if file.exists():
+                continue
+            rows = head_inputs(network, batches[start : start + size], lambda: task.advance())
+            with whole(file) as partial:
+                save_file({str(number): each for number, each in enumerate(rows)}, partial)
+            network.last = []
+    opened = [safe_open(str(file), framework="pt") for file in files]
+    return lambda number: opened[number // size].get_tensor(str(number % size))
 
 
 def _student(

@@ -54,7 +54,7 @@ def encode_network(
     shares = allocated_shares(network, plan, work.folder)
     learning = recipe.learns_blocks if has_blocks(network) else None
     targets = None if learning is None else _original_outputs(network, batches)
-    beside = blocks_beside(network, batches) if recipe.calibration.drift and has_blocks(network) else None
+    beside = blocks_beside(network, batches) if recipe.corrects_drift and has_blocks(network) else None
     for name, block, reached in network.sweep(batches):
         file = work.file(name)
         original = None if beside is None else next(beside)

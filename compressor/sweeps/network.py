@@ -40,6 +40,13 @@ class NoChain(Exception):
     """Ends a forward once a block is given something else than what the one before gave."""
 
 
+def head_of(module: nn.Module) -> nn.Linear | None:
+    """The output head of a language model, or None."""
+    find = getattr(module, "get_output_embeddings", None)
+    head = find() if find else None
+    return head if isinstance(head, nn.Linear) else None
+
+
 class Network:
     """A checkpoint's module whose weights are read when their block is due.
 
@@ -137,8 +144,8 @@ class Network:
 
     def _before_head(self) -> list[str]:
         """What lies outside of the blocks but for an output head of its own, which only comes after them."""
-        head = getattr(self.module, "get_output_embeddings", lambda: None)()
-        if not isinstance(head, nn.Linear):
+        head = head_of(self.module)
+        if head is None:
             return self.outside
         uses = [name for name, p in self.module.named_parameters(remove_duplicate=False) if p is head.weight]
         return [name for name in self.outside if uses != [name]]
@@ -184,7 +191,7 @@ class Network:
     def _passes_on(self, batch: Batch) -> bool:
         """Whether what a block gives goes to the next one and nowhere else: NaN in its place is seen nowhere else.
 
-        What a language model makes of it after the last block is not asked: its head is not there.
+        A language model ends before its head: the logits of a batch are the largest thing there is.
         """
         whole, last = self._before_head() == self.outside, self.blocks[-1]
         shown: list[Any] = []
@@ -198,8 +205,14 @@ class Network:
 
             return forward
 
+        def before_head(*args: Any, **kwargs: Any) -> Any:
+            shown.append(args)
+            raise Stop
+
+        head = head_of(self.module)
         try:
-            with self._replaced_blocks([poisoned(name) for name in self.blocks]), contextlib.suppress(Stop):
+            blocks = self._replaced_blocks([poisoned(name) for name in self.blocks])
+            with blocks, patched({} if head is None else {head: before_head}), contextlib.suppress(Stop):
                 shown.append(self.call(batch))
         except Exception as error:  # a stranger's forward
             refuse_shortage(error)

@@ -123,19 +123,26 @@ def _importance(
 
 @torch.no_grad()
 def head_inputs(network: Network, batches: list[Batch], advance: Callable[[], None]) -> list[Tensor]:
-    """The untouched network's head inputs, bfloat16 (tokens, width) per batch: from them its logits are one product.
-
-    What it makes of that product is found as well, as `network.logits`.
-    """
+    """The untouched network's head inputs, bfloat16 (tokens, width) per batch: from them its logits are one product."""
     for _ in network.sweep(batches):
         advance()
     rows = []
     with network.tail() as run:
-        find_logits(network, lambda: run(batches[0], network.last[0]))
         for batch, state in zip(batches, network.last, strict=True):
             caught = head_input(network, lambda batch=batch, state=state: run(batch, state))
             rows.append(caught.detach().flatten(0, -2).to(torch.bfloat16))
     return rows
+
+
+@torch.no_grad()
+def measure_logits(network: Network, batch: Batch) -> None:
+    """Sets `network.logits` to what the network makes of its head's outputs, by what reaches the first block alone."""
+    for name, _, reached in network.sweep([batch]):
+        if name:
+            hidden = hidden_of(reached[0])
+            with network.tail() as run:
+                find_logits(network, lambda hidden=hidden: run(batch, hidden))
+        return
 
 
 def _through_head(

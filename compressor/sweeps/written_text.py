@@ -2,9 +2,10 @@
 
 LLM-QAT (Liu et al., arXiv 2305.17888): what a language model was trained on is rarely at hand, but it can be sampled
 from the model. Here every window is a document of its own, drawn token by token at temperature 1 from the token that
-separates documents. The original is held whole meanwhile, as the distillation's student is later, in bfloat16 where the
-processor multiplies that in hardware. A token at a time torch's fused attention takes most of the time, so that of a
-single query is two products of matrices here.
+separates documents. The original is mapped from a scratch file meanwhile, in bfloat16 where the
+processor multiplies that in hardware, and as many documents are written side by side as their keys and values have room
+for. A token at a time torch's fused attention takes most of the time, so that of a single query is two products of
+matrices here.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.files import whole
+from compressor.core.memory import give_back
 from compressor.data.start_token import start_token
+from compressor.plan.memory import documents_at_once
 from compressor.plan.recipe import WINDOWS_AT_ONCE
+
+_GIVEN_BACK = 16
+"""Tokens after which what the growing keys and values have left behind goes back to the system."""
 
 
 def generated_tokens(
@@ -38,16 +45,19 @@ def generated_tokens(
         DataError: The network is no decoder, or its tokenizer and config name no token to begin with.
     """
     first, module, parts = start_token(checkpoint, tokenizer), None, []
+    scratch, at_once = folder / "original.bin", documents_at_once(checkpoint.config or {}, length)
     for number, begin in enumerate(range(0, n, WINDOWS_AT_ONCE)):
         file = folder / f"generated-{number}.safetensors"
         if not file.exists():
-            module = _whole(checkpoint, fast) if module is None else module
+            module = _mapped(checkpoint, scratch, fast) if module is None else module
             rows = min(WINDOWS_AT_ONCE, n - begin)
-            drawn = sample_documents(module, first, rows, length, generator(f"generated {number}"))
+            drawn = sample_documents(module, first, rows, length, generator(f"generated {number}"), at_once)
             with whole(file) as partial:
                 save_file({"tokens": drawn}, partial)
         parts.append(load_file(file)["tokens"])
         advance()
+    del module
+    scratch.unlink(missing_ok=True)
     return torch.cat(parts)
 
 
@@ -57,18 +67,31 @@ def n_batches(n: int) -> int:
 
 
 @torch.no_grad()
-def sample_documents(module: nn.Module, first: int, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    """Tokens (rows, length) drawn one after another from the network's own distribution; `first` comes before them."""
-    token = torch.full((rows, 1), first)
+def sample_documents(
+    module: nn.Module, first: int, rows: int, length: int, generator: torch.Generator, at_once: int = WINDOWS_AT_ONCE
+) -> Tensor:  # fmt: skip
+    """Tokens (rows, length) drawn one after another from the network's own distribution; `first` comes before them.
+
+    Which numbers decide does not depend on how many documents are written `at_once`.
+    """
+    chances = torch.rand(length, rows, generator=generator)
+    return torch.cat([_drawn(module, first, part) for part in chances.split(at_once, 1)])
+
+
+def _drawn(module: nn.Module, first: int, chances: Tensor) -> Tensor:
+    """Tokens (rows, length), as `chances` (length, rows) in 0 … 1 decide."""
+    token = torch.full((chances.shape[1], 1), first)
     past, drawn = None, []
-    for _ in range(length):
+    for number, chance in enumerate(chances):
+        if not number % _GIVEN_BACK:
+            give_back()
         with SingleQueries():
             output = module(token, past_key_values=past, use_cache=True)
         past = output.past_key_values
         mass = output.logits[:, -1].float().softmax(-1).cumsum(-1)
-        at = torch.rand(rows, 1, generator=generator) * mass[:, -1:]
-        token = torch.searchsorted(mass, at, right=True).clamp_max(mass.shape[1] - 1)
+        token = torch.searchsorted(mass, chance.unsqueeze(1) * mass[:, -1:], right=True).clamp_max(mass.shape[1] - 1)
         drawn.append(token)
+        del output, mass
     return torch.cat(drawn, 1)
 
 
@@ -96,7 +119,25 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None = No
     return torch.bmm(shares, values.flatten(0, 1)).view(batch, heads, 1, -1)
 
 
-def _whole(checkpoint: Any, fast: bool) -> nn.Module:
-    module: nn.Module = checkpoint.build()
-    checkpoint.materialise(module)
-    return module.to(torch.bfloat16 if fast else torch.float32).requires_grad_(False).eval()
+def _mapped(checkpoint: Any, scratch: Path, fast: bool) -> nn.Module:
+    """The original, its parameters mapped from a file that is written here: the system may take their pages back."""
+    module: nn.Module = checkpoint.build().requires_grad_(False)
+    dtype = torch.bfloat16 if fast else torch.float32
+    names = [group[0] for group in parameter_names(module).values()]
+    checkpoint.materialise(
+        module, set(module.state_dict()) - set(dict(module.named_parameters(remove_duplicate=False)))
+    )
+    shapes: dict[str, torch.Size] = {}
+    with scratch.open("wb") as file:
+        for name in names:
+            checkpoint.materialise(module, [name])
+            parameter = module.get_parameter(name)
+            if parameter.is_floating_point():
+                shapes[name] = parameter.shape
+                file.write(parameter.data.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+                parameter.data = torch.empty(0, dtype=dtype)
+    sizes = [shape.numel() for shape in shapes.values()]
+    flat = torch.from_file(str(scratch), shared=True, size=sum(sizes), dtype=dtype)
+    for (name, shape), part in zip(shapes.items(), flat.split(sizes), strict=True):
+        module.get_parameter(name).data = part.view(shape)
+    return module.to(dtype).eval()

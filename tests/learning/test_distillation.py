@@ -14,6 +14,7 @@ from compressor.core.contract import Statistics
 from compressor.core.encoding import Affine, Binary, Codebook, Layout, Scales, describe
 from compressor.core.passes import BlockLearning, Moves, Rates
 from compressor.core.tensors import EncodedTensor
+from compressor.graph.blocks import block_names
 from compressor.learning.distillation import distill
 from compressor.learning.head import Head
 from compressor.learning.learned import LearnedCodebook, learnable
@@ -313,6 +314,30 @@ def test_distillation_lowers_the_divergence(tmp_path, tied):
     assert divergence() < 0.8 * before
     assert 0 < student.flipped_fraction == entries[-1]["flipped_fraction"]
     assert all(not child._forward_pre_hooks for child in module.modules())
+
+
+@pytest.mark.parametrize("mapping_rate", [0.0, 0.02], ids=["codes stay", "codes move"])
+def test_blocks_that_decode_when_they_are_due_learn_what_the_whole_network_learns(tmp_path, mapping_rate):
+    checkpoint = open_checkpoint(pico.llama(tmp_path, tied=True))
+    batches = pico.token_batches(n_batches=2, size=4)
+    found = []
+    for blocks in ((), block_names(checkpoint.build())):
+        module = checkpoint.build("cpu").requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        rows = [
+            torch.randn(batch["input_ids"].numel(), module.config.hidden_size, generator=generator) for batch in batches
+        ]
+        teacher = Head(head_of(module).weight.detach().clone())
+        student = student_of(module, Jlcm(width=6, dim=2, group=16), mapping_rate=mapping_rate)
+        entries = distill(
+            student, lambda i, rows=rows: (batches[i % 2], rows[i % 2]), teacher, head_of(module), 12, RATES,
+            torch.float32, lambda note: None, blocks,
+        )  # fmt: skip
+        found.append((list(entries), student.results()))
+    (plain, whole), (streamed, parts) = found
+    assert streamed == plain
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name].decode(), tensor.decode(), rtol=1e-5, atol=1e-7)
 
 
 def test_affine_codes_and_zeros_stay(tmp_path):

@@ -14,7 +14,7 @@ from compressor.learning.head import Head, Logits
 from compressor.learning.objectives import Wanted, divergence
 from compressor.sweeps.backward import find_logits, head_of, label_gradient
 from compressor.sweeps.network import Network
-from compressor.sweeps.survey import head_inputs
+from compressor.sweeps.survey import head_inputs, measure_logits
 from tests import pico
 
 SIZES = {
@@ -37,6 +37,7 @@ def test_what_is_learned_on_are_the_originals_own_logits(tmp_path, name):
     directory = pico.saved(config, getattr(transformers, f"{kind}ForCausalLM"), tmp_path)
     network, batches = Network(open_checkpoint(directory), fast=False), pico.token_batches()
     rows = head_inputs(network, batches, lambda: None)
+    measure_logits(network, batches[0])
     assert network.logits is not None
     assert network.logits.scale == pytest.approx(expected.scale, rel=1e-5)
     assert (network.logits.cap is None) == (expected.cap is None)

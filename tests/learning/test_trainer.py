@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -12,15 +13,21 @@ import torch
 from torch.nn import functional
 
 from compressor.core.batch import Examples
-from compressor.core.errors import DataError, RecipeError
-from compressor.core.training import Optimizer
+from compressor.core.errors import DataError, RecipeError, UsageError
+from compressor.core.training import Compression, Optimizer
 from compressor.learning import trainer as fitting
+from compressor.learning.sparse_gradients import SparseGradients
 from compressor.learning.trainer import Fitting, called, teaching_loss
 from compressor.ops.schedules import rate_share
 from compressor.passes.hesso import Hesso, Shrinking
 from compressor.passes.oto import Oto, Projecting
+from compressor.passes.settings.lrp import LrpSettings
+from compressor.passes.settings.n2n import N2nSettings
+from compressor.passes.settings.reste import ResteSettings
+from compressor.passes.settings.sortednet import SortednetSettings
 from compressor.passes.settings.training import TrainingSettings
 from tests.learning.training_case import EXAMPLE, N_CLASSES, examples, images, residual, subject_of, with_pooler
+from tests.learning.training_worker import SPARSE, STOPS_AT
 
 ROOT = Path(__file__).parents[2]
 
@@ -197,8 +204,10 @@ def test_schedules(schedule, middle):
     assert rate_share(99, 100, schedule, floor=0.3) >= 0.3
 
 
-def test_two_processes_under_torchrun_train_as_one(tmp_path):
-    """On a network without batch norms, whose statistics are of each process's own share."""
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes under torchrun have come to."""
+    folder = tmp_path_factory.mktemp("two")
     command = [
         "-m",
         "torch.distributed.run",
@@ -209,10 +218,15 @@ def test_two_processes_under_torchrun_train_as_one(tmp_path):
         "tests.learning.training_worker",
     ]
     done = subprocess.run(
-        [sys.executable, *command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *command, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_two_processes_under_torchrun_train_as_one(two):
+    """On a network without batch norms, whose statistics are of each process's own share."""
+    first, second = (each["shrunk"] for each in two)
     alone = with_pooler(residual(norms=False))
     _, shrinking = fitted(alone, Hesso(epochs=4, batch=16, periods=2), kind=Shrinking)
     wanted = weights(alone)
@@ -220,6 +234,94 @@ def test_two_processes_under_torchrun_train_as_one(tmp_path):
     torch.testing.assert_close(first["weights"], wanted, rtol=1e-4, atol=1e-5)
     assert first["gone"] == second["gone"] == [flags.tolist() for flags in shrinking.gone]
     assert not torch.equal(first["examples"], second["examples"])
+
+
+def test_two_processes_send_compressed_gradients_by_the_paper(two):
+    """Both in turn, in loops: clipped, with momentum, the largest sent, all of it cleared there, decay apart. What the
+    forward leaves out does not change."""
+    module, data, settings = with_pooler(residual(norms=False)), examples(), SPARSE
+    loop = Fitting(module, data, settings.model_copy(update={"gradients": "dense"}), 3, None, lambda share, note: None)
+    tensors = {name: tensor for name, tensor in module.named_parameters() if "pooler" not in name}
+    u, v = ([{name: torch.zeros_like(t) for name, t in tensors.items()} for _ in range(2)] for _ in range(2))
+    dense, decay = ({name: torch.zeros_like(t) for name, t in tensors.items()} for _ in range(2))
+    for step in range(loop.n_steps):
+        share = 0.3 if step < 4 else 0.01
+        index, total = loop._index(step), {name: torch.zeros_like(t) for name, t in tensors.items()}
+        for process in range(2):
+            part = index[process::2]
+            loss = functional.cross_entropy(module(data.inputs[""][part]), data.labels[part])
+            gradients = torch.autograd.grad(loss, list(tensors.values()))
+            shrinks = min(1.0, 0.5 / 2**0.5 / float(torch.cat([g.flatten() for g in gradients]).norm()))
+            for (name, t), gradient in zip(tensors.items(), gradients, strict=True):
+                g = shrinks * gradient
+                if t.dim() < 2:
+                    total[name] += g / 2
+                    continue
+                u[process][name] = 0.9 * u[process][name] + g
+                v[process][name] = v[process][name] + u[process][name]
+                flat = v[process][name].flatten()
+                places = flat.abs().argsort(descending=True)[: math.ceil(flat.numel() * share)]
+                total[name].view(-1)[places] += flat[places] / 2
+                v[process][name].view(-1)[places] = 0.0
+                if share <= 0.01:
+                    u[process][name].view(-1)[places] = 0.0
+        with torch.no_grad():
+            for name, t in tensors.items():
+                decay[name] = 0.9 * decay[name] + 0.01 * t
+                if t.dim() < 2:
+                    dense[name] = total[name] = 0.9 * dense[name] + total[name]
+                t -= 0.1 * rate_share(step, loop.n_steps) * (total[name] + decay[name])
+    for each in two:
+        torch.testing.assert_close(each["sparse"]["weights"], weights(module), rtol=1e-4, atol=1e-6)
+    sizes = [t.numel() for t in module.parameters() if t.dim() > 1]
+    whole = 4 * sum(t.numel() for t in module.parameters() if t.dim() < 2)
+    n_bytes = [whole + 6 * sum(math.ceil(n * share) for n in sizes) for share in (0.3, 0.01, 0.01)]
+    assert [entry["bytes_per_step"] for entry in two[0]["sparse"]["log"]] == n_bytes
+
+
+def test_each_process_goes_on_with_what_it_has_not_sent_yet(two):
+    assert two[0]["kept"] == [f"gradients-{STOPS_AT - 1}-0.pt", f"gradients-{STOPS_AT - 1}-1.pt", "training.pt"]
+    for each in two:
+        assert torch.equal(each["resumed"]["weights"], each["sparse"]["weights"])
+    assert two[0]["resumed"]["log"] == two[0]["sparse"]["log"]  # the first's, which is what is written
+
+
+def test_what_another_number_of_processes_has_not_sent_is_not_lost_in_silence(tmp_path):
+    sparse = SparseGradients(residual(), SPARSE)
+    sparse.save(tmp_path, 5)
+    sparse.restore(tmp_path, 5)
+    for rank in (1, 2):
+        (tmp_path / f"gradients-5-{rank}.pt").touch()
+    torch.save({"processes": 3}, tmp_path / "gradients-5-0.pt")
+    with pytest.raises(UsageError, match=r"training of 3 processes, .* and these are 1; start 3 with torchrun"):
+        sparse.restore(tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "others", "message"),
+    [
+        (
+            ResteSettings,
+            {"optimizer": "Adam", "options": {}},
+            "Adam scales each entry by its own past, .* write optimi",
+        ),
+        (ResteSettings, {"options": {"momentum": 0.9, "dampening": 0.1}}, "knows of the options .*, found dampening"),
+        (LrpSettings, {"optimizer": "SGD"}, "is of a training, and epochs is 0"),
+        (Hesso, {}, "compressed: hesso tells by each step which units matter.*; write gradients: dense"),
+        (Oto, {}, "compressed: oto tells by each step which units matter"),
+        (SortednetSettings, {}, "compressed: sortednet trains in one process"),
+        (N2nSettings, {}, "compressed: n2n trains its students in processes of its own"),
+        (ResteSettings, {"gradients": "dense", "compression": Compression(share=0.01)}, "leave compression out"),
+    ],
+)
+def test_gradients_that_cannot_be_compressed_are_refused_when_the_recipe_is_read(kind, others, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**{"gradients": "compressed"} | others)
+
+
+def test_one_process_has_nobody_to_send_compressed_gradients_to():
+    with pytest.raises(RecipeError, match=r"lrp: gradients: compressed is of several .* torchrun --nproc-per-node 2"):
+        fitted(residual(), SPARSE)
 
 
 def test_outputs_by_name_and_by_position():

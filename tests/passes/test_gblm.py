@@ -255,6 +255,18 @@ def test_sparsegpt_beats_wanda_beats_magnitude_on_a_layers_output():
     assert errors[0] < 0.8 * errors[1] < 0.8 * errors[2]
 
 
+@pytest.mark.parametrize("setting", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("score", ["gblm", "wanda", "magnitude", "sparsegpt"])
+def test_kept_weights_make_up_for_the_dropped_ones_and_no_others_come_back(score, setting):
+    weight, known = weight_and_statistics()
+    plain = Gblm(score=score, **setting).prune(weight, known)
+    found = Gblm(score=score, reconstruct="layer", damping=1e-3, **setting).prune(weight, known)
+    assert torch.equal(found.kept, plain.kept) or score == "sparsegpt"  # whose choice hangs on the damping
+    assert bool((found.matrix[~found.kept] == 0).all())
+    assert output_error(weight, found.matrix, known.hessian) < 0.9 * output_error(weight, plain.matrix, known.hessian)
+    assert "data" in Gblm(score=score, reconstruct="layer").needs
+
+
 def test_weights_with_gradients_stay():
     """Where inputs are alike, what the loss depends on is kept."""
     weight = torch.ones(4, 40)

@@ -25,7 +25,8 @@ class GblmSettings(PruningSettings):
     alpha        α, of the gradient beside the activation, for 128 sequences; other numbers are rescaled to it
     variant      reference: ‖X‖ as the authors' code has it, over a sequence on average; paper: over all 128 sequences
     allocation   uniform: every matrix the same share; importance: less from matrices with more outliers (OWL)
-    damping      of sparsegpt's Hessian, as a share of its mean diagonal
+    reconstruct  layer: the kept weights make up for the dropped, by least squares on the layer's inputs; none
+    damping      of that, and of sparsegpt's Hessian, as a share of its mean diagonal
     """
 
     name = "gblm"
@@ -39,6 +40,7 @@ https://arxiv.org/abs/2311.04902"
     alpha: Annotated[float, Field(ge=0)] = 100.0
     variant: Literal["reference", "paper"] = "reference"
     allocation: Literal["uniform", "importance"] = "uniform"
+    reconstruct: Literal["none", "layer"] = "none"
     damping: Rate = 0.01
 
     @model_validator(mode="after")
@@ -74,7 +76,8 @@ https://arxiv.org/abs/2311.04902"
     def needs(self) -> frozenset[Need]:
         if self.gradient_norm is not None:
             return frozenset({"data", "gradients"})
-        return frozenset() if self.score == "magnitude" else frozenset({"data"})
+        blind = self.score == "magnitude" and self.reconstruct == "none"
+        return frozenset() if blind else frozenset({"data"})
 
     def kept(self, rows: int, columns: int) -> int:
         """Exact with the same share for every matrix; the mean where shares are allocated."""

@@ -130,6 +130,10 @@ class N2nSettings(Training, StructureSettings):
         return self
 
     @property
+    def refuses_compression(self) -> str | None:
+        return "n2n trains its students in processes of its own, which send no gradients"
+
+    @property
     def chooses_units(self) -> bool:
         return False
 

@@ -89,6 +89,10 @@ https://arxiv.org/abs/2309.00255"
         return self
 
     @property
+    def refuses_compression(self) -> str | None:
+        return "sortednet trains in one process"
+
+    @property
     def pairs(self) -> tuple[tuple[float, float], ...]:
         """(width, depth) of every size."""
         return tuple((width, depth) for depth in self.depths for width in self.widths)

@@ -43,6 +43,10 @@ class TrainingSettings(FittedSettings):
         return f"{UNEVEN}; take lrp with spread: group, or n2n, which removes whole blocks"
 
     @property
+    def refuses_compression(self) -> str | None:
+        return f"{self.name} tells by each step which units matter, and a compressed one has few entries of any"
+
+    @property
     def removes(self) -> float:
         return self.fraction
 

@@ -26,6 +26,8 @@ from compressor.passes.settings.n2n import N2nSettings
 _AT_ONCE = 256
 _SAMPLES = 16
 """Per-sample gradients of GradSign."""
+_FUSED = ("Adam", "AdamW", "SGD", "Adagrad")
+"""Optimizers of torch that can step in one pass over the weights: of small networks that is a tenth of the time."""
 
 
 @dataclass
@@ -49,7 +51,7 @@ class LayerEvaluator:
             if student == Student():
                 yield student, self.accuracy(self.teacher)
                 continue
-            module = self.build(student)
+            module = quick(self.build(student))
             Fitting(module, self.training, self.lessons(), self._seed(student), None, lambda share, note: None).train()
             yield student, self.accuracy(module)
 
@@ -57,7 +59,10 @@ class LayerEvaluator:
         """The short training: on the teacher's outputs."""
         settings = self.settings
         rate = settings.student_rate or settings.rate
-        return settings.model_copy(update={"epochs": settings.student_epochs, "loss": "teacher", "rate": rate})
+        options = ({"fused": True} if settings.optimizer in _FUSED else {}) | settings.options
+        return settings.model_copy(
+            update={"epochs": settings.student_epochs, "loss": "teacher", "rate": rate, "options": options}
+        )
 
     def build(self, student: Student) -> nn.Module:
         """Before its training.
@@ -180,6 +185,14 @@ class LayerWorkshop:
     def facts(self) -> dict[str, Any]:
         n = len(self.evaluator.validation)
         return {"measure": "accuracy", "validation": f"{n} examples", "student_examples": len(self.evaluator.training)}
+
+
+def quick(module: nn.Module) -> nn.Module:
+    """The network with the layout of weights in which CPUs convolve images fastest, forwards and backwards."""
+    images = any(isinstance(child, nn.Conv2d) for child in module.modules())
+    if images:
+        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return module
 
 
 @torch.no_grad()
