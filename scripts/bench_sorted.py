@@ -155,7 +155,8 @@ def sorted_table(results: dict[str, Any]) -> str:
             f" images alone ({found['start_cpu_seconds']} CPU-seconds, {found['original']:.1%}), then "
             f"{found['epochs']} epochs of all sizes together, with sorting and statistics {found['cpu_seconds']} "
             f"CPU-seconds. The largest then has {found['largest']:.1%} on {found['test']:,} test images; "
-            f"{found['n_enough']} of 160 sizes keep 96 % of that, the worst one {found['least']:.1%}."
+            f"{found['n_enough']} of 160 sizes keep 96 % of that, the worst one {found['least']:.1%}. "
+            "Those without branches are one network."
         )
     for name, title in (("minilm", "MiniLM, encoder-sorted"), ("smollm2", "SmolLM2-135M, llm-sorted")):
         if found := results.get(name):

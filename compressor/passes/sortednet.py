@@ -191,13 +191,14 @@ class Sortednet(SortednetSettings, StructurePass):
         return Outcome(whole.requires_grad_(False), report | ({"training": log} if log else {}), chosen)
 
     def _refuse_alike(self, sizes: Sequence[Size]) -> None:
-        """Refuses shares of which two come to the same network.
+        """Refuses shares of which two come to the same network, of widths at the full depth and of depths at the full
+        width; where all that has a width is left out, widths are alike and may be.
 
         Raises:
             RecipeError: They do, since what stays is a multiple.
         """
         known: dict[tuple[Any, ...], str] = {}
-        for size in sizes:
+        for size in (each for each in sizes if 1.0 in (each.facts["width"], each.facts["depth"])):
             shapes = tuple((name, tuple(tensor.shape)) for name, tensor in size.module.named_parameters())
             key = (shapes, *sorted(size.renamed.items()))
             if key in known:
