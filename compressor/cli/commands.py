@@ -353,6 +353,8 @@ def evaluate(
                     "of the run.")] = None,
     calibration: Annotated[str | None, typer.Option(metavar="PATH|MODULE:CALLABLE", help="--data of the run, where it "
                            "was a module:callable and a part of it is evaluated on.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, metavar="N", show_default="the recipe's",
+                      help="Of a text, how many are measured.")] = None,
     size: Size = None,
     arch: ArchAgain = None,
     original: Original = None,
@@ -367,7 +369,7 @@ def evaluate(
     from compressor.evaluate.again import Given, named_paths
     from compressor.evaluate.judge import evaluate as measure
 
-    given = Given(original, arch, calibration, data)
+    given = Given(original, arch, calibration, data, tokens)
     found = measure(artifact, given, size)
     for path in named_paths(Artifact.open(artifact), given):
         print(f"read as {artifact}/compression.json names it: {path}", file=sys.stderr)

@@ -15,7 +15,7 @@ EXAMPLES = {
     "run": [
         "compress smollm2/ --recipe llm-2bit -o small",
         "compress weights.pt --arch mynet:build --recipe encoder-4bit --data inputs.npz",
-        "compress smollm2/ --recipe llm-3bit --set jlcm.group=128 --set calibration.tokens=8192",
+        "compress smollm2/ --recipe llm-3bit --set trellis.group=128 --set calibration.tokens=8192",
         "compress resnet.pt --arch mynet:build --recipe cnn-explain --data images.npz --target-flops 60%",
         "compress smollm2/ --recipe llm-2bit --dry-run",
     ],

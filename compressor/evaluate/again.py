@@ -29,12 +29,14 @@ class Given:
     arch          a folder with a config, or module:callable
     data          what it was calibrated on
     evaluation    what it is evaluated on
+    tokens        of a text, how many are measured
     """
 
     original: str | None = None
     arch: str | None = None
     data: str | None = None
     evaluation: str | None = None
+    tokens: int | None = None
 
 
 def refuse_unreadable(given: Given) -> None:

@@ -230,6 +230,9 @@ def evaluate(directory: Path | str, given: Given | None = None, size: str | None
     refuse_unreadable(given)
     graph = graph_of(artifact.directory, size)
     checkpoint, recipe = open_original(artifact, given), recipe_of(artifact)
+    if given.tokens is not None:
+        more = recipe.evaluation.model_copy(update={"tokens": given.tokens})
+        recipe = recipe.model_copy(update={"evaluation": more})
     samples = samples_again(artifact, checkpoint, recipe, given)
     return evaluate_on(artifact, checkpoint, samples, recipe, GRAPH if graph.is_dir() else graph.name)
 
@@ -247,6 +250,10 @@ def _accepted(session: ModuleSession, batch: dict[str, np.ndarray]) -> dict[str,
 
 
 def _counted(arrays: Iterable[Counted], task: Task) -> Iterator[Counted]:
-    for array in arrays:
-        yield array
+    """The arrays; none is held while the next is made."""
+
+    def counted(array: Counted) -> Counted:
         task.advance()
+        return array
+
+    return map(counted, arrays)

@@ -105,6 +105,7 @@ def evaluate_language(
                 raise DataError(f"reference logits: end after {number} windows; expected {len(windows)}")
         logits = np.asarray(session.logits(window[None]))[0]
         sums.add(logits[:-1], None if original is None else original[:-1], window[1:])
+        del logits, original  # before the next window's are made: they are large
     return quality_of(sums, len(windows), reference is not None)
 
 
@@ -112,6 +113,7 @@ def _single(reference_logits: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     for batch in reference_logits:
         array = np.asarray(batch)
         yield from array if array.ndim == 3 else (array,)
+        del batch, array
 
 
 def quality_of(sums: Sums, n_windows: int, with_original: bool) -> LanguageQuality:

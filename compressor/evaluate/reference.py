@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 def original_logits(checkpoint: Checkpoint, windows: np.ndarray) -> Iterator[np.ndarray]:
     """The original's logits, one window at a time: float32 (1, n, vocabulary), in order, for windows (n_windows, n)."""
-    for found in original_outputs(checkpoint, ({"input_ids": window[None]} for window in windows)):
-        yield found["logits"] if "logits" in found else next(iter(found.values()))
+
+    def logits(found: dict[str, np.ndarray]) -> np.ndarray:
+        return found["logits"] if "logits" in found else next(iter(found.values()))
+
+    outputs = original_outputs(checkpoint, ({"input_ids": window[None]} for window in windows))
+    return map(logits, outputs)  # which holds none while the next is made
 
 
 def original_outputs(

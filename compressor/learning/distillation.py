@@ -49,6 +49,7 @@ def distill(
         weights = student.weights(dtype, outside)
         with patched(streamed):
             hidden = _head_input(student, head, arguments, weights)
+        give_back()  # what the blocks left behind, before the logits come
         table = weights.get(names[id(head.weight)], head.weight.to(dtype))
         bias = None if head.bias is None else weights.get(names[id(head.bias)], head.bias.to(dtype))
         rows = hidden.detach().flatten(0, -2)
@@ -61,7 +62,8 @@ def distill(
                 outputs.append(part)
                 gradients.append(gradient.to(dtype))
         loss = found.loss
-        del own, rows, found, table, bias
+        del own, rows, found, table, bias, teacher_rows
+        give_back()
         with patched(streamed):
             torch.autograd.backward(outputs, gradients)
         del weights, hidden, outputs, gradients  # before the next step makes its own

@@ -11,6 +11,8 @@ from compressor.learning.head import Head
 
 _POSITIONS = 128
 """Whose logits are there at a time."""
+_ENTRIES = 8192
+"""Of the table, whose gradients are added at a time."""
 _SAMPLED = 8
 """Of them, on which the divergence itself is measured."""
 
@@ -57,7 +59,8 @@ def divergence(rows: Tensor, head: Head, original_rows: Tensor, original: Head, 
         difference = difference.to(table.dtype)
         parts.append((difference @ table).float())
         if to_table is not None:
-            to_table += difference.T @ part
+            for some in range(0, len(to_table), _ENTRIES):
+                to_table[some : some + _ENTRIES] += difference[:, some : some + _ENTRIES].T @ part
     return Divergence(torch.cat(parts), to_table, to_bias, total / counted)
 
 

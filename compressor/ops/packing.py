@@ -51,8 +51,9 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
     if len(plane_widths(bits)) == 1:
         return [pack_plane(codes, bits)]
     planes, shift = [], 0
+    whole = codes.to(torch.uint8 if bits <= 8 else torch.int32)  # of a table four bytes each are much
     for width in plane_widths(bits):
-        planes.append(pack_plane((codes.to(torch.int32) >> shift) & (2**width - 1), width))
+        planes.append(pack_plane((whole >> shift) & (2**width - 1), width))
         shift += width
     return planes
 

@@ -31,7 +31,7 @@ from compressor.core.snapshot import Snapshot
 WORK, FINISHED, REPLACED, NOTE, SOURCES = "work", "finished", "replaced", "run.json", "sources.json"
 CLEARED, DELIVERED = '{"state": "cleared"}', '{"state": "delivered"}'
 """Notes in place of an identity: what lies there belongs to no run any more."""
-SCRATCH = ("hidden-", ".")
+SCRATCH = ("hidden-", "original.", ".")
 """How names in `work` begin that no later run goes on from."""
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressor.core.outputs import named_outputs
 from compressor.graph.blocks import patched
 from compressor.learning.head import Head, Logits
+from compressor.ops.draws import draw
 from compressor.sweeps.network import Network, Stop, head_of
 
 _POSITIONS = 128
@@ -67,7 +68,7 @@ def label_gradient(
         logits = head(rows[start : start + _POSITIONS].to(dtype))
         probability = logits.softmax(-1)
         if labels is None:
-            label = torch.multinomial(probability, 1, generator=generator)
+            label = draw(probability, torch.rand(len(probability), 1, generator=generator))
         else:
             label = labels[start : start + _POSITIONS].unsqueeze(1)
             probability.masked_fill_(label < 0, 0.0)

@@ -25,6 +25,7 @@ from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.files import whole
 from compressor.core.memory import give_back
 from compressor.data.start_token import start_token
+from compressor.ops.draws import draw
 from compressor.plan.memory import documents_at_once
 from compressor.plan.recipe import WINDOWS_AT_ONCE
 
@@ -88,10 +89,9 @@ def _drawn(module: nn.Module, first: int, chances: Tensor) -> Tensor:
         with SingleQueries():
             output = module(token, past_key_values=past, use_cache=True)
         past = output.past_key_values
-        mass = output.logits[:, -1].float().softmax(-1).cumsum(-1)
-        token = torch.searchsorted(mass, chance.unsqueeze(1) * mass[:, -1:], right=True).clamp_max(mass.shape[1] - 1)
+        token = draw(output.logits[:, -1].float().softmax(-1), chance.unsqueeze(1))
         drawn.append(token)
-        del output, mass
+        del output
     return torch.cat(drawn, 1)
 
 

@@ -13,6 +13,8 @@ import pytest
 from compressor.core.artifact import Artifact
 from compressor.core.options import RunOptions
 from compressor.core.roles import folded
+from compressor.evaluate.again import Given
+from compressor.evaluate.judge import evaluate
 from compressor.evaluate.verification import failures, verify
 from compressor.report.difference import compare
 from compressor.report.facts import StoredTensor, siblings, stored_tensors
@@ -57,6 +59,11 @@ def test_a_good_artifact_holds_in_every_respect(four):
     assert failures(checks) == ""
     assert "perplexity" in checks[-2].found
     assert checks[-1].found.startswith("weights and quality, against the original; read as compression.json names them")
+
+
+def test_an_artifact_is_measured_on_as_many_tokens_as_one_likes(four):
+    assert evaluate(four)["n_windows"] == 3
+    assert evaluate(four, Given(tokens=160))["n_windows"] == 5
 
 
 def changed(four: Path, name: str, value) -> None:
