@@ -45,7 +45,7 @@ def all_sizes(arguments: argparse.Namespace) -> SortednetSettings:
     return SortednetSettings(
         widths=tuple(n / N_WIDTHS for n in range(1, N_WIDTHS + 1)),
         depths=tuple(n / N_BLOCKS for n in range(N_BLOCKS + 1)), multiple=1, vectors="shared", loss="both",
-        epochs=arguments.epochs, batch=128, draws=4, optimizer="SGD", rate=0.05, options=TRAINING["options"],
+        epochs=arguments.epochs, batch=256, draws=4, optimizer="SGD", rate=0.05, options=TRAINING["options"],
     )  # fmt: skip
 
 
@@ -155,7 +155,8 @@ def sorted_table(results: dict[str, Any]) -> str:
             f" images alone ({found['start_cpu_seconds']} CPU-seconds, {found['original']:.1%}), then "
             f"{found['epochs']} epochs of all sizes together, with sorting and statistics {found['cpu_seconds']} "
             f"CPU-seconds. The largest then has {found['largest']:.1%} on {found['test']:,} test images; "
-            f"{found['n_enough']} of 160 sizes keep 96 % of that, the worst one {found['least']:.1%}."
+            f"{found['n_enough']} of 160 sizes keep 96 % of that, the worst one {found['least']:.1%}. "
+            "Those without branches are one network."
         )
     for name, title in (("minilm", "MiniLM, encoder-sorted"), ("smollm2", "SmolLM2-135M, llm-sorted")):
         if found := results.get(name):

@@ -53,6 +53,7 @@ PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/trellis.md",
     "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md",
+    "docs/passes/sortednet.md",
     "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md", "docs/mixed-precision.md",
     "docs/families.md", "docs/compressed-gradients.md",
 )  # fmt: skip

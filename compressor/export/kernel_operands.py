@@ -67,7 +67,7 @@ def kernel_zeros(parts: Parts, form: Form) -> ir.Value | None:
     if blocks == parts.groups and not form.shifted:
         values = tuple(range(2 ** zero_bits(parts.description["bits"], parts.zero_steps)))
         return _ored_planes(parts, values, form.bits, "zeros", blocks)
-    if blocks == parts.groups and form.bits == 4 and blocks % 2 == 0:
+    if blocks == parts.groups and form.bits == 4 and blocks % 2 == 0 and parts.even("zeros"):
         stored = parts.by_row("zeros", ir.DataType.UINT16, zero_bytes)
         return b.op("Gather", nibbles_in_pairs(b, _whole(parts).astype(np.uint8)), b.cast(stored, ir.DataType.INT32))
     zeros = unpacked(parts, "zeros", parts.groups)

@@ -30,7 +30,7 @@ def planes_in_pairs(
     b = parts.builder
     pairs = [plane.stored(n_codes) // 2 for _, plane in planes]
     made = [2 * table.shape[1] for table in tables]
-    even = all(plane.nbytes == 1 and plane.stored(n_codes) % 2 == 0 for _, plane in planes)
+    even = all(plane.nbytes == 1 and plane.stored(n_codes) % 2 == 0 and parts.even(part) for part, plane in planes)
     whole = {n * nbytes for n, nbytes in zip(pairs, made, strict=True)} == {needed}
     if not even or not whole or 2 * pairs[-1] * parts.n_rows < _WORTH_IT:
         return None

@@ -64,6 +64,11 @@ class Parts:
             else nbytes // rows * self.n_rows
         )
 
+    def even(self, part: str) -> bool:
+        """Whether a row of the part is a whole number of pairs of bytes in the file."""
+        before = self.before if part.startswith("codes") else 0
+        return self._tensors.place(self.name, part).nbytes // (self.stored_shape[0] + before) % 2 == 0
+
     def values(self, dtype: ir.DataType, *shape: int) -> ir.Value:
         """The values of what is stored as it is, in this shape."""
         return (
@@ -86,13 +91,14 @@ class Parts:
         start, stop = self.rows[0], self.rows[1] + before
         row_bytes = place.nbytes // (self.stored_shape[0] + before)
         some = Place(place.file, place.offset + start * row_bytes, (stop - start) * row_bytes)
-        wanted, behind = math.prod(shape) * _SIZES[dtype], math.prod(shape[1:]) * _SIZES[dtype]
-        if wanted == row_bytes or "stored" not in self.description:
+        wanted, behind = math.prod(shape), math.prod(shape[1:])
+        if wanted * _SIZES[dtype] == row_bytes or "stored" not in self.description:
             return self._view(part, some, dtype, (stop - start, *shape))
-        if row_bytes % behind:
-            raise AssertionError(f"{part_name(self.name, part)}: rows of {row_bytes} bytes do not begin with {shape}")
-        longer = self._view(part, some, dtype, (stop - start, row_bytes // behind, *shape[1:]))
-        return self.builder.once(("beginning", longer.name, shape), lambda: self.builder.slice(longer, shape[0], 1))
+        there = row_bytes // _SIZES[dtype]
+        cut, of = (wanted, there) if there % behind else (shape[0], there // behind)
+        longer = self._view(part, some, dtype, (stop - start, of, *(() if there % behind else shape[1:])))
+        shorter = self.builder.once(("beginning", longer.name, cut), lambda: self.builder.slice(longer, cut, 1))
+        return self.builder.reshape(shorter, stop - start, *shape) if there % behind and len(shape) > 1 else shorter
 
     def _view(self, part: str, place: Place, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
         full = part_name(self.name, part)

@@ -30,15 +30,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compressor.core.absent import KEPT, kept_children
 from compressor.core.batch import Batch, call
 from compressor.core.contract import StructurePass
-from compressor.core.errors import CheckpointError
+from compressor.core.errors import CheckpointError, RecipeError
 from compressor.core.groups import Branches, Group, Operator
 from compressor.core.nested import Size
 from compressor.core.structure import Outcome, Subject
 from compressor.ops.attribution import Composite, Observed, Rule, attribute, first_output, start_of
-from compressor.passes.parts.nest import Nest, beginning
+from compressor.passes.parts.nest import Nest, beginning, lay_over
 from compressor.passes.parts.units import unit_scores
 from compressor.passes.settings.sortednet import SortednetSettings
 
+_JUDGED = 128
+"""Examples on which the order of blocks is found: with n of them it takes n² / 2 forwards."""
 _ENOUGH = 0.9
 """Of what is asked for, that a rounded width has at least."""
 _SAME = 1e-5
@@ -115,7 +117,7 @@ def pooled_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance over the first axis of all batches as one, float64: (…) each."""
     pool = _Pool()
     for batch in batches:
-        pool.add(batch)
+        pool.add(batch.double(), (0,))
     return pool.mean, pool.variance
 
 
@@ -138,11 +140,12 @@ class _Pool:
     def __init__(self) -> None:
         self.n, self.mean, self.squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
-    def add(self, batch: Tensor) -> None:
-        values = batch.double()
-        n, mean = len(values), values.mean(0)
-        apart, total = mean - self.mean, self.n + n
-        self.squares = self.squares + (values - mean).square().sum(0) + apart.square() * (self.n * n / total)
+    def add(self, batch: Tensor, over: Sequence[int]) -> None:
+        """Adds what lies along the dimensions `over`."""
+        variance, mean = torch.var_mean(batch, list(over), correction=0)
+        n = math.prod(batch.shape[dim] for dim in over)
+        apart, total = mean.double() - self.mean, self.n + n
+        self.squares = self.squares + variance.double() * n + apart.square() * (self.n * n / total)
         self.mean, self.n = self.mean + apart * (n / total), total
 
     @property
@@ -166,8 +169,9 @@ class Sortednet(SortednetSettings, StructurePass):
         subject.advance(0.1, "sorted")
         sizes = sorted(
             (self._size(subject, groups, blocks, order, width, depth) for width, depth in self.pairs),
-            key=lambda size: (size.facts["parameters"], size.facts["blocks"]),
+            key=lambda size: (size.name == self.largest_name, size.facts["parameters"], size.facts["blocks"]),
         )
+        self._refuse_alike(sizes)
         whole, log = subject.module, []
         nest = self._nest(whole, sizes)
         if original is not None:
@@ -185,6 +189,24 @@ class Sortednet(SortednetSettings, StructurePass):
         }  # fmt: skip
         chosen = tuple(size for size in sizes if size.name in shipped and size.name != self.largest_name)
         return Outcome(whole.requires_grad_(False), report | ({"training": log} if log else {}), chosen)
+
+    def _refuse_alike(self, sizes: Sequence[Size]) -> None:
+        """Refuses shares of which two come to the same network, of widths at the full depth and of depths at the full
+        width; where all that has a width is left out, widths are alike and may be.
+
+        Raises:
+            RecipeError: They do, since what stays is a multiple.
+        """
+        known: dict[tuple[Any, ...], str] = {}
+        for size in (each for each in sizes if 1.0 in (each.facts["width"], each.facts["depth"])):
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in size.module.named_parameters())
+            key = (shapes, *sorted(size.renamed.items()))
+            if key in known:
+                raise RecipeError(
+                    f"sortednet: sizes {known[key]} and {size.name} are the same network, as its channels and neurons "
+                    f"stay in multiples of {self.multiple}; write other widths or depths, or a smaller multiple"
+                )
+            known[key] = size.name
 
     def _is_frozen(self, size: Size) -> bool:
         """Whether it stays the original."""
@@ -267,13 +289,16 @@ class Sortednet(SortednetSettings, StructurePass):
             return []
         n = len(branches.operators)
         least = min(_n_blocks(share, branches.operators) for share in self.depths)
+        batches = _first(subject.batches, _JUDGED)
         with torch.no_grad():
-            wanted = [first_output(subject.call(batch)) for batch in subject.batches]
+            wanted = [first_output(subject.call(batch)) for batch in batches]
         gone: list[int] = []
         while len(gone) < n - least:
             left = [block for block in range(n) if block not in gone]
             allowed = [b for b in left if branches.connected([branches.operators[each] for each in (*gone, b)])]
-            errors = {b: _apart(subject, [branches.operators[each] for each in (*gone, b)], wanted) for b in allowed}
+            errors = {
+                b: _apart(subject, batches, [branches.operators[each] for each in (*gone, b)], wanted) for b in allowed
+            }
             gone.append(min(errors, key=errors.__getitem__))
         return gone
 
@@ -281,7 +306,7 @@ class Sortednet(SortednetSettings, StructurePass):
         self, subject: Subject, groups: Sequence[Group], blocks: Sequence[Operator], order: Sequence[int],
         width: float, depth: float,
     ) -> Size:  # fmt: skip
-        """The network of one size alone, its tensors copies."""
+        """The network of one size alone, its parameters views of the whole's."""
         removal: dict[Group, Tensor] = {}
         for group in groups:
             heads = max(member.index.shape[1] for member in group.producers) > 1
@@ -295,11 +320,13 @@ class Sortednet(SortednetSettings, StructurePass):
         removal |= {block: torch.tensor([0]) for number, block in enumerate(blocks) if number not in stays}
         name = self.names[self.pairs.index((width, depth))]
         module = subject.surgeon.remove(copy.deepcopy(subject.module), removal)
+        renamed = _renamed(subject.module, module)
+        lay_over(module, subject.module, renamed)
         facts = {
             "width": width, "depth": depth, "blocks": n,
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
         }  # fmt: skip
-        return Size(name, module, _renamed(subject.module, module), facts)
+        return Size(name, module, renamed, facts)
 
     def _nest(self, whole: nn.Module, sizes: Sequence[Size]) -> Nest:
         n = len(sizes) - (self.largest == "frozen")
@@ -386,11 +413,13 @@ def _products(
 
 
 @torch.no_grad()
-def _apart(subject: Subject, gone: Sequence[Operator], wanted: Sequence[Tensor]) -> float:
+def _apart(
+    subject: Subject, batches: Sequence[Batch], gone: Sequence[Operator], wanted: Sequence[Tensor]
+) -> float:  # fmt: skip
     """How far the outputs are from the `wanted` without these blocks: the sum of squares, of classes of their logs."""
     total = 0.0
     with subject.surgeon.skipping(subject.module, gone):
-        for batch, target in zip(subject.batches, wanted, strict=True):
+        for batch, target in zip(batches, wanted, strict=True):
             output = first_output(subject.call(batch))
             if output.dim() == 2:
                 log_p, log_q = target.log_softmax(-1), output.log_softmax(-1)
@@ -398,6 +427,17 @@ def _apart(subject: Subject, gone: Sequence[Operator], wanted: Sequence[Tensor])
             else:
                 total += float((output - target).square().mean())
     return total
+
+
+def _first(batches: Sequence[Batch], n: int) -> list[Batch]:
+    """Batches that come to `n` examples, or the first one."""
+    found, counted = [], 0
+    for batch in batches:
+        if found and counted >= n:
+            break
+        found.append(batch)
+        counted += len(next(iter(batch.values())))
+    return found
 
 
 def _renamed(whole: nn.Module, smaller: nn.Module) -> dict[str, str]:
@@ -425,7 +465,7 @@ def _measure(module: nn.Module, batches: Sequence[Batch]) -> None:
     pools = [_Pool() for _ in norms]
 
     def added_to(pool: _Pool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: pool.add(inputs[0].movedim(1, -1).flatten(0, -2))
+        return lambda _, inputs: pool.add(inputs[0], [dim for dim in range(inputs[0].dim()) if dim != 1])
 
     pairs = zip(norms, pools, strict=True)
     handles = [norm.register_forward_pre_hook(added_to(pool)) for norm, pool in pairs]

@@ -239,10 +239,10 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
     for step in recipe.structure:
         settings = structure_settings(step)
         if settings.sizes:
-            n = len(settings.sizes)
+            names = ", ".join(settings.sizes[:4]) + ", …" * (len(settings.sizes) > 4)
             notes.append(
-                f"{step.name} makes {n} smaller networks in it, {', '.join(settings.sizes[:4])}{', …' * (n > 4)}: the "
-                "sizes above are of the largest; their graphs, norms and biases come on top"
+                f"{step.name} puts smaller networks into it, {len(settings.sizes)} of them ({names}): the sizes above "
+                "are of the largest; their graphs, norms and biases come on top"
             )
             continue
         what = f"removes {settings.removes:.0%} of the {settings.counts}"

@@ -161,8 +161,28 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
         binary.get("runs_as")) else []  # fmt: skip
-    parts: list[Any] = [*drawbacks(report), made, *quality_tables(report), *notes]
+    parts: list[Any] = [*drawbacks(report), made, *quality_tables(report), *sizes_tables(report), *notes]
     return [*parts, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
+
+
+def sizes_tables(report: dict[str, Any]) -> list[Any]:
+    """A row for each network that the artifact holds: what it takes beside the file of all, how good and fast it is."""
+    sizes: dict[str, dict[str, Any]] = report.get("sizes") or {}
+    measures = [
+        (label, section, key, short_duration if key.endswith("_seconds") else "{:.4g}".format)
+        for label, section, _, key in _MEASURES
+        if any((entry.get(section) or {}).get(key) is not None for entry in sizes.values())
+    ]
+    labels = ["parameters", "of its own", *(label for label, *_ in measures)]
+    found = table("--size", *labels, numbers=labels)
+    for name, entry in sizes.items():
+        stated = entry.get("bytes")
+        cells = [f"{entry['facts']['parameters']:,}", size(stated["graph"] + stated["own"]) if stated else ""]
+        for _, section, key, told in measures:
+            value = (entry.get(section) or {}).get(key)
+            cells.append("" if value is None else told(value))
+        found.add_row(name, *cells)
+    return [found] if sizes else []
 
 
 HARDLY = "agreement could hardly fail"

@@ -43,7 +43,7 @@ from compressor.run.identity import identity_of
 from compressor.run.place import WORK, Place, held
 from compressor.run.prepare import Prepared, prepare, refuse_tokens_of
 from compressor.run.report import report_of
-from compressor.run.sizes import Nested
+from compressor.run.sizes import ManySizes
 from compressor.run.workplace import delivered, open_work
 from compressor.run.write import binary_layers, write_graph, write_weights
 from compressor.runtime.torchrun import process_group, rank, wait
@@ -110,9 +110,9 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         encoded = encode(course, samples, target, work, progress, clock)
         checkpoint, recipe = course.checkpoint, course.recipe
         with clock.stage("export"), progress.task("exporting", 2) as task:
-            nested = Nested.of(checkpoint, course.sizes, recipe, course.reports)
-            nested.refuse_indivisible(encoded.tensors)
-            tensors = write_weights(checkpoint, encoded.tensors, encoded.plan, partial, nested.own)
+            many = ManySizes.of(checkpoint, course.sizes, recipe, course.reports)
+            many.refuse_indivisible(encoded.tensors)
+            tensors = write_weights(checkpoint, encoded.tensors, encoded.plan, partial, many.own)
             task.advance()
             least = write_graph(checkpoint, tensors, partial, options, recipe, encoded.batches)
             task.advance()
@@ -141,9 +141,9 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
                         partial, original, recipe.evaluation, encoded.batches, recipe.gates.promised_speed
                     )
                     task.advance()
-        if nested.sized:
+        if many.sized:
             with clock.stage("sizes"):
-                nested.write(
+                many.write(
                     original, tensors, partial, options, recipe, samples, encoded.batches, report, progress
                 )  # fmt: skip
         report.size = artifact_size(partial, original)

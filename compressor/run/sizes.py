@@ -33,7 +33,7 @@ _DETAILS = {"outputs", "worst"}
 
 
 @dataclass
-class Nested:
+class ManySizes:
     """The sizes of a run.
 
     sized    the smaller networks, smallest first
@@ -52,7 +52,7 @@ class Nested:
     @classmethod
     def of(
         cls, whole: Checkpoint, sized: Sequence[SizedCheckpoint], recipe: Recipe, reports: Sequence[Mapping[str, Any]]
-    ) -> Nested:  # fmt: skip
+    ) -> ManySizes:  # fmt: skip
         """All that is known of the sizes before anything is written."""
         if not sized:
             return cls(())

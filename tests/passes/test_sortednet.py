@@ -149,6 +149,11 @@ def test_branches_go_in_the_order_in_which_they_are_missed_least():
     assert not any(name.startswith("block.") for name, _ in size.module.named_parameters())
 
 
+def test_shares_that_come_to_one_network_are_refused():
+    with pytest.raises(RecipeError, match="sizes 25 and 30 are the same network.*multiples of 8"):
+        training_case.trained(Sortednet(widths=(0.25, 0.3, 1.0), epochs=0))
+
+
 def test_a_network_without_units_that_may_go_is_refused_by_name():
     chain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(90, 3)).eval()
     with pytest.raises(CheckpointError, match=r"finds no channels, heads or neurons.*write widths: \[1\]"):

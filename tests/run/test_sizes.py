@@ -25,7 +25,7 @@ from tests import pico
 
 RECIPE = """
 passes:
-  - {pass: sortednet, widths: [0.5, 1.0], depths: [0.0, 1.0], multiple: 16, epochs: 1, batch: 16, SHIP}
+  - {pass: sortednet, widths: [0.5, 1.0], depths: [0.5, 1.0], multiple: 16, epochs: 1, batch: 16, SHIP}
   - {pass: affine, method: rtn, bits: 8, group: row}
 calibration: {samples: 32}
 evaluation: {speed: false}
@@ -39,7 +39,7 @@ def folder(module_here):
     for name in ("training", "evaluation"):
         np.savez(module_here / f"{name}.npz", image=generator.standard_normal((32, 3, 12, 12)).astype(np.float32))
     pico.write_state_dict(pico.ResNet, module_here / "model.pt")
-    (module_here / "r.yaml").write_text(RECIPE.replace("SHIP", "ship: ['50x0', '50x100']"))
+    (module_here / "r.yaml").write_text(RECIPE.replace("SHIP", "ship: ['50x50']"))
     return module_here
 
 
@@ -61,7 +61,7 @@ def images() -> np.ndarray:
 def test_every_size_is_a_graph_over_one_file_and_computes_what_its_network_does(artifact):
     sizes = read_sizes(artifact.directory)
     assert sizes is not None
-    assert list(sizes.sizes) == ["50x0", "50x100", "100x100"]
+    assert list(sizes.sizes) == ["50x50", "100x100"]
     for name, entry in sizes.sizes.items():
         module = compressor.load(artifact.directory, arch=ARCH, size=name)
         with torch.no_grad():
@@ -85,23 +85,22 @@ def test_every_size_is_a_graph_over_one_file_and_computes_what_its_network_does(
 def test_the_bytes_of_all_sizes_are_stated_and_what_they_share_is_there_once(artifact):
     sizes = artifact.report["sizes"]
     files = artifact.report["size"]["files"]
-    for name in ("50x0", "50x100"):
-        stated = sizes[name]["bytes"]
-        assert stated["graph"] == files[f"model-{name}.onnx"]
-        assert 0 < stated["own"] < stated["alone"] < files["model.safetensors"]
+    stated = sizes["50x50"]["bytes"]
+    assert stated["graph"] == files["model-50x50.onnx"]
+    assert 0 < stated["own"] < stated["alone"] < files["model.safetensors"]
 
 
 def test_a_size_is_evaluated_and_verified_as_it_was_recorded(artifact):
-    recorded = artifact.report["sizes"]["50x100"]["quality"]
-    found = evaluate(artifact.directory, Given(arch=ARCH), "50x100")
+    recorded = artifact.report["sizes"]["50x50"]["quality"]
+    found = evaluate(artifact.directory, Given(arch=ARCH), "50x50")
     assert found["kl_divergence"] == pytest.approx(recorded["kl_divergence"])
     assert found["kl_divergence"] != artifact.report["quality"]["kl_divergence"]
-    checks = verify(artifact.directory, True, Given(arch=ARCH), "50x100")
+    checks = verify(artifact.directory, True, Given(arch=ARCH), "50x50")
     assert not failures(checks)
     assert next(check for check in checks if check.name == "quality").passed
 
 
-@pytest.mark.parametrize("size", ["50x0", "50x100", "100x100"])
+@pytest.mark.parametrize("size", ["50x50", "100x100"])
 def test_an_extracted_size_stands_alone_and_is_the_same_to_the_bit(artifact, size):
     out = Path(f"alone-{size}")
     extract(artifact.directory, size, out)
@@ -113,24 +112,24 @@ def test_an_extracted_size_stands_alone_and_is_the_same_to_the_bit(artifact, siz
 
 
 def test_what_is_no_size_is_refused_with_those_that_are(artifact):
-    with pytest.raises(UsageError, match="has no size '51x0'. Did you mean '50x0'"):
-        compressor.load(artifact.directory, arch=ARCH, size="51x0")
+    with pytest.raises(UsageError, match="has no size '51x50'. Did you mean '50x50'"):
+        compressor.load(artifact.directory, arch=ARCH, size="51x50")
     with pytest.raises(UsageError, match="holds an artifact already"):
-        extract(artifact.directory, "50x0", artifact.directory)
-    extract(artifact.directory, "50x100", Path("one"))
+        extract(artifact.directory, "50x50", artifact.directory)
+    extract(artifact.directory, "50x50", Path("one"))
     with pytest.raises(UsageError, match="holds one size only"):
-        evaluate("one", None, "50x0")
+        evaluate("one", None, "50x50")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda said: said["sizes"].__setitem__("../50", said["sizes"].pop("50x0")), "'../50' is no size"),
-        (lambda said: said["sizes"]["50x0"].__setitem__("graph", "x"), "Extra inputs"),
+        (lambda said: said["sizes"].__setitem__("../50", said["sizes"].pop("50x50")), "'../50' is no size"),
+        (lambda said: said["sizes"]["50x50"].__setitem__("graph", "x"), "Extra inputs"),
         (lambda said: said.__setitem__("largest", "7"), "it has no '7'"),
-        (lambda said: said["sizes"]["50x100"]["own"].append("nothing"), "holds no 'nothing@50x100'"),
+        (lambda said: said["sizes"]["50x50"]["own"].append("nothing"), "holds no 'nothing@50x50'"),
         (
-            lambda said: said["sizes"]["50x100"]["parts"].__setitem__("head.weight", ["head.weight", [99, 28]]),
+            lambda said: said["sizes"]["50x50"]["parts"].__setitem__("head.weight", ["head.weight", [99, 28]]),
             r"holds no 'head.weight' that begins with \(99, 28\)",
         ),
     ],
@@ -142,7 +141,7 @@ def test_a_record_that_does_not_fit_its_weights_is_refused(artifact, tmp_path, c
     change(said)
     (tmp_path / RECORD).write_text(json.dumps(said))
     with pytest.raises(CheckpointError, match=message):
-        compressor.load(tmp_path, arch=ARCH, size="50x100")
+        compressor.load(tmp_path, arch=ARCH, size="50x50")
 
 
 @pytest.mark.parametrize(
@@ -162,4 +161,4 @@ def test_what_sizes_cannot_go_through_is_refused_before_work_begins(sets, change
 
 def test_a_plan_says_that_there_will_be_sizes():
     notes = prepare(options(output=Path("planned"))).plan.notes
-    assert any("sortednet makes 2 smaller networks in it, 50x0, 50x100" in note for note in notes)
+    assert any("sortednet puts smaller networks into it, 1 of them (50x50)" in note for note in notes)

@@ -17,13 +17,20 @@ def beginning(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return tensor[tuple(slice(size) for size in shape)]
 
 
+def lay_over(part: nn.Module, whole: nn.Module, renamed: Mapping[str, str]) -> None:
+    """Makes every parameter of a network a view of the whole's; `renamed` are those that are called otherwise there."""
+    stored = dict(whole.named_parameters())
+    for name, parameter in part.named_parameters():
+        parameter.data = beginning(stored[renamed.get(name, name)].data, parameter.shape)
+
+
 class Nest(Nested):
     """Views of a network: their memory is its own.
 
     Args:
         whole: Whose tensors the others begin.
-        parts: The networks in it, smallest first; the last one is as large as `whole`. Their parameters become views of
-            its, and they keep their own only where `own` says so.
+        parts: The networks in it, smallest first; the last one is as large as `whole`. Their parameters are views of
+            its (`lay_over`), and become their own where `own` says so.
         renamed: Of each part, its tensors -> the whole's, where they are called otherwise.
         own: Whether a tensor of a part is its own.
         choose: The numbers of the parts that learn in a step.
@@ -48,12 +55,10 @@ class Nest(Nested):
         for number, part in enumerate(self._parts):
             kept, shared = [], {}
             for name, parameter in part.named_parameters():
-                stored = self._stored[renamed[number].get(name, name)]
                 if own(number, name, parameter):
                     parameter.data = parameter.data.clone()
                     kept.append(parameter)
                 else:
-                    parameter.data = beginning(stored.data, parameter.shape)
                     parameter.requires_grad_(not frozen)
                     shared[renamed[number].get(name, name)] = parameter
             self.own.extend(kept)
