@@ -81,7 +81,11 @@ class Encoding(ABC):
         return f"stored as {self.kind}, of which a part cannot be read alone"
 
     def beginning(self, rows: int, columns: int) -> Encoding:
-        """The encoding of its first rows and columns, where `indivisible` says nothing: the same codes."""
+        """The encoding of its first rows and columns: the same codes.
+
+        Raises:
+            NotImplementedError: They are none of their own; `indivisible` says why.
+        """
         raise NotImplementedError(self.indivisible(rows, columns))
 
     @property

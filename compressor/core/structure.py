@@ -68,7 +68,7 @@ class Surgeon(Protocol):
         ...
 
     def skipping(self, module: nn.Module, gone: Sequence[Operator]) -> AbstractContextManager[None]:
-        """Meanwhile `module` computes without these blocks or branches."""
+        """Meanwhile `module` computes without the blocks or branches that are `gone`."""
         ...
 
 

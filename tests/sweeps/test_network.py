@@ -10,6 +10,7 @@ from torch import nn
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError
 from compressor.graph.blocks import layers, unfold_inputs
+from compressor.ops.draws import draw
 from compressor.sweeps.moments import layer_stages, second_moments
 from compressor.sweeps.network import Network
 from compressor.sweeps.survey import LARGEST_IMPORTANCE, Survey, head_inputs, head_of, survey
@@ -176,7 +177,8 @@ def whole_gradients(directory, batches, seed: int):
     head_of(module).register_forward_pre_hook(lambda _, args: head_rows.append(args[0].detach().flatten(0, -2)))
     for batch in batches:
         logits = module(**batch).logits.flatten(0, -2)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+        chances = torch.rand(len(logits), 1, generator=generator)
+        labels = draw(logits.detach().softmax(-1), chances).flatten()
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     return of_layers, of_blocks, torch.cat(head_rows)
 
