@@ -343,6 +343,21 @@ def test_a_module_without_data_is_refused_before_work(folder):
     assert not Path("out.partial").exists()
 
 
+def test_kept_weights_that_round_to_zero_take_no_bytes(llama):
+    """At three bits around the middle many do: the file is smaller than the plan says, and no weight is lost."""
+    Path("recipe.yaml").write_text(
+        "passes: [{pass: gblm, sparsity: 0.25}, {pass: affine, method: rtn, bits: 3, zero: middle}]\n"
+        "calibration: {tokens: 256, window: 32, token_importance: false}\nevaluation: {tokens: 96, speed: false}\n"
+    )
+    artifact = run(options(llama, format="safetensors"))
+    tensors = EncodedTensors([artifact.directory / "model.safetensors"])
+    sparse = [name for name in tensors if tensors.describe(name)["kind"] == "sparse"]
+    assert sparse
+    for name in sparse:
+        kept = int((tensors[name].decode() != 0).sum())
+        assert 0 < kept < 0.75 * tensors[name].decode().numel()
+
+
 def test_free_codewords_go_to_safetensors_only(llama):
     free = ("jlcm.grid=free",)
     with pytest.raises(
