@@ -108,9 +108,9 @@ class Counter:
         import safetensors.torch
         import torch
 
-        import compressor.run.place as place
+        from compressor.core import files
 
-        place.exchange = self._counted("exchange", place.exchange)
+        files.exchange = self._counted("exchange", files.exchange)
         safetensors.torch.serialize_file = self._whole(safetensors.torch.serialize_file, 1)
         torch.save = self._whole(torch.save, 1)
 

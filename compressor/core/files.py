@@ -114,6 +114,22 @@ def sync_tree(folder: Path) -> None:
     sync(folder.parent)
 
 
+def put(finished: Path, target: Path, aside: Path) -> None:
+    """Gives a finished folder the name of another that may be there, in one step where the disk can.
+
+    What stood there is then called `finished`, or where it took two steps, `aside`.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        with contextlib.suppress(FileNotFoundError):
+            target.rmdir()
+        finished.rename(target)
+    elif not exchange(finished, target):
+        target.rename(aside)
+        sync(target.parent)
+        finished.rename(target)
+    sync(target.parent)
+
+
 def exchange(first: Path, second: Path) -> bool:
     """Gives two files or folders each the other's name, in one step; whether the system can."""
     swap = _exchanging()

@@ -33,7 +33,7 @@ from compressor.core.artifact import (
     text_of,
 )  # fmt: skip
 from compressor.core.errors import VerificationError
-from compressor.core.files import exchange, sync_tree, write_text
+from compressor.core.files import put, sync_tree, write_text
 from compressor.core.report import Report
 from compressor.core.sizes import GRAPH, RECORD, SizeEntry, chosen_size, graph_name
 from compressor.core.tensors import EncodedTensors, write_tensors
@@ -72,6 +72,7 @@ def extract(directory: Path, size: str, output: Path | None = None, force: bool 
     tensors = EncodedTensors([weights]) if largest else size_tensors(weights, size, entry)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".extracted-", dir=target.parent))
+    aside = scratch.with_name(f"{scratch.name}-replaced")
     try:
         write_tensors(scratch / WEIGHTS, tensors, tensors.tied)
         _write_graph(directory / graph_name(size, largest), tensors, scratch)
@@ -79,15 +80,10 @@ def extract(directory: Path, size: str, output: Path | None = None, force: bool 
         _compare(open_session(directory / graph_name(size, largest)), open_session(scratch), scratch)
         found = _describe(artifact, entry, size, scratch, target.name)
         sync_tree(scratch)
-        if target.exists() and any(target.iterdir()):
-            if not exchange(scratch, target):
-                shutil.rmtree(target)
-                scratch.rename(target)
-        else:
-            target.rmdir() if target.exists() else None
-            scratch.rename(target)
+        put(scratch, target, aside)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for left_over in (scratch, aside):
+            shutil.rmtree(left_over, ignore_errors=True)
     return {"directory": str(target), "size": size, "bytes": found, "left_out": left}
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from compressor.core.artifact import beside, failed_directory, is_artifact, refuse_target
 from compressor.core.errors import ChangedError, CheckpointError, DataError, ResourceError, UsageError
-from compressor.core.files import exchange, links_in, remove, sync, write_text
+from compressor.core.files import links_in, put, remove, sync, write_text
 from compressor.core.locking import LOCK, locked
 from compressor.core.snapshot import Snapshot
 
@@ -88,15 +88,7 @@ class Place:
         """
         finished = self.work / FINISHED
         self._refuse_changed_target(target)
-        if not target.exists() or not any(target.iterdir()):
-            with contextlib.suppress(FileNotFoundError):
-                target.rmdir()
-            finished.rename(target)
-        elif not exchange(finished, target):
-            target.rename(self._replaced(target))
-            sync(target.parent)
-            finished.rename(target)
-        sync(target.parent)
+        put(finished, target, self._replaced(target))
         sync(self.work)
 
     def put_away(self, failed: Path, target: Path) -> None:

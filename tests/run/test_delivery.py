@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import compressor.run.place
+import compressor.core.files
 from compressor.core.artifact import Artifact, damaged_files
 from compressor.core.errors import UsageError
 from compressor.core.options import RunOptions
@@ -70,7 +70,7 @@ def delivered(folder: Path, steps: int, monkeypatch) -> bool:
     with monkeypatch.context() as context:
         for owner, name in (
             (os, "rename"), (os, "replace"), (os, "unlink"), (os, "mkdir"), (os, "rmdir"), (os, "fsync"),
-            (compressor.run.place, "exchange"),
+            (compressor.core.files, "exchange"),
         ):  # fmt: skip
             context.setattr(owner, name, ending(getattr(owner, name)))
         try:
@@ -91,7 +91,7 @@ def test_an_end_at_any_step_leaves_an_artifact_whole_and_the_next_command_goes_o
 ):
     """Where a disk cannot exchange two names, the next command gives the artifact its name."""
     if not exchanges:
-        monkeypatch.setattr(compressor.run.place, "exchange", lambda first, second: False)
+        monkeypatch.setattr(compressor.core.files, "exchange", lambda first, second: False)
     outcomes = []
     for steps in range(200):
         folder = tmp_path / str(steps)
