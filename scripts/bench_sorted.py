@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_once import TRAINING, fashion
 from material import model_dir
-from measured import cached, markdown, read_results, write_results
+from measured import cached, markdown, read_results, write_picture, write_results
 from networks import resnet20
 
 from compressor.core.batch import Examples
@@ -194,7 +193,7 @@ def main() -> None:
         results = read_results("sorted") | {part: found}
         write_results("sorted", results)
         if part == "cnn":
-            (Path(__file__).parents[1] / "docs" / "measured" / "sorted.svg").write_text(picture(found))
+            write_picture("sorted", picture(found))
     print(sorted_table(json.loads(json.dumps(read_results("sorted")))))
 
 

@@ -23,7 +23,7 @@ import torch
 from bench_once import fashion
 from bench_vision import agreement, crops, logits
 from material import model_dir
-from measured import cached, markdown, read_results, write_results
+from measured import cached, markdown, read_results, write_picture, write_results
 from networks import resnet20
 
 from compressor.checkpoints import open_checkpoint
@@ -235,7 +235,7 @@ def main() -> None:
         results = read_results("structure") | {part: found}
         write_results("structure", results)
         if part == "curves":
-            (Path(__file__).parents[1] / "docs" / "measured" / "structure.svg").write_text(picture(found))
+            write_picture("structure", picture(found))
     print(structure_table(json.loads(json.dumps(read_results("structure")))))
 
 

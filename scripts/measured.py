@@ -34,6 +34,11 @@ def read_results(name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def write_picture(name: str, svg: str) -> None:
+    """docs/measured/`name`.svg."""
+    (MEASURED / f"{name}.svg").write_text(svg)
+
+
 def write_results(name: str, results: dict[str, Any]) -> None:
     """Writes it whole or not at all."""
     MEASURED.mkdir(parents=True, exist_ok=True)

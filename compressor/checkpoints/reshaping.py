@@ -19,6 +19,7 @@ from compressor.checkpoints.source import TensorInfo
 from compressor.core.absent import apply_cuts, cuts
 from compressor.core.errors import CheckpointError
 from compressor.core.reading import read_json
+from compressor.core.tensors import named_tensors
 
 SIGNED = (".input_threshold", ".input_size")
 
@@ -70,7 +71,7 @@ class Reshaping:
         sizes = {name: list(tensor.shape) for name, tensor in before.state_dict().items()}
         before = apply_cuts(before, lists, absent)
         gone = {name: sizes[name] for name in sizes.keys() - before.state_dict().keys()} if absent else {}
-        old, new = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (before, after))
+        old, new = (named_tensors(each) for each in (before, after))
         shapes = {
             name: [list(tensor.shape), list(new[name].shape)]
             for name, tensor in old.items()
@@ -146,7 +147,7 @@ class Reshaping:
         names: dict[int, list[str]] = {}
         for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
             names.setdefault(id(tensor), []).append(name)
-        tensors = dict([*module.named_parameters(), *module.named_buffers()])
+        tensors = named_tensors(module)
         for name, (old, new) in self.shapes.items():
             if name not in tensors or list(tensors[name].shape) != old:
                 found = tuple(tensors[name].shape) if name in tensors else "no such tensor"

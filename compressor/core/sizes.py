@@ -122,13 +122,20 @@ def chosen_size(directory: Path, size: str) -> tuple[Sizes, SizeEntry]:
     return found, found.sizes[size]
 
 
+def graph_file(directory: Path, size: str | None) -> str:
+    """The file of the graph of a size; of the largest where none is asked for.
+
+    Raises:
+        UsageError: The artifact has not that one.
+    """
+    return GRAPH if size is None else graph_name(size, size == chosen_size(directory, size)[0].largest)
+
+
 def graph_of(directory: Path, size: str | None) -> Path:
     """The graph of a size, or the folder itself where none is asked for, or the largest.
 
     Raises:
         UsageError: The artifact has not that one.
     """
-    if size is None:
-        return directory
-    found, _ = chosen_size(directory, size)
-    return directory if size == found.largest else directory / graph_name(size)
+    file = graph_file(directory, size)
+    return directory if file == GRAPH else directory / file

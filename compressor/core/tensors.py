@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.core.encoding import Dense, Encoding, Layout, describe, parts_under, restore
 from compressor.core.errors import CheckpointError
@@ -58,10 +58,8 @@ class EncodedTensor:
     def dense(cls, tensor: Tensor, dtype: torch.dtype = torch.float32) -> EncodedTensor:
         """Stores `tensor` as it is, in `dtype`."""
         layout = Layout(tuple(tensor.shape))
-        first = tensor.shape[0] if tensor.dim() else 1
-        matrix = tensor.detach().reshape(first, math.prod(tensor.shape[1:])).to(dtype)
-        rows, columns = matrix.shape
-        return cls(Dense((rows, columns), matrix), layout)
+        shape = matrix_of_shape(tensor.shape, False)
+        return cls(Dense(shape, tensor.detach().reshape(shape).to(dtype)), layout)
 
 
 def begins(shape: Sequence[int], whole: Sequence[int]) -> bool:
@@ -69,6 +67,11 @@ def begins(shape: Sequence[int], whole: Sequence[int]) -> bool:
     what lies behind them."""
     same = len(shape) == len(whole) and tuple(shape[2:]) == tuple(whole[2:])
     return same and all(n <= size for n, size in zip(shape, whole, strict=True))
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers by name; of those under several names the first."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def matrix_of_shape(shape: Sequence[int], transposed: bool) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from compressor.core.errors import (
 from compressor.core.log import LoggedProgress
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress, Task
-from compressor.core.sizes import GRAPH, graph_of
+from compressor.core.sizes import GRAPH, graph_file
 from compressor.core.tensors import EncodedTensors
 from compressor.data.arrays import Arrays
 from compressor.data.batches import evaluation_windows, sentence_batches
@@ -228,13 +228,13 @@ def evaluate(directory: Path | str, given: Given | None = None, size: str | None
     """
     artifact, given = Artifact.open(directory), given or Given()
     refuse_unreadable(given)
-    graph = graph_of(artifact.directory, size)
+    file = graph_file(artifact.directory, size)
     checkpoint, recipe = open_original(artifact, given), recipe_of(artifact)
     if given.tokens is not None:
         more = recipe.evaluation.model_copy(update={"tokens": given.tokens})
         recipe = recipe.model_copy(update={"evaluation": more})
     samples = samples_again(artifact, checkpoint, recipe, given)
-    return evaluate_on(artifact, checkpoint, samples, recipe, GRAPH if graph.is_dir() else graph.name)
+    return evaluate_on(artifact, checkpoint, samples, recipe, file)
 
 
 def evaluate_on(

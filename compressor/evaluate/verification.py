@@ -26,7 +26,7 @@ from compressor.core.artifact import (
 )  # fmt: skip
 from compressor.core.errors import CompressorError, DataError, ResourceError
 from compressor.core.packed import packed_tensors
-from compressor.core.sizes import GRAPH, chosen_size, graph_of
+from compressor.core.sizes import GRAPH, chosen_size, graph_file
 from compressor.evaluate.again import (
     Given,
     named_paths,
@@ -79,8 +79,7 @@ def verify(
     """
     artifact, given = Artifact.open(directory), given or Given()
     refuse_unreadable(given)
-    graph = graph_of(artifact.directory, size)
-    file = GRAPH if graph.is_dir() else graph.name
+    file = graph_file(artifact.directory, size)
     checks = [
         _hashes(artifact), _files(artifact), _figures(artifact), _provenance(artifact), _original(artifact, given),
         _opens(artifact, file),

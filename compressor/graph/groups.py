@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from compressor.core.groups import Group, Member
+from compressor.core.tensors import named_tensors
 from compressor.graph.labels import HIDDEN, Labels
 from compressor.graph.propagation import Propagation
 from compressor.graph.tracing import Example, trace
@@ -41,7 +42,7 @@ def find_groups(module: nn.Module, example_inputs: Example) -> list[Group]:
     _fix_packed_attention(module, run)
     root, reasons = run.labels.classes()
     classes: dict[int, list[_Entry]] = defaultdict(list)
-    order = {name: i for i, (name, _) in enumerate([*module.named_parameters(), *module.named_buffers()])}
+    order = {name: i for i, (name, _) in enumerate(named_tensors(module).items())}
     hidden = frozenset(label for label, reason in reasons.items() if reason == HIDDEN)
     for (name, dim), symbols in sorted(run.symbols.items(), key=lambda item: (order[item[0][0]], item[0][1])):
         reader = (name, dim) in run.statistics or (name, dim) in run.consumed

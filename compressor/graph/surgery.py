@@ -12,6 +12,7 @@ from compressor.core.absent import cut_list
 from compressor.core.errors import PassError
 from compressor.core.groups import Group, Member, Operator
 from compressor.core.structure import Removal
+from compressor.core.tensors import named_tensors
 from compressor.graph.attributes import follow
 from compressor.graph.operators import erase
 
@@ -19,7 +20,7 @@ from compressor.graph.operators import erase
 @torch.no_grad()
 def zero_units(module: nn.Module, group: Group, units: Tensor) -> None:
     """Sets the producers' entries of these units to zero, in place: they then add nothing to the network's output."""
-    tensors = _tensors(module)
+    tensors = named_tensors(module)
     for member in group.producers:
         tensors[member.tensor].index_fill_(member.dim, member.index[units].reshape(-1), 0)
 
@@ -27,7 +28,7 @@ def zero_units(module: nn.Module, group: Group, units: Tensor) -> None:
 @torch.no_grad()
 def sort_units(module: nn.Module, group: Group, order: Tensor) -> None:
     """Puts unit order[i] of a group in the place of its unit i, in every tensor, in place."""
-    tensors = _tensors(module)
+    tensors = named_tensors(module)
     for member in group.members:
         tensor = tensors[member.tensor].detach()
         moved = tensor.index_select(member.dim, member.index[order].reshape(-1))
@@ -42,7 +43,7 @@ def remove_units(module: nn.Module, removal: Removal) -> nn.Module:
     Raises:
         PassError: A group cannot lose units, or would lose all of them.
     """
-    tensors = _tensors(module)
+    tensors = named_tensors(module)
     kept = {key: _kept(tensors[key[0]].shape[key[1]], places) for key, places in dropped(removal).items()}
     smaller: dict[str, Tensor] = {}
     for (name, dim), places in sorted(kept.items()):
@@ -83,10 +84,6 @@ def shapes_without(module: nn.Module, removal: Removal) -> dict[str, list[int]]:
     return shapes
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
 def dropped(removal: Removal) -> dict[tuple[str, int], Tensor]:
     """(tensor, dimension) -> the positions that go, ascending; of tensors that stay."""
     found: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
@@ -110,5 +107,5 @@ def _kept(size: int, dropped: Tensor) -> Tensor:
 
 def entries(module: nn.Module, member: Member) -> Tensor:
     """The member's entries by unit: (units, entries of the unit), in the order of the tensor."""
-    tensor = _tensors(module)[member.tensor].movedim(member.dim, 0)
+    tensor = named_tensors(module)[member.tensor].movedim(member.dim, 0)
     return tensor[member.index].flatten(1)

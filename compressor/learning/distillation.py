@@ -87,10 +87,11 @@ def _streamed(student: Student, name: str, names: dict[int, str], dtype: torch.d
     """The forward of the block of that name with weights that are decoded in it, and again for its backward pass."""
     block = student.module.get_submodule(name)
     stored = {local: names[id(parameter)] for local, parameter in block.named_parameters()}
+    due = set(stored.values())
 
     def run(*args: Any, **kwargs: Any) -> Any:
         give_back()  # what the block before left behind: over all blocks it is several times what one needs
-        weights = student.weights(dtype, set(stored.values()))
+        weights = student.weights(dtype, due)
         own = {local: weights[each] for local, each in stored.items() if each in weights}
         streamed = block.__dict__.pop("forward")
         try:

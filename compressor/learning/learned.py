@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from compressor.core.errors import PassError
 from compressor.core.passes import Moves, Rates
 from compressor.ops.sums import mean
 
+Kind = TypeVar("Kind", bound=Encoding)
 _AT_ONCE = 1 << 18
 """Codes that look for a better codeword."""
 _ROWS = 4096
@@ -37,13 +39,12 @@ def learnable(
     Raises:
         PassError: Nothing learns of such an encoding, though its spec says so.
     """
-    read = again or (lambda: encoding)
     if isinstance(encoding, Codebook):
-        return LearnedCodebook(encoding, moves, keeps_zeros, read)
+        return LearnedCodebook(encoding, moves, keeps_zeros, again)
     if isinstance(encoding, Scaled):
-        return LearnedScales(encoding, read)
+        return LearnedScales(encoding, again)
     if isinstance(encoding, Refined):
-        return LearnedTable(encoding, read)
+        return LearnedTable(encoding, again)
     raise PassError(f"encoding '{encoding.kind}' has nothing that gradient steps learn; its spec must not say so")
 
 
@@ -81,6 +82,23 @@ def _to_scales(encoding: Scaled, upstream: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+class _Read(Learnable, Generic[Kind]):
+    """What learns of an encoding of one kind; with `again`, which reads it anew, it is not held."""
+
+    kind: type[Kind]
+
+    def __init__(self, encoding: Kind, again: Callable[[], Encoding] | None) -> None:
+        super().__init__()
+        self._read = again or (lambda: encoding)
+
+    @property
+    def encoding(self) -> Kind:
+        """As it was at the start."""
+        found = self._read()
+        assert isinstance(found, self.kind)
+        return found
+
+
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scales: Tensor, learned: LearnedScales, dtype: torch.dtype) -> Tensor:
@@ -92,20 +110,14 @@ class _Scale(torch.autograd.Function):
         return _to_scales(ctx.learned.encoding, upstream).sum_to_size(ctx.shape), None, None
 
 
-class LearnedScales(Learnable):
-    """The scales (rows, n_groups) of a matrix whose codes stay; `read` gives its encoding."""
+class LearnedScales(_Read[Scaled]):
+    """The scales (rows, n_groups) of a matrix whose codes stay."""
 
-    def __init__(self, encoding: Scaled, read: Callable[[], Encoding]) -> None:
-        super().__init__()
-        self._read = read
+    kind = Scaled
+
+    def __init__(self, encoding: Scaled, again: Callable[[], Encoding] | None = None) -> None:
+        super().__init__(encoding, again)
         self.scales = nn.Parameter(encoding.scales.decode())
-
-    @property
-    def encoding(self) -> Scaled:
-        """As it was at the start."""
-        found = self._read()
-        assert isinstance(found, Scaled)
-        return found
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return _Scale.apply(self.scales, self, dtype)  # pyright: ignore[reportReturnType]
@@ -139,19 +151,20 @@ class _Decode(torch.autograd.Function):
         return to_table, to_scales, None
 
 
-class LearnedCodebook(Learnable):
+class LearnedCodebook(_Read[Codebook]):
     """The scales, codewords and codes of a matrix.
 
     table (n_codebooks·2**width, dim) in steps of the int4 grid, scales (rows, n_groups), index (rows·vectors,) into the
     table. A rate of 0 in `moves` leaves the codes alone; so does `keeps_zeros`, for a pruned matrix, with which a zero
-    in a codeword stays one. `read` gives the encoding; of codes that move the index is held.
+    in a codeword stays one. Of codes that move the index is held.
     """
 
+    kind = Codebook
+
     def __init__(
-        self, encoding: Codebook, moves: Moves, keeps_zeros: bool = False, read: Callable[[], Encoding] | None = None
+        self, encoding: Codebook, moves: Moves, keeps_zeros: bool = False, again: Callable[[], Encoding] | None = None
     ) -> None:  # fmt: skip
-        super().__init__()
-        self._read = read or (lambda: encoding)
+        super().__init__(encoding, again)
         self._moves = Moves() if keeps_zeros or encoding.window is not None else moves
         self._index = encoding.index().flatten() if self._moves.rate else None
         self._n_codes = encoding.shape[0] * encoding.codes.shape[1]
@@ -164,13 +177,6 @@ class LearnedCodebook(Learnable):
         self.scales = nn.Parameter(encoding.scales.decode())
         self._gathered: Tensor | None = None
         self._n_moved = 0
-
-    @property
-    def encoding(self) -> Codebook:
-        """As it was at the start."""
-        found = self._read()
-        assert isinstance(found, Codebook)
-        return found
 
     @property
     def index(self) -> Tensor:
@@ -275,20 +281,14 @@ class _Refine(torch.autograd.Function):
         return _to_scales(encoding.inner, upstream), to_extra, None, None
 
 
-class LearnedTable(Learnable):
-    """A refined table, both of whose grids learn; `read` gives its encoding."""
+class LearnedTable(_Read[Refined]):
+    """A refined table, both of whose grids learn."""
 
-    def __init__(self, encoding: Refined, read: Callable[[], Encoding]) -> None:
-        super().__init__()
-        self._read = read
+    kind = Refined
+
+    def __init__(self, encoding: Refined, again: Callable[[], Encoding] | None = None) -> None:
+        super().__init__(encoding, again)
         self.inner, self.extra = (nn.Parameter(half.scales.decode()) for half in (encoding.inner, encoding.extra))
-
-    @property
-    def encoding(self) -> Refined:
-        """As it was at the start."""
-        found = self._read()
-        assert isinstance(found, Refined)
-        return found
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return _Refine.apply(self.inner, self.extra, self, dtype)  # pyright: ignore[reportReturnType]

@@ -34,6 +34,7 @@ from compressor.core.errors import CheckpointError, RecipeError
 from compressor.core.groups import Branches, Group, Operator
 from compressor.core.nested import Size
 from compressor.core.structure import Outcome, Subject
+from compressor.core.tensors import named_tensors
 from compressor.ops.attribution import Composite, Observed, Rule, attribute, first_output, start_of
 from compressor.passes.parts.nest import Nest, beginning, lay_over
 from compressor.passes.parts.units import unit_scores
@@ -216,7 +217,7 @@ class Sortednet(SortednetSettings, StructurePass):
         """What gets narrower: units that lie one after another in every tensor, and are no residual stream."""
         if not self.chooses_units:
             return []
-        tensors = _tensors(subject.module)
+        tensors = named_tensors(subject.module)
         places = {name: place for place, name in enumerate(tensors)}
         found = [
             group for group in subject.choosable() if _in_a_row(group, tensors) and not _is_stream(group, places)
@@ -279,7 +280,7 @@ class Sortednet(SortednetSettings, StructurePass):
                 f"{type(subject.module).__name__}: sortednet finds no blocks, nor branches that end in a sum, to leave "
                 "out; write depths: [1]"
             )
-        tensors = _tensors(subject.module)
+        tensors = named_tensors(subject.module)
         branches = Branches(_one_of_each_sum(branches, tensors), branches.feeds, branches.sums)
         return list(branches.operators), self._order(subject, branches)
 
@@ -358,10 +359,6 @@ def _one_of_each_sum(branches: Branches, tensors: Mapping[str, Tensor]) -> tuple
         if all(branches.connected([operator, other]) for other in kept):
             kept.append(operator)
     return tuple(operator for operator in branches.operators if operator in kept)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict([*module.named_parameters(), *module.named_buffers()])
 
 
 def _in_a_row(group: Group, tensors: dict[str, Tensor]) -> bool:

@@ -174,10 +174,13 @@ def _distillation(tensors: Sequence[PlannedTensor], config: dict[str, Any], widt
     resident = size * sum(tables) + (FLOAT + 3 * size) * max(tables, default=0)
     given = size * width * TOKENS_PER_BATCH * len(blocks)
     due = max((_decoded_block(block, size) for block in blocks.values()), default=0)
-    logits = (
-        5 * FLOAT * _POSITIONS * max((tensor.shape[0] for tensor in tensors if tensor.role == "embedding"), default=0)
-    )
+    logits = 5 * FLOAT * _POSITIONS * _vocabulary(tensors)
     return learned + resident + given + max(due, logits)
+
+
+def _vocabulary(tensors: Sequence[PlannedTensor]) -> int:
+    """Rows of the longest table."""
+    return max((tensor.shape[0] for tensor in tensors if tensor.role == "embedding"), default=0)
 
 
 def _decoded_block(layers: Sequence[PlannedTensor], size: int) -> float:
@@ -189,10 +192,9 @@ def _decoded_block(layers: Sequence[PlannedTensor], size: int) -> float:
 def _generation(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> float:
     """The keys and values of what the original writes at once, and the logits of a token; its weights are mapped."""
     at_once = documents_at_once(config, learning_window(recipe))
-    vocabulary = max((tensor.shape[0] for tensor in tensors if tensor.role == "embedding"), default=0)
     loaded = max((tensor.bytes_before for tensor in tensors), default=0)
     cache = _document_bytes(config, learning_window(recipe)) * at_once
-    return max(cache + 4 * FLOAT * at_once * vocabulary, 1.5 * loaded)
+    return max(cache + 4 * FLOAT * at_once * _vocabulary(tensors), 1.5 * loaded)
 
 
 def documents_at_once(config: dict[str, Any], length: int) -> int:

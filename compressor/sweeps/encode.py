@@ -18,7 +18,7 @@ from compressor.core.encoding import Affine, Dense, Layout, Refined
 from compressor.core.log import LOGGER
 from compressor.core.passes import WeightSettings
 from compressor.core.spec import RefinedSpec
-from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.core.tensors import EncodedTensor, EncodedTensors, named_tensors, write_tensors
 from compressor.core.work import Work
 from compressor.graph.blocks import layers, layout_of, recurrent, unfolds, weight_of
 from compressor.learning.reconstruction import reconstruct
@@ -268,7 +268,7 @@ def _by_values(chain: Chain, name: str, parameter: nn.Parameter, work: Work) -> 
 def _compute_with(network: Network, block: nn.Module, prefix: str, tensors: EncodedTensors) -> None:
     """Puts the decoded weights into the loaded block: what is evaluated is what is shipped."""
     dotted = f"{prefix}." if prefix else ""
-    held = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    held = named_tensors(block)
     for name in tensors:
         tensor = held.get(name.removeprefix(dotted))
         if tensor is not None and tensor.is_floating_point():

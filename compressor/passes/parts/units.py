@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.groups import Group
+from compressor.core.tensors import named_tensors
 
 
 class Units:
@@ -21,7 +22,7 @@ class Units:
     def __init__(self, module: nn.Module, groups: Sequence[Group]) -> None:
         self.groups = list(groups)
         self.tensors: dict[str, Tensor] = {}
-        found = dict([*module.named_parameters(), *module.named_buffers()])
+        found = named_tensors(module)
         for group in groups:
             for member in group.producers:
                 self.tensors[member.tensor] = found[member.tensor].detach()
