@@ -21,7 +21,7 @@ from compressor.ops.uniform import Grid
 from compressor.ops.widths import zero_steps
 from compressor.passes.settings.affine import AffineSettings
 
-_VALUES = 8192 * 576
+_VALUES = 2048 * 576
 """Encoded at a time: tables have many rows, and every step holds several copies of them."""
 
 
@@ -56,14 +56,17 @@ class Affine(AffineSettings, WeightPass):
         grid = Grid(self.bits, group, self.zero, self.scale_bits, self._refine if self.method == "hqq" else None)
         at_once = max(1, _VALUES // columns)
         masks = [None] * -(-n_rows // at_once) if known.kept is None else known.kept.split(at_once)
-        found = []
-        for rows, kept in zip(matrix.split(at_once), masks, strict=True):
+        n_groups = -(-columns // group)
+        codes = torch.empty(n_rows, columns + padding, dtype=torch.uint8)  # whole at once: pieces that stay keep what
+        scale, zero = torch.empty(n_rows, n_groups), torch.empty(n_rows, n_groups)  # is freed between them
+        top = torch.empty(n_rows, 1, dtype=torch.float16)
+        for begin, rows, kept in zip(range(0, n_rows, at_once), matrix.split(at_once), masks, strict=True):
             fitted = grid.fit(rows, kept, factor)
             if factor is not None and hessian is not None and self.sweeps:
                 pull = functional.pad(rows.float(), (0, padding)) @ hessian
                 fitted = descend(fitted, hessian, pull, self.sweeps, _padded(kept, padding), self.scale_bits)
-            found.append((fitted.codes, fitted.scale, fitted.zero, fitted.top))  # without `due`, as large as the weight
-        codes, scale, zero, top = (torch.cat(parts) for parts in zip(*found, strict=True))
+            for whole, part in ((codes, fitted.codes), (scale, fitted.scale), (zero, fitted.zero), (top, fitted.top)):
+                whole[begin : begin + at_once] = part
         steps = zero_steps(self.zero, self.bits)
         point: float | Tensor = float(zero[0, 0]) if self.zero in ZEROS else zero if steps > 1 else zero.int()
         stored = Scales.of(scale)

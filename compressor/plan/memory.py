@@ -26,7 +26,7 @@ FLOAT = 4
 _FORMS, _BATCHES, _OBSERVED = 8.0, 3.5, 3.0
 """Of a network on arrays: copies of its weights, the graph's own, the module's, the decoded, onnxruntime's; arrays of a
 batch's largest layer; values that are seen at once where ranges are taken. Measured on six networks."""
-_CHUNK, _COPIES = 8192 * 576, 9
+_CHUNK, _COPIES = 2048 * 576, 36
 """Values of a table that are encoded at a time, and arrays of that many floats meanwhile."""
 _POSITIONS = 128
 """Whose logits are held at a time, in four arrays."""
