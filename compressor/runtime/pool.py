@@ -152,8 +152,7 @@ class Processes:
         with self._lock:
             worker = self._running.pop(number, None)
         if worker is not None:
-            worker.kill()
-            worker.communicate()
+            _end(worker)
 
 
 def _asked(worker: subprocess.Popen, job: str) -> dict[str, Any] | None:
@@ -165,12 +164,17 @@ def _asked(worker: subprocess.Popen, job: str) -> dict[str, Any] | None:
         worker.stdin.flush()
         return json.loads(worker.stdout.readline())
     except (OSError, json.JSONDecodeError):  # before its answer, or in the middle of it
-        worker.kill()
+        _end(worker)
         return None
 
 
+def _end(worker: subprocess.Popen) -> None:
+    worker.kill()
+    worker.communicate()
+
+
 def _end_of(worker: subprocess.Popen, log: Path) -> str:
-    status = worker.wait()
+    status = worker.returncode
     how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
     said = last_line(log)
     return f"was ended {how}" + (f": {said}" if said else "")
