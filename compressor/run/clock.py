@@ -18,7 +18,7 @@ from compressor.core.report import Stage
 
 @dataclass
 class Clock:
-    """`stages` has for each its wall seconds, the CPU seconds of this process and of others that it has started and that
+    """`stages` has for each its wall seconds, the CPU seconds of this process and of others that it started, where they
     have ended, and this process's largest resident memory until its end."""
 
     stages: dict[str, Stage] = field(default_factory=dict)
