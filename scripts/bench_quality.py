@@ -36,7 +36,7 @@ from compressor.evaluate.session import DecoderSession
 
 MODEL = "smollm2"
 TITLES = {"moby": "Moby Dick", "sotu": "State of the Union"}
-UNTIMED = ("export", "evaluation")
+UNTIMED = ("export", "evaluation", "benchmark")
 STEP_RECIPE = """
 name: steps
 passes: [{pass: jlcm, width: 10, dim: 4, group: 64, scale_bits: 8}]

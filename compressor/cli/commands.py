@@ -134,6 +134,11 @@ def run(
                              "the original's.")] = None,
     standard: Annotated[bool, typer.Option("--standard", help="Standard ONNX operators only.")] = False,
     compat: Annotated[bool, typer.Option("--compat", help="A graph that older onnxruntimes run fast.")] = False,
+    engine: Annotated[EngineName, typer.Option(help="Where blocks are encoded side by side, with --set "
+                      "calibration.inputs=original: processes here, or tasks on a Ray cluster.")] = EngineName.local,
+    workers: Annotated[int | None, typer.Option(min=1, show_default="1 here, else the cluster's cores", help="How many "
+                       "of them at a time.")] = None,
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; `local` starts one.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
@@ -167,6 +172,7 @@ def run(
         target_flops=None if target_flops is None else parse_share(target_flops, "--target-flops"),
         max_loss=None if max_loss is None else parse_share(max_loss, "--max-loss"),
         max_ram=None if max_ram is None else parse_size(max_ram, "--max-ram"),
+        engine=engine.value, workers=workers, address=address,
     )  # fmt: skip
     _refuse_misspelt_command(model)
     if not recipe:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Format = Literal["onnx", "safetensors"]
 Mode = Literal["default", "standard", "compat"]
+Engine = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class RunOptions:
     target_flops  share of a forward's multiplications that the recipe's structure pass leaves
     max_loss      a gate on the loss of quality; without target_size also what widths are allocated for
     max_ram       bytes of memory; a plan that needs more is refused
+    engine    where blocks are encoded side by side: local processes, or tasks on the Ray cluster at `address`
+    workers   how many of them at a time; None: 1 of local processes, which is this one, and of a cluster its cores
     resume    go on with the blocks of an interrupted run
     force     replace an artifact that is already there
     trust_recipe  let a recipe that is not shipped lead out of the process, as to a Ray cluster
@@ -58,6 +61,9 @@ class RunOptions:
     target_flops: float | None = None
     max_loss: float | None = None
     max_ram: int | None = None
+    engine: Engine = "local"
+    workers: int | None = None
+    address: str = "auto"
     resume: bool = False
     force: bool = False
     trust_recipe: bool = False
@@ -71,6 +77,11 @@ class RunOptions:
     def allocates(self) -> bool:
         """Whether widths are allocated per tensor."""
         return self.target_size is not None or self.max_loss is not None
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether blocks are encoded in processes beside this one."""
+        return self.engine == "ray" or (self.workers or 1) > 1
 
     @property
     def directory(self) -> Path:

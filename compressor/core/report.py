@@ -60,7 +60,7 @@ class Data(_Section):
 
 
 class Stage(_Section):
-    """What a stage of the run took; memory is the process's peak until its end."""
+    """What a stage of the run took; CPU time of all its processes, memory the first one's peak until its end."""
 
     cpu_seconds: Number
     seconds: Number

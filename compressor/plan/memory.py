@@ -39,9 +39,10 @@ _MATRICES = 5
 
 
 def peak_memory(
-    tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe, load: Workload | None = None
+    tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe, load: Workload | None = None,
+    workers: int = 0,
 ) -> int:  # fmt: skip
-    """The largest of the stages' peaks, about."""
+    """The largest of the stages' peaks, about; of all processes, where `workers` encode blocks beside this one."""
     if load is not None and load.layers and not config:
         return _of_arrays(tensors, recipe, load)
     stages = [_tables(tensors), _outside(tensors, config, recipe), _largest_block(tensors, config, recipe)]
@@ -50,12 +51,31 @@ def peak_memory(
     kept = 4 if recipe.learns_blocks else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
     kept += 2 * recipe.corrects_drift  # the original's
     peak = max(stages) + kept * states
+    if workers:
+        peak = max(peak, _beside(tensors, config) + kept * states + workers * of_a_worker(tensors, config, recipe))
     if any(block_of(tensor.name, config) for tensor in tensors):
         if recipe.distill.steps:
             peak = max(peak, _distillation(tensors, config, width, recipe))
         if recipe.writes_text:
             peak = max(peak, _generation(tensors, config, recipe))
     return BASE + int(peak)
+
+
+def of_a_worker(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> int:
+    """Of a process that encodes blocks on the original's inputs, one after the other."""
+    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    calibration = recipe.calibration.model_copy(update={"token_importance": False})
+    encoding = recipe.model_copy(update={"calibration": calibration})  # no backward pass
+    return BASE + int(_largest_block(tensors, config, encoding) + 2 * FLOAT * width * recipe.calibration.tokens)
+
+
+def _beside(tensors: Sequence[PlannedTensor], config: dict[str, Any]) -> float:
+    """The block that the original is run forwards through meanwhile."""
+    blocks: dict[str, int] = {}
+    for tensor in tensors:
+        block = block_of(tensor.name, config)
+        blocks[block] = blocks.get(block, 0) + _count([tensor])
+    return FLOAT * max((n for name, n in blocks.items() if name), default=0)
 
 
 def _of_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload) -> int:
@@ -72,20 +92,22 @@ def _of_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload)
 
 
 def refuse_beyond(
-    limit: int, plan: Plan, config: dict[str, Any], recipe: Recipe, load: Workload | None = None
+    limit: int, plan: Plan, config: dict[str, Any], recipe: Recipe, load: Workload | None = None, workers: int = 0
 ) -> None:  # fmt: skip
     """Raises ResourceError where the plan's peak memory exceeds `limit` bytes, and says what would stay within it."""
     if plan.peak_memory <= limit:
         return
     tried: list[str] = []
     least = plan.peak_memory
-    for section, key, value in (
+    if workers and (alone := peak_memory(plan.tensors, config, recipe, load)) < least:
+        tried, least, workers = ["--workers 1"], alone, 0
+    for section, key, value in () if least <= limit else (
         ("distill", "steps", 0), ("calibration", "tokens", max(TOKENS_PER_BATCH, recipe.calibration.tokens // 4)),
         ("calibration", "generated", 0.0), ("calibration", "token_importance", False),
     ):  # fmt: skip
         changed = getattr(recipe, section).model_copy(update={key: value})
         candidate = recipe.model_copy(update={section: changed})
-        found = peak_memory(plan.tensors, config, candidate, load)
+        found = peak_memory(plan.tensors, config, candidate, load, workers)
         if found < least:
             tried.append(f"--set {section}.{key}={str(value).lower()}")
             recipe, least = candidate, found

@@ -28,12 +28,16 @@ FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 CONFIG_BYTES = 4096
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smaller: bool = False) -> Plan:
-    """What `recipe` will do with `checkpoint`; `smaller` is one that its structure passes are done with.
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smaller: bool = False, workers: int = 0
+) -> Plan:
+    """What `recipe` will do with `checkpoint`; `smaller` is one that its structure passes are done with, `workers` are
+    processes beside that encode blocks.
 
     Raises:
-        RecipeError: A pattern selects nothing, or no tensor would be encoded.
+        RecipeError: A pattern selects nothing, settings exclude one another, or no tensor would be encoded.
     """
+    _refuse_original_inputs(recipe)
     _refuse_idle_patterns(checkpoint, recipe)
     if checkpoint.kind == "onnx":
         _refuse_gradients(checkpoint, recipe)
@@ -60,17 +64,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, format: str = "onnx", smal
         tied=dict(checkpoint.tied),
         files=_files(checkpoint, tensors, format, recipe.export.activations == "static_int8"),
         needs=tuple(sorted(recipe.required)),
-        peak_memory=peak_memory(tensors, config, recipe),
+        peak_memory=peak_memory(tensors, config, recipe, workers=workers),
         cpu_seconds=cpu_seconds(tensors, recipe),
         notes=_notes(has_blocks) + (() if smaller else _structure_notes(recipe, tensors)),
     )
 
 
-def planned_with(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, load: Workload) -> Plan:
+def planned_with(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, load: Workload, workers: int = 0) -> Plan:
     """The plan, once it is known what the data ask of the network: memory and time are of that."""
     return replace(
         plan,
-        peak_memory=peak_memory(plan.tensors, checkpoint.config or {}, recipe, load),
+        peak_memory=peak_memory(plan.tensors, checkpoint.config or {}, recipe, load, workers),
         cpu_seconds=cpu_seconds(plan.tensors, recipe, load),
     )
 
@@ -137,6 +141,24 @@ def _refuse_gradients(checkpoint: Checkpoint, recipe: Recipe) -> None:
         advice = f"leave that out with --set {section}=0, or {advice}"
     if why:
         raise RecipeError(f"{recipe.name}: {why}, and {checkpoint.path} is an ONNX graph, run forwards only; {advice}")
+
+
+def _refuse_original_inputs(recipe: Recipe) -> None:
+    """Refuses what needs the compressed blocks before one where it is given what the original's give."""
+    if recipe.calibration.inputs == "prefix":
+        return
+    why, advice = "", ""
+    if recipe.calibration.drift:
+        why = "calibration.drift makes up for how far what the compressed blocks give is from that"
+        advice = "calibration.drift: 0"
+    elif recipe.learns_blocks is not None:
+        why = f"steps of {recipe.learns_blocks.name} on blocks learn on what the compressed ones before give"
+        advice = "no such steps"
+    if why:
+        raise RecipeError(
+            f"{recipe.name}: calibration.inputs: original gives each block what the original's give, and {why}; write "
+            f"{advice}, or calibration.inputs: prefix"
+        )
 
 
 def _refuse_two_norms(tensors: tuple[PlannedTensor, ...], recipe: Recipe) -> None:

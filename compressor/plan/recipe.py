@@ -67,6 +67,8 @@ class Calibration(_Section):
     token_importance: weigh each token by the loss's gradient at each layer; one backward pass.
     generated: share of the text that the original itself writes; decoders only.
     correct_means: set biases and the means of batch norms so that each layer's mean output is the original's again.
+    inputs: what a block's layers are encoded on: prefix, what the compressed blocks before it give; original, what the
+        original's give, so that blocks do not wait for one another and may be encoded side by side.
     drift: share of the step that makes up for how far a layer's inputs have moved from the original's; 0 is none.
     drift_damping: added to the diagonal of the inputs' second moment in that step, relative to its mean.
     """
@@ -74,6 +76,7 @@ class Calibration(_Section):
     token_importance: bool = True
     generated: Share = 0.0
     correct_means: bool = False
+    inputs: Literal["prefix", "original"] = "prefix"
     drift: Share = 0.0
     drift_damping: Rate = 0.05
     tokens: Positive = 16384

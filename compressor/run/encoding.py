@@ -5,6 +5,7 @@ which an interrupted run goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.checkpoints import Checkpoint
+from compressor.checkpoints.again import Opening
 from compressor.checkpoints.sized import SizedCheckpoint
 from compressor.core.batch import Batch, Examples
 from compressor.core.errors import UsageError
@@ -32,15 +34,18 @@ from compressor.data.batches import (
 from compressor.data.samples import Samples
 from compressor.export.planned import PlannedTensors
 from compressor.export.writing import is_traced, traced
+from compressor.plan.memory import of_a_worker
 from compressor.plan.plan import Plan, PlannedTensor
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe import Recipe, learning_window
 from compressor.run.clock import Clock
 from compressor.run.prepare import Prepared, ladder_of
-from compressor.structure.stage import Reference, decided, restructure, sizes_of
+from compressor.structure.stage import Reference, decided, restructure, sizes_of, written_in
 from compressor.sweeps.distill import learn
 from compressor.sweeps.encode import encode_network
 from compressor.sweeps.network import Network
+from compressor.sweeps.side_by_side import FOLDER as SIDE_BY_SIDE
+from compressor.sweeps.side_by_side import Workers
 from compressor.sweeps.survey import Survey, survey
 from compressor.sweeps.written_text import generated_tokens, n_batches
 from compressor.widths.allocate import Target, allocate, refuse_unreachable, summary
@@ -55,6 +60,7 @@ class Course:
     sizes     the smaller networks in it, where that stage made some
     ladder    the widths to allocate from; None where none are
     traced    whether torch has to trace the network for its graph
+    workers   processes that encode its blocks; None where this one does
     """
 
     checkpoint: Checkpoint
@@ -63,6 +69,7 @@ class Course:
     ladder: Ladder | None
     reports: list[dict[str, Any]]
     traced: bool
+    workers: Workers | None
     sizes: tuple[SizedCheckpoint, ...] = ()
 
 
@@ -82,7 +89,8 @@ class Encoded:
 def restructured(start: Prepared, work: Work, progress: Progress, clock: Clock) -> Course:
     """The structure stage, where the recipe has one. Under torchrun every process calls it."""
     if not start.recipe.early:
-        return Course(start.checkpoint, start.recipe, start.plan, start.ladder, [], _is_traced(start.checkpoint, start))
+        there, workers = start.checkpoint, _workers(start, work, start.plan)
+        return Course(there, start.recipe, start.plan, start.ladder, [], _is_traced(there, start), workers)
     with clock.stage("structure"):
         reference = _reference(start.samples, start.recipe, work)
         checkpoint, reports = restructure(start.checkpoint, start.recipe, reference, work, progress)
@@ -90,7 +98,19 @@ def restructured(start: Prepared, work: Work, progress: Progress, clock: Clock) 
     plan = make_plan(checkpoint, recipe, start.options.format, smaller=True)
     ladder = ladder_of(plan, recipe, start.options)
     sizes = tuple(sizes_of(start.checkpoint, start.recipe, work))
-    return Course(checkpoint, recipe, plan, ladder, reports, _is_traced(checkpoint, start), sizes)
+    workers = _workers(start, work, plan)
+    return Course(checkpoint, recipe, plan, ladder, reports, _is_traced(checkpoint, start), workers, sizes)
+
+
+def _workers(start: Prepared, work: Work, plan: Plan) -> Workers | None:
+    """The processes that are asked for to encode blocks."""
+    options, checkpoint = start.asked, start.checkpoint
+    if not options.side_by_side:
+        return None
+    written = written_in(work, len(start.recipe.early) - 1).absolute() if start.recipe.early else None
+    opening = Opening(checkpoint.path.absolute(), options.arch, options.trust_pickle, written)
+    memory = of_a_worker(plan.tensors, checkpoint.config or {}, start.recipe)
+    return Workers(opening, work.folder / SIDE_BY_SIDE, options.engine, options.workers, options.address, memory)
 
 
 def _is_traced(checkpoint: Checkpoint, start: Prepared) -> bool:
@@ -130,9 +150,10 @@ def encode(
     with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
         task.advance(0, note="tables")
         network = Network(checkpoint)
-        tensors, files = encode_network(
-            network, batches, recipe, plan, found, work, lambda note: task.advance(note=note)
-        )
+        with course.workers or contextlib.nullcontext() as workers:
+            tensors, files = encode_network(
+                network, batches, recipe, plan, found, work, lambda note: task.advance(note=note), workers
+            )
     del network
     if recipe.distill.steps:
         with clock.stage("learning"):

@@ -18,12 +18,13 @@ from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import refuse_target
 from compressor.core.errors import CheckpointError, DataError, RecipeError, UsageError
 from compressor.core.options import RunOptions, refuse_seed
+from compressor.core.roles import block_of
 from compressor.core.training import Training, alone, unlabelled
 from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
 from compressor.export.in_use import memory_in_use
 from compressor.export.measured import TRACED, TRACED_WITH_CACHE
-from compressor.plan.memory import refuse_beyond
+from compressor.plan.memory import of_a_worker, refuse_beyond
 from compressor.plan.plan import Plan
 from compressor.plan.planning import is_depthwise, make_plan, planned_with
 from compressor.plan.recipe import MEASURED_TEXT, SHORTEST_WINDOW, Recipe
@@ -126,10 +127,11 @@ def prepare(asked: RunOptions) -> Prepared:
     checkpoint.check()
     options, recipe = aimed(asked, loaded, checkpoint)
     recipe, notes = within_positions(recipe, checkpoint)
-    plan = make_plan(checkpoint, recipe, options.format)
+    plan = make_plan(checkpoint, recipe, options.format, workers=processes_of(options))
     plan = replace(plan, notes=(*plan.notes, *notes, *checkpoint.notes))
+    plan = _with_workers(plan, options, recipe, checkpoint)
     if options.max_ram is not None:
-        refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe)
+        refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe, workers=processes_of(options))
     refuse_unwritable(plan, options, recipe)
     if recipe.export.activations == "static_int8" and options.format == "onnx":
         plan = _on_int8(plan, checkpoint)
@@ -142,6 +144,39 @@ def prepare(asked: RunOptions) -> Prepared:
     return _with_memory(_tried(_with_load(found)))
 
 
+def processes_of(options: RunOptions) -> int:
+    """How many processes of this machine encode blocks beside the run's own."""
+    return options.workers or 0 if options.engine == "local" and options.side_by_side else 0
+
+
+def _with_workers(plan: Plan, options: RunOptions, recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    """The plan with a note of what each of the processes takes that encode blocks, where there are some.
+
+    Raises:
+        UsageError: Blocks cannot be encoded side by side.
+    """
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers: is {options.workers}; give 1 or more")
+    if not options.side_by_side:
+        return plan
+    asked, config = "--engine ray" if options.engine == "ray" else f"--workers {options.workers}", checkpoint.config
+    if recipe.calibration.inputs == "prefix":
+        raise UsageError(
+            f"{asked}: with calibration.inputs: prefix a block waits for the compressed ones before it; write --set "
+            "calibration.inputs=original, or leave it out"
+        )
+    if not any(block_of(tensor.name, config or {}) for tensor in plan.tensors):
+        raise UsageError(
+            f"{asked}: {checkpoint.path} has no repeated block, of which several could be encoded at a time; leave it "
+            "out"
+        )
+    each = f"about {of_a_worker(plan.tensors, config or {}, recipe) / 1e9:.1f} GB"
+    what = (
+        f"each Ray task takes {each}" if options.engine == "ray" else f"each of {options.workers} workers takes {each}"
+    )
+    return replace(plan, notes=(*plan.notes, f"blocks are encoded side by side; {what}"))
+
+
 def _with_load(found: Prepared) -> Prepared:
     """With a plan of the memory and the time that the data ask for, where they were tried on the network.
 
@@ -151,9 +186,10 @@ def _with_load(found: Prepared) -> Prepared:
     load = found.load
     if load is None:
         return found
-    plan = planned_with(found.plan, found.checkpoint, found.recipe, load)
+    workers = processes_of(found.options)
+    plan = planned_with(found.plan, found.checkpoint, found.recipe, load, workers)
     if found.options.max_ram is not None:
-        refuse_beyond(found.options.max_ram, plan, found.checkpoint.config or {}, found.recipe, load)
+        refuse_beyond(found.options.max_ram, plan, found.checkpoint.config or {}, found.recipe, load, workers)
     return found.planned(plan)
 
 

@@ -155,7 +155,7 @@ def restructure(
     """
     found, reports = checkpoint, []
     for number, step in enumerate(recipe.early):
-        folder = work.folder / f"structure-{number}"
+        folder = written_in(work, number)
         due = not folder.exists() and (rank() == 0 or _trains(step.settings))
         wait()  # until all have looked
         if due:
@@ -183,7 +183,12 @@ def restructure(
 
 def sizes_of(checkpoint: Checkpoint, recipe: Recipe, work: Work) -> list[SizedCheckpoint]:
     """The networks within what `restructure` made of a checkpoint, smallest first; the last pass alone makes some."""
-    return open_sizes(checkpoint, work.folder / f"structure-{len(recipe.early) - 1}" / SIZES)
+    return open_sizes(checkpoint, written_in(work, len(recipe.early) - 1) / SIZES)
+
+
+def written_in(work: Work, number: int) -> Path:
+    """The folder of the network that such a pass, by its number, has made."""
+    return work.folder / f"structure-{number}"
 
 
 def decided(recipe: Recipe, reports: list[dict[str, Any]]) -> Recipe:

@@ -90,6 +90,11 @@ class Choice:
     recipe: Recipe
     plan: Plan
 
+    @property
+    def on_prefix(self) -> bool:
+        """Whether a block is given what the compressed ones before it make, and not what the original's do."""
+        return self.recipe.calibration.inputs == "prefix"
+
     def of(self, name: str, module: nn.Module) -> Chain | None:
         """The passes, or None where the tensor stays dense."""
         return None if layout_of(module) is None else self.of_matrix(name)

@@ -1,13 +1,15 @@
-"""The encoding sweep: every block once, in order, with inputs from the compressed prefix, and its parts to disk.
+"""The encoding sweep: every block once, with inputs from the compressed prefix or from the original, its parts to disk.
 
 What is finished lies as one safetensors file per block in the run's working folder, so that an interrupted run goes on
-at the first block without one, and gives the same bytes.
+with the blocks that have none, and gives the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from compressor.sweeps.backward import head_of
 from compressor.sweeps.chain import Chain, Choice, Learners
 from compressor.sweeps.drift import Beside, Drift, blocks_beside
 from compressor.sweeps.gradients import load_gradients
-from compressor.sweeps.means import correct_means, layer_means
+from compressor.sweeps.means import Means, correct_means, layer_means
 from compressor.sweeps.moments import groups_of, layer_stages, moments_of
 from compressor.sweeps.network import Arguments, Network, hidden_of, n_examples
 from compressor.sweeps.prefix import Settled
@@ -43,15 +45,22 @@ _UNREACHED = "no token of the calibration data reaches %s: rounded as if every i
 @torch.no_grad()
 def encode_network(
     network: Network, batches: list[Batch], recipe: Recipe, plan: Plan, survey: Survey, work: Work,
-    advance: Callable[[str], None],
+    advance: Callable[[str], None], elsewhere: Elsewhere | None = None,
 ) -> tuple[EncodedTensors, list[Path]]:  # fmt: skip
-    """Encodes all tensors of a network; returns them, read lazily from the working folder, and the files."""
+    """Encodes all tensors of a network; returns them, read lazily from the working folder, and the files.
+
+    Args:
+        elsewhere: Other processes, where blocks that are encoded on the original's inputs go to them.
+    """
     files = []
     choice = Choice(recipe, plan)
     if network.outside:
         files.append(_outside(network, choice, survey, token_counts(batches), work))
         advance("tables")
     shares = allocated_shares(network, plan, work.folder)
+    if not choice.on_prefix:
+        files += _encode_apart(network, batches, Apart(choice, shares, survey, work), advance, elsewhere)
+        return EncodedTensors(files, _ties(network)), files
     learning = recipe.learns_blocks if has_blocks(network) else None
     targets = None if learning is None else _original_outputs(network, batches)
     beside = blocks_beside(network, batches) if recipe.corrects_drift and has_blocks(network) else None
@@ -68,16 +77,83 @@ def encode_network(
                     network, block, name, tensors, reached, wanted, survey, learning, plan.pruned, work, learners
                 )
             if means:
-                moved = correct_means(block, reached, means)
-                named = {_stored_name(network, name, part): tensor for part, tensor in moved.items()}
-                tensors |= {each: choice.dense(each, tensor) for each, tensor in named.items()}
+                tensors |= _with_means(network, block, name, reached, means, choice)
             write_tensors(file, tensors)
-        _compute_with(network, block, name, EncodedTensors([file]))
+        _compute_with(block, name, EncodedTensors([file]))
         files.append(file)
         advance(name)
         if name == "":
             break
     return EncodedTensors(files, _ties(network)), files
+
+
+@dataclass(frozen=True)
+class Apart:
+    """All that a block's encoding depends on besides the original: not on any other block's."""
+
+    choice: Choice
+    shares: Mapping[str, float]
+    survey: Survey
+    work: Work
+
+    def encode(self, network: Network, name: str, block: nn.Module, reached: list[Arguments]) -> None:
+        """Writes the tensors of a block, which computes as before afterwards."""
+        before = {each: tensor.data for each, tensor in named_tensors(block).items()}
+        choice, work = self.choice, self.work
+        means = layer_means(block, reached) if choice.recipe.calibration.correct_means else {}
+        tensors = _encode_block(network, block, name, reached, choice, self.shares, self.survey, work, {}, None)
+        if means:
+            _compute_with(block, name, tensors)
+            tensors |= _with_means(network, block, name, reached, means, choice)
+            for each, tensor in named_tensors(block).items():
+                tensor.data = before[each]
+        write_tensors(work.file(name), tensors)
+
+
+class Elsewhere(Protocol):
+    """Processes that encode blocks."""
+
+    def put(self, apart: Apart, network: Network, name: str, reached: list[Arguments]) -> Iterator[str]:
+        """Has a block encoded; yields the names of others that are done by now."""
+        ...
+
+    def rest(self) -> Iterator[str]:
+        """The names of those that were not done yet."""
+        ...
+
+
+def _encode_apart(
+    network: Network, batches: list[Batch], apart: Apart, advance: Callable[[str], None], elsewhere: Elsewhere | None
+) -> list[Path]:
+    """Encodes each block on the original's inputs, which goes forwards once, as far as a block is missing."""
+    left: list[str] | None = None
+    for name, block, reached in network.sweep(batches):
+        if left is None:  # only now is it known what the blocks are
+            left = [each for each in network.blocks if not apart.work.file(each).exists()]
+            for each in (each for each in network.blocks if each not in left):
+                advance(each)
+        if name in left:
+            left.remove(name)
+            if elsewhere is None or not name:
+                apart.encode(network, name, block, reached)
+                advance(name)
+            else:
+                for done in elsewhere.put(apart, network, name, reached):
+                    advance(done)
+        if not left:
+            break
+    for done in elsewhere.rest() if elsewhere is not None else ():
+        advance(done)
+    return [apart.work.file(name) for name in network.blocks]
+
+
+def _with_means(
+    network: Network, block: nn.Module, prefix: str, reached: list[Arguments], means: Means, choice: Choice
+) -> dict[str, EncodedTensor]:
+    """What gives an encoded block's layers the means that they had."""
+    moved = correct_means(block, reached, means)
+    named = {_stored_name(network, prefix, part): tensor for part, tensor in moved.items()}
+    return {name: choice.dense(name, tensor) for name, tensor in named.items()}
 
 
 def _stored_name(network: Network, block: str, part: str) -> str:
@@ -137,7 +213,8 @@ def token_counts(batches: list[Batch]) -> Tensor:
 
 
 def _outside(network: Network, choice: Choice, survey: Survey, counts: Tensor, work: Work) -> Path:
-    """Encodes what lies in no block: embeddings, head, norms; the network computes with the result from here on."""
+    """Encodes what lies in no block: embeddings, head, norms; the network computes with the result from here on, where
+    blocks are given what the compressed ones before them make."""
     file = work.file("outside")
     ties = _ties(network)
     canonical = dict.fromkeys(ties.get(name, name) for name in network.outside)
@@ -148,7 +225,7 @@ def _outside(network: Network, choice: Choice, survey: Survey, counts: Tensor, w
                 tensors[name] = encode_outside(network, name, choice, survey, counts, work)
         write_tensors(file, tensors)
     stored = EncodedTensors([file])
-    for name in stored:
+    for name in stored if choice.on_prefix else ():
         tensor = stored[name]
         if not isinstance(tensor.encoding, Dense) or tensor.encoding.values.dtype == torch.float16:
             network.replace(name, lambda name=name: stored[name].decode())
@@ -197,7 +274,8 @@ def _encode_block(
     network: Network, block: nn.Module, prefix: str, reached: list[Arguments], choice: Choice,
     shares: Mapping[str, float], survey: Survey, work: Work, learners: Learners, original: Beside | None,
 ) -> dict[str, EncodedTensor]:  # fmt: skip
-    """The tensors of one block; its weights are replaced as they are encoded, so that later layers make up for it."""
+    """The tensors of one block. On the compressed prefix its weights are replaced as they are encoded, so that later
+    layers make up for it."""
     dotted = f"{prefix}." if prefix else ""
     found = layers(block, dotted)
     chains = {name: chain for name, module in found.items() if (chain := choice.of(name, module)) is not None}
@@ -226,7 +304,8 @@ def _encode_block(
                 known = Statistics(moment, gradients.get(name), n_sequences, n_rows // n_sequences, shares.get(name))
                 tensors[name] = chains[name].of_layer(name, found[name], known, work.generator(name), learners)
                 weight = weight_of(found[name])
-                weight.data = tensors[name].decode()
+                if choice.on_prefix:
+                    weight.data = tensors[name].decode()
                 settled.done(weight)
     for name, chain in chains.items():
         if name not in tensors:
@@ -248,14 +327,16 @@ def _correct(drift: Drift, name: str, module: nn.Module, moment: Tensor, n_rows:
 
 
 def encode_recurrent(module: nn.Module, prefix: str, choice: Choice, work: Work) -> dict[str, EncodedTensor]:
-    """The matrices of recurrent networks, by their values alone, which are replaced: what follows makes up for it."""
+    """The matrices of recurrent networks, by their values alone; on the compressed prefix they are replaced, and what
+    follows makes up for it."""
     tensors: dict[str, EncodedTensor] = {}
     for name, parameter in recurrent(module, prefix).items():
         chain = choice.of_matrix(name)
         if chain is None:
             continue
         tensors[name] = _by_values(chain, name, parameter, work)
-        parameter.data = tensors[name].decode()
+        if choice.on_prefix:
+            parameter.data = tensors[name].decode()
     return tensors
 
 
@@ -265,7 +346,7 @@ def _by_values(chain: Chain, name: str, parameter: nn.Parameter, work: Work) -> 
     return EncodedTensor(encoding, Layout(tuple(parameter.shape)))
 
 
-def _compute_with(network: Network, block: nn.Module, prefix: str, tensors: EncodedTensors) -> None:
+def _compute_with(block: nn.Module, prefix: str, tensors: Mapping[str, EncodedTensor]) -> None:
     """Puts the decoded weights into the loaded block: what is evaluated is what is shipped."""
     dotted = f"{prefix}." if prefix else ""
     held = named_tensors(block)
