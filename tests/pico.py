@@ -117,6 +117,14 @@ def openai_gpt(directory: Path) -> Path:
     return saved(config, transformers.OpenAIGPTLMHeadModel, directory)
 
 
+def mamba(directory: Path) -> Path:
+    """A decoder that keeps states, and no keys and values."""
+    config = transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, bos_token_id=0, eos_token_id=1
+    )
+    return saved(config, transformers.MambaForCausalLM, directory)
+
+
 def bert(directory: Path) -> Path:
     """An encoder with a masked-language head, whose table and bias are tied."""
     config = transformers.BertConfig(

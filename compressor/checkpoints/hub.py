@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import os
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.checkpoints.card import FILE
 from compressor.checkpoints.tokenizer import PATTERNS
-from compressor.core.errors import CheckpointError
+from compressor.core.artifact import file_digest
+from compressor.core.errors import CheckpointError, is_out_of_memory
 from compressor.core.log import LOGGER
 from compressor.core.model_names import SUFFIXES, hub_name
 
@@ -26,13 +28,15 @@ _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def local(model: str | os.PathLike[str]) -> Path:
     """The folder of a model that is named as on a hub, fetched if need be; any other path as it is.
 
     Raises:
-        CheckpointError: The hub has no such model, or none as safetensors, or cannot be reached.
+        CheckpointError: The hub has no such model, or none as safetensors, or cannot be reached, or what comes is
+            something else than it says.
     """
     return Path(model) if hub_name(model) is None else _fetched(str(model))
 
@@ -50,19 +54,47 @@ def _fetched(model: str) -> Path:
     name, _, revision = model.partition("@")
     revision = revision or None
     endpoint = os.environ.get("HF_ENDPOINT") or None
-    api = HfApi(endpoint=endpoint)
+    api, began = HfApi(endpoint=endpoint), time.time()
     try:
         patterns = _wanted(api, name, revision)
         LOGGER.info("%s: fetching it from %s", model, api.endpoint)
-        return Path(snapshot_download(name, revision=revision, endpoint=endpoint, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, endpoint=endpoint, allow_patterns=patterns))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         what = "no such revision" if isinstance(error, errors.RevisionNotFoundError) else "no such model"
         raise CheckpointError(
             f"{model}: no such path, and {what} on {api.endpoint}, or one that needs a token (HF_TOKEN); give a "
             "Hugging Face directory, a file of weights, or org/name[@revision]"
         ) from error
-    except (OSError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+    except CheckpointError:
+        raise
+    except Exception as error:  # what answers there need not be a hub; anything may come out of it
+        if is_out_of_memory(error):
+            raise
         return _cached(model, name, revision, error)
+    _refuse_damaged(model, folder, began)
+    return folder
+
+
+def _refuse_damaged(model: str, folder: Path, began: float) -> None:
+    """Refuses, and removes, what was fetched since and is not what the hub says: in its cache, weights are called by
+    their SHA-256.
+
+    Raises:
+        CheckpointError: A file has another one.
+    """
+    damaged: list[str] = []
+    for file in sorted(folder.iterdir()):
+        stored = file.resolve()
+        if not _DIGEST.fullmatch(stored.name) or stored.stat().st_mtime < began - 1:
+            continue
+        if file_digest(stored) != stored.name:
+            stored.unlink()
+            file.unlink(missing_ok=True)
+            damaged.append(file.name)
+    if damaged:
+        raise CheckpointError(
+            f"{model}: {', '.join(damaged)} came with another SHA-256 than the hub says; fetch it again"
+        )
 
 
 def _cached(model: str, name: str, revision: str | None, error: Exception) -> Path:
@@ -72,7 +104,9 @@ def _cached(model: str, name: str, revision: str | None, error: Exception) -> Pa
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[_WEIGHTS]))
     except (errors.LocalEntryNotFoundError, OSError):
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        known = isinstance(error, (OSError, errors.HTTPError))  # pyright: ignore[reportPrivateImportUsage]
+        said = str(error) if known else f"no answer of a hub: {type(error).__name__}: {error}"
+        first = (said.splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{model}: no such path, and the hub cannot be reached for it ({first[:120]}); where there is a network, "
             f"write `hf download {name}`, and give the folder that it names"
@@ -81,7 +115,10 @@ def _cached(model: str, name: str, revision: str | None, error: Exception) -> Pa
 
 def _wanted(api: HfApi, name: str, revision: str | None) -> list[str]:
     """Which files of a revision are fetched."""
-    files = {each.rfilename for each in api.model_info(name, revision=revision).siblings or ()}
+    info = api.model_info(name, revision=revision)
+    if not _COMMIT.fullmatch(info.sha or ""):
+        raise CheckpointError(f"{name}: {api.endpoint} names no commit of it, and is no hub; found {info.sha!r}")
+    files = {each.rfilename for each in info.siblings or ()}
     weights = [_WEIGHTS] if _WEIGHTS in files else [_INDEX, _SHARDS] if _INDEX in files else []
     if not weights:
         others = ", ".join(sorted(file for file in files if Path(file).suffix in SUFFIXES)[:4]) or "none"

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from compressor.core.errors import CheckpointError
 from compressor.ops.packing import pack, pack_plane, unpack, unpack_plane
 from compressor.ops.states import states_of
 from compressor.ops.widths import n_groups, plane_widths, zero_bits
@@ -142,7 +143,13 @@ class Scales:
 
         Raises:
             ValueError: A scale of 8 bits is negative.
+            CheckpointError: A scale is beyond float16, as of weights beyond half a million.
         """
+        if bool((scales.abs() > torch.finfo(torch.float16).max).any()):
+            raise CheckpointError(
+                f"its weights are too large to be encoded; they take a scale of {float(scales.abs().max()):.3g}, "
+                "beyond float16, in which scales are stored; leave it as it is, with `select` of others"
+            )
         if bits == 16:
             return cls(scales.half())
         if bool((scales < 0).any()):

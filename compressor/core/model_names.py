@@ -8,7 +8,9 @@ from pathlib import Path
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".th", ".safetensors", ".gguf", ".pt2", ".onnx")
 """How files of weights end."""
-_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/([A-Za-z0-9][\w.-]{0,95})(@[\w./-]{1,200})?", re.ASCII)
+_WORD = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
+_ON_HUB = re.compile(rf"(?![^@]*(?:--|\.\.|\.git(?:@|$))){_WORD}/({_WORD})(@[\w-][\w.-]*(?:/[\w-][\w.-]*)*)?", re.ASCII)
+"""As the hub has names; no part of a revision, which becomes a path in its cache, begins with a dot."""
 
 
 def hub_name(model: str | os.PathLike[str]) -> str | None:

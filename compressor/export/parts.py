@@ -155,9 +155,9 @@ class Parts:
 
     def scales(self) -> ir.Value:
         """The scales as stored, decoded to float32 (rows, groups)."""
-        if self.scale_shape == (1, 1):
-            return self.builder.cast(self.whole("scales", ir.DataType.FLOAT16, 1, 1), ir.DataType.FLOAT)
         if not self.has("row_scales"):
+            if self.scale_shape == (1, 1):
+                return self.builder.cast(self.whole("scales", ir.DataType.FLOAT16, 1, 1), ir.DataType.FLOAT)
             return self.builder.cast(self.by_row("scales", ir.DataType.FLOAT16, self.groups), ir.DataType.FLOAT)
         shares = self.builder.cast(self.by_row("scales", ir.DataType.UINT8, self.groups), ir.DataType.FLOAT)
         row = self.builder.cast(self.by_row("row_scales", ir.DataType.FLOAT16, 1), ir.DataType.FLOAT)

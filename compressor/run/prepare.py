@@ -454,16 +454,22 @@ def refuse_tokens_of(found: Prepared, tokenizer: Path) -> None:
 
 
 def _refuse_speechless(checkpoint: Checkpoint) -> None:
-    """Refuses a network that writes no text, or of which nothing says what its text begins with."""
+    """Refuses a network that writes no text, or reads all of it again for each token, or of which nothing says what its
+    text begins with."""
     from compressor.data.start_token import start_token
 
     files = checkpoint.tokenizer_files
     if files or checkpoint.family != "decoder":
         start_token(checkpoint, files[0].parent if files else checkpoint.path)
-        return
-    with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
-        checkpoint.write_tokenizer(Path(scratch))
-        start_token(checkpoint, Path(scratch))
+    else:
+        with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
+            checkpoint.write_tokenizer(Path(scratch))
+            start_token(checkpoint, Path(scratch))
+    config = checkpoint.config or {}
+    if config.get("model_type") not in TRACED_WITH_CACHE and decoder_refusal(config) is not None:
+        from compressor.sweeps.written_text import refuse_forgetful
+
+        refuse_forgetful(checkpoint)
 
 
 def _refuse_unlabelled(found: Prepared) -> None:

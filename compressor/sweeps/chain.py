@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressor.core.contract import Learnable, PruningPass, Statistics, WeightPass
 from compressor.core.encoding import Encoding, Layout
-from compressor.core.errors import PassError
+from compressor.core.errors import CheckpointError, PassError
 from compressor.core.passes import Need
 from compressor.core.spec import DenseSpec, Spec
 from compressor.core.tensors import EncodedTensor
@@ -48,18 +48,20 @@ class Chain:
 
         Raises:
             PassError: It does not rebuild the matrix, or what was dropped is there again.
+            CheckpointError: Its weights are too large for the encoding.
         """
         if "data" in self.needs:
             known = replace(known, hessian=known.moment(matrix.shape[1]))
         if self.prune is not None:
             matrix, kept = self.prune.prune(matrix, known)
             known = replace(known, kept=kept)
-        learner = None if learners is None else self.encode.learnable(matrix, known)
+        try:
+            learner = None if learners is None else self.encode.learnable(matrix, known)
+            encoding = self.encode.encode(matrix, known, generator) if learner is None else learner.result()
+        except CheckpointError as error:
+            raise CheckpointError(f"'{name}': {error}") from error
         if learners is not None and learner is not None:
             learners[name] = learner
-            encoding = learner.result()
-        else:
-            encoding = self.encode.encode(matrix, known, generator)
         self._check(name, matrix, encoding, known)
         return encoding
 

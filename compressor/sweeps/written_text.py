@@ -18,19 +18,57 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from compressor.checkpoints.skeleton import parameter_names
+from compressor.core.errors import CheckpointError, first_line, is_out_of_memory
 from compressor.core.files import whole
 from compressor.core.memory import give_back
 from compressor.data.start_token import start_token
+from compressor.export.causal import plain
 from compressor.ops.draws import draw
 from compressor.plan.memory import documents_at_once
 from compressor.plan.recipe import WINDOWS_AT_ONCE
 
 _GIVEN_BACK = 16
 """Tokens after which what the growing keys and values have left behind goes back to the system."""
+
+
+def refuse_forgetful(checkpoint: Any) -> None:
+    """Refuses a decoder that does not go on from what it has kept, found out without its weights.
+
+    Raises:
+        CheckpointError: Its text would be read again for each token.
+    """
+    network, past = plain(checkpoint.build()), None
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
+        for _ in range(2):
+            try:
+                past = _read(network, torch.zeros(2, 1, dtype=torch.int64), past)[1]
+            except (DataDependentOutputException, GuardOnDataDependentSymNode):
+                return  # what it does depends on values
+            except Exception as error:  # somebody else's forward; anything may come out of it
+                if is_out_of_memory(error):
+                    raise
+                raise _forgetful(checkpoint, first_line(error)) from error
+            if past is None:
+                raise _forgetful(checkpoint, "it gives no past_key_values back")
+
+
+def _forgetful(checkpoint: Any, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.path}: {checkpoint.architecture} cannot write text a token at a time ({why}); write --set "
+        "calibration.generated=0 and --set distill.generated=0"
+    )
+
+
+def _read(module: nn.Module, tokens: Tensor, past: Any) -> tuple[Tensor, Any]:
+    """The logits after the last of the tokens, and what was kept."""
+    output = module(tokens, past_key_values=past, use_cache=True)
+    return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
 
 
 def generated_tokens(
@@ -87,11 +125,10 @@ def _drawn(module: nn.Module, first: int, chances: Tensor) -> Tensor:
         if not number % _GIVEN_BACK:
             give_back()
         with SingleQueries():
-            output = module(token, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        token = draw(output.logits[:, -1].float().softmax(-1), chance.unsqueeze(1))
+            logits, past = _read(module, token, past)
+        token = draw(logits.softmax(-1), chance.unsqueeze(1))
         drawn.append(token)
-        del output
+        del logits
     return torch.cat(drawn, 1)
 
 

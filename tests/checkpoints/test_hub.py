@@ -26,7 +26,9 @@ class Hub:
 
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
-        asked = self.asked
+        self.described: bytes | None = None
+        self.damaged = False
+        asked, hub = self.asked, self
 
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self) -> None:
@@ -36,6 +38,8 @@ class Hub:
                 path = self.path.partition("?")[0]
                 asked.append(path)
                 files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+                if path.startswith("/api/") and hub.described is not None:
+                    return self.answer(200, hub.described, {"Content-Type": "application/json"})
                 if path.startswith("/api/models/pico/llama-0.1B"):
                     if path.rpartition("/")[2] == "none":
                         return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
@@ -48,7 +52,7 @@ class Hub:
                 if path.startswith(prefix) and path.removeprefix(prefix) in files:
                     content = (folder / path.removeprefix(prefix)).read_bytes()
                     headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(content).hexdigest()}"'}
-                    return self.answer(200, content, headers)
+                    return self.answer(200, bytes(len(content)) if hub.damaged else content, headers)
                 return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
             def entry(self, name: str) -> dict[str, object]:
@@ -135,9 +139,30 @@ def test_a_model_without_safetensors_is_refused_with_what_it_has(served, tmp_pat
 
 
 @pytest.mark.parametrize(
+    "described", [b"<html>log in</html>", b"null", b"[1, 2]", b"{}", b'{"id": "pico/llama-0.1B", "sha": "../../x"}']
+)
+def test_what_answers_otherwise_than_a_hub_is_refused(served, described):
+    served.described = described
+    with pytest.raises(CheckpointError, match=r"no answer of a hub|is no hub"):
+        open_checkpoint("pico/llama-0.1B")
+
+
+def test_weights_that_are_not_what_the_hub_says_are_refused_and_fetched_again(served, tmp_path):
+    served.damaged = True
+    with pytest.raises(
+        CheckpointError, match="model.safetensors.* came with another SHA-256 than the hub says; fetch it again"
+    ):
+        open_checkpoint("pico/llama-0.1B")
+    served.damaged = False
+    assert open_checkpoint("pico/llama-0.1B").digest() == open_checkpoint(tmp_path / "model").digest()
+
+
+@pytest.mark.parametrize(
     ("model", "name"),
     [
         ("org/SmolLM2-1.7B", "SmolLM2-1.7B"), ("org/net@v1.0", "net"), ("models/net.safetensors", None),
+        ("org/net@refs/pr/1", "net"), ("org/net@../../x", None), ("org/net@a/../b", None), ("org/net@a//b", None),
+        ("org/net@/a", None), ("org/net.", None), ("org--a/net", None), ("org/a..b", None), ("org/net.git", None),
         ("net", None), ("./org/net", None), ("a/b/c", None), ("/org/net", None), ("there/net", None),
     ],
 )  # fmt: skip

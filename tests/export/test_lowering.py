@@ -212,6 +212,18 @@ def test_constant_folds_to_the_decoded_tensor(tmp_path, name):
     assert optimised_operators(tmp_path) in ([], ["Identity"])
 
 
+@pytest.mark.parametrize("n_rows", [1, 2])
+@pytest.mark.parametrize("operator", ["matmul", "constant"])
+def test_scales_of_a_byte_stay_shares_of_their_row_where_there_is_a_single_one(tmp_path, n_rows, operator):
+    whole = affine(4, COLUMNS, scale_bits=8)
+    encoding = replace(whole, shape=(n_rows, COLUMNS), codes=whole.codes[:n_rows],
+                       scales=Scales.of(whole.scales.decode()[:n_rows], 8))  # fmt: skip
+    session, tensor = graph_of(tmp_path, encoding, operator, "default")
+    x = torch.randn(2, 3, COLUMNS, generator=torch.Generator().manual_seed(1))
+    found = session.run(None, {"x": x.numpy()})[0]
+    is_close(found, x @ tensor.decode().T if operator == "matmul" else tensor.decode())
+
+
 @pytest.mark.parametrize(
     ("encoding", "operator", "mode", "reason"),
     [

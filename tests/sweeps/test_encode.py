@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoints import open_checkpoint
+from compressor.core.errors import CheckpointError
 from compressor.core.tensors import EncodedTensors
 from compressor.core.work import Work
 from compressor.plan.plan import Plan
@@ -37,8 +38,10 @@ class Mixed(nn.Module):
         return self.attention(x, x, x)[0].flatten(1)
 
 
-def encoded(folder: Path, recipe: str) -> tuple[EncodedTensors, Plan]:
-    torch.save(lively(Mixed(), 0).state_dict(), folder / "mixed.pt")
+def encoded(folder: Path, recipe: str, size: float = 1.0) -> tuple[EncodedTensors, Plan]:
+    network = lively(Mixed(), 0)
+    network.narrow.weight.data *= size
+    torch.save(network.state_dict(), folder / "mixed.pt")
     (folder / "recipe.yaml").write_text(recipe)
     checkpoint = open_checkpoint(folder / "mixed.pt", arch="tests.sweeps.test_encode:Mixed")
     loaded = load_recipe(folder / "recipe.yaml")
@@ -65,3 +68,13 @@ def test_what_is_encoded_is_what_was_planned(tmp_path, step):
     for name in tensors:
         error = (tensors[name].decode() - original[name]).norm() / original[name].norm().clamp_min(1e-9)
         assert error < (0.02 if "bits: 8" in step else 0.6), name
+
+
+@pytest.mark.parametrize("size", [1e7, 1e30])
+@pytest.mark.parametrize("step", [
+    "{pass: affine, method: rtn, bits: 4, group: row}", "{pass: affine, method: gptq, bits: 4, group: 16}",
+    "{pass: jlcm, width: 4, dim: 2, group: 16}", "{pass: trellis, width: 4, window: 6, group: 16}",
+])  # fmt: skip
+def test_weights_whose_scales_are_beyond_float16_are_refused_by_name(tmp_path, step, size):
+    with pytest.raises(CheckpointError, match="'narrow.weight': its weights are too large to be encoded"):
+        encoded(tmp_path, f"passes: [{step}]", size)

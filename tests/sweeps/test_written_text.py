@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,17 +14,20 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from compressor.checkpoints import open_checkpoint
-from compressor.core.errors import DataError
+from compressor.core.errors import CheckpointError, DataError
+from compressor.core.options import RunOptions
 from compressor.core.work import Work
 from compressor.data.batches import calibration_batches, learning_batches, n_generated
 from compressor.data.text import Text
 from compressor.plan.recipe import Calibration, Distill, Recipe
 from compressor.plan.recipe_file import load_recipe
+from compressor.run.prepare import prepare
 from compressor.sweeps.written_text import (
     WINDOWS_AT_ONCE,
     SingleQueries,
     attend,
     generated_tokens,
+    refuse_forgetful,
     sample_documents,
     start_token,
 )
@@ -191,3 +195,17 @@ def test_real_windows_do_not_depend_on_what_is_generated_beside_them(llama):
 )
 def test_only_what_is_used_is_generated(calibration, distill, expected):
     assert n_generated(recipe(calibration, distill)) == expected
+
+
+def test_networks_that_go_on_from_what_they_keep_may_write(llama, tmp_path):
+    for model in (llama, pico.gpt2(tmp_path / "gpt2")):
+        refuse_forgetful(open_checkpoint(model))
+
+
+@pytest.mark.parametrize("kind", ["openai_gpt", "mamba"])
+def test_a_network_that_would_read_its_whole_text_again_is_refused_before_any_work(tmp_path, kind):
+    model = getattr(pico, kind)(tmp_path / "model")
+    options = RunOptions(model=str(model), recipe="llm-2bit", output=tmp_path / "out")
+    with pytest.raises(CheckpointError, match="cannot write text a token at a time .*set distill.generated=0"):
+        prepare(options)
+    prepare(dataclasses.replace(options, sets=("calibration.generated=0", "distill.generated=0")))
