@@ -37,6 +37,9 @@ class RunOptions:
     target_flops  share of a forward's multiplications that the recipe's structure pass leaves
     max_loss      a gate on the loss of quality; without target_size also what widths are allocated for
     max_ram       bytes of memory; a plan that needs more is refused
+    target_latency  seconds of one run in onnxruntime, for which networks are searched; target_speedup, times the
+                  original's speed
+    threads, batch  of onnxruntime, and examples in a run, that such a target is of; None: all cores
     resume    go on with the blocks of an interrupted run
     force     replace an artifact that is already there
     trust_recipe  let a recipe that is not shipped lead out of the process, as to a Ray cluster
@@ -58,6 +61,10 @@ class RunOptions:
     target_flops: float | None = None
     max_loss: float | None = None
     max_ram: int | None = None
+    target_latency: float | None = None
+    target_speedup: float | None = None
+    threads: int | None = None
+    batch: int = 1
     resume: bool = False
     force: bool = False
     trust_recipe: bool = False
@@ -71,6 +78,11 @@ class RunOptions:
     def allocates(self) -> bool:
         """Whether widths are allocated per tensor."""
         return self.target_size is not None or self.max_loss is not None
+
+    @property
+    def searches(self) -> bool:
+        """Whether a network is searched that is fast enough."""
+        return self.target_latency is not None or self.target_speedup is not None
 
     @property
     def directory(self) -> Path:

@@ -28,6 +28,7 @@ from compressor.plan.plan import Plan
 from compressor.plan.planning import is_depthwise, make_plan, planned_with
 from compressor.plan.recipe import MEASURED_TEXT, SHORTEST_WINDOW, Recipe
 from compressor.plan.recipe_file import load_recipe, refuse_reaching
+from compressor.plan.searching import widened, with_search
 from compressor.plan.targets import aimed
 from compressor.plan.workload import Workload, workload_of
 from compressor.run.nesting import refuse_sizes
@@ -121,7 +122,7 @@ def prepare(asked: RunOptions) -> Prepared:
     Raises:
         UsageError, CheckpointError, DataError, ResourceError: The run would be refused.
     """
-    loaded = first_recipe(asked)
+    loaded = widened(first_recipe(asked), asked)
     checkpoint = open_checkpoint(asked.model, arch=asked.arch, trust_pickle=asked.trust_pickle)
     checkpoint.check()
     options, recipe = aimed(asked, loaded, checkpoint)
@@ -135,6 +136,7 @@ def prepare(asked: RunOptions) -> Prepared:
         plan = _on_int8(plan, checkpoint)
     _refuse_passes(recipe, options, checkpoint)
     refuse_sizes(recipe, options, checkpoint)
+    plan = with_search(plan, recipe, options, checkpoint)
     plan = _without_cache(plan, checkpoint, options)
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
@@ -298,6 +300,8 @@ def _refuse_data(found: Prepared) -> None:
     """Refuses data that are missing, cannot be read, or do not suit. The built-in text is not read for it."""
     checkpoint, options, recipe = found.checkpoint, found.options, found.recipe
     if options.data is None and not found.reads_text:
+        if options.searches:
+            raise DataError(f"{checkpoint.path}: networks are searched by what they lose on data; give --data")
         _refuse_without_example(found)
     if found.reads_text:
         _refuse_without_tokenizer(checkpoint)
