@@ -324,13 +324,19 @@ def replayed(arguments: argparse.Namespace) -> dict[str, Any]:
     nsga, tpe = optuna.samplers.NSGAIISampler, optuna.samplers.TPESampler
     methods: dict[str, Callable[[Replay, int], None]] = {
         "predictors, table as prior": lambda replay, seed: by_predictors(replay, seed, prior),
-        "predictors alone": lambda replay, seed: by_predictors(replay, seed, None),
-        "NSGA-II, population 50": lambda replay, seed: by_sampler(replay, nsga(population_size=50, seed=seed), 10000),
-        "NSGA-II, population 20": lambda replay, seed: by_sampler(replay, nsga(population_size=20, seed=seed), 10000),
+        "NSGA-II, population 50": lambda replay, seed: by_sampler(replay, nsga(population_size=50, seed=seed), 2000),
+        "NSGA-II, population 20": lambda replay, seed: by_sampler(replay, nsga(population_size=20, seed=seed), 2000),
         "TPE": lambda replay, seed: by_sampler(replay, tpe(seed=seed), 600),
         "random": at_random,
+        "predictors alone": lambda replay, seed: by_predictors(replay, seed, None),
     }  # fmt: skip
-    found: dict[str, Any] = {}
+    times, priors = [value[0] for value in values.values()], [prior(genes) for genes in values]
+    found: dict[str, Any] = {
+        "networks": len(values), "front": len(front), "levels": list(LEVELS), "first": FIRST, "batch": BATCH,
+        "methods": {}, "tau_of_table": round(kendall(times, priors), 3),
+        **{key: table[key] for key in ("training_cpu_seconds", "cpu_seconds", "images", "largest_microseconds")},
+        "accuracy": [round(1 - f(loss for _, loss in values.values()), 4) for f in (max, min)],
+    }  # fmt: skip
     for name, method in methods.items():
         began = time.process_time()
         runs = []
@@ -338,15 +344,10 @@ def replayed(arguments: argparse.Namespace) -> dict[str, Any]:
             replay = Replay(values, reference, whole)
             method(replay, seed)
             runs.append([replay.reached.get(level) for level in LEVELS])
-        found[name] = {"evaluations": runs, "cpu_seconds": round(time.process_time() - began)}
+        found["methods"][name] = {"evaluations": runs, "cpu_seconds": round(time.process_time() - began)}
+        write_results("search", read_results("search") | {"replay": found})
         print(name, [_middle([run[at] for run in runs]) for at in range(len(LEVELS))], flush=True)
-    times, priors = [value[0] for value in values.values()], [prior(genes) for genes in values]
-    return {
-        "networks": len(values), "front": len(front), "levels": list(LEVELS), "first": FIRST, "batch": BATCH,
-        "methods": found, "tau_of_table": round(kendall(times, priors), 3),
-        **{key: table[key] for key in ("training_cpu_seconds", "cpu_seconds", "images", "largest_microseconds")},
-        "accuracy": [round(1 - f(loss for _, loss in values.values()), 4) for f in (max, min)],
-    }  # fmt: skip
+    return found
 
 
 def _middle(counts: Sequence[int | None]) -> float:
@@ -356,6 +357,7 @@ def _middle(counts: Sequence[int | None]) -> float:
 
 def search_table(results: dict[str, Any]) -> str:
     """The median evaluations of each method, and how many seeds did not get there."""
+    results = results["replay"]
     ours = next(iter(results["methods"].values()))["evaluations"]
     rows = []
     for name, found in results["methods"].items():
@@ -394,7 +396,7 @@ def main() -> None:
     else:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        write_results("search", read_results("search") | {"replay": replayed(arguments)})
+        print(search_table({"replay": replayed(arguments)}))
 
 
 if __name__ == "__main__":

@@ -162,18 +162,18 @@ class Search:
         return self._filled(list(dict.fromkeys(each for each in ends if each not in self.known))[:n], n)
 
     def ask(self, n: int) -> list[Genes]:
-        """Members that nobody has measured: those of the predicted front, far from each other, and some at random."""
+        """Members that nobody has measured: those that are predicted to be on the front of what is known and what is
+        not, far from others on it, and some at random."""
         predicted = self._evolved(self._predictors())
         fresh = {genes: values for genes, values in predicted.items() if genes not in self.known}
-        names = list(fresh)
-        points = [self._sorted_by(fresh[genes]) for genes in names]
-        order = ranks(points) if points else []
-        chosen: list[Genes] = []
+        names = [*fresh, *self.front()]
+        points = [self._sorted_by((self.known | fresh)[genes]) for genes in names]
+        order, chosen = ranks(points), list[Genes]()
         for rank in range(max(order, default=-1) + 1):
             front = [at for at, found in enumerate(order) if found == rank]
             spread = crowding([points[at] for at in front])
             best = sorted(range(len(front)), key=lambda i: (-spread[i], names[front[i]]))
-            chosen += [names[front[i]] for i in best]
+            chosen += [names[front[i]] for i in best if names[front[i]] in fresh]
         chosen = list(dict.fromkeys([*self._aimed(fresh, n // 2), *chosen]))[: n - n // EXPLORED]
         self._expected = {genes: fresh[genes] for genes in chosen}
         return self._filled(chosen, n)

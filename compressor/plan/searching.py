@@ -11,6 +11,7 @@ from compressor.core.options import RunOptions
 from compressor.core.passes import PruningSettings
 from compressor.passes.settings.sortednet import SortednetSettings
 from compressor.plan.plan import Plan, PlannedTensor
+from compressor.plan.planning import on_floats
 from compressor.plan.recipe import Recipe, Step
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def searched(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, plan: 
     if _sorted(recipe) is not None:
         return Searched("sizes")
     static = recipe.export.activations == "static_int8"
-    layers = tuple(tensor.name for tensor in plan.tensors if _is_chosen(tensor, static))
+    same = on_floats(plan, checkpoint) if static else {}
+    layers = tuple(t.name for t in plan.tensors if _is_chosen(t, static) and t.name not in same)
     if len(layers) < 2:
         others = ", ".join(dict.fromkeys(step.name for step in recipe.passes))
         raise UsageError(

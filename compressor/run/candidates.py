@@ -126,8 +126,8 @@ class Layers:
         planned = {tensor.name: tensor for tensor in self.original.plan.tensors}
         for step in dict.fromkeys(planned[name].by for name in self.names):
             recipe = recipe.leaving(step, [name for name in self.names if name in floats and planned[name].by == step])
-        left = [tensor for tensor in planned.values() if tensor.by and tensor.name not in floats]
-        if recipe.export.activations == "static_int8" and not any(tensor.role == "conv" for tensor in left):
+        left = [name for name in self.names if planned[name].role == "conv" and name not in floats]
+        if recipe.export.activations == "static_int8" and not left:
             export = recipe.export.model_copy(update={"activations": "int8"})
             recipe = recipe.model_copy(update={"export": export})
         return recipe

@@ -25,7 +25,7 @@ from compressor.export.in_use import memory_in_use
 from compressor.export.measured import TRACED, TRACED_WITH_CACHE
 from compressor.plan.memory import refuse_beyond
 from compressor.plan.plan import Plan
-from compressor.plan.planning import is_depthwise, make_plan, planned_with
+from compressor.plan.planning import make_plan, on_floats, planned_with
 from compressor.plan.recipe import MEASURED_TEXT, SHORTEST_WINDOW, Recipe
 from compressor.plan.recipe_file import load_recipe, refuse_reaching
 from compressor.plan.searching import widened, with_search
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 CERTAIN = 64
 """Bytes that no token of a text exceeds on average: of longer texts the tokens need not be counted."""
-FEW_CHANNELS = 4
-"""As of pictures: a convolution of up to so many computes on floats (export.int8_operations)."""
 PROJECTED = re.compile(r"(^|\.)weight_hr_l\d+(_reverse)?$")
 """Names of the matrices that project the state of torch's LSTM."""
 TOKENIZERS = ("tokenizer", "vocab", "merges")
@@ -255,13 +253,7 @@ def _on_int8(plan: Plan, checkpoint: Checkpoint) -> Plan:
         UsageError: All of them do.
     """
     convolutions = [tensor for tensor in plan.tensors if tensor.by and tensor.role == "conv"]
-    reasons: dict[str, str] = {}
-    for tensor in convolutions:
-        info = checkpoint.tensors.get(tensor.name)
-        if info is not None and info.place == "transposed":
-            reasons[tensor.name] = "transposed, which onnxruntime has no int8 kernel for"
-        elif not is_depthwise(tensor.shape, "conv", info.groups if info else None) and tensor.shape[1] <= FEW_CHANNELS:
-            reasons[tensor.name] = f"of {tensor.shape[1]} input channels, which is slower so"
+    reasons = on_floats(plan, checkpoint)
     if len(reasons) == len(convolutions) and checkpoint.kind != "onnx":
         name, reason = next(iter(reasons.items()))
         raise UsageError(
