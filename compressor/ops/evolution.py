@@ -132,28 +132,34 @@ def _kernel(alpha: float, width: float) -> Fit:
 class Search:
     """What was measured, and what to measure next.
 
-    target  of the time; None where the whole front is wanted
-    known   networks and their values
-    log     Kendall's τ of predictions and what was then measured, per batch: of the time, and of the loss
+    target   of the time; None where the whole front is wanted
+    known    networks and their values
+    foretold  of networks that were chosen by what was predicted: that, and what was then measured
     """
 
     space: Space
     seed: int = 0
     target: float | None = None
     known: dict[Genes, Values] = field(default_factory=dict)
-    log: list[tuple[float, float]] = field(default_factory=list)
+    foretold: list[tuple[Values, Values]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._expected: dict[Genes, Values] = {}
 
     def tell(self, measured: Mapping[Genes, Values]) -> None:
         """Adds what was measured."""
-        both = [(self._expected[genes], values) for genes, values in measured.items() if genes in self._expected]
-        if len(both) > 2:
-            times, losses = (kendall(*zip(*((a[i], b[i]) for a, b in both), strict=True)) for i in (0, 1))
-            self.log.append((times, losses))
+        for genes, values in measured.items():
+            if (expected := self._expected.pop(genes, None)) is not None:
+                self.foretold.append((expected, values))
         self.known |= measured
-        self._expected = {}
+
+    @property
+    def tau(self) -> Values | None:
+        """Kendall's τ of what was predicted and what was then measured, of both values; None of too few."""
+        if len(self.foretold) < FEWEST:
+            return None
+        time, loss = (kendall(*zip(*((a[i], b[i]) for a, b in self.foretold), strict=True)) for i in (0, 1))
+        return time, loss
 
     def first(self, n: int) -> list[Genes]:
         """Both ends of the space, then members at random."""

@@ -272,12 +272,12 @@ class _Hunt:
 
     def said(self, chosen: Measured) -> Searched:
         """For the report."""
-        log = np.array(self.search.log)
+        tau = self.search.tau
         return Searched(
             over="sizes" if isinstance(self.family, Mixtures) else "layers",
             target_latency=self.options.target_latency, target_speedup=self.options.target_speedup,
             threads=self.options.threads, batch=self.options.batch, n_measured=len(self.measured),
-            tau=None if not len(log) else [round(float(each), 3) for each in log.mean(0)],
+            tau=None if tau is None else [round(each, 3) for each in tau],
             choices=self.family.told(chosen.genes), fastest=min(map(self.time, self.measured.values())),
         )  # fmt: skip
 

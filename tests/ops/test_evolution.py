@@ -61,13 +61,14 @@ def test_it_begins_with_both_ends_and_measures_nothing_twice(seed):
     search, seen = Search(space, seed), list[tuple[int, ...]]()
     asked = search.first(6)
     assert asked[:2] == [(0, 0, 0, 0), (2, 3, 2, 3)]
-    for _ in range(3):
+    for _ in range(4):
         assert len(asked) == len(set(asked))
         seen += asked
         search.tell({genes: values(genes) for genes in asked})
         asked = search.ask(5)
         assert not set(asked) & set(seen)
-    assert len(search.log) >= 1
+    assert search.tau is not None
+    assert -1 <= min(search.tau) <= max(search.tau) <= 1
 
 
 def test_nearly_all_of_the_front_is_found_with_half_of_what_chance_takes():

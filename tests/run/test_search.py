@@ -66,7 +66,7 @@ def options(**changes) -> RunOptions:
         ({"target_latency": 0.001}, "two targets"),
         ({"target_speedup": 1.0}, "write such as 2"),
         ({"target_size": 1000}, "--target-size"),
-        ({"format": "safetensors"}, "leave --format safetensors out"),
+        ({"recipe": "int8.yaml", "format": "safetensors"}, "leave --format safetensors out"),
         ({"batch": 0}, "--batch is 0"),
         ({"sets": ("evaluation.samples=0",)}, "evaluation is skipped"),
         ({"recipe": "cnn-explain"}, "leaves nothing to choose.* found lrp"),
@@ -79,15 +79,12 @@ def test_what_cannot_be_searched_is_refused_in_the_plan(changes, message):
 
 
 def test_a_recipe_that_encodes_sizes_afterwards_and_a_network_without_data_are_refused(folder):
-    both = SORTED.replace("[{pass", "\n  - {pass").replace(
-        "}]", "}\n  - {pass: affine, method: rtn, bits: 8, group: row}"
-    )
+    both = SORTED.replace("}]", "}, {pass: affine, method: rtn, bits: 8, group: row}]")
     (folder / "both.yaml").write_text(both)
     with pytest.raises(UsageError, match="before anything is encoded, and both has affine after it"):
         prepare(options(recipe="both.yaml", target_speedup=2.0))
     with pytest.raises(DataError, match="give --data"):
-        prepare(options(recipe="int8.yaml", data=None, target_speedup=2.0, sets=(
-            "calibration.correct_means=false", "export.activations=int8")))  # fmt: skip
+        prepare(options(recipe="int8.yaml", data=None, target_speedup=2.0))
 
 
 def test_the_plan_says_what_is_searched_and_the_search_begins_with_every_size():
@@ -131,7 +128,7 @@ def test_a_mixture_has_the_widths_of_its_genes_and_its_graph_is_the_masked_netwo
             member = group.producers[0]
             shapes = dict(module.named_parameters())
             if gene == 0 and member.tensor in shapes:
-                assert shapes[member.tensor].shape[member.dim] == group.size // 2
+                assert shapes[member.tensor].shape[member.dim] < group.size
         images = family.batches[0][""][:4] if "" in family.batches[0] else next(iter(family.batches[0].values()))[:4]
         with torch.no_grad():
             wanted = module(images).numpy()
