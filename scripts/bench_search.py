@@ -4,12 +4,19 @@
     scripts/fetch_material fashion
     scripts/bench_search.py tabulate [--images 20000] [--start 2] [--epochs 4]
     scripts/bench_search.py replay [--seeds 20]
+    scripts/fetch_material mobilenet photos minilm
+    scripts/bench_search.py mobilenet | minilm
 
 `tabulate` trains one ResNet-20 of width 8 on Fashion-MNIST with smaller ones in it: in each of the three stages 1 to 3
 blocks, and 4 widths of what is between a block's two convolutions, 1,728 networks. Of each it takes the accuracy on
 2,000 images, of batch norms whose statistics are taken anew on 512 others, and the latency in onnxruntime of one image
 on one thread, in blocks that alternate with the largest's. The table is docs/measured/search_table.json. `replay` looks
 results up there; what it finds is docs/measured/search.json.
+
+`mobilenet` is --target-latency on MobileNetV2 by cnn-int8, half way between the original's latency and that of the
+artifact with all layers as int8; agreement is on 400 crops of photos that nothing was calibrated on. `minilm` is
+--target-speedup 2 by encoder-sorted, whose training it shortens with --set; beside it what the sizes of one width and
+depth that are as fast lose on the same sentences. Both on one thread.
 """
 
 from __future__ import annotations
@@ -31,15 +38,23 @@ import onnxruntime
 import optuna
 import torch
 from bench_once import fashion
-from measured import MEASURED, markdown, number, read_results, write_results
+from bench_vision import crops
+from material import model_dir
+from measured import MEASURED, cached, markdown, number, read_results, write_results
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compressor.checkpoints import open_checkpoint
+from compressor.core.options import RunOptions
+from compressor.core.progress import make_progress
+from compressor.evaluate.bench import paired
+from compressor.evaluate.original import original_graph
 from compressor.ops import evolution
 from compressor.ops.evolution import Genes
 from compressor.ops.pareto import hypervolume, ranks
 from compressor.ops.predictors import kendall
+from compressor.run.pipeline import run
 
 STREAMS, N_WIDTHS, N_DEPTHS = (8, 16, 32), 4, 3
 COUNTS = (N_DEPTHS, N_WIDTHS) * 3
@@ -211,11 +226,11 @@ def timed(session: onnxruntime.InferenceSession, beside: onnxruntime.InferenceSe
             runs.append((lambda each=each, feed=feed: each.run(None, feed), []))
             runs[-1][0]()
     for _ in range(BLOCKS):
-        for run, medians in runs:
+        for call, medians in runs:
             times = []
             for _ in range(RUNS):
                 began = time.perf_counter()
-                run()
+                call()
                 times.append(time.perf_counter() - began)
             medians.append(statistics.median(times))
     return [min(medians) for _, medians in runs]
@@ -383,9 +398,65 @@ def search_table(results: dict[str, Any]) -> str:
     )
 
 
+def mobilenet(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The original, all layers as int8, and what the search chose, on the same crops."""
+    model, photos, folder = model_dir("mobilenet"), sorted(model_dir("photos").glob("imagenet_*.jpg")), cached("search")
+    for name, files, n, seed in (("data", photos[::2], 256, 0), ("eval", photos[1::2], 400, 3)):
+        if not (folder / f"{name}.npz").exists():
+            np.savez(folder / f"{name}.npz", image=crops(files, n, seed))
+    common: dict[str, Any] = {
+        "model": str(model), "recipe": "cnn-int8", "data": str(folder / "data.npz"),
+        "eval": str(folder / "eval.npz"), "force": True, "progress": make_progress(),
+    }  # fmt: skip
+    whole = run(RunOptions(**common, output=folder / "all-int8", sets=("evaluation.speed=false",)))
+    shapes = {"image": [1, 3, 224, 224]}
+    with original_graph(open_checkpoint(model), folder, [{"": torch.zeros(2, 3, 224, 224)}]) as original:
+        assert original is not None
+        ends = paired(whole.directory, original, 1, shapes=shapes, blocks=10)
+    target = (ends.latency + ends.original) / 2
+    began = time.process_time()
+    found = run(
+        RunOptions(
+            **common,
+            output=folder / "mobilenet",
+            target_latency=target,
+            threads=1,
+            sets=("gates.promised_size=5", "gates.promised_speed=0.1", "evaluation.speed=false"),
+        )
+    )
+    return {
+        "target": target, "all_int8": ends.latency, "original": ends.original,
+        "all_int8_quality": kept(whole.report["quality"]), "quality": kept(found.report["quality"]),
+        "search": found.report["search"], "cpu_seconds": round(time.process_time() - began),
+        "bytes": found.report["size"]["bytes"], "all_int8_bytes": whole.report["size"]["bytes"],
+    }  # fmt: skip
+
+
+def minilm(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the search chose, and every network that it measured which has one width."""
+    folder, began = cached("search"), time.process_time()
+    found = run(RunOptions(
+        model=str(model_dir("minilm")), recipe="encoder-sorted", output=folder / "minilm", force=True,
+        progress=make_progress(), target_speedup=2.0, threads=1,
+        sets=("evaluation.speed=false", *(arguments.set or ())),
+    ))  # fmt: skip
+    networks = json.loads((found.directory / "front.json").read_text())["networks"]
+    uniform = [each for each in networks if len(set(each["genes"][1:])) == 1]
+    return {
+        "search": found.report["search"], "quality": kept(found.report["quality"]), "sets": list(arguments.set or ()),
+        "uniform": uniform, "chosen": next(each for each in networks if each["chosen"]),
+        "cpu_seconds": round(time.process_time() - began),
+    }  # fmt: skip
+
+
+def kept(quality: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in quality.items() if isinstance(value, (int, float))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("tabulate", "replay"))
+    parser.add_argument("part", choices=("tabulate", "replay", "mobilenet", "minilm"))
+    parser.add_argument("--set", action="append")
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--start", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
@@ -393,6 +464,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.part == "tabulate":
         tabulate(arguments)
+    elif arguments.part != "replay":
+        result = {"mobilenet": mobilenet, "minilm": minilm}[arguments.part](arguments)
+        write_results("search", read_results("search") | {arguments.part: result})
+        print(result)
     else:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
