@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.checkpoints import open_checkpoint
+from compressor.core.artifact import Artifact
 from compressor.core.options import RunOptions
 from compressor.core.progress import make_progress
 from compressor.evaluate.bench import paired
@@ -54,6 +55,7 @@ from compressor.ops import evolution
 from compressor.ops.evolution import Genes
 from compressor.ops.pareto import hypervolume, ranks
 from compressor.ops.predictors import kendall
+from compressor.run import search
 from compressor.run.pipeline import run
 
 STREAMS, N_WIDTHS, N_DEPTHS = (8, 16, 32), 4, 3
@@ -297,10 +299,10 @@ class Replay:
 
 
 def by_predictors(replay: Replay, seed: int, prior: Callable[[Genes], float] | None) -> None:
-    search = evolution.Search(evolution.Space(COUNTS, prior=prior), seed)
-    search.tell({genes: replay(genes) for genes in search.first(FIRST)})
+    learning = evolution.Search(evolution.Space(COUNTS, prior=prior), seed)
+    learning.tell({genes: replay(genes) for genes in learning.first(FIRST)})
     while not replay.done:
-        search.tell({genes: replay(genes) for genes in search.ask(BATCH)})
+        learning.tell({genes: replay(genes) for genes in learning.ask(BATCH)})
 
 
 def at_random(replay: Replay, seed: int) -> None:
@@ -341,8 +343,8 @@ def replayed(arguments: argparse.Namespace) -> dict[str, Any]:
         "predictors, table as prior": lambda replay, seed: by_predictors(replay, seed, prior),
         "NSGA-II, population 50": lambda replay, seed: by_sampler(replay, nsga(population_size=50, seed=seed), 2000),
         "NSGA-II, population 20": lambda replay, seed: by_sampler(replay, nsga(population_size=20, seed=seed), 2000),
-        "TPE": lambda replay, seed: by_sampler(replay, tpe(seed=seed), 600),
         "random": at_random,
+        "TPE": lambda replay, seed: by_sampler(replay, tpe(seed=seed), 600),
         "predictors alone": lambda replay, seed: by_predictors(replay, seed, None),
     }  # fmt: skip
     times, priors = [value[0] for value in values.values()], [prior(genes) for genes in values]
@@ -352,7 +354,11 @@ def replayed(arguments: argparse.Namespace) -> dict[str, Any]:
         **{key: table[key] for key in ("training_cpu_seconds", "cpu_seconds", "images", "largest_microseconds")},
         "accuracy": [round(1 - f(loss for _, loss in values.values()), 4) for f in (max, min)],
     }  # fmt: skip
+    known = read_results("search").get("replay", {}).get("methods", {})
     for name, method in methods.items():
+        if not arguments.again and len(known.get(name, {}).get("evaluations", ())) == arguments.seeds:
+            found["methods"][name] = known[name]
+            continue
         began = time.process_time()
         runs = []
         for seed in range(arguments.seeds):
@@ -408,7 +414,10 @@ def mobilenet(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": str(model), "recipe": "cnn-int8", "data": str(folder / "data.npz"),
         "eval": str(folder / "eval.npz"), "force": True, "progress": make_progress(),
     }  # fmt: skip
-    whole = run(RunOptions(**common, output=folder / "all-int8", sets=("evaluation.speed=false",)))
+    gates = ("gates.promised_loss=99%", "gates.promised_size=5", "gates.promised_speed=0.1")
+    if not (folder / "all-int8").exists():
+        run(RunOptions(**common, output=folder / "all-int8", sets=("evaluation.speed=false", *gates)))
+    whole = Artifact.open(folder / "all-int8")
     shapes = {"image": [1, 3, 224, 224]}
     with original_graph(open_checkpoint(model), folder, [{"": torch.zeros(2, 3, 224, 224)}]) as original:
         assert original is not None
@@ -421,13 +430,13 @@ def mobilenet(arguments: argparse.Namespace) -> dict[str, Any]:
             output=folder / "mobilenet",
             target_latency=target,
             threads=1,
-            sets=("gates.promised_size=5", "gates.promised_speed=0.1", "evaluation.speed=false"),
+            sets=("evaluation.speed=false", *gates),
         )
     )
     return {
         "target": target, "all_int8": ends.latency, "original": ends.original,
         "all_int8_quality": kept(whole.report["quality"]), "quality": kept(found.report["quality"]),
-        "search": found.report["search"], "cpu_seconds": round(time.process_time() - began),
+        "search": found.report["search"], "cpu_seconds": round(time.process_time() - began), "most": arguments.most,
         "bytes": found.report["size"]["bytes"], "all_int8_bytes": whole.report["size"]["bytes"],
     }  # fmt: skip
 
@@ -456,12 +465,16 @@ def kept(quality: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("tabulate", "replay", "mobilenet", "minilm"))
+    parser.add_argument("--again", action="store_true", help="replay what was replayed before, too")
     parser.add_argument("--set", action="append")
+    parser.add_argument("--most", type=int, help="networks that a search measures, fewer than it does by itself")
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--start", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=20)
     arguments = parser.parse_args()
+    if arguments.most:
+        search.MOST = arguments.most
     if arguments.part == "tabulate":
         tabulate(arguments)
     elif arguments.part != "replay":
