@@ -30,6 +30,7 @@ from bench_products import products_table
 from bench_pruning import pruning_table
 from bench_quality import baselines_table, best_baselines, kinds_table, quality_table, steps_table
 from bench_rounding import rounding_table
+from bench_search import search_table
 from bench_sorted import sorted_table
 from bench_speed import prompt_table, speed_table
 from bench_strangers import strangers_table
@@ -55,7 +56,7 @@ PAGES = (
     "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md",
     "docs/passes/sortednet.md",
     "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md", "docs/mixed-precision.md",
-    "docs/families.md", "docs/compressed-gradients.md",
+    "docs/families.md", "docs/compressed-gradients.md", "docs/search.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
@@ -71,7 +72,8 @@ COMMANDS = {
     "zeros": "scripts/bench_zeros.py", "tables": "scripts/bench_tables.py",
     "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
     "n2n": "scripts/bench_n2n.py", "traffic": "scripts/bench_traffic.py",
-    "structure": "scripts/bench_structure.py", "sorted": "scripts/bench_sorted.py", "mixed": "scripts/bench_mixed.py",
+    "structure": "scripts/bench_structure.py", "sorted": "scripts/bench_sorted.py", "search": "scripts/bench_search.py",
+    "mixed": "scripts/bench_mixed.py",
     "fuzz": "scripts/fuzz.py", "families": "scripts/families.py",
     "batch": "scripts/bench_batch.py", "hosts": "scripts/check_hosts.py DIR",
     "crashes": "scripts/check_crashes.py", "shortage": "scripts/check_memory.py",
@@ -153,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "traffic": lambda: measured_table("traffic", traffic_table),
     "structure": lambda: measured_table("structure", structure_table),
     "sorted": lambda: measured_table("sorted", sorted_table),
+    "fastest": lambda: measured_table("search", search_table),
     "families": lambda: measured_table("families", families_table),
     "hosts": lambda: measured_table("hosts", hosts_table),
     "fuzz": lambda: measured_table("fuzz", fuzz_table),

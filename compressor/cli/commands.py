@@ -121,6 +121,14 @@ def run(
                            "pass removes as much as that takes.")] = None,
     target_flops: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 50%, say: remove channels, heads and "
                             "neurons until so many multiplications are left; recipes with lrp, hesso or oto.")] = None,
+    target_latency: Annotated[str | None, typer.Option(metavar="TIME", help="Of 5ms, say: search for the network that "
+                              "takes no longer in onnxruntime on this machine, and loses least: among sizes of a "
+                              "sorted network, or integer and float layers.")] = None,
+    target_speedup: Annotated[float | None, typer.Option(metavar="TIMES", help="The same for 2 times the original's "
+                              "speed, say.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, show_default="all cores", help="Of onnxruntime, for "
+                       "which that is.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples in a run, for which that is.")] = 1,
     max_loss: Annotated[str | None, typer.Option(metavar="SHARE", help="Of 5%, say: rise of perplexity, loss of "
                         "cosine, or points of accuracy. Makes the smallest artifact that is predicted to keep it, and "
                         "checks it as a gate; beside --target-size it is the gate alone.")] = None,
@@ -148,7 +156,7 @@ def run(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compress MODEL by a recipe."""
-    from compressor.core.quantities import parse_share, parse_size
+    from compressor.core.quantities import parse_latency, parse_share, parse_size
     from compressor.plan.recipe_file import shipped_recipes
 
     if standard and compat:
@@ -173,6 +181,8 @@ def run(
         max_loss=None if max_loss is None else parse_share(max_loss, "--max-loss"),
         max_ram=None if max_ram is None else parse_size(max_ram, "--max-ram"),
         engine=engine.value, workers=workers, address=address,
+        target_latency=None if target_latency is None else parse_latency(target_latency, "--target-latency"),
+        target_speedup=target_speedup, threads=threads, batch=batch,
     )  # fmt: skip
     _refuse_misspelt_command(model)
     if not recipe:

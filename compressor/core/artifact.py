@@ -17,8 +17,10 @@ from compressor.core.reading import read_json, refuse_special
 REPORT = "compression.json"
 PAGE = "report.html"
 CARD = "README.md"
+FRONT, FRONT_PICTURE = "front.json", "front.svg"
+"""What a search for a fast network measured."""
 WEIGHTS = "model.safetensors"
-NOT_NEEDED = (REPORT, PAGE, CARD)
+NOT_NEEDED = (REPORT, PAGE, CARD, FRONT, FRONT_PICTURE)
 """Files of an artifact that say what it is; it runs without them."""
 INSTALLED_RECORD, INSTALLED_GRAPH = "model.installed.json", "model.installed.onnx"
 INSTALLED = (INSTALLED_RECORD, INSTALLED_GRAPH, "model.installed.data")

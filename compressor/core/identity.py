@@ -18,12 +18,17 @@ _LONGEST = 40
 
 
 class Targets(BaseModel):
-    """What the options asked for beside the recipe: bytes of all files, a share of multiplications, a loss."""
+    """What the options asked for beside the recipe: bytes of all files, a share of multiplications, a loss; seconds of
+    a run or times the original's speed, with so many threads and examples."""
 
     model_config = ConfigDict(frozen=True)
     size: int | None = None
     flops: float | None = None
     loss: float | None = None
+    latency: float | None = None
+    speedup: float | None = None
+    threads: int | None = None
+    batch: int = 1
 
 
 class Identity(BaseModel):

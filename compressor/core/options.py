@@ -40,6 +40,9 @@ class RunOptions:
     max_ram       bytes of memory; a plan that needs more is refused
     engine    where blocks are encoded side by side: local processes, or tasks on the Ray cluster at `address`
     workers   how many of them at a time; None: 1 of local processes, which is this one, and of a cluster its cores
+    target_latency  seconds of one run in onnxruntime, for which networks are searched; target_speedup, times the
+                  original's speed
+    threads, batch  of onnxruntime, and examples in a run, that such a target is of; None: all cores
     resume    go on with the blocks of an interrupted run
     force     replace an artifact that is already there
     trust_recipe  let a recipe that is not shipped lead out of the process, as to a Ray cluster
@@ -64,6 +67,10 @@ class RunOptions:
     engine: Engine = "local"
     workers: int | None = None
     address: str = "auto"
+    target_latency: float | None = None
+    target_speedup: float | None = None
+    threads: int | None = None
+    batch: int = 1
     resume: bool = False
     force: bool = False
     trust_recipe: bool = False
@@ -82,6 +89,11 @@ class RunOptions:
     def side_by_side(self) -> bool:
         """Whether blocks are encoded in processes beside this one."""
         return self.engine == "ray" or (self.workers or 1) > 1
+
+    @property
+    def searches(self) -> bool:
+        """Whether a network is searched that is fast enough."""
+        return self.target_latency is not None or self.target_speedup is not None
 
     @property
     def directory(self) -> Path:

@@ -53,6 +53,19 @@ def parse_duration(text: str, option: str) -> float:
     return float(found[1]) * unit
 
 
+def parse_latency(text: str, option: str) -> float:
+    """Seconds: 5ms, 800us, .005s.
+
+    Raises:
+        UsageError: It is no such time, or says no unit; `option` names it.
+    """
+    found = re.fullmatch(r"(\d*\.?\d+)\s*(s|ms|us|µs)", text.strip())
+    seconds = float(found[1]) * {"s": 1.0, "ms": 1e-3}.get(found[2], 1e-6) if found else 0.0
+    if not 0 < seconds < 1e6:
+        raise UsageError(f"{option}: '{text}' is no time of a run; write 5ms, 800us or .5s")
+    return seconds
+
+
 def size(n_bytes: float) -> str:
     """A number of bytes as people say it: decimal units, three digits."""
     for unit in ("B", "kB", "MB"):

@@ -271,6 +271,34 @@ class Gates(_Section):
     blame: list[Blame] = []
 
 
+class Searched(_Section):
+    """A search for a network that is fast enough, and the network that it came to, measured anew in the artifact.
+
+    over        what was chosen: sizes, or layers
+    target_latency, target_speedup  what was asked for: seconds, or times the original's speed
+    threads     of onnxruntime; None: all cores
+    n_measured  networks; front.json has them
+    tau         of all that was predicted and then measured: of the time, and of the loss
+    choices     of the network, by what they are of
+    latency, original  seconds of both, which alternated in a process of their own
+    spread      of the pairs, as a share
+    fastest     what the fastest network that was measured took: seconds, or a share of the original's time
+    """
+
+    over: str
+    target_latency: float | None = None
+    target_speedup: float | None = None
+    threads: int | None = None
+    batch: Count = 1
+    n_measured: Count
+    tau: list[float] | None = None
+    choices: dict[str, Any] = {}
+    latency: float | None = None
+    original: float | None = None
+    spread: float | None = None
+    fastest: float | None = None
+
+
 class Binary(_Section):
     """What binary layers take and run as."""
 
@@ -290,6 +318,7 @@ class Report(_Section):
     learning     what gradient steps came to
     structure    of each pass that made the network smaller, or trained it before it was encoded
     allocation   where widths were chosen per tensor
+    search       where a network was searched that is fast enough
     sizes        of an artifact of several networks, what is said of each; sizes.json has the rest
     errors       ‖W − Ŵ‖ / ‖W‖ by tensor
     sha256       of every file
@@ -314,6 +343,7 @@ class Report(_Section):
     least_onnxruntime: str | None = None
     allocation: Annotated[Facts, _as(Allocation)] | None = None
     binary: Binary | None = None
+    search: Searched | None = None
     sizes: dict[str, Facts] | None = None
     speed: Speed | None = None
     original_speed: Speed | None = None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from compressor.checkpoints.positions import positions_of
+from compressor.core.errors import CheckpointError
 from compressor.core.machine import memory_of
 from compressor.evaluate.reader import reader_of
 from compressor.evaluate.session import DTYPES, DecoderSession, ModuleSession, open_session
@@ -23,6 +24,8 @@ LEAST_RUNS, LEAST_SECONDS, MOST_SECONDS = 5, 0.5, 10.0
 """Of timing, however steady or unsteady the machine is."""
 LEAST_TEXT = 512
 """Tokens that tell what a longer text takes: of fewer it drowns in what onnxruntime takes at a time."""
+WARM, RUNS = 3, 20
+"""Of a graph that is measured beside another: before, and in each block."""
 SEQUENCE = 128
 """For open axes of token inputs."""
 PIXELS = 224
@@ -160,10 +163,30 @@ def alternated(settings: dict[str, Any]) -> list[dict[str, float]]:
     )
 
 
-def inputs_for(session: ModuleSession, shapes: dict[str, list[int]] | None = None) -> dict[str, np.ndarray]:
-    """One example of random values; ones for token masks, tokens below the vocabulary's size.
+def paired(settings: dict[str, Any]) -> list[list[float]]:
+    """Of two graphs, the median seconds of each block of runs: the blocks alternate."""
+    sessions = [open_session(path, settings["threads"]) for path in settings["paired"]]
+    given = [inputs_for(session, settings["shapes"], settings["batch"]) for session in sessions]
+    for session, inputs in zip(sessions, given, strict=True):
+        for _ in range(WARM):
+            session.run(inputs)
+    medians: list[list[float]] = [[] for _ in sessions]
+    for _ in range(settings["blocks"]):
+        for session, inputs, found in zip(sessions, given, medians, strict=True):
+            times = [_timed(lambda session=session, inputs=inputs: session.run(inputs)) for _ in range(RUNS)]
+            found.append(statistics.median(times))
+    return medians
+
+
+def inputs_for(
+    session: ModuleSession, shapes: dict[str, list[int]] | None = None, batch: int | None = None
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """One example of random values, or a `batch`; ones for token masks, tokens below the vocabulary's size.
 
     Open axes are as in `shapes`, where the input is there, or is the only one.
+
+    Raises:
+        CheckpointError: The graph takes no batch of that size.
     """
     generator = np.random.default_rng(0)
     inputs = {}
@@ -176,9 +199,17 @@ def inputs_for(session: ModuleSession, shapes: dict[str, list[int]] | None = Non
         known = known[1:] if len(known) == len(entry.shape) + 1 else known  # it takes an example as a whole
         fits = len(known) == len(entry.shape)
         shape = [
-            length if isinstance(length, int) else known[axis] if fits else (1 if axis == 0 else open_axis)
+            length
+            if isinstance(length, int)
+            else batch
+            if axis == 0 and batch is not None
+            else known[axis]
+            if fits
+            else (1 if axis == 0 else open_axis)
             for axis, length in enumerate(entry.shape)
         ]
+        if batch not in (None, 1) and shape and shape[0] != batch:
+            raise CheckpointError(f"{session.path}: '{name}' takes {shape[0]} at a time; leave --batch out")
         if dtype.kind == "f":
             inputs[name] = generator.standard_normal(shape).astype(dtype)
         elif name == "input_ids":
@@ -190,4 +221,5 @@ def inputs_for(session: ModuleSession, shapes: dict[str, list[int]] | None = Non
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    print(json.dumps(alternated(asked) if "alternated" in asked else measure(asked)))
+    print(json.dumps(alternated(asked) if "alternated" in asked else paired(asked) if "paired" in asked
+                     else measure(asked)))  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 Point = Sequence[float]
 
 
@@ -19,15 +21,16 @@ def dominates(a: Point, b: Point) -> bool:
 
 def ranks(points: Sequence[Point]) -> list[int]:
     """0 for what nothing dominates, 1 for what nothing but those dominates, and so on; equal points rank alike."""
-    found = [-1] * len(points)
-    left, rank = set(range(len(points))), 0
-    while left:
-        front = [i for i in sorted(left) if not any(dominates(points[j], points[i]) for j in left)]
-        for i in front:
-            found[i] = rank
-        left.difference_update(front)
+    if not points:
+        return []
+    rows = np.asarray(points, np.float64)
+    over = (rows[:, None] <= rows).all(-1) & (rows[:, None] < rows).any(-1)
+    found, rank = np.full(len(rows), -1), 0
+    while (found < 0).any():
+        left = found < 0
+        found[left & ~over[left].any(0)] = rank
         rank += 1
-    return found
+    return found.tolist()
 
 
 def crowding(points: Sequence[Point]) -> list[float]:

@@ -33,7 +33,7 @@ from compressor.core.contract import StructurePass
 from compressor.core.errors import CheckpointError, RecipeError
 from compressor.core.groups import Branches, Group, Operator
 from compressor.core.nested import Size
-from compressor.core.structure import Outcome, Subject
+from compressor.core.structure import Outcome, Subject, Surgeon
 from compressor.core.tensors import named_tensors
 from compressor.ops.attribution import Composite, Observed, Rule, attribute, first_output, start_of
 from compressor.passes.parts.nest import Nest, beginning, lay_over
@@ -271,8 +271,19 @@ class Sortednet(SortednetSettings, StructurePass):
         Raises:
             CheckpointError: There is nothing that could go.
         """
-        if self.depths == (1.0,):
+        branches = self._branches(subject)
+        if not branches.operators:
             return [], []
+        return list(branches.operators), self._order(subject, branches)
+
+    def _branches(self, subject: Subject) -> Branches:
+        """The blocks, or branches that end in a sum; none where all sizes are as deep.
+
+        Raises:
+            CheckpointError: There is nothing that could go.
+        """
+        if self.depths == (1.0,):
+            return Branches((), {}, frozenset())
         found = subject.surgeon.blocks(subject.module)
         branches = Branches(tuple(found), {}, frozenset()) if found else subject.erasable()
         if not branches.operators:
@@ -281,8 +292,7 @@ class Sortednet(SortednetSettings, StructurePass):
                 "out; write depths: [1]"
             )
         tensors = named_tensors(subject.module)
-        branches = Branches(_one_of_each_sum(branches, tensors), branches.feeds, branches.sums)
-        return list(branches.operators), self._order(subject, branches)
+        return Branches(_one_of_each_sum(branches, tensors), branches.feeds, branches.sums)
 
     def _order(self, subject: Subject, branches: Branches) -> list[int]:
         """The order in which blocks go: each next one is that without which the outputs change least."""
@@ -308,26 +318,52 @@ class Sortednet(SortednetSettings, StructurePass):
         width: float, depth: float,
     ) -> Size:  # fmt: skip
         """The network of one size alone, its parameters views of the whole's."""
-        removal: dict[Group, Tensor] = {}
-        for group in groups:
+        removal = self.removal(groups, blocks, order, [width] * len(groups), depth)
+        name = self.names[self.pairs.index((width, depth))]
+        module, renamed = self.part(subject.surgeon, subject.module, removal)
+        facts = {
+            "width": width, "depth": depth, "blocks": _n_blocks(depth, blocks),
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        }  # fmt: skip
+        return Size(name, module, renamed, facts)
+
+    def groups_and_blocks(self, subject: Subject) -> tuple[list[Group], list[Operator]]:
+        """What may get narrower, and what may be left out, of a network that is sorted already."""
+        return self._groups(subject), list(self._branches(subject).operators)
+
+    def removal(
+        self, groups: Sequence[Group], blocks: Sequence[Operator], order: Sequence[int], shares: Sequence[float],
+        depth: float,
+    ) -> dict[Group, Tensor]:  # fmt: skip
+        """What goes of each group, of which a share of its own stays, and which blocks.
+
+        Args:
+            shares: Widths of `widths`, one for each group.
+            order: Of `blocks: chain`, that in which blocks go.
+        """
+        found: dict[Group, Tensor] = {}
+        for group, width in zip(groups, shares, strict=True):
             heads = max(member.index.shape[1] for member in group.producers) > 1
             share, multiple = (self.heads_of(width), 1) if heads else (width, self.multiple)
             kept = widths(group.size, [share], multiple)[0]
             if kept < group.size:
-                removal[group] = torch.arange(kept, group.size)
-        n = _n_blocks(depth, blocks)
+                found[group] = torch.arange(kept, group.size)
         rule = order if self.blocks == "chain" else self.blocks
-        stays = set(blocks_kept(len(blocks), n, rule))
-        removal |= {block: torch.tensor([0]) for number, block in enumerate(blocks) if number not in stays}
-        name = self.names[self.pairs.index((width, depth))]
-        module = subject.surgeon.remove(copy.deepcopy(subject.module), removal)
-        renamed = _renamed(subject.module, module)
-        lay_over(module, subject.module, renamed)
-        facts = {
-            "width": width, "depth": depth, "blocks": n,
-            "parameters": sum(parameter.numel() for parameter in module.parameters()),
-        }  # fmt: skip
-        return Size(name, module, renamed, facts)
+        stays = set(blocks_kept(len(blocks), _n_blocks(depth, blocks), rule))
+        return found | {block: torch.tensor([0]) for number, block in enumerate(blocks) if number not in stays}
+
+    def part(
+        self, surgeon: Surgeon, whole: nn.Module, removal: Mapping[Group, Tensor]
+    ) -> tuple[nn.Module, dict[str, str]]:  # fmt: skip
+        """The network without these, its parameters views of the whole's; and its tensors that are called otherwise."""
+        module = surgeon.remove(copy.deepcopy(whole), removal)
+        renamed = _renamed(whole, module)
+        lay_over(module, whole, renamed)
+        return module, renamed
+
+    def measured(self, module: nn.Module, batches: Sequence[Batch]) -> None:
+        """The network's batch norms take mean and variance anew, in place."""
+        _measure(module, batches)
 
     def _nest(self, whole: nn.Module, sizes: Sequence[Size]) -> Nest:
         n = len(sizes) - (self.largest == "frozen")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 CONFIG_BYTES = 4096
+FEW_CHANNELS = 4
+"""As of pictures: a convolution of up to so many computes on floats (export.int8_operations)."""
 
 
 def make_plan(
@@ -77,6 +79,20 @@ def planned_with(plan: Plan, checkpoint: Checkpoint, recipe: Recipe, load: Workl
         peak_memory=peak_memory(plan.tensors, checkpoint.config or {}, recipe, load, workers),
         cpu_seconds=cpu_seconds(plan.tensors, recipe, load),
     )
+
+
+def on_floats(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
+    """Encoded convolutions that compute on floats whatever the recipe says of activations, each with the reason."""
+    reasons: dict[str, str] = {}
+    for tensor in plan.tensors:
+        if not tensor.by or tensor.role != "conv":
+            continue
+        info = checkpoint.tensors.get(tensor.name)
+        if info is not None and info.place == "transposed":
+            reasons[tensor.name] = "transposed, which onnxruntime has no int8 kernel for"
+        elif not is_depthwise(tensor.shape, "conv", info.groups if info else None) and tensor.shape[1] <= FEW_CHANNELS:
+            reasons[tensor.name] = f"of {tensor.shape[1]} input channels, which is slower so"
+    return reasons
 
 
 def _likely_ends(checkpoint: Checkpoint) -> list[str]:

@@ -212,6 +212,29 @@ def surely_at_most(report: Report) -> float | None:
     return found
 
 
+def missed_target(report: Report) -> list[str]:
+    """A sentence where what was searched is not fast enough, beyond what its pairs are apart; with the fastest."""
+    found = report.search
+    if found is None or found.latency is None or found.original is None or found.fastest is None:
+        return []
+    beyond = 1 + (found.spread or 0.0)
+    if found.target_speedup is not None:
+        speedup = found.original / found.latency
+        if speedup * beyond >= found.target_speedup:
+            return []
+        return [
+            f"speed over the original's is {speedup:.3g}, the target is {found.target_speedup:g}; the fastest of "
+            f"{found.n_measured} networks came to {1 / found.fastest:.3g}"
+        ]
+    assert found.target_latency is not None
+    if found.latency <= beyond * found.target_latency:
+        return []
+    return [
+        f"latency is {1e3 * found.latency:.3g} ms, the target is {1e3 * found.target_latency:g} ms; the fastest of "
+        f"{found.n_measured} networks took {1e3 * found.fastest:.3g} ms"
+    ]
+
+
 def most_memory(report: Report) -> int | None:
     """Bytes that loading and running took, whichever took more; None: not measured."""
     memory = None if report.speed is None else report.speed.memory

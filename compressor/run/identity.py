@@ -38,7 +38,15 @@ def identity_of(options: RunOptions, recipe: Recipe, data: Mapping[str, str | No
         data={**data, **{f"policy {path.name}": file_digest(path) for path in files}},
         mode=options.mode,
         format=options.format,
-        targets=Targets(size=options.target_size, flops=options.target_flops, loss=options.max_loss),
+        targets=Targets(
+            size=options.target_size,
+            flops=options.target_flops,
+            loss=options.max_loss,
+            latency=options.target_latency,
+            speedup=options.target_speedup,
+            threads=options.threads,
+            batch=options.batch,
+        ),
         threads=threads,
         versions={name: metadata.version(name) for name in VERSIONS},
     )

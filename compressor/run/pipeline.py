@@ -38,11 +38,20 @@ from compressor.run.blame import blame, blamed
 from compressor.run.clock import Clock
 from compressor.run.delivery import artifact_size, deliver, largest_tensors
 from compressor.run.encoding import encode, restructured
-from compressor.run.gates import broken_promises, came_true, lost_quality, lost_size_or_speed, measured_kind, promised
+from compressor.run.gates import (
+    broken_promises,
+    came_true,
+    lost_quality,
+    lost_size_or_speed,
+    measured_kind,
+    missed_target,
+    promised,
+)
 from compressor.run.identity import identity_of
 from compressor.run.place import WORK, Place, held
 from compressor.run.prepare import Prepared, prepare, refuse_tokens_of
 from compressor.run.report import report_of
+from compressor.run.search import checked, deliver_front, narrowed
 from compressor.run.sizes import ManySizes
 from compressor.run.workplace import delivered, open_work
 from compressor.run.write import binary_layers, write_graph, write_weights
@@ -107,6 +116,7 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         refuse_tokens_of(start, partial)
         wait()
         course = restructured(start, work, progress, clock)
+        course, search = narrowed(start, course, target, work, progress, clock)
         encoded = encode(course, samples, target, work, progress, clock)
         checkpoint, recipe = course.checkpoint, course.recipe
         with clock.stage("export"), progress.task("exporting", 2) as task:
@@ -141,6 +151,10 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
                         partial, original, recipe.evaluation, encoded.batches, recipe.gates.promised_speed
                     )
                     task.advance()
+        if search is not None:
+            with clock.stage("benchmark"):
+                deliver_front(work, partial)
+                report.search = checked(search, partial, start, encoded.batches)
         if many.sized:
             with clock.stage("sizes"):
                 many.write(
@@ -155,6 +169,7 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         if worse:
             kind, labelled = aimed_at.kind, aimed_at.labelled
             blames = blame(checkpoint, tensors, encoded.plan, encoded.batches, kind, labelled, progress)
+        other += missed_target(report)
         report.gates = Gates(passed=not (worse or other), failures=worse + other, doubts=doubts, blame=blames)
         largest = largest_tensors(tensors) if any(failure.startswith("size") for failure in other) else ""
         report.cost = clock.stages

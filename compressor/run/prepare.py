@@ -26,9 +26,10 @@ from compressor.export.in_use import memory_in_use
 from compressor.export.measured import TRACED, TRACED_WITH_CACHE
 from compressor.plan.memory import of_a_worker, refuse_beyond
 from compressor.plan.plan import Plan
-from compressor.plan.planning import is_depthwise, make_plan, planned_with
+from compressor.plan.planning import make_plan, on_floats, planned_with
 from compressor.plan.recipe import MEASURED_TEXT, SHORTEST_WINDOW, Recipe
 from compressor.plan.recipe_file import load_recipe, refuse_reaching
+from compressor.plan.searching import widened, with_search
 from compressor.plan.targets import aimed
 from compressor.plan.workload import Workload, workload_of
 from compressor.run.nesting import refuse_sizes
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 CERTAIN = 64
 """Bytes that no token of a text exceeds on average: of longer texts the tokens need not be counted."""
-FEW_CHANNELS = 4
-"""As of pictures: a convolution of up to so many computes on floats (export.int8_operations)."""
 PROJECTED = re.compile(r"(^|\.)weight_hr_l\d+(_reverse)?$")
 """Names of the matrices that project the state of torch's LSTM."""
 TOKENIZERS = ("tokenizer", "vocab", "merges")
@@ -122,7 +121,7 @@ def prepare(asked: RunOptions) -> Prepared:
     Raises:
         UsageError, CheckpointError, DataError, ResourceError: The run would be refused.
     """
-    loaded = first_recipe(asked)
+    loaded = widened(first_recipe(asked), asked)
     checkpoint = open_checkpoint(asked.model, arch=asked.arch, trust_pickle=asked.trust_pickle)
     checkpoint.check()
     options, recipe = aimed(asked, loaded, checkpoint)
@@ -137,6 +136,7 @@ def prepare(asked: RunOptions) -> Prepared:
         plan = _on_int8(plan, checkpoint)
     _refuse_passes(recipe, options, checkpoint)
     refuse_sizes(recipe, options, checkpoint)
+    plan = with_search(plan, recipe, options, checkpoint)
     plan = _without_cache(plan, checkpoint, options)
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
@@ -289,13 +289,7 @@ def _on_int8(plan: Plan, checkpoint: Checkpoint) -> Plan:
         UsageError: All of them do.
     """
     convolutions = [tensor for tensor in plan.tensors if tensor.by and tensor.role == "conv"]
-    reasons: dict[str, str] = {}
-    for tensor in convolutions:
-        info = checkpoint.tensors.get(tensor.name)
-        if info is not None and info.place == "transposed":
-            reasons[tensor.name] = "transposed, which onnxruntime has no int8 kernel for"
-        elif not is_depthwise(tensor.shape, "conv", info.groups if info else None) and tensor.shape[1] <= FEW_CHANNELS:
-            reasons[tensor.name] = f"of {tensor.shape[1]} input channels, which is slower so"
+    reasons = on_floats(plan, checkpoint)
     if len(reasons) == len(convolutions) and checkpoint.kind != "onnx":
         name, reason = next(iter(reasons.items()))
         raise UsageError(
@@ -334,6 +328,8 @@ def _refuse_data(found: Prepared) -> None:
     """Refuses data that are missing, cannot be read, or do not suit. The built-in text is not read for it."""
     checkpoint, options, recipe = found.checkpoint, found.options, found.recipe
     if options.data is None and not found.reads_text:
+        if options.searches:
+            raise DataError(f"{checkpoint.path}: networks are searched by what they lose on data; give --data")
         _refuse_without_example(found)
     if found.reads_text:
         _refuse_without_tokenizer(checkpoint)

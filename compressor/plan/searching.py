@@ -1,0 +1,151 @@
+"""What a search for a fast network chooses, as far as headers tell: --target-latency, --target-speedup. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+from compressor.core.errors import UsageError
+from compressor.core.options import RunOptions
+from compressor.core.passes import PruningSettings
+from compressor.passes.settings.sortednet import SortednetSettings
+from compressor.plan.plan import Plan, PlannedTensor
+from compressor.plan.planning import on_floats
+from compressor.plan.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    from compressor.checkpoints import Checkpoint
+
+FIRST, BATCH, MOST, PATIENCE = 10, 5, 60, 3
+"""Networks that are measured to begin with, and at a time; how many at most; and batches without a better one after
+which it ends."""
+CONFIRMED = 5
+"""Of the best, how often a network that turns out slower when it is measured anew gives way to the next."""
+SECONDS = 12.0
+"""To write, judge and measure a network, about."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What is chosen.
+
+    over    sizes: how wide each group of units and how deep a sorted network is; layers: as the recipe stores each, or
+            as floats
+    layers  names of those layers' weights
+    """
+
+    over: Literal["sizes", "layers"]
+    layers: tuple[str, ...] = ()
+
+    def note(self, recipe: Recipe) -> str:
+        """A sentence for the plan."""
+        what = f"each of {len(self.layers)} layers as the recipe stores it or as floats"
+        if self.over == "sizes":
+            settings = _sorted(recipe)
+            assert settings is not None
+            what = f"{len(settings.widths)} widths for each group of units, {len(settings.depths)} depths"
+        most = min(MOST, 2 ** len(self.layers)) if self.layers else MOST
+        return (
+            f"searches among {what}: up to {most} networks are written, judged and measured one at a time, the "
+            f"original beside each; about {most * SECONDS / 60:.0f} min for a network of some milliseconds"
+        )
+
+
+def searched(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, plan: Plan) -> Searched:
+    """What there is to choose from.
+
+    Raises:
+        UsageError: Nothing is, or the search would not do with what else is asked; it says which.
+    """
+    option = "--target-latency" if options.target_latency is not None else "--target-speedup"
+    wrong = _wrong(recipe, options, checkpoint)
+    if wrong:
+        raise UsageError(f"{option}: {wrong}")
+    if _sorted(recipe) is not None:
+        return Searched("sizes")
+    static = recipe.export.activations == "static_int8"
+    same = on_floats(plan, checkpoint) if static else {}
+    layers = tuple(t.name for t in plan.tensors if _is_chosen(t, static) and t.name not in same)
+    if len(layers) < 2:
+        others = ", ".join(dict.fromkeys(step.name for step in recipe.passes))
+        raise UsageError(
+            f"{option}: {recipe.name} leaves nothing to choose: it searches among the sizes of sortednet, and among "
+            "layers as integers or as floats, linear layers, and convolutions with export.activations: static_int8; "
+            f"found {others}, whose widths and depths are no choice of it"
+        )
+    return Searched("layers", layers)
+
+
+def widened(recipe: Recipe, options: RunOptions) -> Recipe:
+    """The recipe whose sorted network keeps every size, since the search begins with all of them."""
+    if not options.searches:
+        return recipe
+
+    def kept(step: Step) -> Step:
+        if not isinstance(step.settings, SortednetSettings):
+            return step
+        whole = SortednetSettings.model_validate(step.settings.model_dump(exclude_unset=True) | {"ship": None})
+        return step.model_copy(update={"settings": whole})
+
+    return recipe.model_copy(update={"passes": tuple(kept(step) for step in recipe.passes)})
+
+
+def with_search(plan: Plan, recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> Plan:
+    """The plan with a note on what is searched, where something is.
+
+    Raises:
+        UsageError: As `searched`.
+    """
+    if not options.searches:
+        if options.threads is not None or options.batch != 1:
+            raise UsageError("--threads and --batch are of --target-latency and --target-speedup; give one of these")
+        return plan
+    return replace(plan, notes=(*plan.notes, searched(recipe, options, checkpoint, plan).note(recipe)))
+
+
+def _wrong(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> str:
+    """Why no network can be searched; empty where one can."""
+    if find_spec("optuna") is None:
+        return "needs optuna; pip install 'compressor[search]'"
+    if options.target_latency is not None and options.target_speedup is not None:
+        return "and --target-speedup are two targets; give one of them"
+    if options.target_speedup is not None and not 1 < options.target_speedup < 1e3:
+        return f"is {options.target_speedup:g}; write such as 2, times the original's speed"
+    if not 1 <= options.batch <= 2**16:
+        return f"--batch is {options.batch}; write 1 or more"
+    if options.format != "onnx":
+        return "is measured in onnxruntime; leave --format safetensors out"
+    if options.allocates or options.target_flops is not None:
+        return "chooses the network, and so do --target-size, --target-flops and --max-loss; give one of them"
+    if checkpoint.family == "decoder":
+        return f"is of one run, and {checkpoint.architecture} writes tokens one at a time; give --set gates.min_speedup"
+    if (checkpoint.config or {}).get("is_encoder_decoder"):
+        return "is of one graph, and an encoder-decoder has two"
+    if recipe.evaluation.skipped:
+        return (
+            "compares networks by quality, and evaluation is skipped; leave evaluation.tokens and samples as they are"
+        )
+    nested = _sorted(recipe)
+    after = [step.name for step in recipe.passes if step.settings.stage != "structure"]
+    if nested is not None and after:
+        return (
+            f"chooses sizes of sortednet before anything is encoded, and {recipe.name} has {after[0]} after it; "
+            "leave that out, or compress what the search writes once more"
+        )
+    if recipe.learns:
+        return f"measures many networks, and {recipe.learns} would train each of them; leave it out"
+    dropping = next((step.name for step in recipe.passes if isinstance(step.settings, PruningSettings)), None)
+    if dropping is not None and nested is None:
+        return f"chooses layers that are stored as integers, and zeros of {dropping} make none faster"
+    return ""
+
+
+def _sorted(recipe: Recipe) -> SortednetSettings | None:
+    found = [step.settings for step in recipe.structure if isinstance(step.settings, SortednetSettings)]
+    return found[0] if found else None
+
+
+def _is_chosen(tensor: PlannedTensor, static: bool) -> bool:
+    """Whether how it is stored changes how it is computed."""
+    return bool(tensor.by) and (tensor.role == "linear" or (static and tensor.role == "conv"))

@@ -1,0 +1,308 @@
+"""The networks that a search for a fast one chooses among: layers as the recipe stores them or as floats, or what a
+sorted network has in it, of any width for each of its groups.
+
+Genes begin with what is fastest: an integer layer, the smallest width, the fewest blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from compressor.checkpoints import Checkpoint
+from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
+from compressor.core.artifact import WEIGHTS
+from compressor.core.batch import Batch, call
+from compressor.core.errors import PassError
+from compressor.core.groups import Group, Operator
+from compressor.core.structure import Subject
+from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.core.work import Work
+from compressor.evaluate.operators import Operator as Layer
+from compressor.evaluate.operators import Table, operators, stored_as
+from compressor.evaluate.original import OriginalTensors, export_original
+from compressor.ops.evolution import Genes, Space
+from compressor.passes.settings.sortednet import SortednetSettings
+from compressor.passes.sortednet import Sortednet
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe import Recipe
+from compressor.run.encoding import Course, Encoded
+from compressor.run.prepare import Prepared
+from compressor.run.write import write_graph
+from compressor.structure.stage import GraphSurgeon
+
+_RANGED = 64
+"""Examples that ranges of activations are taken from while networks are only tried."""
+
+
+class Family(Protocol):
+    """Networks that differ in their genes."""
+
+    space: Space
+
+    def write(self, genes: Genes, folder: Path) -> None:
+        """The graph of one of them, with its weights, into an empty folder."""
+        ...
+
+    def course(self, genes: Genes, work: Work) -> Course:
+        """One of them, for a run to go on with."""
+        ...
+
+    def told(self, genes: Genes) -> dict[str, Any]:
+        """What was chosen, for people to read."""
+        ...
+
+
+class Layers:
+    """Each of some layers as the recipe stores it, 0, or as floats, 1.
+
+    Args:
+        encoded: The network of which all of them are stored so.
+    """
+
+    def __init__(
+        self, start: Prepared, course: Course, encoded: Encoded, layers: Sequence[str], table: Table
+    ) -> None:  # fmt: skip
+        self.start, self.original, self.encoded, self.names = start, course, encoded, tuple(layers)
+        self.table, self.batches = table, _first(encoded.batches, _RANGED)
+        known = self._known
+        prior = (lambda genes: sum(costs[gene] for costs, gene in zip(known, genes, strict=True))) if known else None
+        self.space = Space((2,) * len(self.names), prior=prior)
+
+    @cached_property
+    def _known(self) -> list[tuple[float, float]]:
+        """Of each layer what it takes stored and as floats; nothing where the network is no module of torch."""
+        checkpoint = self.original.checkpoint
+        if checkpoint.kind == "onnx" or not self.batches:
+            return []
+        found = operators(checkpoint.build("cpu").float(), call, _example(self.batches))
+        static = self.original.recipe.export.activations == "static_int8"
+        planned = {tensor.name: tensor for tensor in self.original.plan.tensors}
+        costs = []
+        for name in self.names:
+            bits = planned[name].describe().get("bits", 0)
+            layer = found.get(name)
+            pair = () if layer is None else (stored_as(layer, static, bits), layer)
+            costs.append((0.0, 0.0) if layer is None else tuple(self.table.seconds(each) for each in pair))
+        return costs
+
+    def write(self, genes: Genes, folder: Path) -> None:
+        floats, checkpoint = self._floats(genes), self.original.checkpoint
+        if len(floats) == len(self.names):
+            export_original(checkpoint, folder, self.batches)
+            return
+        if checkpoint.config is not None:
+            (folder / "config.json").write_text(json.dumps(checkpoint.config))
+        mixed = _Mixed(self.encoded.tensors, OriginalTensors(checkpoint), self._as_they_were(floats))
+        write_tensors(folder / WEIGHTS, mixed, self.encoded.tensors.tied)
+        recipe = self._recipe(floats)
+        tensors = EncodedTensors([folder / WEIGHTS])
+        write_graph(checkpoint, tensors, folder, self.start.options, recipe, self.batches)
+
+    def course(self, genes: Genes, work: Work) -> Course:
+        recipe = self._recipe(self._floats(genes))
+        plan = make_plan(self.original.checkpoint, recipe, self.start.options.format, smaller=True)
+        plan = dataclasses.replace(plan, notes=self.original.plan.notes, in_use=self.original.plan.in_use)
+        return dataclasses.replace(self.original, recipe=recipe, plan=plan)
+
+    def told(self, genes: Genes) -> dict[str, Any]:
+        floats = self._floats(genes)
+        return {name: "float" if name in floats else "stored" for name in self.names}
+
+    def _floats(self, genes: Genes) -> frozenset[str]:
+        return frozenset(name for name, gene in zip(self.names, genes, strict=True) if gene)
+
+    def _recipe(self, floats: Collection[str]) -> Recipe:
+        """The recipe that leaves these alone; without int8 activations where no convolution is left that has them."""
+        recipe = self.original.recipe
+        planned = {tensor.name: tensor for tensor in self.original.plan.tensors}
+        for step in dict.fromkeys(planned[name].by for name in self.names):
+            recipe = recipe.leaving(step, [name for name in self.names if name in floats and planned[name].by == step])
+        left = [name for name in self.names if planned[name].role == "conv" and name not in floats]
+        if recipe.export.activations == "static_int8" and not left:
+            export = recipe.export.model_copy(update={"activations": "int8"})
+            recipe = recipe.model_copy(update={"export": export})
+        return recipe
+
+    def _as_they_were(self, floats: Collection[str]) -> frozenset[str]:
+        """Those tensors, and what follows each up to the next matrix: biases and norms that a run would not correct."""
+        found, inside = set[str](), False
+        for tensor in self.original.plan.tensors:
+            if len(tensor.shape) > 1:
+                inside = tensor.name in floats
+            if inside:
+                found.add(tensor.name)
+        return frozenset(found)
+
+
+class _Mixed(Mapping[str, EncodedTensor]):
+    """Tensors that are encoded, but for some that are as they were."""
+
+    def __init__(self, encoded: EncodedTensors, original: OriginalTensors, floats: frozenset[str]) -> None:
+        self.encoded, self.original, self.floats = encoded, original, floats
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        return self.original[name] if name in self.floats else self.encoded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.encoded)
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+
+class Mixtures:
+    """What a sorted network has in it: a depth, and of each group of units a width, smallest first.
+
+    Norms and biases of a group are those of the size that has its width; what is of no group is the widest one's that
+    is in it. Statistics of batch norms are taken anew.
+    """
+
+    def __init__(self, start: Prepared, course: Course, batches: list[Batch], table: Table) -> None:
+        self.start, self.original, self.table, self.batches = start, course, table, batches
+        step = next(step for step in course.recipe.structure if isinstance(step.settings, SortednetSettings))
+        assert isinstance(step.settings, SortednetSettings)
+        self.settings, report = step.settings, next(each for each in reversed(course.reports) if "sizes" in each)
+        self.method = Sortednet(**step.settings.model_dump())
+        self.module = course.checkpoint.build("cpu").float().eval()
+        surgeon = GraphSurgeon(_example(batches), call)
+        subject = Subject(
+            self.module, batches, None, surgeon, torch.Generator(), step.selects, lambda *_: None, _trains
+        )
+        self.surgeon = surgeon
+        self.groups, blocks = self.method.groups_and_blocks(subject)
+        self.order = report["order"]
+        self.blocks = blocks
+        self.widths = sorted(self.settings.widths)
+        self.depths = sorted(self.settings.depths)
+        self.layers = operators(self.module, call, _example(batches))
+        self.sizes = {each.name: each for each in course.sizes}
+        counts = (len(self.depths), *(len(self.widths) for _ in self.groups))
+        self.space = Space(counts, self._inactive, self._prior)
+
+    def write(self, genes: Genes, folder: Path) -> None:
+        beside = folder.with_name(f"{folder.name}.made")
+        export_original(self._made(genes, beside), folder, self.batches)
+        shutil.rmtree(beside)
+
+    def course(self, genes: Genes, work: Work) -> Course:
+        checkpoint = self._made(genes, work.folder / "chosen")
+        recipe = self.original.recipe
+        plan = make_plan(checkpoint, recipe, self.start.options.format, smaller=True)
+        return dataclasses.replace(self.original, checkpoint=checkpoint, plan=plan, sizes=())
+
+    def told(self, genes: Genes) -> dict[str, Any]:
+        idle = self._inactive(genes)
+        widths = {
+            group.name: self.widths[gene]
+            for place, (group, gene) in enumerate(zip(self.groups, genes[1:], strict=True), 1) if place not in idle
+        }  # fmt: skip
+        return {"depth": self.depths[genes[0]], "widths": widths}
+
+    def _removal(self, genes: Genes) -> dict[Group, torch.Tensor]:
+        shares = [self.widths[gene] for gene in genes[1:]]
+        return self.method.removal(self.groups, self.blocks, self.order, shares, self.depths[genes[0]])
+
+    def _inactive(self, genes: Genes) -> Collection[int]:
+        """Groups all of which lies in blocks that are left out."""
+        return self._idle[genes[0]]
+
+    @cached_property
+    def _idle(self) -> list[frozenset[int]]:
+        found = []
+        for depth in self.depths:
+            gone = _without(self.method.removal(self.groups, self.blocks, self.order, [1.0] * len(self.groups), depth))
+            found.append(frozenset(
+                place for place, group in enumerate(self.groups, 1)
+                if all(gone(member.tensor) for member in group.producers)
+            ))  # fmt: skip
+        return found
+
+    def _prior(self, genes: Genes) -> float:
+        """What the layers that are left take alone, by the table."""
+        removal = self._removal(genes)
+        gone, left = _without(removal), dict[tuple[str, int], int]()
+        for group, units in removal.items():
+            if not isinstance(group, Operator):
+                for member in group.members:
+                    left[member.tensor, member.dim] = len(units) * member.index.shape[1]
+        total = 0.0
+        for name, layer in self.layers.items():
+            if not gone(name):
+                total += self.table.seconds(_narrower(layer, left.get((name, 0), 0), left.get((name, 1), 0)))
+        return total
+
+    def _made(self, genes: Genes, folder: Path) -> Checkpoint:
+        """A network, written into a folder."""
+        removal = self._removal(genes)
+        module, renamed = self.method.part(self.surgeon, self.module, removal)
+        module = copy.deepcopy(module)  # what it has in common with the whole is its own from here on
+        self._own(module, renamed, genes)
+        self.method.measured(module, self.batches)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_reshaped(self.start.checkpoint, module, folder)
+        return open_reshaped(self.start.checkpoint, folder)
+
+    @torch.no_grad()
+    def _own(self, module: torch.nn.Module, renamed: Mapping[str, str], genes: Genes) -> None:
+        """Gives it the vectors of the sizes whose widths it has."""
+        depth, idle = self.depths[genes[0]], self._inactive(genes)
+        shares = {
+            member.tensor: self.widths[gene]
+            for place, (group, gene) in enumerate(zip(self.groups, genes[1:], strict=True), 1) if place not in idle
+            for member in group.members
+        }  # fmt: skip
+        widest = max(shares.values(), default=1.0)
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            width = shares.get(renamed.get(name, name), widest)
+            size = self.sizes.get(self.method.names[self.method.pairs.index((width, depth))])
+            if tensor.dim() > 1 or size is None or name not in size.checkpoint.tensors:
+                continue
+            theirs = size.checkpoint.read(name)
+            if theirs.shape == tensor.shape:
+                tensor.data.copy_(theirs)
+
+
+def _without(removal: Mapping[Group, torch.Tensor]) -> Callable[[str], bool]:
+    """Whether a tensor is in a block or branch that goes."""
+    operators = [group for group in removal if isinstance(group, Operator)]
+    inside = {member.tensor for operator in operators for member in operator.members}
+    paths = tuple(f"{path}." for operator in operators if operator.whole for path in operator.cut)
+    return lambda name: name in inside or name.startswith(paths)
+
+
+def _narrower(layer: Layer, outputs: int, inputs: int) -> Layer:
+    """A layer without so many of its outputs and inputs; a depthwise one loses both at once."""
+    n, k, *rest = layer.weight
+    if layer.is_convolution:
+        groups = layer.groups - outputs if layer.groups > 1 and k == 1 else layer.groups
+        rows = (groups if groups > 1 else layer.rows[0] - inputs, *layer.rows[1:])
+        return dataclasses.replace(layer, weight=(n - outputs, k - inputs, *rest), rows=rows, groups=groups)
+    return dataclasses.replace(layer, weight=(n - outputs, k - inputs))
+
+
+def _trains(*_: Any) -> Any:
+    raise PassError("sortednet trains while it only says what is in it; please report the recipe")
+
+
+def _example(batches: Sequence[Batch]) -> Batch:
+    return {name: tensor[:2] for name, tensor in batches[0].items()}
+
+
+def _first(batches: Sequence[Batch], n: int) -> list[Batch]:
+    """Batches that come to `n` examples, of the last one no more than that takes."""
+    found, left = list[Batch](), n
+    for batch in batches:
+        if left > 0:
+            found.append({name: tensor[:left] for name, tensor in batch.items()})
+            left -= len(next(iter(batch.values())))
+    return found
