@@ -136,18 +136,30 @@ def recurrent(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
     return found
 
 
-def unfolded_pieces(module: nn.Module, inputs: Tensor, most: int = 2**24) -> Iterator[Tensor]:
-    """`unfold_inputs`, in order, so many examples at a time as come to `most` numbers; of convolutions only, where each
-    number is read by several rows."""
+def unfolded_pieces(module: nn.Module, inputs: Tensor, most: int = 2**22) -> Iterator[Tensor]:
+    """`unfold_inputs`, in order, in pieces of about `most` numbers; of convolutions only, where each number is read by
+    several rows. Pieces are of whole examples, or of one example's positions."""
     weight = weight_of(module)
     if weight.dim() < 3 or inputs.dim() != weight.dim() or not len(inputs):
         yield unfold_inputs(module, inputs)
         return
-    strides = module.stride if isinstance(module.stride, tuple) else (1,)
-    positions = inputs[0, 0].numel() / math.prod(strides)
-    at_once = max(1, int(most / max(1.0, positions * weight[0].numel())))
-    for part in inputs.split(at_once):
-        yield unfold_inputs(module, part)
+    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    reach, stride = module.dilation[0] * (module.kernel_size[0] - 1) + 1, module.stride[0]
+    padded = functional.pad(inputs[:1].float(), _padding(module))
+    n = (padded.shape[2] - reach) // stride + 1
+    across = padded[0, 0, 0].numel() / math.prod(module.stride[1:])
+    line = max(1.0, across * weight[0].numel())  # numbers of the positions in a line, of which an example has n
+    at_once = int(most / (n * line))
+    if at_once:
+        for part in inputs.split(at_once):
+            yield unfold_inputs(module, part)
+        return
+    lines = max(1, int(most / line))
+    for i in range(len(inputs)):
+        padded = functional.pad(inputs[i : i + 1].float(), _padding(module))
+        for first in range(0, n, lines):
+            last = min(first + lines, n) - 1
+            yield _unfolded(module, padded[:, :, first * stride : last * stride + reach])
 
 
 def unfold_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -155,21 +167,30 @@ def unfold_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
 
     Of layers that `unfolds` says yes to.
     """
-    if isinstance(module, nn.Conv2d):
-        patches = functional.unfold(
-            functional.pad(inputs.float(), _same_padding(module)), module.kernel_size, module.dilation, 0, module.stride
-        )
-        return patches.transpose(1, 2).flatten(0, 1)
-    if isinstance(module, nn.Conv1d):
-        kernel, dilation = module.kernel_size[0], module.dilation[0]
-        padding = module.padding if isinstance(module.padding, str) else (module.padding[0],) * 2
-        if isinstance(padding, str):
-            total = dilation * (kernel - 1) if padding == "same" else 0
-            padding = (total // 2, total - total // 2)
-        padded = functional.pad(inputs.float(), padding)
-        windows = padded.unfold(2, dilation * (kernel - 1) + 1, module.stride[0])[..., ::dilation]
-        return windows.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return _unfolded(module, functional.pad(inputs.float(), _padding(module)))
     return inputs.float().reshape(-1, inputs.shape[-1])
+
+
+def _unfolded(module: nn.Conv1d | nn.Conv2d, padded: Tensor) -> Tensor:
+    """The rows of inputs that are padded already."""
+    if isinstance(module, nn.Conv2d):
+        patches = functional.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
+        return patches.transpose(1, 2).flatten(0, 1)
+    reach = module.dilation[0] * (module.kernel_size[0] - 1) + 1
+    windows = padded.unfold(2, reach, module.stride[0])[..., :: module.dilation[0]]
+    return windows.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
+    """As functional.pad takes it."""
+    if isinstance(module, nn.Conv2d):
+        return _same_padding(module)
+    padding = module.padding if isinstance(module.padding, str) else (module.padding[0],) * 2
+    if isinstance(padding, str):
+        total = module.dilation[0] * (module.kernel_size[0] - 1) if padding == "same" else 0
+        padding = (total // 2, total - total // 2)
+    return padding
 
 
 def _same_padding(module: nn.Conv2d) -> tuple[int, int, int, int]:

@@ -24,7 +24,7 @@ def ranks(points: Sequence[Point]) -> list[int]:
     if not points:
         return []
     rows = np.asarray(points, np.float64)
-    over = (rows[:, None] <= rows).all(-1) & (rows[:, None] < rows).any(-1)
+    over: np.ndarray = np.all(rows[:, None] <= rows, -1) & np.any(rows[:, None] < rows, -1)
     found, rank = np.full(len(rows), -1), 0
     while (found < 0).any():
         left = found < 0

@@ -16,7 +16,7 @@ VALUES_AT_ONCE = 2**20
 again."""
 HELD_AT_ONCE = 2**24
 """Numbers that a batch's largest layer reads and writes, unless one example alone has more."""
-UNFOLDED_AT_ONCE = 2**24
+UNFOLDED_AT_ONCE = 2**22
 """Numbers of a convolution's input that are unfolded at a time."""
 
 
@@ -93,8 +93,7 @@ class Workload:
     def unfolded(self) -> int:
         """Numbers that the largest convolution's input has when it is unfolded, as many as are at once."""
         sizes = [each.positions * each.columns for each in self.layers if len(each.shape) > 2 and each.groups == 1]
-        most = UNFOLDED_AT_ONCE
-        return max((min(self.at_once * size, max(size, most // size * size)) for size in sizes), default=0)
+        return min(self.at_once * max(sizes, default=0), UNFOLDED_AT_ONCE)
 
 
 def workload_of(load: Workload, recipe: Recipe, n_calibration: int, n_evaluation: int) -> Workload:

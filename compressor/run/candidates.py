@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
+from torch import nn
 
 from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
@@ -25,6 +26,7 @@ from compressor.core.errors import PassError
 from compressor.core.groups import Group, Operator
 from compressor.core.structure import Subject
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
+from compressor.core.training import Training
 from compressor.core.work import Work
 from compressor.evaluate.operators import Operator as Layer
 from compressor.evaluate.operators import Table, operators, stored_as
@@ -290,7 +292,7 @@ def _narrower(layer: Layer, outputs: int, inputs: int) -> Layer:
     return dataclasses.replace(layer, weight=(n - outputs, k - inputs))
 
 
-def _trains(*_: Any) -> Any:
+def _trains(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> NoReturn:
     raise PassError("sortednet trains while it only says what is in it; please report the recipe")
 
 

@@ -53,9 +53,16 @@ def test_few_large_examples_make_a_batch():
     assert Workload((), 2**19, 2**19).at_once == 2
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(4, 3, 3, 2, 1), nn.Conv1d(4, 3, 5, padding="same")])
-def test_inputs_unfolded_a_few_at_a_time_are_the_same_rows(layer):
+@pytest.mark.parametrize("most", [100, 800])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(4, 3, 3, 2, 1), nn.Conv2d(4, 3, (2, 3), 1, "same"), nn.Conv1d(4, 3, 5, padding="same"),
+              nn.Conv1d(4, 3, 3, 2, dilation=2)]
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_inputs_unfolded_a_few_at_a_time_are_the_same_rows(layer, most):
     inputs = torch.randn(5, 4, *[9] * (layer.weight.dim() - 2), generator=torch.Generator().manual_seed(1))
-    pieces = list(unfolded_pieces(layer, inputs, most=800))
-    assert len(pieces) > 1
-    torch.testing.assert_close(torch.cat(pieces), unfold_inputs(layer, inputs), rtol=0, atol=0)
+    pieces = list(unfolded_pieces(layer, inputs, most=most))
+    rows = unfold_inputs(layer, inputs)
+    assert (len(pieces) > 1) == (rows.numel() > most)
+    assert all(piece.numel() <= max(most, 9 * 24) for piece in pieces)  # a line of positions at least
+    torch.testing.assert_close(torch.cat(pieces), rows, rtol=0, atol=0)
