@@ -23,9 +23,10 @@ BASE = 450_000_000
 LIGHT = 400_000_000
 """The same where the network is no transformer, with the pages of libraries' files that are in use."""
 FLOAT = 4
-_FORMS, _BATCHES, _OBSERVED = 8.0, 3.5, 3.0
+_FORMS, _BATCHES, _GATHERED, _OBSERVED = 8.0, 3.5, 3.0, 3.0
 """Of a network on arrays: copies of its weights, the graph's own, the module's, the decoded, onnxruntime's; arrays of a
-batch's largest layer; values that are seen at once where ranges are taken. Measured on six networks."""
+batch's largest layer; more of them where moments are gathered of layers; values that are seen at once where ranges are
+taken. Measured on six networks."""
 _CHUNK, _COPIES = 2048 * 576, 36
 """Values of a table that are encoded at a time, and arrays of that many floats meanwhile."""
 _POSITIONS = 128
@@ -85,7 +86,7 @@ def _of_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload)
     found = data + _FORMS * FLOAT * _count(tensors) + _BATCHES * batch
     if any(tensor.method is not None and "data" in tensor.method.needs for tensor in tensors):
         largest = max((2 * FLOAT * tensor.matrix[1] ** 2 for tensor in tensors if tensor.by), default=0)
-        found += 2 * FLOAT * load.unfolded + largest
+        found += _GATHERED * batch + 2 * FLOAT * load.unfolded + largest
     if recipe.export.activations == "static_int8":
         found += _OBSERVED * FLOAT * load.written
     return LIGHT + int(found)
