@@ -139,16 +139,14 @@ def recurrent(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
 def unfolded_pieces(module: nn.Module, inputs: Tensor, most: int = 2**22) -> Iterator[Tensor]:
     """`unfold_inputs`, in order, in pieces of about `most` numbers; of convolutions only, where each number is read by
     several rows. Pieces are of whole examples, or of one example's positions."""
-    weight = weight_of(module)
-    if weight.dim() < 3 or inputs.dim() != weight.dim() or not len(inputs):
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or inputs.dim() != module.weight.dim() or not len(inputs):
         yield unfold_inputs(module, inputs)
         return
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
     reach, stride = module.dilation[0] * (module.kernel_size[0] - 1) + 1, module.stride[0]
     padded = functional.pad(inputs[:1].float(), _padding(module))
     n = (padded.shape[2] - reach) // stride + 1
     across = padded[0, 0, 0].numel() / math.prod(module.stride[1:])
-    line = max(1.0, across * weight[0].numel())  # numbers of the positions in a line, of which an example has n
+    line = max(1.0, across * module.weight[0].numel())  # numbers of the positions in a line, of which an example has n
     at_once = int(most / (n * line))
     if at_once:
         for part in inputs.split(at_once):
