@@ -198,16 +198,10 @@ def inputs_for(
             known = next(iter(shapes.values()))
         known = known[1:] if len(known) == len(entry.shape) + 1 else known  # it takes an example as a whole
         fits = len(known) == len(entry.shape)
-        shape = [
-            length
-            if isinstance(length, int)
-            else batch
-            if axis == 0 and batch is not None
-            else known[axis]
-            if fits
-            else (1 if axis == 0 else open_axis)
-            for axis, length in enumerate(entry.shape)
-        ]
+        open_axes = list(known) if fits else [1, *[open_axis] * len(entry.shape)]
+        if batch is not None and open_axes:
+            open_axes[0] = batch
+        shape = [each if isinstance(each, int) else open_axes[axis] for axis, each in enumerate(entry.shape)]
         if batch not in (None, 1) and shape and shape[0] != batch:
             raise CheckpointError(f"{session.path}: '{name}' takes {shape[0]} at a time; leave --batch out")
         if dtype.kind == "f":

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from compressor.core.files import write_text
 from compressor.core.machine import processor
+from compressor.graph.cost import watch_layers
 
 RUNS, BLOCKS = 10, 3
 GROUP = 32
@@ -54,37 +54,22 @@ class Operator:
         return len(self.rows) > 1
 
 
-@torch.no_grad()
 def operators(
     module: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Mapping[str, Tensor]
 ) -> dict[str, Operator]:  # fmt: skip
     """Weight's name -> its layer on floats; of linear layers and convolutions, at their last call."""
     found: dict[str, Operator] = {}
 
-    def noting(name: str, layer: nn.Module) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(layer.weight, Tensor)
-            shape = tuple(layer.weight.shape)
-            if isinstance(layer, _ConvNd):
-                if layer.transposed or isinstance(layer.padding, str):
-                    return
-                sizes = (tuple(layer.stride), tuple(layer.padding) * 2, tuple(layer.dilation))
-                found[name] = Operator(shape, tuple(inputs[0].shape[1:]), *sizes, layer.groups)
-            else:
-                found[name] = Operator(shape, (inputs[0].shape[:-1].numel() // len(inputs[0]),))
+    def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        shape = tuple(layer.weight.shape)
+        if isinstance(layer, nn.Linear):
+            found[name] = Operator(shape, (inputs[0].shape[:-1].numel() // len(inputs[0]),))
+        elif isinstance(layer, _ConvNd) and not layer.transposed and not isinstance(layer.padding, str):
+            sizes = (tuple(layer.stride), tuple(layer.padding) * 2, tuple(layer.dilation))
+            found[name] = Operator(shape, tuple(inputs[0].shape[1:]), *sizes, layer.groups)
 
-        return hook
-
-    hooks = [
-        layer.register_forward_pre_hook(noting(f"{path}.weight" if path else "weight", layer))
-        for path, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, _ConvNd))
-    ]
-    try:
-        call(module, dict(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch_layers(module, call, batch, note)
     return found
 
 

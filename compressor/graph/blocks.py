@@ -136,7 +136,7 @@ def recurrent(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
     return found
 
 
-def unfolded_pieces(module: nn.Module, inputs: Tensor, most: int = 2**22) -> Iterator[Tensor]:
+def unfolded_pieces(module: nn.Module, inputs: Tensor, most: int) -> Iterator[Tensor]:
     """`unfold_inputs`, in order, in pieces of about `most` numbers; of convolutions only, where each number is read by
     several rows. Pieces are of whole examples, or of one example's positions."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d) or inputs.dim() != module.weight.dim() or not len(inputs):
@@ -180,25 +180,16 @@ def _unfolded(module: nn.Conv1d | nn.Conv2d, padded: Tensor) -> Tensor:
     return windows.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
 
 
-def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
-    """As functional.pad takes it."""
-    if isinstance(module, nn.Conv2d):
-        return _same_padding(module)
-    padding = module.padding if isinstance(module.padding, str) else (module.padding[0],) * 2
-    if isinstance(padding, str):
-        total = module.dilation[0] * (module.kernel_size[0] - 1) if padding == "same" else 0
-        padding = (total // 2, total - total // 2)
-    return padding
-
-
-def _same_padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
-    if isinstance(module.padding, str):
-        if module.padding == "valid":
-            return (0, 0, 0, 0)
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
-    height, width = module.padding
-    return (width, width, height, height)
+def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """As functional.pad takes it: before and after, the last axis first."""
+    found: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if not isinstance(module.padding, str):
+            found += [module.padding[axis]] * 2
+            continue
+        total = module.dilation[axis] * (module.kernel_size[axis] - 1) if module.padding == "same" else 0
+        found += [total // 2, total - total // 2]
+    return found
 
 
 def unfolds(module: nn.Module) -> bool:

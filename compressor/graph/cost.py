@@ -13,7 +13,6 @@ from compressor.core.structure import Removal
 from compressor.graph.surgery import shapes_without
 
 
-@torch.no_grad()
 def positions(module: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Mapping[str, Tensor]) -> dict[str, int]:
     """Weight's name -> positions of one example (pixels or tokens, summed over calls) that it is multiplied at.
 
@@ -22,16 +21,28 @@ def positions(module: nn.Module, call: Callable[[nn.Module, Any], Any], batch: M
     n = len(next(iter(batch.values())))
     found: dict[str, int] = {}
 
-    def count(name: str, layer: nn.Module) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen = inputs[0] if isinstance(layer, _ConvTransposeNd) else output
-            channels = seen.shape[1 if isinstance(layer, _ConvNd) else -1]
-            found[name] = found.get(name, 0) + seen.numel() // channels // n
+    def count(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen = inputs[0] if isinstance(layer, _ConvTransposeNd) else output
+        channels = seen.shape[1 if isinstance(layer, _ConvNd) else -1]
+        found[name] = found.get(name, 0) + seen.numel() // channels // n
 
-        return hook
+    watch_layers(module, call, batch, count)
+    return found
+
+
+@torch.no_grad()
+def watch_layers(
+    module: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Mapping[str, Tensor],
+    note: Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None],
+) -> None:  # fmt: skip
+    """Calls the network on a batch; `note` is told of each call of a linear layer or convolution: its weight's name,
+    the layer, its inputs and its output."""
+
+    def telling(name: str) -> Callable[..., None]:
+        return lambda layer, inputs, output: note(name, layer, inputs, output)
 
     hooks = [
-        layer.register_forward_hook(count(f"{path}.weight" if path else "weight", layer))
+        layer.register_forward_hook(telling(f"{path}.weight" if path else "weight"))
         for path, layer in module.named_modules()
         if isinstance(layer, (nn.Linear, _ConvNd)) or type(layer).__name__ == "Conv1D"
     ]
@@ -40,7 +51,6 @@ def positions(module: nn.Module, call: Callable[[nn.Module, Any], Any], batch: M
     finally:
         for hook in hooks:
             hook.remove()
-    return found
 
 
 def multiplications(module: nn.Module, removal: Removal, at: Mapping[str, int]) -> int:

@@ -42,7 +42,7 @@ def find_groups(module: nn.Module, example_inputs: Example) -> list[Group]:
     _fix_packed_attention(module, run)
     root, reasons = run.labels.classes()
     classes: dict[int, list[_Entry]] = defaultdict(list)
-    order = {name: i for i, (name, _) in enumerate(named_tensors(module).items())}
+    order = {name: i for i, name in enumerate(named_tensors(module))}
     hidden = frozenset(label for label, reason in reasons.items() if reason == HIDDEN)
     for (name, dim), symbols in sorted(run.symbols.items(), key=lambda item: (order[item[0][0]], item[0][1])):
         reader = (name, dim) in run.statistics or (name, dim) in run.consumed

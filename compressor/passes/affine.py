@@ -18,7 +18,7 @@ from compressor.ops.descent import descend
 from compressor.ops.error_feedback import inverse_factor
 from compressor.ops.grids import code, nearest_zero
 from compressor.ops.uniform import Grid
-from compressor.ops.widths import zero_steps
+from compressor.ops.widths import n_groups, zero_steps
 from compressor.passes.settings.affine import AffineSettings
 
 _VALUES = 2048 * 576
@@ -56,9 +56,8 @@ class Affine(AffineSettings, WeightPass):
         grid = Grid(self.bits, group, self.zero, self.scale_bits, self._refine if self.method == "hqq" else None)
         at_once = max(1, _VALUES // columns)
         masks = [None] * -(-n_rows // at_once) if known.kept is None else known.kept.split(at_once)
-        n_groups = -(-columns // group)
         codes = torch.empty(n_rows, columns + padding, dtype=torch.uint8)  # whole at once: pieces that stay keep what
-        scale, zero = torch.empty(n_rows, n_groups), torch.empty(n_rows, n_groups)  # is freed between them
+        scale, zero = (torch.empty(n_rows, n_groups(columns, group)) for _ in range(2))  # is freed between them
         top = torch.empty(n_rows, 1, dtype=torch.float16)
         for begin, rows, kept in zip(range(0, n_rows, at_once), matrix.split(at_once), masks, strict=True):
             fitted = grid.fit(rows, kept, factor)

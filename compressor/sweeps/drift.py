@@ -18,6 +18,7 @@ from compressor.core.batch import Batch
 from compressor.graph.blocks import unfolded_pieces
 from compressor.ops.gram import damped
 from compressor.plan.recipe import Calibration
+from compressor.plan.workload import UNFOLDED_AT_ONCE
 from compressor.sweeps.network import Arguments, Network, Stop
 
 ROWS_PER_COLUMN = 6
@@ -60,7 +61,7 @@ class Drift:
 
         with layer.register_forward_pre_hook(watch), contextlib.suppress(Stop):
             self._network.step(self._block, self._reached[i])
-        self._pieces = (rows for piece in pieces for rows in unfolded_pieces(layer, piece))
+        self._pieces = (rows for piece in pieces for rows in unfolded_pieces(layer, piece, UNFOLDED_AT_ONCE))
 
     def next_rows(self) -> Tensor:
         """The original's inputs (n, in), in the order in which they reach the compressed layer."""

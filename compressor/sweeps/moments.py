@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compressor.checkpoints.experts import routed
 from compressor.graph.blocks import Stage, geometry, layers, layout_of, stages, unfolded_pieces, unfolds, weight_of
 from compressor.ops.gram import add_gram, mirror
+from compressor.plan.workload import UNFOLDED_AT_ONCE
 from compressor.sweeps.drift import Drift
 from compressor.sweeps.network import Arguments, Network, Stop
 
@@ -102,7 +103,7 @@ def moments_of(
     def watching(name: str) -> Callable[[nn.Module, tuple], None]:
         def watch(module: nn.Module, args: tuple) -> None:
             with torch.autocast("cpu", enabled=False):
-                for rows in unfolded_pieces(module, args[0]):
+                for rows in unfolded_pieces(module, args[0], UNFOLDED_AT_ONCE):
                     add_gram(sums[name], rows)
                     counts[name] += len(rows)
 
@@ -147,7 +148,7 @@ def second_moments(
 
     def watch(_: nn.Module, args: tuple) -> None:
         with torch.autocast("cpu", enabled=False):
-            for rows in unfolded_pieces(lead, args[0]):
+            for rows in unfolded_pieces(lead, args[0], UNFOLDED_AT_ONCE):
                 original = None if drift is None else drift.next_rows()
                 for name in weighted or names[:1]:
                     seen, token = rows, None
