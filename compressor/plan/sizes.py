@@ -128,15 +128,16 @@ def _seconds_of_arrays(recipe: Recipe, load: Workload) -> float:
     """
     n, settings = load.n_calibration, [step.settings for step in recipe.passes]
     forwards = 3 * ("gradients" in recipe.required) + 2 * recipe.calibration.correct_means
-    if any("data" in each.needs for each in settings):
-        forwards += len(load.layers) / 2
+    gathers = any("data" in each.needs for each in settings)
+    forwards += gathers * load.n_layers / 2
     learned = sum(
         2 * layer.products * n * each.cost(max(1, layer.positions * n))
         for each in settings if "data" in each.needs for layer in load.layers
     )  # fmt: skip
-    found = FIXED + n * forwards * load.seconds(TORCH) + learned / FLOPS
+    moments = gathers * n * sum(layer.positions * layer.columns**2 for layer in load.layers)
+    found = FIXED + n * forwards * load.seconds(TORCH) + (learned + moments) / FLOPS
     if recipe.export.activations == "static_int8":
-        trials = TRIALS * min(1.0, len(load.layers) / MANY_LAYERS)
+        trials = TRIALS * min(1.0, load.n_layers / MANY_LAYERS)
         found += 1 + n * load.written * SECONDS_PER_RANGED + trials * load.seconds(ROUNDED)
     return found + 2 * load.n_evaluation * load.seconds(ONNXRUNTIME)
 

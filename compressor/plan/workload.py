@@ -24,12 +24,14 @@ UNFOLDED_AT_ONCE = 2**22
 class LayerWork:
     """One call of a layer on one example.
 
+    name      of the layer, which may be called several times
     shape     of the weight
     groups    of a convolution
     read      numbers of its input
     written   numbers of its output
     """
 
+    name: str
     shape: tuple[int, ...]
     groups: int
     read: int
@@ -78,6 +80,10 @@ class Workload:
     @property
     def products(self) -> int:
         return sum(layer.products for layer in self.layers)
+
+    @property
+    def n_layers(self) -> int:
+        return len({layer.name for layer in self.layers})
 
     def seconds(self, costs: tuple[float, float]) -> float:
         """Of one forward, by what a product and what a number that is written cost."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,8 @@ def layer_means(block: nn.Module, reached: Sequence[Arguments]) -> Means:
     """The means of what `block`'s batch norms are given and of what its layers with a bias return."""
     means: Means = {name: [] for name in _adjustable(block)}
 
-    def note(name: str, values: Tensor, axis: int) -> Tensor:
+    def note(name: str, values: Tensor, axis: int) -> None:
         means[name].append(channel_mean(values, axis))
-        return values
 
     with _watched(block, note):
         for args, kwargs in reached:
@@ -50,7 +50,7 @@ def correct_means(block: nn.Module, reached: Sequence[Arguments], wanted: Means)
     def shift(name: str, values: Tensor, axis: int) -> Tensor:
         found = wanted[name][len(shifts[name])] - channel_mean(values, axis)
         shifts[name].append(found)
-        return values + found.to(values.dtype).view(-1, *[1] * (values.dim() - 1 - axis % values.dim()))
+        return found.to(values.dtype).view(-1, *[1] * (values.dim() - 1 - axis % values.dim()))
 
     with _watched(block, shift):
         for args, kwargs in reached:
@@ -88,17 +88,25 @@ def _adjustable(block: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def _watched(block: nn.Module, change: Callable[[str, Tensor, int], Tensor]) -> Iterator[None]:
-    """Passes what batch norms are given and what layers return through `change` (name, values, axis of channels)."""
+def _watched(block: nn.Module, look: Callable[[str, Tensor, int], Tensor | None]) -> Iterator[None]:
+    """Shows what batch norms are given and what layers return to `look` (name, values, axis of channels), and adds what
+    it returns; to what layers return in place, since nobody else has it yet and it may be large."""
     handles = []
+
+    def given(name: str, _: nn.Module, args: tuple) -> tuple | None:
+        added = look(name, args[0], 1)
+        return None if added is None else (args[0] + added, *args[1:])
+
+    def returned(name: str, module: nn.Module, _: tuple, out: Tensor) -> None:
+        added = look(name, out, -1 - len(getattr(module, "kernel_size", ())))
+        if added is not None:
+            out += added
+
     for name, module in _adjustable(block).items():
-        axis = -1 - len(getattr(module, "kernel_size", ()))
         if isinstance(module, _BatchNorm):
-            given = lambda _, args, name=name: (change(name, args[0], 1), *args[1:])  # noqa: E731
-            handles.append(module.register_forward_pre_hook(given))
+            handles.append(module.register_forward_pre_hook(partial(given, name)))
         else:
-            returned = lambda _, args, out, name=name, axis=axis: change(name, out, axis)  # noqa: E731
-            handles.append(module.register_forward_hook(returned))
+            handles.append(module.register_forward_hook(partial(returned, name)))
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 from compressor.core.errors import ResourceError
 from compressor.core.options import RunOptions
 from compressor.graph.blocks import unfold_inputs, unfolded_pieces
+from compressor.plan.recipe_file import load_recipe
+from compressor.plan.sizes import cpu_seconds
 from compressor.plan.workload import HELD_AT_ONCE, LayerWork, Workload
 from compressor.run.prepare import prepare
 
@@ -28,9 +32,21 @@ def network(tmp_path, width):
 def test_every_call_of_a_layer_is_counted_on_an_example(tmp_path):
     load = prepare(network(tmp_path, 16)).samples.calibration.load
     assert load.layers == (
-        LayerWork((256, 3, 3, 3), 1, 3 * 256, 256 * 64), LayerWork((4, 256, 1, 1), 1, 256 * 64, 4 * 64)
+        LayerWork("0", (256, 3, 3, 3), 1, 3 * 256, 256 * 64), LayerWork("2", (4, 256, 1, 1), 1, 256 * 64, 4 * 64)
     )  # fmt: skip
     assert (load.given, load.products) == (768, 64 * 27 * 256 + 64 * 1024)
+
+
+def test_layers_called_again_and_wide_ones_of_few_outputs_take_the_time_that_they_take():
+    recipe = load_recipe("cnn-4bit")
+    called = [LayerWork(str(i % 4), (64, 64), 1, 65536, 65536) for i in range(80)]
+    apart = [replace(layer, name=str(i)) for i, layer in enumerate(called)]
+    again, once = (cpu_seconds((), recipe, Workload(tuple(each), 64, 64, 64)) for each in (called, apart))
+    assert again < once
+    wide, square = ((LayerWork("0", shape, 1, 4096, 1024 * shape[0]),) for shape in ((4, 4096), (128, 128)))
+    assert cpu_seconds((), recipe, Workload(wide, 64, 64, 64)) > 5 * cpu_seconds(
+        (), recipe, Workload(square, 64, 64, 64)
+    )
 
 
 def test_time_and_memory_of_a_plan_grow_with_what_an_example_asks_for(tmp_path):
@@ -47,7 +63,7 @@ def test_more_memory_than_there_may_be_is_refused_once_the_data_are_known(tmp_pa
 
 
 def test_few_large_examples_make_a_batch():
-    layer = LayerWork((64, 64, 3, 3), 1, HELD_AT_ONCE // 8, HELD_AT_ONCE // 8)
+    layer = LayerWork("a", (64, 64, 3, 3), 1, HELD_AT_ONCE // 8, HELD_AT_ONCE // 8)
     assert Workload((layer,), 1000, 1000).at_once == 4
     assert Workload((), 1000, 1000).at_once == 32
     assert Workload((), 2**19, 2**19).at_once == 2
