@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import DynamicLayer
 
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.errors import CheckpointError, first_line, is_out_of_memory
@@ -126,10 +127,45 @@ def _drawn(module: nn.Module, first: int, chances: Tensor) -> Tensor:
             give_back()
         with SingleQueries():
             logits, past = _read(module, token, past)
+        if number == 0:
+            _make_room(past, len(chances))
         token = draw(logits.softmax(-1), chance.unsqueeze(1))
         drawn.append(token)
         del logits
     return torch.cat(drawn, 1)
+
+
+def _make_room(past: Any, length: int) -> None:
+    """Has what a cache of transformers keeps of each token written into arrays that are there from the start, where it
+    would copy all that it has with every token."""
+    layers = getattr(past, "layers", None) or []
+    for at, layer in enumerate(layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layers[at] = Roomy(layer, length)
+
+
+class Roomy(DynamicLayer):
+    """A layer of a cache with room for `length` tokens, of which the first are those of `kept`; it grows no further."""
+
+    def __init__(self, kept: DynamicLayer, length: int) -> None:
+        super().__init__()
+        assert kept.keys is not None and kept.values is not None
+        self.is_initialized, self.dtype, self.device = True, kept.dtype, kept.device
+        self._arrays = tuple(
+            each.new_empty((*each.shape[:-2], length, each.shape[-1])) for each in (kept.keys, kept.values)
+        )
+        self.keys, self.values = (each[..., :0, :] for each in self._arrays)
+        self.update(kept.keys, kept.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values (batch, heads, n, width) with those of the next tokens."""
+        assert self.keys is not None
+        begin = self.keys.shape[-2]
+        end = begin + key_states.shape[-2]
+        for array, states in zip(self._arrays, (key_states, value_states), strict=True):
+            array[..., begin:end, :] = states
+        self.keys, self.values = (array[..., :end, :] for array in self._arrays)
+        return self.keys, self.values
 
 
 class SingleQueries(TorchFunctionMode):

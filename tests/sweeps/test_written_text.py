@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError, DataError
@@ -24,6 +25,7 @@ from compressor.plan.recipe_file import load_recipe
 from compressor.run.prepare import prepare
 from compressor.sweeps.written_text import (
     WINDOWS_AT_ONCE,
+    Roomy,
     SingleQueries,
     attend,
     generated_tokens,
@@ -104,6 +106,19 @@ def test_only_one_query_without_a_mask_is_attended_to_otherwise():
         found = attention(one, two, two, scale=0.5)
     assert watching.seen == [2, 1]
     torch.testing.assert_close(found, attention(one, two, two, scale=0.5))
+
+
+def test_what_is_kept_of_tokens_is_written_beside_what_is_there():
+    kept = DynamicLayer()
+    parts = [torch.randn(2, 3, n, 4, generator=torch.Generator().manual_seed(n)) for n in (2, 1, 3)]
+    kept.update(parts[0], -parts[0])
+    roomy = Roomy(kept, 6)
+    keys, _ = roomy.update(parts[1], -parts[1])
+    first = keys.data_ptr()
+    keys, values = roomy.update(parts[2], -parts[2])
+    assert keys.data_ptr() == first and roomy.get_seq_length() == 6
+    torch.testing.assert_close(keys, torch.cat(parts, 2), rtol=0, atol=0)
+    torch.testing.assert_close(values, -keys, rtol=0, atol=0)
 
 
 def test_the_networks_own_attention_is_replaced(llama):
