@@ -45,7 +45,7 @@ def peak_memory(
 ) -> int:  # fmt: skip
     """The largest of the stages' peaks, about; of all processes, where `workers` encode blocks beside this one."""
     if load is not None and load.layers and not config:
-        return _of_arrays(tensors, recipe, load)
+        return _of_arrays(tensors, recipe, load) + workers * (of_a_worker(tensors, config, recipe) + _data(load))
     stages = [_tables(tensors), _outside(tensors, config, recipe), _largest_block(tensors, config, recipe)]
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     states = FLOAT * width * recipe.calibration.tokens
@@ -81,7 +81,7 @@ def _beside(tensors: Sequence[PlannedTensor], config: dict[str, Any]) -> float:
 
 def _of_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload) -> int:
     """Of a network that is one block and reads arrays: those, the weights in several forms, and a batch on its way."""
-    data = FLOAT * load.given * load.n_loaded
+    data = _data(load)
     batch = FLOAT * load.at_once * load.held
     found = data + _FORMS * FLOAT * _count(tensors) + _BATCHES * batch
     if any(tensor.method is not None and "data" in tensor.method.needs for tensor in tensors):
@@ -90,6 +90,10 @@ def _of_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload)
     if recipe.export.activations == "static_int8":
         found += _OBSERVED * FLOAT * load.written
     return LIGHT + int(found)
+
+
+def _data(load: Workload) -> int:
+    return int(FLOAT * load.given * load.n_loaded)
 
 
 def refuse_beyond(

@@ -37,7 +37,7 @@ def make_plan(
     processes beside that encode blocks.
 
     Raises:
-        RecipeError: A pattern selects nothing, settings exclude one another, or no tensor would be encoded.
+        RecipeError: A pattern selects nothing, settings exclude one another, or none of the original is encoded.
     """
     _refuse_original_inputs(recipe)
     _refuse_idle_patterns(checkpoint, recipe)
@@ -55,7 +55,7 @@ def make_plan(
         _refuse_unlearnable(tensors, recipe)
     else:
         _refuse_single_block(checkpoint, recipe)
-    if not any(tensor.by for tensor in tensors) and not recipe.early:
+    if not any(tensor.by for tensor in tensors) and not recipe.early and not smaller:
         reasons = sorted({tensor.reason for tensor in tensors if tensor.reason})
         raise RecipeError(f"{recipe.name}: encodes no tensor of {checkpoint.path}; {'; '.join(reasons)}")
     return Plan(

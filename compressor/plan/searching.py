@@ -113,7 +113,9 @@ def _wrong(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> str:
     if options.target_speedup is not None and not 1 < options.target_speedup < 1e3:
         return f"is {options.target_speedup:g}; write such as 2, times the original's speed"
     if not 1 <= options.batch <= 2**16:
-        return f"--batch is {options.batch}; write 1 or more"
+        return f"--batch is {options.batch}; write 1 to {2**16}"
+    if options.batch > 1 and (fixed := _of_fixed_batch(checkpoint, options.batch)):
+        return f"--batch is {options.batch}, and {fixed}; leave --batch out"
     if options.format != "onnx":
         return "is measured in onnxruntime; leave --format safetensors out"
     if options.allocates or options.target_flops is not None:
@@ -138,6 +140,20 @@ def _wrong(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> str:
     dropping = next((step.name for step in recipe.passes if isinstance(step.settings, PruningSettings)), None)
     if dropping is not None and nested is None:
         return f"chooses layers that are stored as integers, and zeros of {dropping} make none faster"
+    return ""
+
+
+def _of_fixed_batch(checkpoint: Checkpoint, batch: int) -> str:
+    """Which input of an ONNX graph takes another number of examples; empty where none does."""
+    if checkpoint.kind != "onnx":
+        return ""
+    from compressor.onnx.file import OnnxSource
+
+    assert isinstance(checkpoint.source, OnnxSource)
+    for value in checkpoint.source.model.graph.inputs:
+        first = next(iter(value.shape or ()), None)
+        if isinstance(first, int) and first != batch:
+            return f"'{value.name}' of {checkpoint.path} takes {first} at a time"
     return ""
 
 

@@ -14,7 +14,7 @@ import yaml
 from compressor.core.artifact import CARD, REPORT, Artifact
 from compressor.core.files import write_text
 from compressor.core.quantities import size
-from compressor.report.facts import drawbacks, loss_of
+from compressor.report.facts import drawbacks, loss_of, searched_speed
 
 TASKS = {
     "ForCausalLM": "text-generation", "LMHeadModel": "text-generation",
@@ -77,6 +77,9 @@ def _figures(report: dict[str, Any]) -> list[tuple[str, str, str]]:
                       ("load_seconds", "load, s")):  # fmt: skip
         if speeds[1].get(key):
             rows.append((name, *(f"{speed[key]:.3g}" if speed.get(key) else "" for speed in speeds)))
+    searched = searched_speed(report)
+    if searched is not None:
+        rows.append((f"latency, {searched.what}, s", f"{searched.original:.3g}", f"{searched.latency:.3g}"))
     peaks = [(speed.get("memory") or {}).get("peak_private") for speed in speeds]
     if peaks[1]:
         rows.append(("memory in use, peak", *(size(peak) if peak else "" for peak in peaks)))

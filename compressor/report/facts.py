@@ -13,7 +13,7 @@ from compressor.core.artifact import WEIGHTS, Artifact
 from compressor.core.errors import CheckpointError
 from compressor.core.files import resolved
 from compressor.core.packed import encoding_label, packed_tensors
-from compressor.core.quantities import size
+from compressor.core.quantities import short_duration, size
 from compressor.core.roles import block_of, folded
 
 LITTLE = 0.05
@@ -143,6 +143,37 @@ def _product(shape: Iterable[int]) -> int:
     for length in shape:
         product *= length
     return product
+
+
+@dataclass(frozen=True)
+class SearchedSpeed:
+    """What a network takes that was searched for its speed, as it was measured once more in the artifact.
+
+    what     threads and batch
+    sought   the target, and what the artifact has of it
+    """
+
+    latency: float
+    original: float
+    what: str
+    sought: str
+
+
+def searched_speed(report: dict[str, Any]) -> SearchedSpeed | None:
+    """Of a run with --target-latency or --target-speedup."""
+    found = report.get("search") or {}
+    latency, original = found.get("latency"), found.get("original")
+    if not latency or not original:
+        return None
+    threads, batch = found.get("threads"), found.get("batch") or 1
+    cores = "all cores" if threads is None else "1 thread" if threads == 1 else f"{threads} threads"
+    target = found.get("target_latency")
+    sought = f"{found.get('target_speedup'):g} × its speed" if target is None else short_duration(target)
+    return SearchedSpeed(
+        latency, original, f"{cores}, batch {batch}",
+        f"{original / latency:.3g} × the original's speed, where {sought} was sought; the choice of "
+        f"{found.get('n_measured')} networks",
+    )  # fmt: skip
 
 
 def drawbacks(report: dict[str, Any]) -> list[str]:

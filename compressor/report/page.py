@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from compressor.core.artifact import Artifact
 from compressor.core.errors import UsageError
 from compressor.core.files import write_text
-from compressor.core.quantities import duration, size
+from compressor.core.quantities import duration, short_duration, size
 from compressor.report import facts
 from compressor.report.charts import Axis, Bar, BarPlot, DotPlot, Legend, Point, bars, colour, dots, shortened
 from compressor.report.search import Search, search_of
@@ -112,6 +112,10 @@ def _tiles(report: dict[str, Any]) -> list[Tile]:
         beside = original.get("latency_seconds")
         tiles.append(Tile(f"{1e3 * speed['latency_seconds']:.3g} ms", f"an input; the original {1e3 * beside:.3g} ms" if
                           beside else "an input, in onnxruntime"))  # fmt: skip
+    searched = facts.searched_speed(report)
+    if searched is not None:
+        tiles.append(Tile(short_duration(searched.latency), f"{searched.what}; the original "
+                          f"{short_duration(searched.original)}: {searched.sought}"))  # fmt: skip
     peak = (speed.get("memory") or {}).get("peak_private")
     if peak:
         before = (original.get("memory") or {}).get("peak_private")

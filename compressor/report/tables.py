@@ -11,12 +11,13 @@ from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
 
+from compressor.core.artifact import FRONT
 from compressor.core.quantities import duration, short_duration, size
 from compressor.core.roles import folded
 from compressor.core.terminal import make_console
 from compressor.plan.plan import InUse, Plan
 from compressor.plan.recipe import SECTIONS, Recipe
-from compressor.report.facts import drawbacks
+from compressor.report.facts import drawbacks, searched_speed
 
 
 def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
@@ -132,6 +133,9 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
             label += f" of {worst[after]}" if section == "quality" and after in worst else ""
             told = short_duration if after.endswith("_seconds") else "{:.4g}".format
             made.add_row(label, "" if original is None else told(original), told(found[after]))
+    searched = searched_speed(report)
+    if searched is not None:
+        made.add_row(f"latency, {searched.what}", short_duration(searched.original), short_duration(searched.latency))
     binary = report.get("binary") or {}
     if binary:
         made.add_row(f"{binary['layers']} binary layers", size(binary["float_bytes"]), size(binary["bytes"]))
@@ -161,6 +165,7 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     spent = ", ".join(f"{name} {duration(stage['cpu_seconds'])}" for name, stage in stages.items())
     notes = [f"binary layers run as: {', '.join(f'{kind} ({n})' for kind, n in binary['runs_as'].items())}"] if (
         binary.get("runs_as")) else []  # fmt: skip
+    notes += [f"searched with {searched.what}: {searched.sought}, in {FRONT}"] if searched is not None else []
     parts: list[Any] = [*drawbacks(report), made, *quality_tables(report), *sizes_tables(report), *notes]
     return [*parts, *([f"CPU time: {spent}"] if spent else []), f"Written to {directory}"]
 

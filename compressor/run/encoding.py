@@ -39,7 +39,8 @@ from compressor.plan.plan import Plan, PlannedTensor
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe import Recipe, learning_window
 from compressor.run.clock import Clock
-from compressor.run.prepare import Prepared, ladder_of
+from compressor.run.prepare import Prepared, ladder_of, side_by_side_as_asked
+from compressor.runtime.workers import connected_ray
 from compressor.structure.stage import Reference, decided, restructure, sizes_of, written_in
 from compressor.sweeps.distill import learn
 from compressor.sweeps.encode import encode_network
@@ -110,7 +111,12 @@ def _workers(start: Prepared, work: Work, plan: Plan) -> Workers | None:
     written = written_in(work, len(start.recipe.early) - 1).absolute() if start.recipe.early else None
     opening = Opening(checkpoint.path.absolute(), options.arch, options.trust_pickle, written)
     memory = of_a_worker(plan.tensors, checkpoint.config or {}, start.recipe)
-    return Workers(opening, work.folder / SIDE_BY_SIDE, options.engine, options.workers, options.address, memory)
+    if options.engine == "ray":
+        connected_ray(options.address, "--", "--address local")  # before hours of work
+    return Workers(
+        opening, work.folder / SIDE_BY_SIDE, options.engine, options.workers, options.address, memory,
+        side_by_side_as_asked(options),
+    )  # fmt: skip
 
 
 def _is_traced(checkpoint: Checkpoint, start: Prepared) -> bool:

@@ -11,6 +11,7 @@ import re
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,11 +127,11 @@ def prepare(asked: RunOptions) -> Prepared:
     checkpoint.check()
     options, recipe = aimed(asked, loaded, checkpoint)
     recipe, notes = within_positions(recipe, checkpoint)
-    plan = make_plan(checkpoint, recipe, options.format, workers=processes_of(options))
+    plan = make_plan(checkpoint, recipe, options.format, workers=processes_of(options, checkpoint))
     plan = replace(plan, notes=(*plan.notes, *notes, *checkpoint.notes))
     plan = _with_workers(plan, options, recipe, checkpoint)
     if options.max_ram is not None:
-        refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe, workers=processes_of(options))
+        refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe, workers=processes_of(options, checkpoint))
     refuse_unwritable(plan, options, recipe)
     if recipe.export.activations == "static_int8" and options.format == "onnx":
         plan = _on_int8(plan, checkpoint)
@@ -141,12 +142,21 @@ def prepare(asked: RunOptions) -> Prepared:
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
     _refuse_data(found)
+    _refuse_undivided(found)
     return _with_memory(_tried(_with_load(found)))
 
 
-def processes_of(options: RunOptions) -> int:
-    """How many processes of this machine encode blocks beside the run's own."""
-    return options.workers or 0 if options.engine == "local" and options.side_by_side else 0
+def processes_of(options: RunOptions, checkpoint: Checkpoint) -> int:
+    """How many processes of this machine encode blocks beside the run's own: one for each block at most."""
+    if options.engine != "local" or not options.side_by_side:
+        return 0
+    return min(options.workers or 0, len(_blocks(checkpoint)))
+
+
+def _blocks(checkpoint: Checkpoint) -> set[str]:
+    """Blocks by the names of their tensors."""
+    config = checkpoint.config or {}
+    return {block for name in checkpoint.tensors if (block := block_of(name, config))}
 
 
 def _with_workers(plan: Plan, options: RunOptions, recipe: Recipe, checkpoint: Checkpoint) -> Plan:
@@ -157,24 +167,54 @@ def _with_workers(plan: Plan, options: RunOptions, recipe: Recipe, checkpoint: C
     """
     if options.workers is not None and options.workers < 1:
         raise UsageError(f"--workers: is {options.workers}; give 1 or more")
+    if options.engine == "local" and options.address != "auto":
+        raise UsageError(f"--address {options.address}: is of a Ray cluster; add --engine ray, or leave it out")
     if not options.side_by_side:
         return plan
-    asked, config = "--engine ray" if options.engine == "ray" else f"--workers {options.workers}", checkpoint.config
+    config, asked = checkpoint.config or {}, side_by_side_as_asked(options)
     if recipe.calibration.inputs == "prefix":
         raise UsageError(
             f"{asked}: with calibration.inputs: prefix a block waits for the compressed ones before it; write --set "
             "calibration.inputs=original, or leave it out"
         )
-    if not any(block_of(tensor.name, config or {}) for tensor in plan.tensors):
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{asked}: {checkpoint.path} has an encoder and a decoder, which are one block; leave it out")
+    blocks = _blocks(checkpoint)
+    if len(blocks) < 2:
         raise UsageError(
             f"{asked}: {checkpoint.path} has no repeated block, of which several could be encoded at a time; leave it "
             "out"
         )
-    each = f"about {of_a_worker(plan.tensors, config or {}, recipe) / 1e9:.1f} GB"
-    what = (
-        f"each Ray task takes {each}" if options.engine == "ray" else f"each of {options.workers} workers takes {each}"
-    )
+    each = f"about {of_a_worker(plan.tensors, config, recipe) / 1e9:.1f} GB"
+    if options.engine == "ray":
+        if find_spec("ray") is None:
+            raise UsageError("--engine ray: ray is not installed; pip install 'compressor[ray]'")
+        what = f"each Ray task takes {each}"
+    else:
+        n = processes_of(options, checkpoint)
+        more = f", as many as there are blocks, and not {options.workers}" if n < (options.workers or 0) else ""
+        what = f"each of {n} workers takes {each}{more}"
     return replace(plan, notes=(*plan.notes, f"blocks are encoded side by side; {what}"))
+
+
+def side_by_side_as_asked(options: RunOptions) -> str:
+    """The option that asks for blocks side by side, as the user wrote it."""
+    return "--engine ray" if options.engine == "ray" else f"--workers {options.workers}"
+
+
+def _refuse_undivided(found: Prepared) -> None:
+    """Refuses to encode blocks side by side where the network itself, built without weights, has none; one that reads
+    arrays is tried on a batch of them."""
+    options, checkpoint = found.asked, found.checkpoint
+    if not options.side_by_side:
+        return
+    from compressor.data.batches import calibration_batches
+    from compressor.sweeps.side_by_side import refuse_undivided
+
+    batches, source = [], None if found.reads_text else found.samples.calibration
+    if source is not None:
+        batches = calibration_batches(source, found.recipe, Path(), options.seed)[:1]
+    refuse_undivided(checkpoint, batches, side_by_side_as_asked(options))
 
 
 def _with_load(found: Prepared) -> Prepared:
@@ -186,7 +226,7 @@ def _with_load(found: Prepared) -> Prepared:
     load = found.load
     if load is None:
         return found
-    workers = processes_of(found.options)
+    workers = processes_of(found.options, found.checkpoint)
     plan = planned_with(found.plan, found.checkpoint, found.recipe, load, workers)
     if found.options.max_ram is not None:
         refuse_beyond(found.options.max_ram, plan, found.checkpoint.config or {}, found.recipe, load, workers)

@@ -22,6 +22,7 @@ from compressor.core.errors import ResourceError, UsageError
 from compressor.core.files import write_text
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
+from compressor.core.quantities import short_duration
 from compressor.core.report import Searched
 from compressor.core.work import Work
 from compressor.data.arrays import Arrays
@@ -261,8 +262,8 @@ class _Hunt:
         usual = originals[len(originals) // 2]
         if usual <= self.target:
             raise UsageError(
-                f"--target-latency: is {1e3 * self.target:.3g} ms, and the original takes {1e3 * usual:.3g} ms; give "
-                "less, or --target-speedup"
+                f"--target-latency: is {short_duration(self.target)}, and the original takes {short_duration(usual)}; "
+                "give less, or --target-speedup"
             )
 
     def _note(self) -> str:

@@ -25,6 +25,7 @@ from compressor.core.errors import ResourceError
 from compressor.core.log import LOGGER
 from compressor.core.memory import freed_is_kept
 from compressor.core.references import code_folders, code_from
+from compressor.core.resources import shortage
 from compressor.runtime.processes import python
 from compressor.runtime.supervisor import INTERRUPTED
 from compressor.runtime.workers import connected_ray, environment, last_line, of_a_task
@@ -116,6 +117,8 @@ class Processes:
                 if found is None:
                     return
                 self._done.put(found)
+        except Exception as error:  # no worker can be started; who waits for the job is told
+            self._done.put(error)
         finally:
             self._let_go(number)
 
@@ -247,8 +250,22 @@ def _outcome(job: str, answer: dict[str, Any]) -> str | Exception:
     if answer["error"] is None:
         return job
     name, message = answer["error"]
-    kind = getattr(errors, name, MemoryError if name == "MemoryError" else None)
+    if answer["system"] is not None:
+        return OSError(*answer["system"])
+    kind = getattr(errors, name, _BUILTIN.get(name))
     return RuntimeError(f"{job}: {name}: {message}") if kind is None else kind(message)
+
+
+_BUILTIN: dict[str, type[Exception]] = {"MemoryError": MemoryError, "ImportError": ImportError}
+"""Whose kind tells a command's exit status, besides our own and OSError."""
+
+
+def _said(error: Exception) -> tuple[str, str]:
+    """The class and the words of an error; of one that came of too little memory or disk that."""
+    short = "" if isinstance(error, (MemoryError, OSError)) else shortage(error)
+    if short:
+        return ResourceError.__name__, short
+    return (ImportError if isinstance(error, ImportError) else type(error)).__name__, str(error)
 
 
 class _Kept(logging.Handler):
@@ -267,14 +284,16 @@ def answered(file: str, job: str, folder: str, folders: Sequence[str]) -> dict[s
     os.chdir(folder)
     kept = _Kept()
     LOGGER.addHandler(kept)
-    error = None
+    error = system = None
     try:
         _read(file, folders).do(job)
     except Exception as raised:
-        error = (type(raised).__name__, str(raised))
+        error = _said(raised)
+        if isinstance(raised, OSError) and raised.errno is not None:
+            system = (raised.errno, raised.strerror, None if raised.filename is None else str(raised.filename))
     finally:
         LOGGER.removeHandler(kept)
-    return {"error": error, "warnings": kept.texts}
+    return {"error": error, "system": system, "warnings": kept.texts}
 
 
 _read_files: dict[str, Doer] = {}

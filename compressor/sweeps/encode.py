@@ -114,7 +114,11 @@ class Elsewhere(Protocol):
     """Processes that encode blocks."""
 
     def put(self, apart: Apart, network: Network, name: str, reached: list[Arguments]) -> Iterator[str]:
-        """Has a block encoded; yields the names of others that are done by now."""
+        """Has a block encoded; yields the names of others that are done by now.
+
+        Raises:
+            UsageError: It is the whole network.
+        """
         ...
 
     def rest(self) -> Iterator[str]:
@@ -134,7 +138,7 @@ def _encode_apart(
                 advance(each)
         if name in left:
             left.remove(name)
-            if elsewhere is None or not name:
+            if elsewhere is None:
                 apart.encode(network, name, block, reached)
                 advance(name)
             else:

@@ -8,6 +8,7 @@ and writes the block's tensors as ever. Whoever does it, and however many do, th
 from __future__ import annotations
 
 import functools
+import io
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from typing import Literal
 
 import torch
 
+from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.again import Opening
-from compressor.core.errors import CheckpointError
+from compressor.core.batch import Batch
+from compressor.core.errors import CheckpointError, UsageError
 from compressor.core.files import short_name
 from compressor.runtime.pool import Pool, Processes, RayTasks, n_of_cluster
-from compressor.sweeps.encode import Apart
+from compressor.sweeps.encode import Apart, has_blocks
 from compressor.sweeps.network import Arguments, Network
 
 FOLDER = "side-by-side"
@@ -62,10 +65,58 @@ def inputs_file(folder: Path, block: str) -> Path:
     return folder / f"{short_name(block)}.inputs"
 
 
+def _save(reached: list[Arguments], file: Path | io.BytesIO, network: Network, name: str) -> None:
+    try:
+        torch.save(reached, file)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{network.checkpoint.path}: '{name}' is called with what cannot go to another process; {error}; leave "
+            "--workers and --engine out"
+        ) from error
+
+
+def refuse_undivided(checkpoint: Checkpoint, batches: list[Batch], asked: str) -> int:
+    """How many blocks a network has, of which several can be encoded at a time.
+
+    Args:
+        batches: On which it is tried whether they are called in a row; without any that is not known yet.
+
+    Raises:
+        UsageError: It is one block.
+        CheckpointError: A block is called with what no file can hold.
+    """
+    network = Network(checkpoint, fast=False)
+    if not has_blocks(network):
+        raise UsageError(
+            f"{asked}: {checkpoint.path} has no repeated block, of which several could be encoded at a time: no "
+            "ModuleList of modules alike; leave it out"
+        )
+    names = network.blocks
+    if batches:
+        reached = network.enter(batches)
+        refuse_one_block(network, asked)
+        _save(reached, io.BytesIO(), network, names[0])
+    return len(names)
+
+
+def refuse_one_block(network: Network, asked: str) -> None:
+    """Refuses a network whose blocks turned out to be no row.
+
+    Raises:
+        UsageError: They are not.
+    """
+    if not has_blocks(network):
+        raise UsageError(
+            f"{asked}: {network.checkpoint.path} does not call its blocks in a row, each on what the one before gives "
+            "and nothing else, and is encoded as one block; leave it out"
+        )
+
+
 @dataclass
 class Workers:
     """Those that encode the blocks of one run; within a `with`, at whose end they are gone.
 
+    asked     how the user wrote it
     engine    local processes, or tasks on the Ray cluster at `address`
     n         how many at a time; None: as many as the cluster has cores
     memory    bytes that one takes, about
@@ -77,6 +128,7 @@ class Workers:
     n: int | None
     address: str
     memory: int
+    asked: str = "--workers"
 
     def __post_init__(self) -> None:
         self._pool: Pool | None = None
@@ -95,19 +147,16 @@ class Workers:
         """Has a block encoded; yields the names of others that are done, where so many were under way already.
 
         Raises:
+            UsageError: It is the whole network.
             CheckpointError: It is called with what no file can hold.
         """
         if self._pool is None:
+            refuse_one_block(network, self.asked)
+            self._at_once = min(self._at_once, len(network.blocks))
             self._pool = self._started(apart, network)
         if self._out > self._at_once:  # one is ready beside those at work: files and memory are few
             yield self._get()
-        try:
-            torch.save(reached, inputs_file(self.folder, name))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"{network.checkpoint.path}: '{name}' is called with what cannot go to another process; {error}; leave "
-                "--workers and --engine out"
-            ) from error
+        _save(reached, inputs_file(self.folder, name), network, name)
         self._out += 1
         self._pool.put(name)
 

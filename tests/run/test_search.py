@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from rich.console import Console
 
 from compressor.core.errors import DataError, GateFailed, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
-from compressor.core.quantities import parse_latency
+from compressor.core.quantities import parse_latency, short_duration
 from compressor.core.report import Report, Searched
 from compressor.core.work import Work
 from compressor.data.batches import calibration_batches
 from compressor.evaluate.bench import Pair
 from compressor.evaluate.operators import Operator, Table, stored_as, timed
 from compressor.evaluate.session import open_session
+from compressor.report.facts import searched_speed
 from compressor.report.front import front_picture
+from compressor.report.page import page
+from compressor.report.tables import run_tables
 from compressor.run import search
 from compressor.run.candidates import Mixtures
 from compressor.run.clock import Clock
@@ -68,6 +74,7 @@ def options(**changes) -> RunOptions:
         ({"target_size": 1000}, "--target-size"),
         ({"recipe": "int8.yaml", "format": "safetensors"}, "leave --format safetensors out"),
         ({"batch": 0}, "--batch is 0"),
+        ({"batch": 2**16 + 1}, "--batch is 65537; write 1 to 65536"),
         ({"sets": ("evaluation.samples=0",)}, "evaluation is skipped"),
         ({"recipe": "cnn-explain"}, "leaves nothing to choose.* found lrp"),
         ({"target_speedup": None}, "--threads and --batch are of --target-latency"),
@@ -85,6 +92,22 @@ def test_a_recipe_that_encodes_sizes_afterwards_and_a_network_without_data_are_r
         prepare(options(recipe="both.yaml", target_speedup=2.0))
     with pytest.raises(DataError, match="give --data"):
         prepare(options(recipe="int8.yaml", data=None, target_speedup=2.0))
+
+
+def test_a_batch_that_an_onnx_graph_does_not_take_is_refused_in_the_plan(folder):
+    for size in (1, "n"):
+        values = [onnx.helper.make_tensor_value_info(name, 1, [size, 3, 12, 12]) for name in ("image", "y")]
+        weights = [onnx.numpy_helper.from_array(np.ones(shape, np.float32), name)
+                   for name, shape in (("a", (64, 3, 5, 5)), ("b", (64, 64, 5, 5)), ("c", (3, 64, 5, 5)))]  # fmt: skip
+        nodes = [onnx.helper.make_node("Conv", [x, weight], [y], pads=[2] * 4)
+                 for x, weight, y in (("image", "a", "x"), ("x", "b", "z"), ("z", "c", "y"))]  # fmt: skip
+        graph = onnx.helper.make_graph(nodes, "net", values[:1], values[1:], weights)
+        onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), f"{size}.onnx")
+    known = {"arch": None, "recipe": "int8.yaml", "target_speedup": 2.0}
+    prepare(options(model="n.onnx", batch=4, **known))
+    prepare(options(model="1.onnx", **known))
+    with pytest.raises(UsageError, match="--batch is 4, and 'image' of 1.onnx takes 1 at a time; leave --batch out"):
+        prepare(options(model="1.onnx", batch=4, **known))
 
 
 def test_the_plan_says_what_is_searched_and_the_search_begins_with_every_size():
@@ -160,10 +183,28 @@ def tried(monkeypatch, shares, **changes):
     return run(options(force=True, **changes))
 
 
+def printed(artifact) -> str:
+    file = io.StringIO()
+    Console(width=200, file=file).print(*run_tables(artifact.report, "out"), sep="\n")
+    return file.getvalue()
+
+
 def test_the_artifact_is_the_best_that_is_fast_enough_and_the_front_lies_beside_it(monkeypatch):
     artifact = tried(monkeypatch, lambda n: n / 1e6, target_speedup=1.5)
     report = artifact.report["search"]
     assert report["over"] == "sizes"
+    found = searched_speed(artifact.report)
+    assert found is not None
+    times = short_duration(found.original), short_duration(found.latency)
+    (row,) = [line for line in printed(artifact).splitlines() if "latency, 1 thread, batch 1" in line]
+    assert row.split()[-4:] == [*times[0].split(), *times[1].split()]
+    for text in (printed(artifact), page(artifact, [], "")):
+        assert f"{1 / report['latency']:.3g} × the original" in text
+        assert "1.5 × its speed was sought; the choice of 4 networks" in text
+    assert (
+        f"| latency, 1 thread, batch 1, s | 1 | {report['latency']:.3g} |"
+        in (artifact.directory / "README.md").read_text()
+    )
     assert report["latency"] * 1.5 <= 1
     front = json.loads((artifact.directory / "front.json").read_text())
     (chosen,) = [each for each in front["networks"] if each["chosen"]]
@@ -181,8 +222,26 @@ def test_a_target_that_none_meets_fails_its_gate_and_names_the_fastest(monkeypat
         tried(monkeypatch, lambda n: 0.8, recipe="int8.yaml", target_speedup=3.0)
 
 
+class Plain(torch.nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(80, 80), torch.nn.ReLU(), torch.nn.Linear(80, 80))
+
+
+def test_where_floats_throughout_are_best_the_artifact_is_that(folder, monkeypatch):
+    """Which no recipe's plan would be: it encodes nothing."""
+    pico.write_state_dict(Plain, folder / "plain.pt")
+    for seed, name in enumerate(("rows", "others")):
+        np.savez(folder / f"{name}.npz", x=np.random.default_rng(seed).standard_normal((48, 80)).astype(np.float32))
+    (folder / "plain.yaml").write_text(INT8.replace("static_int8", "int8"))
+    artifact = tried(
+        monkeypatch, lambda n: 0.5, recipe="plain.yaml", model="plain.pt", arch="tests.run.test_search:Plain",
+        data="rows.npz", eval="others.npz", target_speedup=1.5,
+    )  # fmt: skip
+    assert set(artifact.report["search"]["choices"].values()) == {"float"}
+
+
 def test_an_original_that_is_fast_enough_is_no_search(monkeypatch):
-    with pytest.raises(UsageError, match="the original takes 1e[+]03 ms"):
+    with pytest.raises(UsageError, match="is 2 s, and the original takes 1 s"):
         tried(monkeypatch, lambda n: 0.8, target_latency=2.0)
 
 

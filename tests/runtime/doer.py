@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -28,5 +29,11 @@ class Doer:
                 raise MemoryError("none left")
             case "warn":
                 LOGGER.warning("one may have %s it", "missed")
+            case "gone":
+                (self.folder / "nowhere" / "file").read_text()
+            case "full":
+                raise OSError(errno.ENOSPC, "No space left on device", "file")
+            case "short":
+                raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from compressor.core.errors import CheckpointError, ResourceError
+from compressor.core.failures import explain
 from compressor.runtime.pool import ATTEMPTS, Processes
 from tests.runtime.doer import Doer
 
@@ -54,3 +55,21 @@ def test_what_is_under_way_ends_with_the_pool(pool):
     pool.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_what_the_system_refuses_a_worker_is_told_as_the_system_said_it(pool):
+    for job, kind, status in (("gone", FileNotFoundError, 3), ("full", OSError, 4), ("short", ResourceError, 4)):
+        pool.put(job)
+        with pytest.raises(kind) as caught:
+            pool.get()
+        assert explain(caught.value)[0] == status
+    assert "disk is too little" in str(caught.value)
+
+
+def test_a_worker_that_cannot_be_started_is_told_and_not_waited_for(tmp_path):
+    pool = Processes(Doer(tmp_path), tmp_path / "pool", 1)
+    (tmp_path / "pool" / "worker-0.log").mkdir()
+    pool.put("well")
+    with pytest.raises(IsADirectoryError):
+        pool.get()
+    pool.close()

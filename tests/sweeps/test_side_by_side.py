@@ -8,14 +8,16 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from compressor.checkpoints import open_checkpoint
 from compressor.checkpoints.again import Opening
 from compressor.core.contract import Statistics
-from compressor.core.errors import RecipeError, UsageError
+from compressor.core.errors import CheckpointError, RecipeError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.tensors import EncodedTensors, named_tensors
 from compressor.core.work import Work
@@ -240,6 +242,106 @@ def test_the_plan_counts_the_workers(tmp_path: Path, llama: Path):
     assert two > one + 400_000_000
     assert three - two == pytest.approx((two - one) / 2, rel=0.05)
     assert "blocks are encoded side by side; each of 2 workers takes about 0.5 GB" in plans[1].notes
+
+
+class Block(nn.Linear):
+    def forward(self, x: torch.Tensor, change: object = None) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+class Row(nn.Module):
+    """Blocks that could be encoded side by side, as they are listed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(80, 80) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Sequence(Row):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*self.blocks)
+
+
+class Summed(Row):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = x
+        for block in self.blocks:
+            x = block(x)
+            found = found + x
+        return found
+
+
+class Calling(Row):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, lambda y: y)
+        return x
+
+
+def options_of(folder: Path, kind: type[nn.Module], **changes) -> RunOptions:
+    torch.save(kind().state_dict(), folder / "model.pt")
+    for seed, name in enumerate(("data", "eval")):
+        rows = np.random.default_rng(seed).standard_normal((32, 80)).astype(np.float32)
+        np.savez(folder / f"{name}.npz", x=rows)
+    return RunOptions(
+        str(folder / "model.pt"), str(recipe_in(folder)), folder / "out", arch=f"tests.sweeps.test_side_by_side:{kind.__name__}",
+        data=str(folder / "data.npz"), eval=str(folder / "eval.npz"), format="safetensors", **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Sequence, "has no repeated block, of which several could be encoded at a time: no ModuleList"),
+        (Summed, "does not call its blocks in a row, each on what the one before gives and nothing else"),
+        (Calling, "'blocks.0' is called with what cannot go to another process"),
+    ],
+)
+def test_a_network_whose_blocks_are_no_row_is_refused_in_the_plan(tmp_path: Path, kind, expected):
+    prepare(options_of(tmp_path, kind))
+    with pytest.raises((UsageError, CheckpointError), match=expected):
+        prepare(options_of(tmp_path, kind, workers=2))
+
+
+def test_blocks_that_turn_out_to_be_no_row_are_refused_before_one_is_encoded(tmp_path: Path):
+    options = options_of(tmp_path, Summed)
+    checkpoint, recipe = open_checkpoint(Path(options.model), arch=options.arch), load_recipe(options.recipe)
+    batches = [{"": torch.ones(2, 80)}]
+    workers = Workers(Opening(Path(options.model), options.arch), tmp_path / "side", "local", 2, "auto", 0)
+    with workers, pytest.raises(UsageError, match="does not call its blocks in a row"):
+        encode_network(
+            Network(checkpoint, fast=False), batches, recipe, make_plan(checkpoint, recipe), Survey(),
+            Work(tmp_path, 0), lambda name: None, workers,
+        )  # fmt: skip
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_there_are_no_more_workers_than_blocks_in_plan_and_run(tmp_path: Path):
+    three, many = (prepare(options_of(tmp_path, Row, workers=n)).plan for n in (3, 10**12))
+    assert many.peak_memory == three.peak_memory > prepare(options_of(tmp_path, Row)).plan.peak_memory + 10**9
+    assert any("each of 3 workers takes" in note and f"and not {10**12}" in note for note in many.notes)
+    options = options_of(tmp_path, Row)
+    checkpoint, recipe = open_checkpoint(Path(options.model), arch=options.arch), load_recipe(options.recipe)
+    with Workers(Opening(Path(options.model), options.arch), tmp_path / "side", "local", 10**12, "auto", 0) as workers:
+        encode_network(
+            Network(checkpoint, fast=False), [{"": torch.ones(2, 80)}], recipe, make_plan(checkpoint, recipe), Survey(),
+            Work(tmp_path, 0), lambda name: None, workers,
+        )  # fmt: skip
+    assert len(list(tmp_path.glob("blocks.*.safetensors"))) == 3
+
+
+def test_a_cluster_is_not_looked_for_without_ray_nor_named_without_its_engine(tmp_path: Path, monkeypatch):
+    with pytest.raises(UsageError, match="--address 10.0.0.1:6379: is of a Ray cluster; add --engine ray"):
+        prepare(options_of(tmp_path, Row, workers=2, address="10.0.0.1:6379"))
+    monkeypatch.setattr("compressor.run.prepare.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--engine ray: ray is not installed"):
+        prepare(options_of(tmp_path, Row, engine="ray"))
 
 
 @pytest.mark.slow
