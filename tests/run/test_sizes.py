@@ -159,6 +159,83 @@ def test_what_sizes_cannot_go_through_is_refused_before_work_begins(sets, change
         prepare(options(sets=sets, output=Path("refused"), **changes))
 
 
+class Grouped(torch.nn.Module):
+    """A convolution of 59 groups of three channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grouped = torch.nn.Conv1d(6, 177, 3), torch.nn.Conv1d(177, 177, 9, groups=59)
+        self.last, self.head = torch.nn.Conv1d(177, 177, 3), torch.nn.Linear(177, 5)
+
+    def forward(self, x):
+        for layer in (self.first, self.grouped, self.last):
+            x = torch.relu(layer(x))
+        return self.head(x.mean(2))
+
+
+def linear() -> torch.nn.Module:
+    return torch.nn.Linear(72, 96)
+
+
+class Joined(torch.nn.Module):
+    """Channels beside channels: the first of one are not the first of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = torch.nn.Conv1d(6, 8, 3), torch.nn.Conv1d(6, 8, 3), torch.nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.one(x), self.other(x)], 1).mean(2))
+
+
+def options_of(kind, shape: tuple[int, ...], **changes) -> RunOptions:
+    name = kind.__name__
+    arrays = np.random.default_rng(1).standard_normal((2, 32, *shape)).astype(np.float32)
+    for which, array in zip(("training", "evaluation"), arrays, strict=True):
+        np.savez(f"{name}-{which}.npz", x=array)
+    torch.manual_seed(0)
+    torch.save(kind().state_dict(), f"{name}.pt")
+    files = {"model": f"{name}.pt", "data": f"{name}-training.npz", "eval": f"{name}-evaluation.npz"}
+    sets = ("sortednet.depths=[1]", "sortednet.ship=null", "sortednet.multiple=8")
+    return options(arch=f"{__name__}:{name}", sets=sets, output=Path(f"out-{name}"), **files, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "message"),
+    [(linear, (72,), "can remove nothing from it"), (Joined, (6, 12), "no channels, heads or neurons that lie one")],
+)
+def test_a_plan_refuses_a_network_that_nothing_could_be_sorted_in(kind, shape, message):
+    with pytest.raises(CheckpointError, match=message):
+        prepare(options_of(kind, shape))
+
+
+def test_a_plan_refuses_sizes_that_end_within_a_group():
+    message = r"size 50x\d+ cannot share 'blocks.0.conv1.weight': 90 of 180 columns end within a group of 180"
+    with pytest.raises(RecipeError, match=message):
+        prepare(options(sets=("sortednet.multiple=1", "sortednet.ship=null"), output=Path("refused")))
+
+
+def test_a_plan_refuses_sizes_that_are_one_network():
+    with pytest.raises(RecipeError, match="sizes 50x100 and 100x100 are the same network"):
+        prepare(options(sets=("sortednet.multiple=32",), output=Path("refused")))
+
+
+def test_groups_of_a_convolution_stay_in_multiples_of_channels():
+    made = run(options_of(Grouped, (6, 24)))
+    module = compressor.load(made.directory, arch=f"{__name__}:Grouped", size="50")
+    assert tuple(module.last.weight.shape) == (88, 96, 3)
+    assert module.grouped.groups == 32
+
+
+@pytest.mark.parametrize("ship", ["['50x50']", "null"])
+def test_the_bytes_of_the_weights_are_planned_with_what_sizes_have_of_their_own(artifact, ship):
+    changes = options(sets=(f"sortednet.ship={ship}",), output=Path("of-bytes"))
+    planned = prepare(changes).plan.files
+    made = artifact if ship != "null" else run(changes)
+    assert planned["model.safetensors"] == (made.directory / "model.safetensors").stat().st_size
+    assert {file.name for file in made.directory.glob("model*.onnx")} <= planned.keys()
+
+
 def test_a_plan_says_that_there_will_be_sizes():
     notes = prepare(options(output=Path("planned"))).plan.notes
     assert any("sortednet puts smaller networks into it, 1 of them (50x50)" in note for note in notes)
