@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,129 @@ def test_a_record_that_does_not_fit_its_weights_is_refused(artifact, tmp_path, c
     (tmp_path / RECORD).write_text(json.dumps(said))
     with pytest.raises(CheckpointError, match=message):
         compressor.load(tmp_path, arch=ARCH, size="50x50")
+
+
+def copied(artifact, folder: Path) -> Path:
+    """The artifact's files in a folder, without links."""
+    folder.mkdir()
+    for file in artifact.directory.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def changed_graph(folder: Path, change) -> None:
+    graph = folder / "model-50x50.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    change(model)
+    graph.write_bytes(model.SerializeToString())
+
+
+def moved(key: str, value: str):
+    """A graph of which the first tensor of those that lie in a file says this."""
+
+    def change(model) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+        for entry in tensor.external_data:
+            entry.value = value if entry.key == key else entry.value
+
+    return lambda folder: changed_graph(folder, change)
+
+
+def renamed(model) -> None:
+    next(tensor for tensor in model.graph.initializer if tensor.external_data).name = "stranger"
+
+
+def without_stops(model) -> None:
+    stops = {node.input[2] for node in model.graph.node if node.op_type == "Slice"}
+    for tensor in model.graph.initializer:
+        if tensor.name in stops:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(0, np.int64), tensor.name))
+
+
+def piped(folder: Path) -> None:
+    (folder / "model-50x50.onnx").unlink()
+    os.mkfifo(folder / "model-50x50.onnx")
+
+
+def linked(name: str):
+    def change(folder: Path) -> None:
+        (folder / name).rename(folder.parent / "elsewhere")
+        (folder / name).symlink_to("../elsewhere")
+
+    return change
+
+
+def said(change):
+    def changed(folder: Path) -> None:
+        content = json.loads((folder / RECORD).read_text())
+        change(content["sizes"]["50x50"])
+        (folder / RECORD).write_text(json.dumps(content))
+
+    return changed
+
+
+DAMAGES = [
+    (lambda folder: (folder / "model-50x50.onnx").unlink(), "is not there"),
+    (piped, "is a named pipe"),
+    (linked("model-50x50.onnx"), "outside of the model's folder"),
+    (linked("model.safetensors"), "outside of the model's folder"),
+    (linked(RECORD), "outside of the model's folder"),
+    (lambda folder: (folder / "model-50x50.onnx").write_bytes(b"half of a graph"), "cannot be read as ONNX"),
+    (moved("location", "/etc/passwd"), "not in its folder; nothing was read there"),
+    (moved("location", "../secret"), "not in its folder; nothing was read there"),
+    (moved("location", "compression.json"), "is truncated|and not in model.safetensors"),
+    (moved("offset", str(10**9)), "is truncated"),
+    (moved("offset", "-5"), "cannot be read as ONNX"),
+    (moved("offset", "0"), "is damaged"),
+    (moved("length", "1"), "it is corrupt"),
+    (lambda folder: changed_graph(folder, renamed), "takes 'stranger', which is no tensor of this size"),
+    (lambda folder: changed_graph(folder, without_stops), "is damaged"),
+    (said(lambda entry: entry["parts"].update({"head.weight": ["head.weight", [1, 1]]})), "is damaged"),
+    (said(lambda entry: entry.update(own=[])), "is damaged"),
+    (said(lambda entry: entry.update(quality={"perplexity": "x"})), "is damaged; sizes.50x50.quality.perplexity"),
+    (said(lambda entry: entry.update(tied={"a": "b", "b": "a"})), "holds nothing that 'a' of size 50x50"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_size_of_a_damaged_artifact_is_refused_and_leaves_nothing(artifact, tmp_path, damage, message):
+    folder = copied(artifact, tmp_path / "strange")
+    (tmp_path / "secret").write_bytes(bytes(10**5))
+    damage(folder)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=message):
+        extract(folder, "50x50", tmp_path / "alone")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_names_that_stand_for_nothing_are_refused(artifact, tmp_path):
+    folder = copied(artifact, tmp_path / "strange")
+    said(lambda entry: entry.update(tied={"a": "b", "b": "a"}))(folder)
+    with pytest.raises(CheckpointError, match="holds nothing that 'a' of size 50x50 could stand for"):
+        compressor.load(folder, arch=ARCH, size="50x50")
+
+
+def test_what_lies_outside_of_an_artifact_is_not_loaded(artifact, tmp_path):
+    folder = copied(artifact, tmp_path / "strange")
+    linked("model.safetensors")(folder)
+    with pytest.raises(CheckpointError, match="outside of the model's folder"):
+        compressor.load(folder, arch=ARCH)
+
+
+@pytest.mark.parametrize("place", ["inside", "", "deeper/still"])
+def test_a_size_is_not_written_into_the_artifact_that_it_is_taken_from(artifact, tmp_path, place):
+    folder = copied(artifact, tmp_path / "many")
+    before = sorted(folder.iterdir())
+    with pytest.raises(UsageError, match="is in the artifact that 50x50 is taken from"):
+        extract(folder, "50x50", folder / place, force=True)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_size_of_an_artifact_whose_report_says_little_is_written(artifact, tmp_path):
+    folder = copied(artifact, tmp_path / "many")
+    (folder / "compression.json").write_text("{}")
+    extract(folder, "50x50", tmp_path / "alone")
+    assert (tmp_path / "alone" / "model.onnx").is_file()
 
 
 @pytest.mark.parametrize(
