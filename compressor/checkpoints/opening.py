@@ -13,12 +13,12 @@ from compressor.checkpoints.archive import is_archive
 from compressor.checkpoints.checkpoint import Checkpoint
 from compressor.checkpoints.hub import local
 from compressor.checkpoints.positions import positions_of
-from compressor.checkpoints.reach import refuse_outside, without_code
+from compressor.checkpoints.reach import without_code
 from compressor.checkpoints.source import Source, digest_of
 from compressor.checkpoints.tokenizer import find_tokenizer
 from compressor.core.errors import CheckpointError
 from compressor.core.model_names import SUFFIXES
-from compressor.core.reading import read_json
+from compressor.core.reading import read_json, refuse_outside
 from compressor.core.references import code_of
 from compressor.core.snapshot import Snapshot
 

@@ -8,13 +8,11 @@ name, and a link is followed within the folder alone, or into the blobs of the h
 from __future__ import annotations
 
 import contextlib
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import CheckpointError
-from compressor.core.files import resolved
 
 CODE = ("auto_map", "custom_pipelines", "custom_generate")
 """Keys under which a config names modules in Python that lie beside it, or on a hub."""
@@ -59,42 +57,6 @@ def offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def refuse_outside(file: Path, folder: Path) -> Path:
-    """The file, which `folder` holds; links to elsewhere are refused before anything is read.
-
-    A hub's cache keeps `snapshots/<revision>/<name>` as links into `blobs` beside `snapshots`: those are followed.
-
-    Raises:
-        CheckpointError: It leads out of the folder, or to what is no file.
-    """
-    try:
-        found = file.resolve(strict=True)
-        is_file = stat.S_ISREG(found.stat().st_mode)
-    except (OSError, RuntimeError) as error:  # nowhere, or in a circle
-        raise CheckpointError(f"{file}: is a link that leads nowhere; fetch the file") from error
-    if not is_file:
-        raise CheckpointError(f"{file}: is no regular file; put the file itself there")
-    if not is_inside(file, folder):
-        raise CheckpointError(
-            f"{file}: is a link to {found}, which is outside of the model's folder; nothing was read there; put the "
-            "file itself into the folder if it belongs to the model"
-        )
-    return file
-
-
-def is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file, wherever links lead, is in a folder or in the blobs of the hub's cache that the folder is of."""
-    return any(resolved(file).is_relative_to(place) for place in _places(resolved(folder)))
-
-
-def _places(folder: Path) -> Iterator[Path]:
-    """The folder itself, and the blobs of a hub's cache that it is a snapshot in."""
-    yield folder
-    for each in (folder, *folder.parents):
-        if each.parent.name == "snapshots" and each.parent.parent.name.count("--"):
-            yield each.parent.parent / "blobs"
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:

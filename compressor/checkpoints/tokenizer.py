@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoints.reach import refuse_outside, without_code
-from compressor.core.reading import read_json
+from compressor.checkpoints.reach import without_code
+from compressor.core.reading import read_json, refuse_outside
 
 COMPACTED = "tokenizer.json"
 CONFIGS = ("tokenizer_config.json", "generation_config.json")

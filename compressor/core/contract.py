@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor.core.encoding import Encoding
 from compressor.core.errors import PassError
+from compressor.core.nested import Foretold
 from compressor.core.passes import PruningSettings, Rates, StructureSettings, WeightSettings
 from compressor.core.structure import Outcome, Subject
 
@@ -155,3 +156,12 @@ class StructurePass(StructureSettings):
     @abstractmethod
     def restructure(self, subject: Subject) -> Outcome:
         """The network of `subject`, made smaller, and what the report says of that."""
+
+    def foretell(self, subject: Subject) -> tuple[Foretold, ...]:
+        """The networks of other sizes that `restructure` will put into that of `subject`, of whose weights no value
+        is known.
+
+        Raises:
+            CompressorError: It would refuse the network.
+        """
+        return ()

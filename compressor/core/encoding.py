@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from compressor.core.errors import CheckpointError
+from compressor.core.spec import split_group
 from compressor.ops.packing import pack, pack_plane, unpack, unpack_plane
 from compressor.ops.states import states_of
 from compressor.ops.widths import n_groups, plane_widths, zero_bits
@@ -240,10 +241,7 @@ class Affine(Scaled):
         return self.bits
 
     def indivisible(self, rows: int, columns: int) -> str:
-        whole = columns == self.shape[1]
-        if whole or (self.group >= self.shape[1] and columns % 8 == 0) or columns % self.group == 0:
-            return ""
-        return f"{columns} of {self.shape[1]} columns end within a group of {self.group}"
+        return split_group(self.group, self.shape[1], columns)
 
     def beginning(self, rows: int, columns: int) -> Affine:
         group = min(self.group, columns) if self.group >= self.shape[1] else self.group

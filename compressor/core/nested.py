@@ -27,6 +27,20 @@ class Size:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Foretold:
+    """A smaller network within another before it is made.
+
+    name  as users call it
+    held  each of its tensors -> the other's, and its shape: the beginning of that one
+    own   those of which it will have values of its own
+    """
+
+    name: str
+    held: Mapping[str, tuple[str, tuple[int, ...]]]
+    own: frozenset[str]
+
+
 class Nested(nn.Module, ABC):
     """Networks that are trained together; its parameters are all that learns.
 

@@ -10,10 +10,12 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import CheckpointError, CompressorError
+from compressor.core.files import resolved
 from compressor.core.resources import refuse_shortage
 
 LARGEST_JSON = 64_000_000
@@ -111,3 +113,39 @@ def _can_be_written(content: dict[str, Any]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def refuse_outside(file: Path, folder: Path) -> Path:
+    """The file, which `folder` holds; links to elsewhere are refused before anything is read.
+
+    A hub's cache keeps `snapshots/<revision>/<name>` as links into `blobs` beside `snapshots`: those are followed.
+
+    Raises:
+        CheckpointError: It leads out of the folder, or to what is no file.
+    """
+    try:
+        found = file.resolve(strict=True)
+        is_file = stat.S_ISREG(found.stat().st_mode)
+    except (OSError, RuntimeError) as error:  # nowhere, or in a circle
+        raise CheckpointError(f"{file}: is a link that leads nowhere; fetch the file") from error
+    if not is_file:
+        raise CheckpointError(f"{file}: is no regular file; put the file itself there")
+    if not is_inside(file, folder):
+        raise CheckpointError(
+            f"{file}: is a link to {found}, which is outside of the model's folder; nothing was read there; put the "
+            "file itself into the folder if it belongs to the model"
+        )
+    return file
+
+
+def is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file, wherever links lead, is in a folder or in the blobs of the hub's cache that the folder is of."""
+    return any(resolved(file).is_relative_to(place) for place in _places(resolved(folder)))
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    """The folder itself, and the blobs of a hub's cache that it is a snapshot in."""
+    yield folder
+    for each in (folder, *folder.parents):
+        if each.parent.name == "snapshots" and each.parent.parent.name.count("--"):
+            yield each.parent.parent / "blobs"

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compressor.core.errors import CheckpointError, UsageError, suggestion
-from compressor.core.reading import read_json
+from compressor.core.reading import read_json, refuse_outside
+from compressor.core.report import misshapen
 
 RECORD = "sizes.json"
 GRAPH = "model.onnx"
@@ -95,6 +96,7 @@ def read_sizes(directory: Path) -> Sizes | None:
     path = directory / RECORD
     if not path.is_file():
         return None
+    refuse_outside(path, directory)
     try:
         found = Sizes.model_validate_json(json.dumps(read_json(path, measured=True)))
     except ValidationError as error:
@@ -104,6 +106,10 @@ def read_sizes(directory: Path) -> Sizes | None:
     if names or found.largest not in found.sizes:
         raise CheckpointError(f"{path}: is damaged; {names[0]!r} is no size" if names else
                               f"{path}: is damaged; it has no {found.largest!r}")  # fmt: skip
+    for name, entry in found.sizes.items():
+        wrong = "" if entry.quality is None else misshapen({"quality": entry.quality})
+        if wrong:
+            raise CheckpointError(f"{path}: is damaged; sizes.{name}.{wrong}")
     return found
 
 
@@ -127,8 +133,14 @@ def graph_file(directory: Path, size: str | None) -> str:
 
     Raises:
         UsageError: The artifact has not that one.
+        CheckpointError: Its graph is a link that leads out of the folder.
     """
-    return GRAPH if size is None else graph_name(size, size == chosen_size(directory, size)[0].largest)
+    if size is None:
+        return GRAPH
+    name = graph_name(size, size == chosen_size(directory, size)[0].largest)
+    if (directory / name).is_symlink():
+        refuse_outside(directory / name, directory)
+    return name
 
 
 def graph_of(directory: Path, size: str | None) -> Path:

@@ -61,6 +61,11 @@ class Spec(BaseModel, ABC):
         """Whether gradient steps can improve the encoding; what cannot is refused where a recipe asks for some."""
         return False
 
+    def indivisible(self, whole: int, columns: int) -> str:
+        """Why the first columns of a matrix of so many as the `whole` has are no encoding of their own; as the
+        encoding's."""
+        return f"stored as {self.kind}, of which a part cannot be read alone"
+
     def nbytes(self, rows: int, columns: int) -> int:
         """The bytes of all parts for a matrix (rows, columns)."""
         return sum(ITEM_SIZE[dtype] * math.prod(shape) for dtype, shape in self.parts(rows, columns).values())
@@ -93,6 +98,13 @@ def group_columns(group: Group, columns: int, dim: int = 1) -> int:
     return whole if group == "row" else min(group, whole)
 
 
+def split_group(group: int, whole: int, columns: int) -> str:
+    """Why the first `columns` of a `whole` matrix in groups of columns are not whole groups; empty where they are."""
+    if columns == whole or (group >= whole and columns % 8 == 0) or columns % group == 0:
+        return ""
+    return f"{columns} of {whole} columns end within a group of {group}"
+
+
 class DenseSpec(Spec):
     """The values as they are; `dtype` in safetensors' spelling."""
 
@@ -104,6 +116,9 @@ class DenseSpec(Spec):
 
     def describe(self, rows: int, columns: int) -> dict[str, Any]:
         return {"kind": self.kind, "shape": [rows, columns]}
+
+    def indivisible(self, whole: int, columns: int) -> str:
+        return ""
 
     @property
     def label(self) -> str:
@@ -147,6 +162,9 @@ class AffineSpec(Spec):
         found = {"kind": self.kind, "shape": [rows, columns], "bits": self.bits, "group": group, "zero": zero}
         steps = zero_steps(self.zero, self.bits)
         return found if steps == 1 else found | {"zero_steps": steps}
+
+    def indivisible(self, whole: int, columns: int) -> str:
+        return split_group(group_columns(self.group, whole), whole, columns)
 
     @property
     def label(self) -> str:

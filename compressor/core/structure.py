@@ -44,6 +44,10 @@ class Surgeon(Protocol):
         """How many parameters `module` has without the units of `removal`."""
         ...
 
+    def shapes(self, module: nn.Module, removal: Removal) -> dict[str, tuple[int, ...]]:
+        """The shapes that the parameters and buffers of `module` have without the units of `removal`, by its names."""
+        ...
+
     def multiplications(self, module: nn.Module, removal: Removal) -> int:
         """How many multiplications by matrices one example takes in `module` without the units of `removal`."""
         ...

@@ -7,10 +7,11 @@ artifact gets its name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,17 @@ from compressor.core.artifact import (
     sealed,
     text_of,
 )  # fmt: skip
-from compressor.core.errors import VerificationError
-from compressor.core.files import put, sync_tree, write_text
+from compressor.core.errors import CheckpointError, UsageError, VerificationError, first_line
+from compressor.core.files import put, resolved, sync_tree, write_text
+from compressor.core.reading import is_inside, refuse_outside
 from compressor.core.report import Report
-from compressor.core.sizes import GRAPH, RECORD, SizeEntry, chosen_size, graph_name
+from compressor.core.resources import refuse_shortage
+from compressor.core.sizes import GRAPH, RECORD, SizeEntry, chosen_size, graph_file
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.evaluate.bench_process import inputs_for
 from compressor.evaluate.session import DecoderSession, ModuleSession, open_session
 from compressor.export.loading import size_tensors
+from compressor.onnx.file import checked_file, read_graph, read_values
 from compressor.report.card import write_card
 from compressor.report.page import write_page
 
@@ -60,7 +64,7 @@ def extract(directory: Path, size: str, output: Path | None = None, force: bool 
         force: Whether it may replace an artifact.
 
     Raises:
-        UsageError: There is no such size, or something else stands in the new one's place.
+        UsageError: There is no such size, or something else stands in the new one's place, or that is in the artifact.
         CheckpointError: The artifact is damaged.
         VerificationError: The new one would compute something else.
     """
@@ -68,16 +72,25 @@ def extract(directory: Path, size: str, output: Path | None = None, force: bool 
     sizes, entry = chosen_size(directory, size)
     target = output or beside(directory, f"-{size}")
     refuse_target(target, force)
+    if resolved(target).is_relative_to(resolved(directory)):
+        raise UsageError(f"{target}: is in the artifact that {size} is taken from; give another directory with -o")
     weights, largest = directory / WEIGHTS, size == sizes.largest
+    for name in (WEIGHTS, "config.json", STRUCTURE):
+        if (directory / name).is_symlink():
+            refuse_outside(directory / name, directory)
+    graph = directory / graph_file(directory, size)
+    model = read_graph(graph)
     tensors = EncodedTensors([weights]) if largest else size_tensors(weights, size, entry)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".extracted-", dir=target.parent))
     aside = scratch.with_name(f"{scratch.name}-replaced")
     try:
         write_tensors(scratch / WEIGHTS, tensors, tensors.tied)
-        _write_graph(directory / graph_name(size, largest), tensors, scratch)
+        with _refusing_damage(graph):
+            _point(model, graph, tensors, scratch)
+        ir.save(model, scratch / GRAPH)
         left = _copy_others(directory, entry, largest, scratch)
-        _compare(open_session(directory / graph_name(size, largest)), open_session(scratch), scratch)
+        _compare(open_session(graph), open_session(scratch), scratch)
         found = _describe(artifact, entry, size, scratch, target.name)
         sync_tree(scratch)
         put(scratch, target, aside)
@@ -87,18 +100,32 @@ def extract(directory: Path, size: str, output: Path | None = None, force: bool 
     return {"directory": str(target), "size": size, "bytes": found, "left_out": left}
 
 
-def _write_graph(graph: Path, tensors: EncodedTensors, folder: Path) -> None:
-    """The graph over the weights that lie in the folder.
+@contextlib.contextmanager
+def _refusing_damage(graph: Path) -> Iterator[None]:
+    """Whatever does not fit together in a graph, its weights and sizes.json becomes a refusal."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        refuse_shortage(error)
+        raise CheckpointError(f"{graph}: is damaged; {first_line(error)}; compress again") from error
+
+
+def _point(model: ir.Model, graph: Path, tensors: EncodedTensors, folder: Path) -> None:
+    """Points a graph, which was read from a file, to the weights that lie in the folder.
 
     Raises:
-        VerificationError: It takes what is not in them.
+        CheckpointError: It takes what is not in them.
     """
-    model, written = ir.load(graph), EncodedTensors([folder / WEIGHTS])
+    written = EncodedTensors([folder / WEIGHTS])
     values = model.graph.initializers
     for name, value in list(values.items()):
         stored = value.const_value
         if not isinstance(stored, ir.ExternalTensor):
             continue
+        if checked_file(graph, stored).name != WEIGHTS:
+            raise CheckpointError(
+                f"{graph}: keeps '{name}' in '{stored.location}', and not in {WEIGHTS}; compress again"
+            )
         users = [node for node, _ in value.uses()]
         cuts = [node for node in users if _is_cut(node, value)]
         whole = [node for node in users if node not in cuts]
@@ -106,18 +133,17 @@ def _write_graph(graph: Path, tensors: EncodedTensors, folder: Path) -> None:
         place, before = written.place(tensor, part), tensors.place(tensor, part)
         longer = "stored" in tensors.describe(tensor)
         for cut in cuts if longer else ():
-            array = _cut_of(stored.numpy(), cut)
+            array = _cut_of(read_values(graph, stored), cut)
             row_bytes = before.nbytes // tensors.describe(tensor)["stored"][0]
             first = ((stored.offset or 0) - before.offset) // row_bytes
             at = place.offset + first * (array.nbytes // len(array))
             _replace(model.graph, cut, _pointing(f"{name}.cut", at, array, stored.dtype, folder))
         if whole or not (cuts and longer):
-            array = stored.numpy()
+            array = read_values(graph, stored)
             at = place.offset + (stored.offset or 0) - before.offset
             value.const_value = _pointing(name, at, array, stored.dtype, folder)
         else:
             del values[name]
-    ir.save(model, folder / GRAPH)
 
 
 def _part_of(label: str, tensors: EncodedTensors) -> tuple[str, str]:
@@ -129,7 +155,7 @@ def _part_of(label: str, tensors: EncodedTensors) -> tuple[str, str]:
             )
             if known and part in tensors.describe(tensor)["parts"]:
                 return tensor, part
-    raise VerificationError(f"the graph takes '{label}', which is no tensor of this size; please report the recipe")
+    raise ValueError(f"it takes '{label}', which is no tensor of this size")
 
 
 def _splits(name: str) -> list[tuple[str, str]]:
@@ -142,8 +168,10 @@ def _is_cut(node: ir.Node, value: ir.Value) -> bool:
     """Whether a node takes the first of the second axis of a constant."""
     if node.op_type != "Slice" or node.inputs[0] is not value or len(node.inputs) != 4:
         return False
-    starts, _, axes = (None if each is None else each.const_value for each in node.inputs[1:])
-    return starts is not None and axes is not None and starts.numpy().tolist() == [0] and axes.numpy().tolist() == [1]
+    starts, stops, axes = (None if each is None else each.const_value for each in node.inputs[1:])
+    if starts is None or stops is None or axes is None or stops.size != 1:
+        return False
+    return starts.numpy().tolist() == [0] and axes.numpy().tolist() == [1]
 
 
 def _cut_of(array: np.ndarray, node: ir.Node) -> np.ndarray:
@@ -157,13 +185,13 @@ def _pointing(name: str, at: int, array: np.ndarray, dtype: ir.DataType, folder:
     """An initialiser of the bytes of the new file that hold the array.
 
     Raises:
-        VerificationError: They do not.
+        ValueError: They do not.
     """
     with (folder / WEIGHTS).open("rb") as file:
-        file.seek(at)
+        file.seek(max(0, at))
         found = file.read(array.nbytes)
-    if found != array.tobytes():
-        raise VerificationError(f"'{name}' is not where the new file should have it; please report the recipe")
+    if at < 0 or found != array.tobytes():
+        raise ValueError(f"'{name}' is not what {RECORD} says")
     return ir.ExternalTensor(
         WEIGHTS, at, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name, base_dir=str(folder)
     )  # fmt: skip
@@ -179,13 +207,14 @@ def _replace(graph: ir.Graph, node: ir.Node, tensor: ir.ExternalTensor) -> None:
 
 
 def _copy_others(directory: Path, entry: SizeEntry, largest: bool, folder: Path) -> list[str]:
-    """The files beside graph and weights; those that are left out, as they are of the largest network."""
+    """The files beside graph and weights; those that are left out, as they are of the largest network, or links to
+    elsewhere."""
     own = {WEIGHTS, GRAPH, RECORD, STRUCTURE, "config.json", *NOT_NEEDED, *INSTALLED}
     left = []
     for file in sorted(directory.iterdir()):
-        if not file.is_file() or file.is_symlink() or file.name in own or file.name.endswith(".onnx"):
+        if not file.is_file() or file.name in own or file.name.endswith(".onnx"):
             continue
-        if file.name == _GENAI and not largest:
+        if not is_inside(file, directory) or (file.name == _GENAI and not largest):
             left.append(file.name)
             continue
         shutil.copy2(file, folder / file.name)

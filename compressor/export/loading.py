@@ -15,6 +15,7 @@ from compressor.checkpoints.reshaping import RECORD, Reshaping
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError
+from compressor.core.reading import refuse_outside
 from compressor.core.sizes import RECORD as SIZES
 from compressor.core.sizes import SizeEntry, chosen_size, own_name
 from compressor.core.tensors import EncodedTensors, Part, SizeTensors
@@ -26,6 +27,11 @@ class DecodedSource(Source):
     """Encoded tensors, each decoded to float32 when it is read; integers stay what they are."""
 
     def __init__(self, path: Path, tensors: EncodedTensors) -> None:
+        lost = next((name for name, other in tensors.tied.items() if other not in tensors), None)
+        if lost is not None:
+            raise CheckpointError(
+                f"{path}: '{lost}' stands for '{tensors.tied[lost]}', which is not in it; compress again"
+            )
         infos = {name: _info(name, tensors) for name in (*tensors, *sorted(tensors.tied))}
         super().__init__("artifact", [path], infos, dict(tensors.tied))
         self.encoded = tensors
@@ -58,6 +64,9 @@ def load(path: str | PathLike[str], arch: str | None = None, size: str | None = 
     weights = artifact.directory / WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{artifact.directory}: has no {WEIGHTS}; give a directory that compress wrote")
+    for name in (WEIGHTS, "config.json", RECORD):
+        if (artifact.directory / name).is_symlink():
+            refuse_outside(artifact.directory / name, artifact.directory)
     config_file = artifact.directory / "config.json"
     config = read_config(config_file) if arch is None and config_file.is_file() else None
     record = artifact.directory / RECORD
@@ -98,6 +107,9 @@ def size_tensors(weights: Path, size: str, entry: SizeEntry) -> SizeTensors:
         raise CheckpointError(f"{weights}: holds no '{missing[0]}', which size {size} has; compress again")
     parts = {name: Part(stored, tuple(everything.describe(stored)["tensor_shape"])) for name, stored in names.items()}
     parts |= {name: Part(stored, tuple(shape)) for name, (stored, shape) in entry.parts.items()}
+    lost = next((name for name, other in entry.tied.items() if other not in parts), None)
+    if lost is not None:
+        raise CheckpointError(f"{weights}: holds nothing that '{lost}' of size {size} could stand for; compress again")
     return SizeTensors(weights, parts, entry.tied)
 
 

@@ -76,8 +76,20 @@ def predicted_parameters(module: nn.Module, removal: Removal) -> int:
 
 def shapes_without(module: nn.Module, removal: Removal) -> dict[str, list[int]]:
     """The shapes that the parameters of the network without these units will have."""
-    gone = {member.tensor for group in removal if isinstance(group, Operator) for member in group.members}
-    shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters() if name not in gone}
+    parameters = dict(module.named_parameters())
+    return {name: shape for name, shape in tensor_shapes(module, removal).items() if name in parameters}
+
+
+def tensor_shapes(module: nn.Module, removal: Removal) -> dict[str, list[int]]:
+    """Those that its parameters and buffers will have, by the names that they have before."""
+    operators = [group for group in removal if isinstance(group, Operator)]
+    gone = {member.tensor for operator in operators for member in operator.members}
+    behind = tuple(f"{path}." for operator in operators for path in operator.cut)
+    shapes = {
+        name: list(tensor.shape)
+        for name, tensor in named_tensors(module).items()
+        if name not in gone and not name.startswith(behind)
+    }
     for (name, dim), places in dropped(removal).items():
         if name in shapes:
             shapes[name][dim] -= len(places)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from compressor.checkpoints.reach import is_inside
 from compressor.checkpoints.source import Source, refuse_empty
 from compressor.core.errors import CheckpointError
+from compressor.core.reading import is_inside, refuse_special
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -98,6 +98,25 @@ class OnnxSource(Source):
         import torch
 
         return torch.from_numpy(read_values(self.path, self.weights.values[name].const_value))
+
+
+def read_graph(path: Path) -> ir.Model:
+    """The graph of a file as it stands there; weights in other files are not touched.
+
+    Raises:
+        CheckpointError: It is damaged, or no ONNX graph.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    refuse_special(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not there; fetch it as well")
+    refuse_empty(path)
+    with _refusing(path):
+        proto = onnx.load(path, load_external_data=False)
+        _refuse_deep(proto)
+        return ir.from_proto(proto)
 
 
 def read_model(path: Path) -> ir.Model:
@@ -197,7 +216,7 @@ def read_values(path: Path, tensor: Any) -> Any:
     values = np.empty(_shape(path, tensor), tensor.dtype.numpy())
     with file.open("rb") as stream:
         stream.seek(tensor.offset or 0)
-        present = stream.readinto(memoryview(values.view(np.uint8).data)) if values.size else 0
+        present = stream.readinto(memoryview(values.reshape(-1).view(np.uint8).data)) if values.size else 0
     if present != values.nbytes:
         raise CheckpointError(f"{file}: is truncated inside of tensor '{tensor.name}'; fetch it again")
     return values
@@ -362,7 +381,7 @@ def _external_files(path: Path, model: ir.Model) -> list[Path]:
             raise CheckpointError(f"{path}: has an initialiser without values; it is corrupt; fetch it again")
         _shape(path, tensor)
         if _is_external(tensor):
-            files[_checked(path, tensor)] = None
+            files[checked_file(path, tensor)] = None
     inner = [value.const_value for graph in graphs[1:] if isinstance(graph, ir.Graph)
              for value in graph.initializers.values()]  # fmt: skip
     held = [a.value for graph in graphs for node in graph for a in node.attributes.values() if a.type.name == "TENSOR"]
@@ -375,7 +394,7 @@ def _external_files(path: Path, model: ir.Model) -> list[Path]:
     return list(files)
 
 
-def _checked(path: Path, tensor: Any) -> Path:
+def checked_file(path: Path, tensor: Any) -> Path:
     """The file of an external tensor whose bytes are all there."""
     file = external_file(path, tensor)
     needed = math.prod(_shape(path, tensor)) * tensor.dtype.itemsize

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from compressor.core.batch import Batch, call
 from compressor.core.contract import StructurePass
 from compressor.core.errors import CheckpointError, RecipeError
 from compressor.core.groups import Branches, Group, Operator
-from compressor.core.nested import Size
+from compressor.core.nested import Foretold, Size
 from compressor.core.structure import Outcome, Subject, Surgeon
 from compressor.core.tensors import named_tensors
 from compressor.ops.attribution import Composite, Observed, Rule, attribute, first_output, start_of
@@ -46,6 +46,7 @@ _ENOUGH = 0.9
 """Of what is asked for, that a rounded width has at least."""
 _SAME = 1e-5
 _STATISTICS = (".running_mean", ".running_var")
+_COUNT = ".num_batches_tracked"
 _RULES = Composite("lrp", Rule("zplus"), Rule("epsilon", {"epsilon": 1e-6}), True)
 
 
@@ -172,7 +173,7 @@ class Sortednet(SortednetSettings, StructurePass):
             (self._size(subject, groups, blocks, order, width, depth) for width, depth in self.pairs),
             key=lambda size: (size.name == self.largest_name, size.facts["parameters"], size.facts["blocks"]),
         )
-        self._refuse_alike(sizes)
+        self._refuse_alike((size.name, _likeness(size)) for size in sizes)
         whole, log = subject.module, []
         nest = self._nest(whole, sizes)
         if original is not None:
@@ -183,6 +184,8 @@ class Sortednet(SortednetSettings, StructurePass):
             size.module.requires_grad_(False)
         if not self._is_frozen(sizes[-1]):  # its tensors are the whole's already, but for the statistics of its norms
             whole.load_state_dict(sizes[-1].module.state_dict())
+        for size in sizes:
+            _count_as(whole, size)
         shipped = self.ship or self.names
         report: dict[str, Any] = {
             "sizes": [{"size": size.name} | dict(size.facts) for size in sizes],
@@ -191,23 +194,59 @@ class Sortednet(SortednetSettings, StructurePass):
         chosen = tuple(size for size in sizes if size.name in shipped and size.name != self.largest_name)
         return Outcome(whole.requires_grad_(False), report | ({"training": log} if log else {}), chosen)
 
-    def _refuse_alike(self, sizes: Sequence[Size]) -> None:
+    def foretell(self, subject: Subject) -> tuple[Foretold, ...]:
+        """The sizes but for the largest, by shapes: where blocks go by what the outputs lose, as if the last ones went.
+
+        Raises:
+            CheckpointError: The network has no units or no blocks that sizes could differ in.
+            RecipeError: Two sizes are the same network.
+        """
+        groups, branches = self._groups(subject), self._branches(subject)
+        order = self._gone(branches, lambda allowed, gone: allowed[-1])
+        sizes = [
+            self._foretold(subject, groups, branches.operators, order, width, depth) for width, depth in self.pairs
+        ]
+        self._refuse_alike(
+            (size.name, (pair, tuple(size.held.items()))) for pair, size in zip(self.pairs, sizes, strict=True)
+        )
+        shipped = self.ship or self.names
+        return tuple(size for size in sizes if size.name in shipped and size.name != self.largest_name)
+
+    def _foretold(
+        self, subject: Subject, groups: Sequence[Group], blocks: Sequence[Operator], order: Sequence[int],
+        width: float, depth: float,
+    ) -> Foretold:  # fmt: skip
+        removal = self.removal(subject.module, groups, blocks, order, [width] * len(groups), depth)
+        shapes, parameters = subject.surgeon.shapes(subject.module, removal), dict(subject.module.named_parameters())
+        called = _numbered_anew(shapes, [block.name for block in blocks if block.whole], removal)
+        learns = self.vectors == "own" and self.epochs > 0
+        own = frozenset(
+            called[name] for name, shape in shapes.items()
+            if name.endswith(_STATISTICS) or (learns and name in parameters and len(shape) < 2)
+        )  # fmt: skip
+        name = self.names[self.pairs.index((width, depth))]
+        return Foretold(name, {called[stored]: (stored, shape) for stored, shape in shapes.items()}, own)
+
+    def _refuse_alike(self, sizes: Iterable[tuple[str, tuple[tuple[float, float], Any]]]) -> None:
         """Refuses shares of which two come to the same network, of widths at the full depth and of depths at the full
         width; where all that has a width is left out, widths are alike and may be.
+
+        Args:
+            sizes: Names, each with width and depth, and what tells the networks apart.
 
         Raises:
             RecipeError: They do, since what stays is a multiple.
         """
-        known: dict[tuple[Any, ...], str] = {}
-        for size in (each for each in sizes if 1.0 in (each.facts["width"], each.facts["depth"])):
-            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in size.module.named_parameters())
-            key = (shapes, *sorted(size.renamed.items()))
+        known: dict[Any, str] = {}
+        for name, (pair, key) in sizes:
+            if 1.0 not in pair:
+                continue
             if key in known:
                 raise RecipeError(
-                    f"sortednet: sizes {known[key]} and {size.name} are the same network, as its channels and neurons "
+                    f"sortednet: sizes {known[key]} and {name} are the same network, as its channels and neurons "
                     f"stay in multiples of {self.multiple}; write other widths or depths, or a smaller multiple"
                 )
-            known[key] = size.name
+            known[key] = name
 
     def _is_frozen(self, size: Size) -> bool:
         """Whether it stays the original."""
@@ -296,21 +335,41 @@ class Sortednet(SortednetSettings, StructurePass):
 
     def _order(self, subject: Subject, branches: Branches) -> list[int]:
         """The order in which blocks go: each next one is that without which the outputs change least."""
-        if self.blocks != "chain":
+        batches = _first(subject.batches, _JUDGED) if self.blocks == "chain" else []
+        with torch.no_grad():
+            wanted = [first_output(subject.call(batch)) for batch in batches]
+
+        def missed_least(allowed: Sequence[int], gone: Sequence[int]) -> int:
+            errors = {
+                b: _apart(subject, batches, [branches.operators[each] for each in (*gone, b)], wanted) for b in allowed
+            }
+            return min(errors, key=errors.__getitem__)
+
+        return self._gone(branches, missed_least)
+
+    def _gone(self, branches: Branches, choose: Callable[[Sequence[int], Sequence[int]], int]) -> list[int]:
+        """The order in which blocks go, down to the smallest depth; nothing where it is told by their places.
+
+        Args:
+            choose: Of the blocks that may go next, one, given those that are gone.
+
+        Raises:
+            CheckpointError: So many cannot go.
+        """
+        if self.blocks != "chain" or not branches.operators:
             return []
         n = len(branches.operators)
         least = min(_n_blocks(share, branches.operators) for share in self.depths)
-        batches = _first(subject.batches, _JUDGED)
-        with torch.no_grad():
-            wanted = [first_output(subject.call(batch)) for batch in batches]
         gone: list[int] = []
         while len(gone) < n - least:
             left = [block for block in range(n) if block not in gone]
             allowed = [b for b in left if branches.connected([branches.operators[each] for each in (*gone, b)])]
-            errors = {
-                b: _apart(subject, batches, [branches.operators[each] for each in (*gone, b)], wanted) for b in allowed
-            }
-            gone.append(min(errors, key=errors.__getitem__))
+            if not allowed:
+                raise CheckpointError(
+                    f"sortednet: without {len(gone) + 1} of its {n} branches nothing leads through the network; write "
+                    f"depths of {1 - len(gone) / n:.2f} and more"
+                )
+            gone.append(choose(allowed, gone))
         return gone
 
     def _size(
@@ -318,7 +377,7 @@ class Sortednet(SortednetSettings, StructurePass):
         width: float, depth: float,
     ) -> Size:  # fmt: skip
         """The network of one size alone, its parameters views of the whole's."""
-        removal = self.removal(groups, blocks, order, [width] * len(groups), depth)
+        removal = self.removal(subject.module, groups, blocks, order, [width] * len(groups), depth)
         name = self.names[self.pairs.index((width, depth))]
         module, renamed = self.part(subject.surgeon, subject.module, removal)
         facts = {
@@ -332,19 +391,25 @@ class Sortednet(SortednetSettings, StructurePass):
         return self._groups(subject), list(self._branches(subject).operators)
 
     def removal(
-        self, groups: Sequence[Group], blocks: Sequence[Operator], order: Sequence[int], shares: Sequence[float],
-        depth: float,
+        self, module: nn.Module, groups: Sequence[Group], blocks: Sequence[Operator], order: Sequence[int],
+        shares: Sequence[float], depth: float,
     ) -> dict[Group, Tensor]:  # fmt: skip
         """What goes of each group, of which a share of its own stays, and which blocks.
 
         Args:
+            module: The whole network.
             shares: Widths of `widths`, one for each group.
             order: Of `blocks: chain`, that in which blocks go.
         """
         found: dict[Group, Tensor] = {}
+        tensors = named_tensors(module)
         for group, width in zip(groups, shares, strict=True):
-            heads = max(member.index.shape[1] for member in group.producers) > 1
-            share, multiple = (self.heads_of(width), 1) if heads else (width, self.multiple)
+            share, multiple = width, self.multiple
+            rows = max(member.index.shape[1] for member in group.producers)
+            if rows > 1 and any(tensors[member.tensor].dim() > 2 for member in group.producers):
+                multiple //= math.gcd(multiple, rows)  # groups of a convolution, each of so many channels
+            elif rows > 1:
+                share, multiple = self.heads_of(width), 1
             kept = widths(group.size, [share], multiple)[0]
             if kept < group.size:
                 found[group] = torch.arange(kept, group.size)
@@ -376,6 +441,34 @@ class Sortednet(SortednetSettings, StructurePass):
             lambda generator: draw(n, self.draws, generator, self.draw), accumulated_gradient,
             self.largest == "frozen", self.draw == "random", self.draw == "sandwich",
         )  # fmt: skip
+
+
+def _likeness(size: Size) -> tuple[tuple[float, float], Any]:
+    """Its width and depth, and what tells its network from others."""
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in size.module.named_parameters())
+    return (size.facts["width"], size.facts["depth"]), (shapes, *sorted(size.renamed.items()))
+
+
+def _numbered_anew(names: Iterable[str], blocks: Sequence[str], gone: Collection[Group]) -> dict[str, str]:
+    """Tensor of a network -> as it is called in one whose list of `blocks` is shorter by those that are gone."""
+    without = {group.name for group in gone}
+    number = {name: place for place, name in enumerate(name for name in blocks if name not in without)}
+    found = {name: name for name in names}
+    for block, place in number.items():
+        path = block.rpartition(".")[0]
+        for name in found:
+            if name.startswith(f"{block}."):
+                found[name] = f"{path}.{place}.{name[len(block) + 1 :]}"
+    return found
+
+
+def _count_as(whole: nn.Module, size: Size) -> None:
+    """A size's norms have seen as many batches as the whole's: nothing computes with it, and it need not be stored."""
+    counts = {name: buffer for name, buffer in whole.named_buffers() if name.endswith(_COUNT)}
+    for name, buffer in size.module.named_buffers():
+        stored = size.renamed.get(name, name)
+        if stored in counts:
+            buffer.copy_(counts[stored])
 
 
 def _n_blocks(share: float, blocks: Sequence[Operator]) -> int:

@@ -278,9 +278,10 @@ def _structure_notes(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> tupl
         settings = structure_settings(step)
         if settings.sizes:
             names = ", ".join(settings.sizes[:4]) + ", …" * (len(settings.sizes) > 4)
+            others = "" if len(recipe.early) == 1 else "; the others' graphs, norms and biases come on top"
             notes.append(
-                f"{step.name} puts smaller networks into it, {len(settings.sizes)} of them ({names}): the sizes above "
-                "are of the largest; their graphs, norms and biases come on top"
+                f"{step.name} puts smaller networks into it, {len(settings.sizes)} of them ({names}): the tensors "
+                f"above are the largest's{others}"
             )
             continue
         what = f"removes {settings.removes:.0%} of the {settings.counts}"

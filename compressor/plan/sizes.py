@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from compressor.core.machine import multiplies_bfloat16
@@ -39,14 +40,28 @@ def model_files(
     tensors: tuple[PlannedTensor, ...], tied: dict[str, str], format: str, static: bool, kept: int | None = None
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of the weights' file, exact, and of the graph, about: `kept` of it are an original graph's own."""
-    header = header_bytes(tensors, tied)
-    files = {"model.safetensors": header + sum(tensor.bytes_after for tensor in tensors)}
+    files = {"model.safetensors": weights_bytes(tensors, tied)}
     if format == "onnx":
-        norms = batch_norms(tensors)
-        there = [tensor for tensor in tensors if tensor.name.rpartition(".")[0] not in norms]
-        own = (2_000 if static else 20_000) if kept is None else kept + (2_000 if static else 6_000)
-        files["model.onnx"] = own + sum(graph_bytes(tensor, static) for tensor in there)
+        files["model.onnx"] = graph_file_bytes(tensors, static, kept)
     return files
+
+
+def weights_bytes(
+    tensors: tuple[PlannedTensor, ...], tied: dict[str, str], own: tuple[PlannedTensor, ...] = ()
+) -> int:  # fmt: skip
+    """Bytes of the weights' file, exact; `own` are tensors that only networks of other sizes have."""
+    stored, names = (*tensors, *own), [tensor.name for tensor in own]
+    header = len(packed_header(described(stored), stored_parts(stored), tied, names)[0])
+    return header + sum(tensor.bytes_after for tensor in stored)
+
+
+def graph_file_bytes(tensors: Iterable[PlannedTensor], static: bool, kept: int | None = None) -> int:
+    """Bytes of a graph over these tensors, about: `kept` of it are an original graph's own."""
+    tensors = tuple(tensors)
+    norms = batch_norms(tensors)
+    there = [tensor for tensor in tensors if tensor.name.rpartition(".")[0] not in norms]
+    own = (2_000 if static else 20_000) if kept is None else kept + (2_000 if static else 6_000)
+    return own + sum(graph_bytes(tensor, static) for tensor in there)
 
 
 def batch_norms(tensors: tuple[PlannedTensor, ...]) -> frozenset[str]:

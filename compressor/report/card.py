@@ -65,7 +65,8 @@ def _figures(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     sizes, quality = report.get("size") or {}, report.get("quality") or {}
     rows = []
     if sizes:
-        rows.append(("size, every file", size(sizes.get("original_bytes", 0)), size(sizes.get("bytes", 0))))
+        before, after = sizes.get("original_bytes"), sizes.get("bytes", 0)
+        rows.append(("size, every file", "" if before is None else size(before), size(after)))
     for key, name in (("perplexity", "perplexity"), ("accuracy", "accuracy")):
         if quality.get(key) is not None and quality.get(f"original_{key}") is not None:
             rows.append((name, f"{quality[f'original_{key}']:.4g}", f"{quality[key]:.4g}"))

@@ -124,7 +124,8 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
     made = table("", "before", "after", numbers=["before", "after"])
     sizes, worst = report.get("size") or {}, (report.get("quality") or {}).get("worst") or {}
     if sizes:
-        made.add_row("size, every file", size(sizes.get("original_bytes", 0)), size(sizes["bytes"]))
+        before = sizes.get("original_bytes")
+        made.add_row("size, every file", "" if before is None else size(before), size(sizes["bytes"]))
     for label, section, before, after in _MEASURES:
         found = report.get(section) or {}
         if found.get(after) is not None:

@@ -211,7 +211,7 @@ class Mixtures:
 
     def _removal(self, genes: Genes) -> dict[Group, torch.Tensor]:
         shares = [self.widths[gene] for gene in genes[1:]]
-        return self.method.removal(self.groups, self.blocks, self.order, shares, self.depths[genes[0]])
+        return self.method.removal(self.module, self.groups, self.blocks, self.order, shares, self.depths[genes[0]])
 
     def _inactive(self, genes: Genes) -> Collection[int]:
         """Groups all of which lies in blocks that are left out."""
@@ -221,7 +221,9 @@ class Mixtures:
     def _idle(self) -> list[frozenset[int]]:
         found = []
         for depth in self.depths:
-            gone = _without(self.method.removal(self.groups, self.blocks, self.order, [1.0] * len(self.groups), depth))
+            gone = _without(
+                self.method.removal(self.module, self.groups, self.blocks, self.order, [1.0] * len(self.groups), depth)
+            )
             found.append(frozenset(
                 place for place, group in enumerate(self.groups, 1)
                 if all(gone(member.tensor) for member in group.producers)

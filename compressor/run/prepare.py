@@ -33,7 +33,7 @@ from compressor.plan.recipe_file import load_recipe, refuse_reaching
 from compressor.plan.searching import widened, with_search
 from compressor.plan.targets import aimed
 from compressor.plan.workload import Workload, workload_of
-from compressor.run.nesting import refuse_sizes
+from compressor.run.nesting import refuse_sizes, with_sizes
 from compressor.widths.ladder import Ladder
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ def prepare(asked: RunOptions) -> Prepared:
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
     _refuse_data(found)
     _refuse_undivided(found)
+    samples = None if found.reads_text and options.data is None else found.samples
+    found = found.planned(with_sizes(found.plan, recipe, options, checkpoint, samples))
     return _with_memory(_tried(_with_load(found)))
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.checkpoints import Checkpoint
@@ -24,9 +26,10 @@ from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.checkpoints.sized import SizedCheckpoint, open_sizes, write_sizes
 from compressor.core.absent import Absent
 from compressor.core.batch import Batch, Examples, call
-from compressor.core.contract import TrainedPass
+from compressor.core.contract import StructurePass, TrainedPass
 from compressor.core.errors import CheckpointError, PassError
 from compressor.core.groups import Branches, Group, Operator
+from compressor.core.nested import Foretold
 from compressor.core.passes import Pass, StructureSettings, WeightSettings
 from compressor.core.progress import Progress
 from compressor.core.structure import Layer, Outcome, Removal, Subject
@@ -39,7 +42,7 @@ from compressor.graph.depth import depth_units
 from compressor.graph.groups import find_groups
 from compressor.graph.operators import find_branches
 from compressor.graph.places import layer_places
-from compressor.graph.surgery import predicted_parameters, remove_units, sort_units, zero_units
+from compressor.graph.surgery import predicted_parameters, remove_units, sort_units, tensor_shapes, zero_units
 from compressor.learning.nested import fitting
 from compressor.learning.trainer import Fitting
 from compressor.passes.registry import load_pass
@@ -52,6 +55,8 @@ from compressor.structure.students.making import students_of
 
 LARGEST_ERROR = 1e-4
 """Of the largest output, between a network with units masked and without them."""
+LARGEST_RUN = 200_000_000
+"""Bytes of a network that is run on an example before any weight of it is read; of larger ones shapes are computed."""
 REPORT, SIZES = "report.json", "sizes"
 
 
@@ -73,6 +78,9 @@ class GraphSurgeon:
 
     def parameters(self, module: nn.Module, removal: Removal) -> int:
         return predicted_parameters(module, removal)
+
+    def shapes(self, module: nn.Module, removal: Removal) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(shape) for name, shape in tensor_shapes(module, removal).items()}
 
     def multiplications(self, module: nn.Module, removal: Removal) -> int:
         self._positions = self._positions or positions(module, self.call, self.example)
@@ -181,6 +189,50 @@ def restructure(
     return found, reports
 
 
+def foretold(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[Foretold, ...]:
+    """The networks of other sizes that a structure pass will put into a checkpoint's; no weight is read for it.
+
+    Args:
+        example: Arguments of the forward, of which shapes count.
+
+    Raises:
+        CheckpointError: The network cannot be traced, or is none that the pass can go through.
+    """
+    assert isinstance(step.settings, StructureSettings)
+    module = _weightless(checkpoint.build()).requires_grad_(False)
+    large = 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST_RUN
+    surgeon = GraphSurgeon(example, _shapes_alone if large else call)
+    subject = Subject(
+        module, [example], None, surgeon, torch.Generator(), step.selects, lambda *_: None, _trains_nothing
+    )
+    method = load_pass(step.settings)
+    _refuse_without_units(method, subject)
+    return method.foretell(subject)
+
+
+def _weightless(module: nn.Module) -> nn.Module:
+    """The module, float32, with zeros for what has no memory: pages that nothing writes take none."""
+    made: dict[int, nn.Parameter] = {}
+    for holder in module.modules():
+        for name, parameter in holder._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                zeros = nn.Parameter(torch.zeros(parameter.shape), requires_grad=False)
+                holder._parameters[name] = made.setdefault(id(parameter), zeros)
+        for name, buffer in holder._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                holder._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return module.float()
+
+
+def _shapes_alone(module: nn.Module, batch: Batch) -> Any:
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
+        return call(module, batch)
+
+
+def _trains_nothing(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> Fitting:
+    raise PassError(f"{settings.name} trains where its network is only looked at")
+
+
 def sizes_of(checkpoint: Checkpoint, recipe: Recipe, work: Work) -> list[SizedCheckpoint]:
     """The networks within what `restructure` made of a checkpoint, smallest first; the last pass alone makes some."""
     return open_sizes(checkpoint, written_in(work, len(recipe.early) - 1) / SIZES)
@@ -275,6 +327,14 @@ def _applied(settings: Pass, subject: Subject) -> Outcome:
         return method.fit(subject)
     assert isinstance(settings, StructureSettings)
     method = load_pass(settings)
+    _refuse_without_units(method, subject)
+    outcome = method.restructure(subject)
+    if method.measures_norms:
+        measure_norms(outcome.module, subject.batches)
+    return outcome
+
+
+def _refuse_without_units(method: StructurePass, subject: Subject) -> None:
     if method.chooses_units and not subject.choosable():
         groups = subject.surgeon.groups(subject.module)
         reasons = "; ".join(dict.fromkeys(f"'{group.name}' {group.reason}" for group in groups if group.reason))
@@ -282,10 +342,6 @@ def _applied(settings: Pass, subject: Subject) -> Outcome:
             f"{type(subject.module).__name__}: {method.name} can remove nothing from it; {reasons or 'no groups'}; "
             "leave the pass out, or select other tensors"
         )
-    outcome = method.restructure(subject)
-    if method.measures_norms:
-        measure_norms(outcome.module, subject.batches)
-    return outcome
 
 
 @torch.no_grad()

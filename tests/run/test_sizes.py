@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,129 @@ def test_a_record_that_does_not_fit_its_weights_is_refused(artifact, tmp_path, c
         compressor.load(tmp_path, arch=ARCH, size="50x50")
 
 
+def copied(artifact, folder: Path) -> Path:
+    """The artifact's files in a folder, without links."""
+    folder.mkdir()
+    for file in artifact.directory.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def changed_graph(folder: Path, change) -> None:
+    graph = folder / "model-50x50.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    change(model)
+    graph.write_bytes(model.SerializeToString())
+
+
+def moved(key: str, value: str):
+    """A graph of which the first tensor of those that lie in a file says this."""
+
+    def change(model) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+        for entry in tensor.external_data:
+            entry.value = value if entry.key == key else entry.value
+
+    return lambda folder: changed_graph(folder, change)
+
+
+def renamed(model) -> None:
+    next(tensor for tensor in model.graph.initializer if tensor.external_data).name = "stranger"
+
+
+def without_stops(model) -> None:
+    stops = {node.input[2] for node in model.graph.node if node.op_type == "Slice"}
+    for tensor in model.graph.initializer:
+        if tensor.name in stops:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(0, np.int64), tensor.name))
+
+
+def piped(folder: Path) -> None:
+    (folder / "model-50x50.onnx").unlink()
+    os.mkfifo(folder / "model-50x50.onnx")
+
+
+def linked(name: str):
+    def change(folder: Path) -> None:
+        (folder / name).rename(folder.parent / "elsewhere")
+        (folder / name).symlink_to("../elsewhere")
+
+    return change
+
+
+def said(change):
+    def changed(folder: Path) -> None:
+        content = json.loads((folder / RECORD).read_text())
+        change(content["sizes"]["50x50"])
+        (folder / RECORD).write_text(json.dumps(content))
+
+    return changed
+
+
+DAMAGES = [
+    (lambda folder: (folder / "model-50x50.onnx").unlink(), "is not there"),
+    (piped, "is a named pipe"),
+    (linked("model-50x50.onnx"), "outside of the model's folder"),
+    (linked("model.safetensors"), "outside of the model's folder"),
+    (linked(RECORD), "outside of the model's folder"),
+    (lambda folder: (folder / "model-50x50.onnx").write_bytes(b"half of a graph"), "cannot be read as ONNX"),
+    (moved("location", "/etc/passwd"), "not in its folder; nothing was read there"),
+    (moved("location", "../secret"), "not in its folder; nothing was read there"),
+    (moved("location", "compression.json"), "is truncated|and not in model.safetensors"),
+    (moved("offset", str(10**9)), "is truncated"),
+    (moved("offset", "-5"), "cannot be read as ONNX"),
+    (moved("offset", "0"), "is damaged"),
+    (moved("length", "1"), "it is corrupt"),
+    (lambda folder: changed_graph(folder, renamed), "takes 'stranger', which is no tensor of this size"),
+    (lambda folder: changed_graph(folder, without_stops), "is damaged"),
+    (said(lambda entry: entry["parts"].update({"head.weight": ["head.weight", [1, 1]]})), "is damaged"),
+    (said(lambda entry: entry.update(own=[])), "is damaged"),
+    (said(lambda entry: entry.update(quality={"perplexity": "x"})), "is damaged; sizes.50x50.quality.perplexity"),
+    (said(lambda entry: entry.update(tied={"a": "b", "b": "a"})), "holds nothing that 'a' of size 50x50"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_size_of_a_damaged_artifact_is_refused_and_leaves_nothing(artifact, tmp_path, damage, message):
+    folder = copied(artifact, tmp_path / "strange")
+    (tmp_path / "secret").write_bytes(bytes(10**5))
+    damage(folder)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=message):
+        extract(folder, "50x50", tmp_path / "alone")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_names_that_stand_for_nothing_are_refused(artifact, tmp_path):
+    folder = copied(artifact, tmp_path / "strange")
+    said(lambda entry: entry.update(tied={"a": "b", "b": "a"}))(folder)
+    with pytest.raises(CheckpointError, match="holds nothing that 'a' of size 50x50 could stand for"):
+        compressor.load(folder, arch=ARCH, size="50x50")
+
+
+def test_what_lies_outside_of_an_artifact_is_not_loaded(artifact, tmp_path):
+    folder = copied(artifact, tmp_path / "strange")
+    linked("model.safetensors")(folder)
+    with pytest.raises(CheckpointError, match="outside of the model's folder"):
+        compressor.load(folder, arch=ARCH)
+
+
+@pytest.mark.parametrize("place", ["inside", "", "deeper/still"])
+def test_a_size_is_not_written_into_the_artifact_that_it_is_taken_from(artifact, tmp_path, place):
+    folder = copied(artifact, tmp_path / "many")
+    before = sorted(folder.iterdir())
+    with pytest.raises(UsageError, match="is in the artifact that 50x50 is taken from"):
+        extract(folder, "50x50", folder / place, force=True)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_size_of_an_artifact_whose_report_says_little_is_written(artifact, tmp_path):
+    folder = copied(artifact, tmp_path / "many")
+    (folder / "compression.json").write_text("{}")
+    extract(folder, "50x50", tmp_path / "alone")
+    assert (tmp_path / "alone" / "model.onnx").is_file()
+
+
 @pytest.mark.parametrize(
     ("sets", "changes", "message"),
     [
@@ -157,6 +281,83 @@ def test_a_record_that_does_not_fit_its_weights_is_refused(artifact, tmp_path, c
 def test_what_sizes_cannot_go_through_is_refused_before_work_begins(sets, changes, message):
     with pytest.raises(RecipeError, match=message):
         prepare(options(sets=sets, output=Path("refused"), **changes))
+
+
+class Grouped(torch.nn.Module):
+    """A convolution of 59 groups of three channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grouped = torch.nn.Conv1d(6, 177, 3), torch.nn.Conv1d(177, 177, 9, groups=59)
+        self.last, self.head = torch.nn.Conv1d(177, 177, 3), torch.nn.Linear(177, 5)
+
+    def forward(self, x):
+        for layer in (self.first, self.grouped, self.last):
+            x = torch.relu(layer(x))
+        return self.head(x.mean(2))
+
+
+def linear() -> torch.nn.Module:
+    return torch.nn.Linear(72, 96)
+
+
+class Joined(torch.nn.Module):
+    """Channels beside channels: the first of one are not the first of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = torch.nn.Conv1d(6, 8, 3), torch.nn.Conv1d(6, 8, 3), torch.nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.one(x), self.other(x)], 1).mean(2))
+
+
+def options_of(kind, shape: tuple[int, ...], **changes) -> RunOptions:
+    name = kind.__name__
+    arrays = np.random.default_rng(1).standard_normal((2, 32, *shape)).astype(np.float32)
+    for which, array in zip(("training", "evaluation"), arrays, strict=True):
+        np.savez(f"{name}-{which}.npz", x=array)
+    torch.manual_seed(0)
+    torch.save(kind().state_dict(), f"{name}.pt")
+    files = {"model": f"{name}.pt", "data": f"{name}-training.npz", "eval": f"{name}-evaluation.npz"}
+    sets = ("sortednet.depths=[1]", "sortednet.ship=null", "sortednet.multiple=8")
+    return options(arch=f"{__name__}:{name}", sets=sets, output=Path(f"out-{name}"), **files, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "message"),
+    [(linear, (72,), "can remove nothing from it"), (Joined, (6, 12), "no channels, heads or neurons that lie one")],
+)
+def test_a_plan_refuses_a_network_that_nothing_could_be_sorted_in(kind, shape, message):
+    with pytest.raises(CheckpointError, match=message):
+        prepare(options_of(kind, shape))
+
+
+def test_a_plan_refuses_sizes_that_end_within_a_group():
+    message = r"size 50x\d+ cannot share 'blocks.0.conv1.weight': 90 of 180 columns end within a group of 180"
+    with pytest.raises(RecipeError, match=message):
+        prepare(options(sets=("sortednet.multiple=1", "sortednet.ship=null"), output=Path("refused")))
+
+
+def test_a_plan_refuses_sizes_that_are_one_network():
+    with pytest.raises(RecipeError, match="sizes 50x100 and 100x100 are the same network"):
+        prepare(options(sets=("sortednet.multiple=32",), output=Path("refused")))
+
+
+def test_groups_of_a_convolution_stay_in_multiples_of_channels():
+    made = run(options_of(Grouped, (6, 24)))
+    module = compressor.load(made.directory, arch=f"{__name__}:Grouped", size="50")
+    assert tuple(module.last.weight.shape) == (88, 96, 3)
+    assert module.grouped.groups == 32
+
+
+@pytest.mark.parametrize("ship", ["['50x50']", "null"])
+def test_the_bytes_of_the_weights_are_planned_with_what_sizes_have_of_their_own(artifact, ship):
+    changes = options(sets=(f"sortednet.ship={ship}",), output=Path("of-bytes"))
+    planned = prepare(changes).plan.files
+    made = artifact if ship != "null" else run(changes)
+    assert planned["model.safetensors"] == (made.directory / "model.safetensors").stat().st_size
+    assert {file.name for file in made.directory.glob("model*.onnx")} <= planned.keys()
 
 
 def test_a_plan_says_that_there_will_be_sizes():
