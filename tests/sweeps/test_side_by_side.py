@@ -290,8 +290,8 @@ def options_of(folder: Path, kind: type[nn.Module], **changes) -> RunOptions:
         rows = np.random.default_rng(seed).standard_normal((32, 80)).astype(np.float32)
         np.savez(folder / f"{name}.npz", x=rows)
     return RunOptions(
-        str(folder / "model.pt"), str(recipe_in(folder)), folder / "out", arch=f"tests.sweeps.test_side_by_side:{kind.__name__}",
-        data=str(folder / "data.npz"), eval=str(folder / "eval.npz"), format="safetensors", **changes,
+        str(folder / "model.pt"), str(recipe_in(folder)), folder / "out",
+        arch=f"tests.sweeps.test_side_by_side:{kind.__name__}", data=str(folder / "data.npz"), eval=str(folder / "eval.npz"), format="safetensors", **changes,
     )  # fmt: skip
 
 
