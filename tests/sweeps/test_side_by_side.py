@@ -291,7 +291,8 @@ def options_of(folder: Path, kind: type[nn.Module], **changes) -> RunOptions:
         np.savez(folder / f"{name}.npz", x=rows)
     return RunOptions(
         str(folder / "model.pt"), str(recipe_in(folder)), folder / "out",
-        arch=f"tests.sweeps.test_side_by_side:{kind.__name__}", data=str(folder / "data.npz"), eval=str(folder / "eval.npz"), format="safetensors", **changes,
+        arch=f"tests.sweeps.test_side_by_side:{kind.__name__}",
+        data=str(folder / "data.npz"), eval=str(folder / "eval.npz"), format="safetensors", **changes,
     )  # fmt: skip
 
 
