@@ -27,8 +27,8 @@ SECONDS = 12.0
 
 
 @dataclass(frozen=True)
-class Searched:
-    """What is chosen.
+class SearchSpace:
+    """What is chosen from.
 
     over    sizes: how wide each group of units and how deep a sorted network is; layers: as the recipe stores each, or
             as floats
@@ -52,7 +52,7 @@ class Searched:
         )
 
 
-def searched(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, plan: Plan) -> Searched:
+def search_space(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, plan: Plan) -> SearchSpace:
     """What there is to choose from.
 
     Raises:
@@ -63,7 +63,7 @@ def searched(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, plan: 
     if wrong:
         raise UsageError(f"{option}: {wrong}")
     if _sorted(recipe) is not None:
-        return Searched("sizes")
+        return SearchSpace("sizes")
     static = recipe.export.activations == "static_int8"
     same = on_floats(plan, checkpoint) if static else {}
     layers = tuple(t.name for t in plan.tensors if _is_chosen(t, static) and t.name not in same)
@@ -74,7 +74,7 @@ def searched(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, plan: 
             "layers as integers or as floats, linear layers, and convolutions with export.activations: static_int8; "
             f"found {others}, whose widths and depths are no choice of it"
         )
-    return Searched("layers", layers)
+    return SearchSpace("layers", layers)
 
 
 def widened(recipe: Recipe, options: RunOptions) -> Recipe:
@@ -101,7 +101,7 @@ def with_search(plan: Plan, recipe: Recipe, options: RunOptions, checkpoint: Che
         if options.threads is not None or options.batch != 1:
             raise UsageError("--threads and --batch are of --target-latency and --target-speedup; give one of these")
         return plan
-    return replace(plan, notes=(*plan.notes, searched(recipe, options, checkpoint, plan).note(recipe)))
+    return replace(plan, notes=(*plan.notes, search_space(recipe, options, checkpoint, plan).note(recipe)))
 
 
 def _wrong(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> str:

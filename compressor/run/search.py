@@ -35,7 +35,7 @@ from compressor.evaluate.original import original_graph
 from compressor.evaluate.reference import original_outputs
 from compressor.evaluate.session import open_session
 from compressor.ops.evolution import Genes, Search
-from compressor.plan.searching import BATCH, CONFIRMED, FIRST, MOST, PATIENCE, searched
+from compressor.plan.searching import BATCH, CONFIRMED, FIRST, MOST, PATIENCE, search_space
 from compressor.report.front import front_picture
 from compressor.run.candidates import Family, Layers, Mixtures
 from compressor.run.clock import Clock
@@ -141,7 +141,7 @@ def _parted(samples: Samples) -> tuple[Samples, Any]:
 def _family(
     start: Prepared, course: Course, samples: Samples, target: Target, trial: Work, table: Table, progress: Progress
 ) -> Family:  # fmt: skip
-    found = searched(start.recipe, start.options, start.checkpoint, start.plan)
+    found = search_space(start.recipe, start.options, start.checkpoint, start.plan)
     if found.over == "sizes":
         batches = calibration_batches(_source(samples), course.recipe, trial.folder.parent, trial.seed)
         return Mixtures(start, course, batches, table)
