@@ -61,14 +61,20 @@ REPORT, SIZES = "report.json", "sizes"
 
 
 class GraphSurgeon:
-    """Finds and removes units by the traced graph, and checks every removal on an example."""
+    """Finds and removes units by the traced graph, and checks every removal on an example.
 
-    def __init__(self, example: Batch, call: Callable[[nn.Module, Batch], Any]) -> None:
-        self.example, self.call = example, call
+    still   the one network that is looked at does not change meanwhile, so that its groups are found once
+    """
+
+    def __init__(self, example: Batch, call: Callable[[nn.Module, Batch], Any], still: bool = False) -> None:
+        self.example, self.call, self.still = example, call, still
         self._positions: dict[str, int] = {}
+        self._groups: list[Group] | None = None
 
     def groups(self, module: nn.Module) -> list[Group]:
-        return find_groups(module, self.example)
+        found = find_groups(module, self.example) if self._groups is None else self._groups
+        self._groups = found if self.still else None
+        return found
 
     def branches(self, module: nn.Module) -> Branches:
         return find_branches(module, self.example)
@@ -201,7 +207,7 @@ def foretold(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[Foreto
     assert isinstance(step.settings, StructureSettings)
     module = _weightless(checkpoint.build()).requires_grad_(False)
     large = 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST_RUN
-    surgeon = GraphSurgeon(example, _shapes_alone if large else call)
+    surgeon = GraphSurgeon(example, _shapes_alone if large else call, still=True)
     subject = Subject(
         module, [example], None, surgeon, torch.Generator(), step.selects, lambda *_: None, _trains_nothing
     )
