@@ -112,7 +112,7 @@ def _weights(tensors: tuple[PlannedTensor, ...]) -> int:
 
 
 def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe, load: Workload | None = None) -> float:
-    """Of the whole run, about; of networks that read text without export and evaluation."""
+    """Of a whole run but for timing the result, about; of networks that read text without export and evaluation."""
     n_weights, tokens, distill = _weights(tensors), recipe.calibration.tokens, recipe.distill
     tables = sum(math.prod(tensor.shape) for tensor in tensors if tensor.role == "embedding")
     passes = sum(step.settings.cost(tokens) for step in recipe.passes) + 3 * ("gradients" in recipe.required)
