@@ -22,6 +22,10 @@ from compressor.onnx.file import OnnxSource, read_values, used
 from compressor.onnx.layers import Layer
 from compressor.runtime.sessions import Settings
 
+_QUIET = {"session.intra_op.allow_spinning": "0"}
+"""onnxruntime's threads would go on spinning after each stretch, on the cores that torch computes the next layer on:
+encoding took nine times as long on two cores."""
+
 
 @dataclass
 class Stretch:
@@ -85,7 +89,7 @@ class Program:
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.model.opset_imports.items()]
         model = onnx.helper.make_model(graph, ir_version=self.model.ir_version, opset_imports=opsets)
         try:
-            return Settings(torch.get_num_threads(), arena=False).open(model.SerializeToString())
+            return Settings(torch.get_num_threads(), _QUIET, arena=False).open(model.SerializeToString())
         except Exception as error:  # as above
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
