@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,17 @@ def refuse_outside(file: Path, folder: Path) -> Path:
             "file itself into the folder if it belongs to the model"
         )
     return file
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuses these of a folder's files where they are links to elsewhere; there may be none of a name.
+
+    Raises:
+        CheckpointError: One leads out of the folder, or to what is no file.
+    """
+    for name in names:
+        if (folder / name).is_symlink():
+            refuse_outside(folder / name, folder)
 
 
 def is_inside(file: Path, folder: Path) -> bool:

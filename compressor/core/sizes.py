@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compressor.core.errors import CheckpointError, UsageError, suggestion
-from compressor.core.reading import read_json, refuse_outside
+from compressor.core.reading import read_json, refuse_links, refuse_outside
 from compressor.core.report import misshapen
 
 RECORD = "sizes.json"
@@ -138,8 +138,7 @@ def graph_file(directory: Path, size: str | None) -> str:
     if size is None:
         return GRAPH
     name = graph_name(size, size == chosen_size(directory, size)[0].largest)
-    if (directory / name).is_symlink():
-        refuse_outside(directory / name, directory)
+    refuse_links(directory, [name])
     return name
 
 

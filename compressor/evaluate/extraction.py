@@ -35,7 +35,7 @@ from compressor.core.artifact import (
 )  # fmt: skip
 from compressor.core.errors import CheckpointError, UsageError, VerificationError, first_line
 from compressor.core.files import put, resolved, sync_tree, write_text
-from compressor.core.reading import is_inside, refuse_outside
+from compressor.core.reading import is_inside, refuse_links
 from compressor.core.report import Report
 from compressor.core.resources import refuse_shortage
 from compressor.core.sizes import GRAPH, RECORD, SizeEntry, chosen_size, graph_file
@@ -75,9 +75,7 @@ def extract(directory: Path, size: str, output: Path | None = None, force: bool 
     if resolved(target).is_relative_to(resolved(directory)):
         raise UsageError(f"{target}: is in the artifact that {size} is taken from; give another directory with -o")
     weights, largest = directory / WEIGHTS, size == sizes.largest
-    for name in (WEIGHTS, "config.json", STRUCTURE):
-        if (directory / name).is_symlink():
-            refuse_outside(directory / name, directory)
+    refuse_links(directory, (WEIGHTS, "config.json", STRUCTURE))
     graph = directory / graph_file(directory, size)
     model = read_graph(graph)
     tensors = EncodedTensors([weights]) if largest else size_tensors(weights, size, entry)

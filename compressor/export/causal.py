@@ -21,12 +21,11 @@ from typing import Any, cast
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from compressor.core.errors import CheckpointError, ExportError, first_line, is_out_of_memory
+from compressor.core.fake import shapes_alone
 from compressor.core.tensors import EncodedTensors
 from compressor.export.repeating import Ends, repeat
 from compressor.export.tracing import name_ends, over_weights, traced, without_weights
@@ -160,7 +159,7 @@ def plain(module: nn.Module) -> nn.Module:
 def _first_cache(module: nn.Module) -> object:
     """What the forward gives as `past_key_values`, or as text why it fails."""
     network = plain(module)
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
+    with shapes_alone():
         ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
         try:
             found = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)

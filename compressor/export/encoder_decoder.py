@@ -24,12 +24,11 @@ from typing import Any, cast
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from compressor.core.errors import first_line, is_out_of_memory
+from compressor.core.fake import shapes_alone
 from compressor.core.tensors import EncodedTensors
 from compressor.export.causal import KeptLayer, cache_of, plain
 from compressor.export.tracing import name_ends, over_weights, traced
@@ -135,7 +134,7 @@ def _encoder(module: nn.Module) -> nn.Module:
 def _run(module: nn.Module, inputs: dict[str, Tensor]) -> tuple[object, Tensor] | str:
     """(what the forward keeps, the encoder's states), or as text why it fails."""
     network = plain(module)
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
+    with shapes_alone():
         ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
         given = {name: torch.zeros_like(value) for name, value in inputs.items()}
         try:

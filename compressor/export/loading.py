@@ -15,7 +15,7 @@ from compressor.checkpoints.reshaping import RECORD, Reshaping
 from compressor.checkpoints.source import Source, TensorInfo
 from compressor.core.artifact import Artifact
 from compressor.core.errors import CheckpointError
-from compressor.core.reading import refuse_outside
+from compressor.core.reading import refuse_links
 from compressor.core.sizes import RECORD as SIZES
 from compressor.core.sizes import SizeEntry, chosen_size, own_name
 from compressor.core.tensors import EncodedTensors, Part, SizeTensors
@@ -64,9 +64,7 @@ def load(path: str | PathLike[str], arch: str | None = None, size: str | None = 
     weights = artifact.directory / WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{artifact.directory}: has no {WEIGHTS}; give a directory that compress wrote")
-    for name in (WEIGHTS, "config.json", RECORD):
-        if (artifact.directory / name).is_symlink():
-            refuse_outside(artifact.directory / name, artifact.directory)
+    refuse_links(artifact.directory, (WEIGHTS, "config.json", RECORD))
     config_file = artifact.directory / "config.json"
     config = read_config(config_file) if arch is None and config_file.is_file() else None
     record = artifact.directory / RECORD

@@ -20,6 +20,7 @@ from compressor.core.errors import CheckpointError
 from compressor.core.reading import is_inside, refuse_special
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
     import torch
 
@@ -106,7 +107,6 @@ def read_graph(path: Path) -> ir.Model:
     Raises:
         CheckpointError: It is damaged, or no ONNX graph.
     """
-    import onnx
     import onnx_ir as ir
 
     refuse_special(path)
@@ -114,9 +114,7 @@ def read_graph(path: Path) -> ir.Model:
         raise CheckpointError(f"{path}: is not there; fetch it as well")
     refuse_empty(path)
     with _refusing(path):
-        proto = onnx.load(path, load_external_data=False)
-        _refuse_deep(proto)
-        return ir.from_proto(proto)
+        return ir.from_proto(_read(path))
 
 
 def read_model(path: Path) -> ir.Model:
@@ -125,19 +123,24 @@ def read_model(path: Path) -> ir.Model:
     Raises:
         CheckpointError: It is damaged, no ONNX graph, or holds codes instead of weights.
     """
-    import onnx
     import onnx_ir as ir
 
     refuse_empty(path)
     with _refusing(path):
-        proto = onnx.load(path, load_external_data=False)
-        if not proto.HasField("graph"):
-            raise ValueError("no graph in it")
-        _refuse_deep(proto)
-        proto = _converted(path, proto)
-        model = ir.from_proto(proto)
+        model = ir.from_proto(_converted(path, _read(path)))
         _refuse_quantised(path, model)
     return model
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    """What a file holds, by its readers' own errors; weights in other files are not touched."""
+    import onnx
+
+    proto = onnx.load(path, load_external_data=False)
+    if not proto.HasField("graph"):
+        raise ValueError("no graph in it")
+    _refuse_deep(proto)
+    return proto
 
 
 @contextlib.contextmanager

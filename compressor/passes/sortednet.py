@@ -186,12 +186,11 @@ class Sortednet(SortednetSettings, StructurePass):
             whole.load_state_dict(sizes[-1].module.state_dict())
         for size in sizes:
             _count_as(whole, size)
-        shipped = self.ship or self.names
         report: dict[str, Any] = {
             "sizes": [{"size": size.name} | dict(size.facts) for size in sizes],
             "groups": len(groups), "moved": moved, "order": order,
         }  # fmt: skip
-        chosen = tuple(size for size in sizes if size.name in shipped and size.name != self.largest_name)
+        chosen = tuple(size for size in sizes if self._is_within(size.name))
         return Outcome(whole.requires_grad_(False), report | ({"training": log} if log else {}), chosen)
 
     def foretell(self, subject: Subject) -> tuple[Foretold, ...]:
@@ -209,8 +208,7 @@ class Sortednet(SortednetSettings, StructurePass):
         self._refuse_alike(
             (size.name, (pair, tuple(size.held.items()))) for pair, size in zip(self.pairs, sizes, strict=True)
         )
-        shipped = self.ship or self.names
-        return tuple(size for size in sizes if size.name in shipped and size.name != self.largest_name)
+        return tuple(size for size in sizes if self._is_within(size.name))
 
     def _foretold(
         self, subject: Subject, groups: Sequence[Group], blocks: Sequence[Operator], order: Sequence[int],
@@ -247,6 +245,10 @@ class Sortednet(SortednetSettings, StructurePass):
                     f"stay in multiples of {self.multiple}; write other widths or depths, or a smaller multiple"
                 )
             known[key] = name
+
+    def _is_within(self, name: str) -> bool:
+        """Whether the size is one of those that the artifact holds beside the largest."""
+        return name in (self.ship or self.names) and name != self.largest_name
 
     def _is_frozen(self, size: Size) -> bool:
         """Whether it stays the original."""

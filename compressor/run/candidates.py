@@ -13,20 +13,16 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.core.artifact import WEIGHTS
 from compressor.core.batch import Batch, call
-from compressor.core.errors import PassError
 from compressor.core.groups import Group, Operator
-from compressor.core.structure import Subject
 from compressor.core.tensors import EncodedTensor, EncodedTensors, write_tensors
-from compressor.core.training import Training
 from compressor.core.work import Work
 from compressor.evaluate.operators import Operator as Layer
 from compressor.evaluate.operators import Table, operators, stored_as
@@ -39,7 +35,7 @@ from compressor.plan.recipe import Recipe
 from compressor.run.encoding import Course, Encoded
 from compressor.run.prepare import Prepared
 from compressor.run.write import write_graph
-from compressor.structure.stage import GraphSurgeon
+from compressor.structure.stage import GraphSurgeon, looked_at
 
 _RANGED = 64
 """Examples that ranges of activations are taken from while networks are only tried."""
@@ -176,11 +172,8 @@ class Mixtures:
         self.method = Sortednet(**step.settings.model_dump())
         self.module = course.checkpoint.build("cpu").float().eval()
         surgeon = GraphSurgeon(_example(batches), call)
-        subject = Subject(
-            self.module, batches, None, surgeon, torch.Generator(), step.selects, lambda *_: None, _trains
-        )
         self.surgeon = surgeon
-        self.groups, blocks = self.method.groups_and_blocks(subject)
+        self.groups, blocks = self.method.groups_and_blocks(looked_at(self.module, batches, surgeon, step))
         self.order = report["order"]
         self.blocks = blocks
         self.widths = sorted(self.settings.widths)
@@ -292,10 +285,6 @@ def _narrower(layer: Layer, outputs: int, inputs: int) -> Layer:
         rows = (groups if groups > 1 else layer.rows[0] - inputs, *layer.rows[1:])
         return dataclasses.replace(layer, weight=(n - outputs, k - inputs, *rest), rows=rows, groups=groups)
     return dataclasses.replace(layer, weight=(n - outputs, k - inputs))
-
-
-def _trains(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> NoReturn:
-    raise PassError("sortednet trains while it only says what is in it; please report the recipe")
 
 
 def _example(batches: Sequence[Batch]) -> Batch:

@@ -77,6 +77,14 @@ class Prepared:
 
         return load_samples(self.checkpoint, self.recipe, self.options)
 
+    @property
+    def first_batch(self) -> list[Batch]:
+        """One batch of those that a network which reads arrays is calibrated on; of one that reads text none."""
+        from compressor.data.batches import calibration_batches
+
+        source = None if self.reads_text else self.samples.calibration
+        return [] if source is None else calibration_batches(source, self.recipe, Path(), self.options.seed)[:1]
+
     def planned(self, plan: Plan) -> Prepared:
         """The same with another plan; data that were read are not read again."""
         found = replace(self, plan=plan)
@@ -210,13 +218,9 @@ def _refuse_undivided(found: Prepared) -> None:
     options, checkpoint = found.asked, found.checkpoint
     if not options.side_by_side:
         return
-    from compressor.data.batches import calibration_batches
     from compressor.sweeps.side_by_side import refuse_undivided
 
-    batches, source = [], None if found.reads_text else found.samples.calibration
-    if source is not None:
-        batches = calibration_batches(source, found.recipe, Path(), options.seed)[:1]
-    refuse_undivided(checkpoint, batches, side_by_side_as_asked(options))
+    refuse_undivided(checkpoint, found.first_batch, side_by_side_as_asked(options))
 
 
 def _with_load(found: Prepared) -> Prepared:
@@ -396,12 +400,7 @@ def _tried(found: Prepared) -> Prepared:
         return found
     if config.get("model_type") in TRACED:
         return found
-    from compressor.data.batches import calibration_batches
-
-    batches, source = [], None if found.reads_text else found.samples.calibration
-    if source is not None:
-        batches = calibration_batches(source, found.recipe, Path(), options.seed)[:1]
-    return found.planned(_with_trial(found.plan, checkpoint, batches))
+    return found.planned(_with_trial(found.plan, checkpoint, found.first_batch))
 
 
 def _with_trial(plan: Plan, checkpoint: Checkpoint, batches: list[Batch]) -> Plan:

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.checkpoints import Checkpoint
@@ -28,6 +26,7 @@ from compressor.core.absent import Absent
 from compressor.core.batch import Batch, Examples, call
 from compressor.core.contract import StructurePass, TrainedPass
 from compressor.core.errors import CheckpointError, PassError
+from compressor.core.fake import shapes_alone
 from compressor.core.groups import Branches, Group, Operator
 from compressor.core.nested import Foretold
 from compressor.core.passes import Pass, StructureSettings, WeightSettings
@@ -207,10 +206,8 @@ def foretold(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[Foreto
     assert isinstance(step.settings, StructureSettings)
     module = _weightless(checkpoint.build()).requires_grad_(False)
     large = 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST_RUN
-    surgeon = GraphSurgeon(example, _shapes_alone if large else call, still=True)
-    subject = Subject(
-        module, [example], None, surgeon, torch.Generator(), step.selects, lambda *_: None, _trains_nothing
-    )
+    surgeon = GraphSurgeon(example, _shapes_of if large else call, still=True)
+    subject = looked_at(module, [example], surgeon, step)
     method = load_pass(step.settings)
     _refuse_without_units(method, subject)
     return method.foretell(subject)
@@ -230,9 +227,14 @@ def _weightless(module: nn.Module) -> nn.Module:
     return module.float()
 
 
-def _shapes_alone(module: nn.Module, batch: Batch) -> Any:
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
+def _shapes_of(module: nn.Module, batch: Batch) -> Any:
+    with shapes_alone():
         return call(module, batch)
+
+
+def looked_at(module: nn.Module, batches: list[Batch], surgeon: GraphSurgeon, step: Step) -> Subject:
+    """A network of which a structure pass only says what is in it."""
+    return Subject(module, batches, None, surgeon, torch.Generator(), step.selects, lambda *_: None, _trains_nothing)
 
 
 def _trains_nothing(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> Fitting:

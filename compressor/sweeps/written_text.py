@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicLayer
 
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.errors import CheckpointError, first_line, is_out_of_memory
+from compressor.core.fake import shapes_alone
 from compressor.core.files import whole
 from compressor.core.memory import give_back
 from compressor.data.start_token import start_token
@@ -45,7 +46,7 @@ def refuse_forgetful(checkpoint: Any) -> None:
         CheckpointError: Its text would be read again for each token.
     """
     network, past = plain(checkpoint.build()), None
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
+    with shapes_alone():
         for _ in range(2):
             try:
                 past = _read(network, torch.zeros(2, 1, dtype=torch.int64), past)[1]
