@@ -51,13 +51,16 @@ def _usual(variable: str, default: int) -> int:
 @contextlib.contextmanager
 def quick_collections() -> Iterator[None]:
     """Within it the garbage collector looks only at what has come since: what the libraries hold, a million objects,
-    takes it a third of a second each time."""
+    takes it a third of a second each time. What the host has frozen itself stays so."""
+    frozen = gc.get_freeze_count()
     gc.collect()
-    gc.freeze()
+    if not frozen:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 def give_back() -> None:
