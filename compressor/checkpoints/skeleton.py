@@ -88,7 +88,7 @@ def empty_parameters() -> Iterator[None]:
     for name in RANDOM_INIT:
         setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
     try:
-        with _LargeOnMeta():
+        with _Economical():
             yield
     finally:
         nn.Module.register_parameter = register
@@ -96,10 +96,14 @@ def empty_parameters() -> Iterator[None]:
             setattr(nn.init, name, function)
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Makes tensors of over LARGEST_BUFFER bytes without memory."""
+class _Economical(TorchFunctionMode):
+    """Makes tensors of over LARGEST_BUFFER bytes without memory, and draws no values for those that have none, as
+    transformers does by functions of torch that it kept."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        tensor = (kwargs or {}).get("tensor")  # so torch.nn.init's functions hand it on
+        if tensor is not None and tensor.is_meta and getattr(func, "__name__", "") in RANDOM_INIT:
+            return tensor
         if func in FACTORIES and (kwargs or {}).get("device") is None:
             described = func(*args, **{**(kwargs or {}), "device": "meta"})
             if described.nbytes > LARGEST_BUFFER:
