@@ -143,17 +143,19 @@ def children(pid: int) -> Iterator[int]:
 
 
 def watch(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Runs a command; peaks in bytes, of itself and of the largest process that it starts for onnxruntime."""
+    """Runs a command; peaks in bytes, of the process that does its work, which is its child, and of the largest that
+    this one starts for onnxruntime."""
     began = time.monotonic()
     process = subprocess.Popen(command, env=environment)
     peaks = {"own": 0, "mapped": 0, "child": 0}
     for number in itertools.count():
         if process.poll() is not None:
             break
-        found = memory(process.pid, number % CLOSELY_EVERY == 0)
-        peaks = {name: max(peak, found.get(name, 0)) for name, peak in peaks.items()}
-        for child in children(process.pid):
-            peaks["child"] = max(peaks["child"], memory(child, False)["own"])
+        for worker in children(process.pid):
+            found = memory(worker, number % CLOSELY_EVERY == 0)
+            peaks = {name: max(peak, found.get(name, 0)) for name, peak in peaks.items()}
+            for child in children(worker):
+                peaks["child"] = max(peaks["child"], memory(child, False)["own"])
         time.sleep(SAMPLED_EVERY)
     if process.returncode:
         sys.exit(f"bench_memory: `{' '.join(command)}` ended with status {process.returncode}")
