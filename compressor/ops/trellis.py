@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 
-def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int, cost: Tensor | None = None) -> Tensor:
+LARGE = np.float32(1e38)
+"""The cost of a state that there is not: four codes are compared at a time, and there may be two."""
+
+
+def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int) -> Tensor:
     """The states (steps,) int32 of least Σ_t weight_t·‖x_t − C_{s_t}‖² along a path.
 
     Args:
         points: (steps, 2) float32.
         weights: (steps,), not negative.
         codewords: (2**window, 2), of every state.
-        width: Bits of a code, at most those of the window.
-        cost: (steps, 2**window) float32 to work in, which need not be made anew for every sequence.
+        width: Bits of a code, fewer than those of the window.
 
     Raises:
         ValueError: A point is not finite.
@@ -34,8 +37,7 @@ def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int, co
     if not bool(factors.isfinite().all()):
         raise ValueError("points without a path through the trellis: they are not finite")
     terms = torch.cat([codewords, codewords.square().sum(1, keepdim=True)], 1).T.contiguous()
-    cost = torch.empty(len(points), len(codewords)) if cost is None else cost
-    return torch.from_numpy(_path(factors.numpy(), terms.numpy(), width, cost.numpy()))
+    return torch.from_numpy(_path(factors.numpy(), terms.numpy(), width))
 
 
 def _compiled(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -48,37 +50,58 @@ def _compiled(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 
 @_compiled
-def _path(factors, terms, width, cost):  # pragma: no cover - compiled
-    """The states of least cost; `factors` (steps, 4) times `terms` (3, states), and one, are the distances."""
-    n, n_states = cost.shape
+def _least(costs, least):  # pragma: no cover - compiled
+    """The least of the costs (codes / 4, 4, kept) of all states that end in the same bits, for each of these."""
+    runs, _, n_kept = costs.shape
+    for kept in range(n_kept):
+        least[kept] = min(min(costs[0, 0, kept], costs[0, 1, kept]), min(costs[0, 2, kept], costs[0, 3, kept]))
+    for run in range(1, runs):
+        for kept in range(n_kept):
+            low = min(min(costs[run, 0, kept], costs[run, 1, kept]), min(costs[run, 2, kept], costs[run, 3, kept]))
+            least[kept] = min(least[kept], low)
+
+
+@_compiled
+def _add(costs, least, first, second, square, a, b, c, d):  # pragma: no cover - compiled
+    """Costs (kept, codes) of a step's states: the distance of each on top of the least on the way to it."""
+    n_kept, n_codes = costs.shape
+    for kept in range(n_kept):
+        low = least[kept] + d
+        for code in range(n_codes):
+            costs[kept, code] = low + (a * first[kept, code] + b * second[kept, code] + c * square[kept, code])
+
+
+@_compiled
+def _path(factors, terms, width):  # pragma: no cover - compiled
+    """The states of least cost; `factors` (steps, 4) times `terms` (3, states), and one, are the distances.
+
+    Of each step what stays is the least cost for each of the bits that the next state keeps: the costs of all states
+    are made again for the few that the path can come from. Indices are of loops alone, one for each axis: numba proves
+    such ones to lie within, and only then does a loop become one over vectors.
+    """
+    n, n_states = len(factors), terms.shape[1]
     n_codes = 1 << width
     n_kept = n_states >> width  # what of a state the next one keeps
-    best = np.zeros(n_kept, np.float32)
-    first, second, square = terms[0], terms[1], terms[2]
+    first = terms[0].reshape(n_kept, n_codes)
+    second = terms[1].reshape(n_kept, n_codes)
+    square = terms[2].reshape(n_kept, n_codes)
+    costs = np.full(max(n_states, 4 * n_kept), LARGE, np.float32)
+    before, after = costs.reshape(-1, 4, n_kept), costs[:n_states].reshape(n_kept, n_codes)
+    least = np.zeros((n, n_kept), np.float32)
     for t in range(n):
-        here = cost[t]
         if t:
-            last = cost[t - 1]
-            best[:] = last[:n_kept]
-            for code in range(1, n_codes):
-                part = last[code * n_kept : (code + 1) * n_kept]
-                for kept in range(n_kept):
-                    best[kept] = min(best[kept], part[kept])
-        a, b, c, d = factors[t, 0], factors[t, 1], factors[t, 2], factors[t, 3]
-        for kept in range(n_kept):
-            low, begin, end = best[kept] + d, kept * n_codes, (kept + 1) * n_codes
-            part, x, y, z = here[begin:end], first[begin:end], second[begin:end], square[begin:end]
-            for code in range(n_codes):
-                part[code] = low + a * x[code] + b * y[code] + c * z[code]
+            _least(before, least[t])
+        _add(after, least[t], first, second, square, factors[t, 0], factors[t, 1], factors[t, 2], factors[t, 3])
     states = np.empty(n, np.int32)
-    state = np.argmin(cost[n - 1])
+    state = np.argmin(costs)
     states[n - 1] = state
     for t in range(n - 2, -1, -1):
-        kept = state >> width
-        state, low = kept, cost[t, kept]
-        for code in range(1, n_codes):
+        kept, low = state >> width, np.float32(np.inf)
+        a, b, c = factors[t, 0], factors[t, 1], factors[t, 2]
+        for code in range(n_codes):
             at = code * n_kept + kept
-            if cost[t, at] < low:
-                state, low = at, cost[t, at]
+            here = least[t, at >> width] + (a * terms[0, at] + b * terms[1, at] + c * terms[2, at])
+            if here < low:
+                state, low = at, here
         states[t] = state
     return states

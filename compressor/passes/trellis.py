@@ -53,10 +53,10 @@ class Trellis(TrellisSettings, WeightPass):
         group = group_columns(self.group, columns, DIM)
         weight, hessian = in_whole_groups(matrix, known.moment(columns), group)
         window = self.window_of((rows, columns))
-        table, cost = gaussian_table(window), torch.empty(rows, 2**window)
+        table = gaussian_table(window)
 
         def path(points: Tensor, weights: Tensor, codewords: Tensor) -> Tensor:
-            return best_path(points, weights, codewords, self.width, cost).long()
+            return best_path(points, weights, codewords, self.width).long()
 
         scales = Scales.of(group_scales(weight[:, :columns], group, RESOLUTION), self.scale_bits)
         states = self._assign(weight, hessian, scales.decode(), table, group, path)

@@ -177,9 +177,11 @@ def _largest_block(tensors: Sequence[PlannedTensor], config: dict[str, Any], rec
 
 
 def _path_costs(tensor: PlannedTensor) -> int:
-    """Of every state in every row, where a trellis is searched."""
+    """Of what a state hands on to the next, in every row, where a trellis is searched."""
     spec = tensor.spec
-    return FLOAT * tensor.matrix[0] * 2**spec.window if isinstance(spec, CodebookSpec) and spec.window else 0
+    if not isinstance(spec, CodebookSpec) or not spec.window:
+        return 0
+    return FLOAT * tensor.matrix[0] * 2 ** (spec.window - spec.width)
 
 
 def _activations(layers: Sequence[PlannedTensor], size: int) -> float:

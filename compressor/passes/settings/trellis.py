@@ -69,7 +69,7 @@ https://arxiv.org/abs/2406.11235"
         return max(self.width + 1, min(self.window, fitting))
 
     def compared(self, shape: tuple[int, int]) -> int:
-        return (1 + self.descent_rounds) * 2 ** self.window_of(shape)
+        return (1 + self.descent_rounds) * 2 ** self.window_of(shape) // DIM
 
     def ladder(self) -> tuple[WeightSettings, ...]:
         found = sorted({self.width, *WIDTHS})
