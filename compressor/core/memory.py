@@ -9,6 +9,8 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 
+from compressor.core.machine import private_memory
+
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Parameters of mallopt."""
 _KEPT = 512 << 20
@@ -66,3 +68,18 @@ def quick_collections() -> Iterator[None]:
 def give_back() -> None:
     """Returns freed memory to the system: glibc keeps what it cannot merge, more with every block that has gone."""
     _glibc("malloc_trim")(0)
+
+
+class Slack:
+    """Gives freed memory back once there are `most` bytes more of it, or of what is in use, than after the last time.
+
+    What goes back is cleared by the system before it serves again: of a block that runs for a second a fifth of that.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._after = most, private_memory() or 0
+
+    def give_back(self) -> None:
+        if (private_memory() or 0) - self._after >= self._most:
+            give_back()
+            self._after = private_memory() or 0

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from compressor.core.memory import give_back
+from compressor.core.memory import Slack, give_back
 from compressor.core.passes import Rates
 from compressor.graph.blocks import patched
 from compressor.learning.head import Head
 from compressor.learning.objectives import Wanted, divergence
 from compressor.learning.student import Student
 from compressor.ops.schedules import rate_share
+
+_SLACK = 300 << 20
+"""Bytes that blocks may leave behind, of SmolLM2-135M what two or three do; with more a step is no faster by much."""
 
 
 def distill(
@@ -38,7 +41,8 @@ def distill(
     initial = [group["lr"] for group in optimiser.param_groups]
     teacher = Head(teacher.table.to(dtype), teacher.bias, teacher.logits)
     names = {id(parameter): name for name, parameter in student.module.named_parameters()}
-    streamed = {student.module.get_submodule(block): _streamed(student, block, names, dtype) for block in blocks}
+    slack = Slack(_SLACK)
+    streamed = {student.module.get_submodule(block): _streamed(student, block, names, dtype, slack) for block in blocks}
     inside = tuple(f"{block}." for block in blocks)
     outside = [name for name in names.values() if not name.startswith(inside)] if blocks else None
     running, count = 0.0, 0
@@ -83,14 +87,16 @@ def _cosine(step: int, steps: int) -> float:
     return rate_share(step, steps, rise=steps // 10, floor=0.05)
 
 
-def _streamed(student: Student, name: str, names: dict[int, str], dtype: torch.dtype) -> Callable[..., Any]:
+def _streamed(
+    student: Student, name: str, names: dict[int, str], dtype: torch.dtype, slack: Slack
+) -> Callable[..., Any]:  # fmt: skip
     """The forward of the block of that name with weights that are decoded in it, and again for its backward pass."""
     block = student.module.get_submodule(name)
     stored = {local: names[id(parameter)] for local, parameter in block.named_parameters()}
     due = set(stored.values())
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        give_back()  # what the block before left behind: over all blocks it is several times what one needs
+        slack.give_back()  # what blocks left behind: over all it is several times what one needs
         weights = student.weights(dtype, due)
         own = {local: weights[each] for local, each in stored.items() if each in weights}
         streamed = block.__dict__.pop("forward")

@@ -7,14 +7,14 @@ lowest bits of the state before. Distances, adding, comparing and selecting are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-
-LARGE = np.float32(1e38)
+_LARGE = np.float32(1e38)
 """The cost of a state that there is not: four codes are compared at a time, and there may be two."""
 
 
@@ -40,7 +40,7 @@ def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int) ->
     return torch.from_numpy(_path(factors.numpy(), terms.numpy(), width))
 
 
-def _compiled(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function in machine code, kept beside this file or in the user's cache, where one can be written."""
     options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
     try:
@@ -85,7 +85,7 @@ def _path(factors, terms, width):  # pragma: no cover - compiled
     first = terms[0].reshape(n_kept, n_codes)
     second = terms[1].reshape(n_kept, n_codes)
     square = terms[2].reshape(n_kept, n_codes)
-    costs = np.full(max(n_states, 4 * n_kept), LARGE, np.float32)
+    costs = np.full(max(n_states, 4 * n_kept), _LARGE, np.float32)
     before, after = costs.reshape(-1, 4, n_kept), costs[:n_states].reshape(n_kept, n_codes)
     least = np.zeros((n, n_kept), np.float32)
     for t in range(n):
