@@ -54,6 +54,17 @@ def test_the_end_comes_with_an_error_too():
     assert after - before < 16
 
 
+@pytest.mark.parametrize(("most", "given_back"), [(64, True), (512, False)])
+def test_slack_goes_back_once_it_is_more_than_was_allowed(most, given_back):
+    before, kept, after = printed(
+        "from compressor.core.memory import Slack\n"
+        f"with freed_is_kept():\n    slack = Slack({most} << 20); before = resident()\n"
+        "    use(); kept = resident(); slack.give_back(); print(before, kept, resident())\n"
+    )
+    assert kept - before > 100
+    assert (after - before < 16) == given_back
+
+
 def test_an_opened_session_has_given_back_what_folding_took(tmp_path):
     import onnx
     from onnx import parser
