@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
 import onnxruntime
 import torch
 import transformers
@@ -123,7 +124,12 @@ def opened(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options)
 
 
-def traced_and_written(module, example, tensors, folder: Path, *args, **settings) -> Path:
-    """The file of a module's graph."""
-    traced = trace_module(module, example, tensors, folder / "model.onnx")
-    return export_module(traced, tensors, folder, *args, **settings)
+_TRACES: dict[str, ir.Model] = {}
+
+
+def traced_and_written(module, example, tensors, folder: Path, *args, like: str = "", **settings) -> Path:
+    """The file of a module's graph; modules that are `like` one another are traced once, as a run's are."""
+    traced = _TRACES.get(like) or trace_module(module, example, tensors, folder / "model.onnx")
+    if like:
+        _TRACES[like] = traced
+    return export_module(traced.clone(), tensors, folder, *args, **settings)

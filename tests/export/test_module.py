@@ -56,7 +56,7 @@ def test_an_encoder_runs_at_any_batch_and_length(tmp_path, encoder, mode):
     module = pico("bert", BERT)
     encoded = compressed(module, tmp_path, ENCODERS[encoder])
     example = encoder_example(BERT | {"model_type": "bert"})
-    session = opened(traced_and_written(module, example, encoded, tmp_path, mode, exact=True))
+    session = opened(traced_and_written(module, example, encoded, tmp_path, mode, exact=True, like="bert"))
     assert [entry.name for entry in session.get_outputs()] == ["last_hidden_state", "pooler_output"]
     assert [entry.shape for entry in session.get_inputs()] == 3 * [["batch_size", "sequence_length"]]
     for batch, length in SIZES:
@@ -89,7 +89,7 @@ def test_layers_that_are_called_again_share_their_operands(tmp_path):
 def test_linears_stored_as_inputs_by_outputs(tmp_path, mode):
     module = pico("gpt2", GPT2)
     encoded = compressed(module, tmp_path)
-    path = traced_and_written(module, tokens(1, 1), encoded, tmp_path, mode, exact=True)
+    path = traced_and_written(module, tokens(1, 1), encoded, tmp_path, mode, exact=True, like="gpt2")
     if mode == "default":
         assert operators(path)["MatMulNBits"] == 2 * 4 + 1
     session = opened(path)
@@ -114,7 +114,8 @@ def cnn() -> nn.Module:
 def test_convolutions_get_constants_that_fold(tmp_path, encoder, mode):
     module = cnn()
     encoded = compressed(module, tmp_path, ENCODERS[encoder])
-    path = traced_and_written(module, {"image": torch.zeros(1, 3, 15, 15)}, encoded, tmp_path, mode, exact=True)
+    example = {"image": torch.zeros(1, 3, 15, 15)}
+    path = traced_and_written(module, example, encoded, tmp_path, mode, exact=True, like="cnn")
     session = opened(path)
     assert [entry.name for entry in session.get_inputs()] == ["image"]
     assert session.get_inputs()[0].shape == ["batch_size", 3, 15, 15]

@@ -38,8 +38,8 @@ ONLY_A_RUN_TELLS = {
     ("bert", "cnn-once"): (2, "write a smaller fraction"),
 }  # fmt: skip
 """A size that is written into the code, and how much can go at most, show in the traced graph, before any training."""
-TRACED_LONG = ("mixtral", "t5-alone")
-"""Each recipe traces them anew; CI runs them by tests of their own."""
+TRACED_LONG = ("mixtral", "t5-alone", "neox", "gguf")
+"""Each recipe traces them anew; CI has whole runs of them, and of networks like them all refusals."""
 WHOLE = [
     ("llama", "llm-2bit"), ("llama", "llm-3bit"), ("llama", "llm-width"), ("llama", "llm-depth"),
     ("gpt2", "llm-4bit"), ("bert", "encoder-4bit"), ("bert", "encoder-heads"), ("bert", "cnn-once"),
