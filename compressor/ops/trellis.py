@@ -96,8 +96,9 @@ def _path(factors, terms, width):  # pragma: no cover - compiled
     state = np.argmin(costs)
     states[n - 1] = state
     for t in range(n - 2, -1, -1):
-        kept, low = state >> width, np.float32(np.inf)
         a, b, c = factors[t, 0], factors[t, 1], factors[t, 2]
+        kept, low = state >> width, _LARGE
+        state = kept
         for code in range(n_codes):
             at = code * n_kept + kept
             here = least[t, at >> width] + (a * terms[0, at] + b * terms[1, at] + c * terms[2, at])
