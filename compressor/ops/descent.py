@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.ops.uniform import Fitted, stored_scale
+from compressor.ops.compiled import compiled, over_rows
+from compressor.ops.uniform import Fitted, nearest_stored
 
 _COLUMNS = 64
 
@@ -33,48 +35,87 @@ def descend(
     )
     if mask is not None:
         offset = offset * mask
-    curvature = hessian.diagonal()
     error = (offset * scale.repeat_interleave(group, 1)) @ hessian - pull
-    step = group * max(1, _COLUMNS // group)
-    for _ in range(sweeps):
-        for begin in range(0, n_columns, step):
-            here = slice(begin, min(begin + step, n_columns))
-            moved = offset[:, here] * scale.repeat_interleave(group, 1)[:, here]
-            nearby, inner = error[:, here].clone(), hessian[here, here]
-            for j in range(here.stop - begin):
-                if curvature[begin + j] <= 0:
-                    continue
-                at = (begin + j) // group
-                s, z = scale[:, at], zero[:, at]
-                before = offset[:, begin + j] * s
-                position = (before - nearby[:, j] / curvature[begin + j]) / s + z
-                chosen = start.nearest(position) - z
-                if mask is not None:
-                    chosen = chosen * mask[:, begin + j]
-                offset[:, begin + j] = chosen
-                nearby.addr_(chosen * s - before, inner[j])
-            if scale_bits is not None:
-                _rescale(offset, scale, nearby, hessian, here, group, start.top, scale_bits)
-            moved = offset[:, here] * scale.repeat_interleave(group, 1)[:, here] - moved
-            error.addmm_(moved, hessian[here])
+    levels = torch.empty(0) if start.levels is None else start.levels.float()
+    kept = np.ones((0, 0), np.bool_) if mask is None else mask.contiguous().numpy()
+    steps = (start.top.float().squeeze(1) / 255).numpy()
+    whole = offset.numpy(), error.numpy(), scale.numpy(), zero.float().contiguous().numpy()
+    block = group * max(1, _COLUMNS // group)
+    for begin in (begin for _ in range(sweeps) for begin in range(0, n_columns, block)):
+        here = slice(begin, min(begin + block, n_columns))
+        moved = torch.empty(len(offset), here.stop - begin)
+        how = hessian[here, here].contiguous().numpy(), kept, levels.numpy(), start.n_levels, steps, scale_bits or 0
+
+        def visit(rows: slice, begin: int = begin, moved: Tensor = moved, how: tuple = how) -> None:
+            _visit(*whole, moved.numpy(), *how, begin, rows.start, rows.stop)
+
+        over_rows(len(offset), visit)
+        error.addmm_(moved, hessian[here])
     values = offset + wide
     due = (offset.view(*scale.shape, -1) * scale.unsqueeze(2)).flatten(1)
     return dataclasses.replace(start, codes=start.code_of(values), due=due, scale=scale)
 
 
-def _rescale(
-    offset: Tensor, scale: Tensor, nearby: Tensor, hessian: Tensor, here: slice, group: int, top: Tensor, bits: int
-) -> None:
-    """The best stored scale of each group in turn, where it lowers the loss; changes `scale` and `nearby`."""
-    for begin in range(here.start, here.stop, group):
-        inside = slice(begin, begin + group)
-        local = slice(begin - here.start, begin - here.start + group)
-        values, at = offset[:, inside], begin // group
-        slope = (nearby[:, local] * values).sum(1)
-        bend = ((values @ hessian[inside, inside]) * values).sum(1).clamp_min(1e-30)
-        wanted = torch.where((slope / bend).isfinite(), scale[:, at] - slope / bend, scale[:, at])
-        wanted = torch.where(wanted * scale[:, at] > 0, wanted, scale[:, at])
-        change = stored_scale(wanted.unsqueeze(1), top, bits).squeeze(1) - scale[:, at]
-        change = torch.where(2 * change * slope + change**2 * bend < 0, change, 0.0)
-        scale[:, at] += change
-        nearby += (values * change.unsqueeze(1)) @ hessian[inside, here]
+@compiled
+def _visit(
+    offset, error, scales, zeros, moved, inner, kept, levels, n_levels, steps, scale_bits, begin, first, last
+):  # pragma: no cover - compiled  # fmt: skip
+    """Each column of a block once, then with `scale_bits` the scale of each of its groups, in rows first … last.
+
+    Changes offset, codes less zeros, and scales; fills `moved` with what the values changed by.
+    """
+    n_columns = moved.shape[1]
+    size = offset.shape[1] // scales.shape[1]
+    top, none, least = np.float32(n_levels - 1), np.float32(0), np.float32(1e-30)
+    nearby, pulled = np.empty(n_columns, np.float32), np.empty(n_columns, np.float32)
+    for row in range(first, last):
+        for k in range(n_columns):
+            nearby[k] = error[row, begin + k]
+            moved[row, k] = -offset[row, begin + k] * scales[row, (begin + k) // size]
+        for j in range(n_columns):
+            column = begin + j
+            if inner[j, j] <= 0 or (column < kept.shape[1] and not kept[row, column]):
+                continue
+            scale, zero, before = scales[row, column // size], zeros[row, column // size], offset[row, column]
+            position = (before * scale - nearby[j] / inner[j, j]) / scale + zero
+            after = _nearest(position, levels, top) - zero
+            if after != before:
+                offset[row, column] = after
+                change = (after - before) * scale
+                for k in range(n_columns):
+                    nearby[k] += change * inner[j, k]
+        for start in range(0, n_columns if scale_bits else 0, size):
+            at = (begin + start) // size
+            for k in range(n_columns):
+                pulled[k] = none
+            for j in range(start, start + size):
+                value = offset[row, begin + j]
+                for k in range(n_columns):
+                    pulled[k] += value * inner[j, k]
+            slope, bend = none, least
+            for j in range(start, start + size):
+                slope += nearby[j] * offset[row, begin + j]
+                bend += pulled[j] * offset[row, begin + j]
+            scale = scales[row, at]
+            wanted = scale - slope / bend
+            if not wanted * scale > 0:  # of the other sign, or no number
+                continue
+            change = nearest_stored(wanted, steps[row], scale_bits) - scale
+            if 2 * change * slope + change * change * bend < 0:
+                scales[row, at] = scale + change
+                for k in range(n_columns):
+                    nearby[k] += change * pulled[k]
+        for k in range(n_columns):
+            moved[row, k] += offset[row, begin + k] * scales[row, (begin + k) // size]
+
+
+@compiled
+def _nearest(position, levels, top):  # pragma: no cover - compiled
+    """The level nearest to a position: of 0 … top where no levels are given; halfway between two of these the upper."""
+    if not len(levels):
+        return min(max(np.rint(position), np.float32(0)), top)
+    found = levels[0]
+    for k in range(1, len(levels)):
+        if position >= (levels[k - 1] + levels[k]) / 2:
+            found = levels[k]
+    return found

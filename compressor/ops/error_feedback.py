@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Quantise = Callable[[int, Tensor, Tensor], Tensor]
+Visit = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -43,20 +44,31 @@ def error_feedback(weight: Tensor, factor: Tensor, step: int, quantise: Quantise
     (out, ≥ step) are the updated weights from `start` to the end of the buffer. `buffer` is a multiple of `step`, and
     of the group if quantise looks ahead over one.
     """
+
+    def visit(begin: int, current: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, errors, n_columns = torch.empty_like(current), torch.empty_like(current), current.shape[1]
+        for j in range(0, n_columns, step):
+            here = slice(j, min(j + step, n_columns))
+            factor_jj = local[here, here]
+            chosen[:, here] = values = quantise(begin + j, current[:, j:], factor_jj)
+            error = torch.linalg.solve_triangular(factor_jj, current[:, here] - values, upper=True, left=False)
+            errors[:, here] = error
+            current[:, here.stop :] -= error @ local[here, here.stop :]
+        return chosen, errors
+
+    return feed_forward(weight, factor, buffer, visit)
+
+
+def feed_forward(weight: Tensor, factor: Tensor, buffer: int, visit: Visit) -> Tensor:
+    """Ŵ (out, in): `buffer` columns at a time.
+
+    visit(start, columns, factor_jj) → the values of columns start … start + buffer, and their errors (W_J − Ŵ_J)·U_JJ⁻¹
+    (out, buffer); `columns` are the updated weights, its own to change.
+    """
     weight = weight.clone()
     chosen = torch.empty_like(weight)
-    n_columns = weight.shape[1]
-    for begin in range(0, n_columns, buffer):
-        end = min(begin + buffer, n_columns)
-        current = weight[:, begin:end].clone()
-        errors = torch.zeros_like(current)
-        for j in range(0, end - begin, step):
-            here = slice(begin + j, min(begin + j + step, end))
-            factor_jj = factor[here, here]
-            values = quantise(begin + j, current[:, j:], factor_jj)
-            chosen[:, here] = values
-            error = torch.linalg.solve_triangular(factor_jj, current[:, j : j + step] - values, upper=True, left=False)
-            errors[:, j : j + step] = error
-            current[:, j + step :] -= error @ factor[here, here.stop : end]
-        weight[:, end:] -= errors @ factor[begin:end, end:]
+    for begin in range(0, weight.shape[1], buffer):
+        here = slice(begin, min(begin + buffer, weight.shape[1]))
+        chosen[:, here], errors = visit(begin, weight[:, here].clone(), factor[here, here])
+        weight[:, here.stop :].addmm_(errors, factor[here, here.stop :], alpha=-1)
     return chosen

@@ -6,12 +6,15 @@ llama.cpp's quantisers; errors may be weighted per column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.ops.compiled import compiled, over_rows
 from compressor.ops.widths import zero_steps
+
+KINDS = ("middle", "half", "learned", "fine")
+"""Of zero points, as compiled loops count them."""
 
 
 def code(values: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
@@ -37,33 +40,62 @@ def search_scale(
     `zero`: "middle" (z = 2**(bits−1), the scale's sign free if `signed`), "half" (z = that − ½), "learned" (an
     integer from the group's range) or "fine" (that, of 8 bits). An all-zero group gets the least positive scale.
     """
-    tries = _tries(groups, bits, zero, weights, n_steps, signed)
-    best_scale, best_zero, best = next(tries)
-    for scale, point, error in tries:
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, point, best_zero)
-    return best_scale, best_zero
+    size = groups.shape[-1]
+    rows = groups.detach().float().reshape(-1, size).contiguous().numpy()
+    emphasis = torch.as_tensor(weights).detach().float()
+    emphasis = emphasis.expand(*emphasis.shape[:-1], size).reshape(-1, size).contiguous().numpy()
+    scale, point = (torch.empty(*groups.shape[:-1], 1) for _ in range(2))
+    found = scale.view(-1).numpy(), point.view(-1).numpy()
+
+    def search(here: slice) -> None:
+        _search_rows(
+            rows, emphasis, *found, here.start, here.stop, shares(bits, n_steps), KINDS.index(zero), bits, signed
+        )
+
+    over_rows(len(rows), search)
+    return scale, point
 
 
-def _tries(
-    groups: Tensor, bits: int, zero: str, weights: Tensor | float, n_steps: int, signed: bool
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Scales, zeros and what is lost by them, from the range of each group down to a share of it."""
-    tiny = torch.finfo(torch.float16).tiny
-    top = 2**bits - 1
-    low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
-    extreme = torch.where(-low >= high, -low, -high)
-    for shrink in torch.linspace(1.0, 0.35 if bits > 2 else 0.2, n_steps):
-        if zero in ("learned", "fine"):
-            scale = ((high - low) * shrink / top).clamp_min(tiny)
-            point = nearest_zero(-low * shrink / scale, bits, zero)
-        elif zero == "half":
-            scale = (extreme.abs() * shrink / (top / 2)).clamp_min(tiny)
-            point = torch.full_like(scale, top / 2)
+def shares(bits: int, n_steps: int = 20) -> np.ndarray:
+    """Shares of a group's range that are tried."""
+    return torch.linspace(1.0, 0.35 if bits > 2 else 0.2, n_steps).numpy()
+
+
+@compiled
+def _search_rows(
+    groups, emphasis, scales, points, begin, end, tried, kind, bits, signed
+):  # pragma: no cover - compiled
+    """Fills scales and points of groups begin … end; `emphasis` has as many rows as there are different ones."""
+    for row in range(begin, end):
+        scales[row], points[row] = best_grid(groups[row], emphasis[row % len(emphasis)], tried, kind, bits, signed)
+
+
+@compiled
+def best_grid(values, emphasis, tried, kind, bits, signed):  # pragma: no cover - compiled
+    """Scale and zero of one group (size,) for `search_scale`; `kind` is the place of its zero in KINDS."""
+    one, tiny = np.float32(1), np.float32(2.0**-14)
+    top = np.float32(2**bits - 1)
+    low, high = np.float32(0), np.float32(0)
+    for k in range(len(values)):
+        low, high = min(low, values[k]), max(high, values[k])
+    extreme = -low if -low >= high else -high
+    steps = np.float32(1) if kind == 2 else np.float32(2 ** (8 - bits))
+    best_scale, best_point, best = tiny, np.float32(0), np.float32(np.inf)
+    for share in tried:
+        if kind >= 2:
+            scale = max((high - low) * share / top, tiny)
+            point = min(max(np.rint(-low * share / scale * steps), np.float32(0)), (top + one) * steps - one) / steps
+        elif kind == 1:
+            scale, point = max(abs(extreme) * share / (top / np.float32(2)), tiny), top / np.float32(2)
         else:
-            scale = extreme * shrink / 2 ** (bits - 1) if signed else extreme.abs() * shrink / (2 ** (bits - 1) - 0.5)
-            scale = torch.where(scale.abs() < tiny, tiny, scale)
-            point = torch.full_like(scale, 2.0 ** (bits - 1))
-        error = weights * ((code(groups, scale, point, bits) - point) * scale - groups) ** 2
-        yield scale, point, error.sum(-1, keepdim=True)
+            point = np.float32(2 ** (bits - 1))
+            scale = extreme * share / point if signed else abs(extreme) * share / (point - np.float32(0.5))
+            scale = tiny if abs(scale) < tiny else scale
+        inverse, error = one / scale, np.float32(0)
+        for k in range(len(values)):
+            found = min(max(np.rint(values[k] * inverse + point), np.float32(0)), top)
+            lost = (found - point) * scale - values[k]
+            error += emphasis[k] * lost * lost
+        if error < best:
+            best_scale, best_point, best = scale, point, error
+    return best_scale, best_point

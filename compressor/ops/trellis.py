@@ -6,13 +6,11 @@ lowest bits of the state before. Distances, adding, comparing and selecting are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from compressor.ops.compiled import compiled
 
 _LARGE = np.float32(1e38)
 """The cost of a state that there is not: four codes are compared at a time, and there may be two."""
@@ -40,16 +38,7 @@ def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int) ->
     return torch.from_numpy(_path(factors.numpy(), terms.numpy(), width))
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function in machine code, kept beside this file or in the user's cache, where one can be written."""
-    options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        return numba.njit(**options)(function)
-
-
-@_compiled
+@compiled
 def _least(costs, least):  # pragma: no cover - compiled
     """The least of the costs (codes / 4, 4, kept) of all states that end in the same bits, for each of these."""
     runs, _, n_kept = costs.shape
@@ -61,7 +50,7 @@ def _least(costs, least):  # pragma: no cover - compiled
             least[kept] = min(least[kept], low)
 
 
-@_compiled
+@compiled
 def _add(costs, least, first, second, square, a, b, c, d):  # pragma: no cover - compiled
     """Costs (kept, codes) of a step's states: the distance of each on top of the least on the way to it."""
     n_kept, n_codes = costs.shape
@@ -71,7 +60,7 @@ def _add(costs, least, first, second, square, a, b, c, d):  # pragma: no cover -
             costs[kept, code] = low + (a * first[kept, code] + b * second[kept, code] + c * square[kept, code])
 
 
-@_compiled
+@compiled
 def _path(factors, terms, width):  # pragma: no cover - compiled
     """The states of least cost; `factors` (steps, 4) times `terms` (3, states), and one, are the distances.
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressor.ops.error_feedback import error_feedback
-from compressor.ops.grids import code, search_scale
+from compressor.ops.compiled import compiled, over_rows
+from compressor.ops.error_feedback import error_feedback, feed_forward
+from compressor.ops.grids import KINDS, best_grid, code, search_scale, shares
 from compressor.ops.vector_quantization import kmeans
 
 HEADROOM = 1.25
@@ -84,6 +86,47 @@ def stored_scale(scale: Tensor, top: Tensor | None, bits: int) -> Tensor:
     return (scale / step).round().clamp(1, 255) * step
 
 
+@compiled
+def nearest_stored(scale, step, bits):  # pragma: no cover - compiled
+    """As `stored_scale`, of one; `step` is a 255th of its row's top."""
+    if bits == 8:
+        return min(max(np.rint(scale / step), np.float32(1)), np.float32(255)) * step
+    shown = np.float32(LEAST_SCALE if abs(scale) < LEAST_SCALE else scale)
+    number = np.int64(shown.view(np.int32))
+    return np.int32((number + 0xFFF + (number >> 13 & 1)) & ~0x1FFF).view(np.float32)  # of 24 bits of a mantissa 11
+
+
+@compiled
+def _feed(
+    current, local, chosen, errors, due, scales, zeros, emphasis, kept, steps, tried, kind, bits, scale_bits, begin,
+    first, last,
+):  # pragma: no cover - compiled  # fmt: skip
+    """Error feedback within a block of columns, of rows first … last: fills chosen, errors, due, scales and zeros."""
+    n_columns, size = current.shape[1], emphasis.shape[1]
+    top, none = np.float32((1 << bits) - 1), np.float32(0)
+    now, group = np.empty(n_columns, np.float32), np.empty(size, np.float32)
+    for row in range(first, last):
+        for k in range(n_columns):
+            now[k] = current[row, k]
+        for j in range(n_columns):
+            column = begin + j
+            at = column // size
+            if column % size == 0:
+                for k in range(size):
+                    group[k] = now[j + k]
+                found, zeros[row, at] = best_grid(group, emphasis[at], tried, kind, bits, scale_bits == 16)
+                scales[row, at] = nearest_stored(found, steps[row], scale_bits)
+            scale, zero = scales[row, at], zeros[row, at]
+            due[row, column] = now[j]
+            value = (min(max(np.rint(now[j] / scale + zero), none), top) - zero) * scale
+            if column < kept.shape[1] and not kept[row, column]:
+                value = none
+            error = (now[j] - value) / local[j, j]
+            chosen[row, j], errors[row, j] = value, error
+            for k in range(n_columns):
+                now[k] -= error * local[j, k]
+
+
 @dataclass(frozen=True)
 class Grid:
     """How a matrix is put on a uniform grid; `refine` (groups, scale, zero) → zero changes learned zero points."""
@@ -117,22 +160,22 @@ class Grid:
         self, weight: Tensor, mask: Tensor | None, factor: Tensor, scale: Tensor, zero: Tensor, top: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Values on the grid and what was rounded to them; fills `scale` and `zero` on the way."""
-        emphasis = factor.diagonal().pow(-2)
-        due = torch.empty_like(weight)
+        emphasis = factor.diagonal().pow(-2).view(-1, self.group).numpy()
+        due, steps = torch.empty_like(weight), (top.float().squeeze(1) / 255).numpy()
+        kept = np.ones((0, 0), np.bool_) if mask is None else mask.contiguous().numpy()
+        how = shares(self.bits), KINDS.index(self.zero), self.bits, self.scale_bits
+        whole = due.numpy(), scale.numpy(), zero.numpy()
 
-        def quantise(begin: int, current: Tensor, _: Tensor) -> Tensor:
-            at = begin // self.group
-            if begin % self.group == 0:
-                found = self._choose(
-                    current[:, : self.group].unsqueeze(1), emphasis[begin : begin + self.group], top
-                )  # fmt: skip
-                scale[:, at : at + 1], zero[:, at : at + 1] = found
-            s, z = scale[:, at : at + 1], zero[:, at : at + 1]
-            due[:, begin : begin + 1] = current[:, :1]
-            values = (code(current[:, :1], s, z, self.bits) - z) * s
-            return values if mask is None or begin >= mask.shape[1] else values * mask[:, begin : begin + 1]
+        def visit(begin: int, current: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+            chosen, errors = torch.empty_like(current), torch.empty_like(current)
+            block = current.numpy(), local.contiguous().numpy(), chosen.numpy(), errors.numpy()
+            over_rows(
+                len(weight),
+                lambda here: _feed(*block, *whole, emphasis, kept, steps, *how, begin, here.start, here.stop),
+            )
+            return chosen, errors
 
-        return error_feedback(weight, factor, 1, quantise, self.group * max(1, 64 // self.group)), due
+        return feed_forward(weight, factor, self.group * max(1, 64 // self.group), visit), due
 
     def _choose(self, groups: Tensor, emphasis: Tensor | float, top: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scales and zeros (rows, n_groups); scales as they are stored."""

@@ -1,0 +1,36 @@
+"""Loops over single numbers in machine code: numba's, and how they are run over the rows of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import torch
+
+_LEAST_ROWS = 64
+"""Fewer of them are not worth another thread."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in machine code, kept beside its file or in the user's cache, where one can be written.
+
+    Sums may be made in any order. A loop becomes one over vectors where each index is a loop's own, one for each axis.
+    """
+    options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        return numba.njit(**options)(function)
+
+
+def over_rows(n_rows: int, work: Callable[[slice], None]) -> None:
+    """Does the work for all rows, as many of them at a time as torch has threads; they know nothing of one another."""
+    threads = max(1, min(torch.get_num_threads(), n_rows // _LEAST_ROWS))
+    if threads == 1:
+        work(slice(0, n_rows))
+        return
+    at_once = -(-n_rows // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, (slice(begin, begin + at_once) for begin in range(0, n_rows, at_once))))
