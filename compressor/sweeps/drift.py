@@ -3,22 +3,25 @@
 A layer that is encoded on the inputs x̂ of the compressed prefix, to give what its weights W give on x̂, keeps what went
 wrong before it. What it should give is W·x, x the original's inputs. The weights that come closest to that on x̂ are
 W + W·C·H⁻¹, with C = E[(x − x̂)·x̂ᵀ] and H = E[x̂·x̂ᵀ]; a share of that step, with H damped, does not follow the text at
-hand too far (QEP: Arai & Ichikawa, arXiv 2504.09629). Memory: one block of the original and its hidden states.
+hand too far (QEP: Arai & Ichikawa, arXiv 2504.09629). Memory: one block of the original and its hidden states;
+what reaches its layers lies in files.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch
-from compressor.graph.blocks import unfolded_pieces
+from compressor.graph.blocks import layers, unfolded_pieces
 from compressor.ops.gram import damped
 from compressor.plan.recipe import Calibration
 from compressor.plan.workload import UNFOLDED_AT_ONCE
+from compressor.sweeps.held import Held
 from compressor.sweeps.network import Arguments, Network, Stop
 
 ROWS_PER_COLUMN = 6
@@ -33,21 +36,28 @@ class Drift:
     """Gathers C of the layers of a block that share an input, while the compressed block is run.
 
     network, block, reached    the original: its block, and with what each batch reaches it
-    found                      the block's layers by name, as the compressed block has them
+    prefix                     before the names of its layers
+    folder                     for what reaches them
     """
 
     def __init__(
-        self, network: Network, block: nn.Module, reached: list[Arguments], found: Mapping[str, nn.Module],
-        settings: Calibration,
+        self, network: Network, block: nn.Module, reached: list[Arguments], prefix: str, settings: Calibration,
+        folder: Path,
     ) -> None:  # fmt: skip
-        self._network, self._block, self._reached, self._found = network, block, reached, found
-        self._settings = settings
+        self._network, self._block, self._reached = network, block, reached
+        self._found = layers(block, prefix)
+        self._settings, self._held = settings, Held(network, block, reached, folder)
         self._pieces: Iterator[Tensor] = iter(())
         self._sums: dict[str, Tensor] = {}
 
-    def begin(self) -> None:
-        """Forgets what was gathered, before another group of layers."""
+    def begin(self, names: Sequence[str]) -> None:
+        """Forgets what was gathered, before another group of layers; `names` as for `Held.advance`."""
         self._sums = {}
+        self._held.advance([self._found[name] for name in names])
+
+    def settle(self) -> None:
+        """All layers have been looked at."""
+        self._held.settle()
 
     @torch.no_grad()
     def batch(self, i: int, lead: str, calls: int) -> None:
@@ -55,11 +65,12 @@ class Drift:
         layer, pieces = self._found[lead], list[Tensor]()
 
         def watch(_: nn.Module, args: tuple) -> None:
+            self._held.note(args[0])
             pieces.append(args[0])
             if len(pieces) == calls:
                 raise Stop
 
-        with layer.register_forward_pre_hook(watch), contextlib.suppress(Stop):
+        with layer.register_forward_pre_hook(watch), self._held.begun(i), contextlib.suppress(Stop):
             self._network.step(self._block, self._reached[i])
         self._pieces = (rows for piece in pieces for rows in unfolded_pieces(layer, piece, UNFOLDED_AT_ONCE))
 

@@ -30,8 +30,9 @@ from compressor.plan.plan import Plan
 from compressor.plan.recipe import Recipe
 from compressor.sweeps.backward import head_of
 from compressor.sweeps.chain import Chain, Choice, Learners
-from compressor.sweeps.drift import Beside, Drift, blocks_beside
+from compressor.sweeps.drift import Drift, blocks_beside
 from compressor.sweeps.gradients import load_gradients
+from compressor.sweeps.held import Held, folder_of_held
 from compressor.sweeps.means import Means, correct_means, layer_means
 from compressor.sweeps.moments import groups_of, layer_stages, moments_of
 from compressor.sweeps.network import Arguments, Network, hidden_of, n_examples
@@ -64,26 +65,38 @@ def encode_network(
     learning = recipe.learns_blocks if has_blocks(network) else None
     targets = None if learning is None else _original_outputs(network, batches)
     beside = blocks_beside(network, batches) if recipe.corrects_drift and has_blocks(network) else None
-    for name, block, reached in network.sweep(batches):
-        file = work.file(name)
-        original = None if beside is None else next(beside)
-        wanted = next(targets) if targets is not None else []
-        if not file.exists():
-            means = layer_means(block, reached) if recipe.calibration.correct_means else {}
-            learners: Learners = {}
-            tensors = _encode_block(network, block, name, reached, choice, shares, survey, work, learners, original)
-            if learning is not None:
-                tensors |= _reconstruct(
-                    network, block, name, tensors, reached, wanted, survey, learning, plan.pruned, work, learners
+    with folder_of_held(work.folder / "held") as folder:
+        for name, block, reached in network.sweep(batches):
+            file = work.file(name)
+            original = None if beside is None else next(beside)
+            wanted = next(targets) if targets is not None else []
+            if file.exists():
+                _compute_with(block, name, EncodedTensors([file]))
+            else:
+                means = layer_means(block, reached) if recipe.calibration.correct_means else {}
+                learners: Learners = {}
+                held = Held(network, block, reached, folder)
+                drift = (
+                    None if original is None else Drift(*original, f"{name}.", recipe.calibration, folder / "original")
                 )
-            if means:
-                tensors |= _with_means(network, block, name, reached, means, choice)
-            write_tensors(file, tensors)
-        _compute_with(block, name, EncodedTensors([file]))
-        files.append(file)
-        advance(name)
-        if name == "":
-            break
+                tensors = _encode_block(
+                    network, block, name, reached, choice, shares, survey, work, learners, held, drift
+                )
+                if learning is not None:
+                    tensors |= _reconstruct(
+                        network, block, name, tensors, reached, wanted, survey, learning, plan.pruned, work, learners
+                    )
+                if means:
+                    tensors |= _with_means(network, block, name, reached, means, choice)
+                write_tensors(file, tensors)
+                if _compute_with(block, name, EncodedTensors([file])) and learning is None and not means:
+                    held.settle()
+                if drift is not None:
+                    drift.settle()
+            files.append(file)
+            advance(name)
+            if name == "":
+                break
     return EncodedTensors(files, _ties(network)), files
 
 
@@ -101,7 +114,9 @@ class Apart:
         before = {each: tensor.data for each, tensor in named_tensors(block).items()}
         choice, work = self.choice, self.work
         means = layer_means(block, reached) if choice.recipe.calibration.correct_means else {}
-        tensors = _encode_block(network, block, name, reached, choice, self.shares, self.survey, work, {}, None)
+        with folder_of_held(work.folder / f"held-{name}") as folder:
+            held = Held(network, block, reached, folder)
+            tensors = _encode_block(network, block, name, reached, choice, self.shares, self.survey, work, {}, held)
         if means:
             _compute_with(block, name, tensors)
             tensors |= _with_means(network, block, name, reached, means, choice)
@@ -276,7 +291,7 @@ def _most_frequent(counts: Tensor, n_rows: int, n: int) -> Tensor:
 
 def _encode_block(
     network: Network, block: nn.Module, prefix: str, reached: list[Arguments], choice: Choice,
-    shares: Mapping[str, float], survey: Survey, work: Work, learners: Learners, original: Beside | None,
+    shares: Mapping[str, float], survey: Survey, work: Work, learners: Learners, held: Held, drift: Drift | None = None,
 ) -> dict[str, EncodedTensor]:  # fmt: skip
     """The tensors of one block. On the compressed prefix its weights are replaced as they are encoded, so that later
     layers make up for it."""
@@ -287,17 +302,13 @@ def _encode_block(
     n_sequences = max(1, sum(n_examples(arguments) for arguments in reached))
     tensors = encode_recurrent(block, dotted, choice, work)
     encoded = [weight_of(found[name]) for name in chains]
-    drift = None
-    if original is not None:
-        drift = Drift(*original, layers(original[1], dotted), choice.recipe.calibration)
-    settled = Settled(network, block, () if prefix else reached, encoded)
+    settled = None if prefix else Settled(network, block, reached, encoded)
     for stage in layer_stages(network, block, dotted, reached[0]) if reached else ():
         for due in groups_of(stage, chains, found):
             moments: dict[str, tuple[Tensor, int]] = {}
             if unfolds(found[due[0]]) and any("data" in chains[name].needs for name in due):
-                settled.advance()
                 moments = moments_of(
-                    network, block, found, due, stage, reached, survey.importance, settled.begun, drift
+                    network, block, found, due, stage, reached, survey.importance, settled or held, drift
                 )  # fmt: skip
                 if unreached := [name for name, (_, n_rows) in moments.items() if not n_rows]:
                     LOGGER.warning(_UNREACHED, ", ".join(unreached))
@@ -310,7 +321,8 @@ def _encode_block(
                 weight = weight_of(found[name])
                 if choice.on_prefix:
                     weight.data = tensors[name].decode()
-                settled.done(weight)
+                if settled is not None:
+                    settled.done(weight)
     for name, chain in chains.items():
         if name not in tensors:
             tensors[name] = chain.of_layer(name, found[name], Statistics(), work.generator(name))
@@ -350,11 +362,14 @@ def _by_values(chain: Chain, name: str, parameter: nn.Parameter, work: Work) -> 
     return EncodedTensor(encoding, Layout(tuple(parameter.shape)))
 
 
-def _compute_with(block: nn.Module, prefix: str, tensors: Mapping[str, EncodedTensor]) -> None:
-    """Puts the decoded weights into the loaded block: what is evaluated is what is shipped."""
+def _compute_with(block: nn.Module, prefix: str, tensors: Mapping[str, EncodedTensor]) -> bool:
+    """Puts the decoded weights into the loaded block: what is evaluated is what is shipped. Whether it had them."""
     dotted = f"{prefix}." if prefix else ""
-    held = named_tensors(block)
+    held, same = named_tensors(block), True
     for name in tensors:
         tensor = held.get(name.removeprefix(dotted))
         if tensor is not None and tensor.is_floating_point():
-            tensor.data = tensors[name].decode()
+            decoded = tensors[name].decode()
+            same &= torch.equal(tensor.data, decoded)
+            tensor.data = decoded
+    return same

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,21 @@ from compressor.graph.blocks import Stage, geometry, layers, layout_of, stages, 
 from compressor.ops.gram import add_gram, mirror
 from compressor.plan.workload import UNFOLDED_AT_ONCE
 from compressor.sweeps.drift import Drift
-from compressor.sweeps.network import Arguments, Network, Stop
+from compressor.sweeps.network import Arguments, Network, Stop, first_example
 
 _NUMBER, _numbers = "_compressor_number", itertools.count()
 LIMIT = 512_000_000
 """Bytes of second moments that are gathered at once of layers that have one each."""
+
+
+class Before(Protocol):
+    """What comes before layers and is settled, so that forwards need not compute it: `Held` of blocks, `Settled`."""
+
+    def advance(self, layers: Sequence[nn.Module]) -> None: ...
+
+    def note(self, rows: Tensor) -> None: ...
+
+    def begun(self, i: int) -> contextlib.AbstractContextManager[None]: ...
 
 
 @torch.no_grad()
@@ -40,12 +51,13 @@ def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arg
         for name, module in found.items()
         if not isinstance(module, nn.Embedding)
     ]
+    apart = routed(block, prefix)
     try:
-        network.step(block, arguments)
+        network.step(block, arguments if apart else first_example(arguments))  # of all, some reach each expert
     finally:
         for handle in handles:
             handle.remove()
-    return _side_by_side(stages(order), routed(block, prefix))
+    return _side_by_side(stages(order), apart)
 
 
 def _side_by_side(found: list[Stage], apart: Collection[str]) -> list[Stage]:
@@ -87,14 +99,19 @@ def groups_of(stage: Stage, names: Collection[str], found: Mapping[str, nn.Modul
 def moments_of(
     network: Network, block: nn.Module, found: Mapping[str, nn.Module], names: list[str], stage: Stage,
     reached: list[Arguments], importance: Mapping[str, Tensor],
-    begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
-    drift: Drift | None = None,
+    held: Before | None = None, drift: Drift | None = None,
 ) -> dict[str, tuple[Tensor, int]]:  # fmt: skip
-    """H and the number of tokens of each layer of a group, see `second_moments`; `drift` where they share an input."""
+    """H and the number of tokens of each layer of a group, see `second_moments`; `drift` where they share an input.
+
+    What is settled before them is `held`, and not computed again.
+    """
+    once = [found[name] for name in stage.names] if stage.share and stage.calls == 1 else []
+    if held is not None:
+        held.advance(once)
     if drift is not None:
-        drift.begin()
+        drift.begin(stage.names if once else ())
     if stage.share:
-        shared, n_tokens = second_moments(network, block, found, names, stage.calls, reached, importance, begun, drift)
+        shared, n_tokens = second_moments(network, block, found, names, stage.calls, reached, importance, held, drift)
         return {name: (moment, n_tokens) for name, moment in shared.items()}
     widths = {name: weight_of(found[name]).shape[1] for name in names}
     sums = {name: torch.zeros(width, width) for name, width in widths.items()}
@@ -113,7 +130,7 @@ def moments_of(
         for name in names:
             hooks.enter_context(found[name].register_forward_pre_hook(watching(name)))
         for i, arguments in enumerate(reached):
-            with begun(i):
+            with contextlib.nullcontext() if held is None else held.begun(i):
                 network.step(block, arguments)
     return {name: (_mean(total, counts[name]), counts[name]) for name, total in sums.items()}
 
@@ -132,14 +149,14 @@ def second_moments(
     calls: int,
     reached: list[Arguments],
     importance: Mapping[str, Tensor],
-    begun: Callable[[int], contextlib.AbstractContextManager] = lambda i: contextlib.nullcontext(),
+    held: Before | None = None,
     drift: Drift | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
 
     Where there are none, as with an expert that no token is sent to, every input counts alike. The layers share their
-    input, so that without importance they share one H. The forward of batch number i runs within `begun(i)`, and ends
-    at the last call.
+    input, so that without importance they share one H. A forward begins after what is
+    `held`, and ends at the last call.
     """
     sums: dict[str, Tensor] = {}
     counts = {"tokens": 0, "calls": 0}
@@ -147,6 +164,8 @@ def second_moments(
     weighted = [name for name in names if name in importance]
 
     def watch(_: nn.Module, args: tuple) -> None:
+        if held is not None:
+            held.note(args[0])
         with torch.autocast("cpu", enabled=False):
             for rows in unfolded_pieces(lead, args[0], UNFOLDED_AT_ONCE):
                 original = None if drift is None else drift.next_rows()
@@ -168,7 +187,7 @@ def second_moments(
             counts["calls"] = 0
             if drift is not None:
                 drift.batch(i, names[0], calls)
-            with begun(i), contextlib.suppress(Stop):
+            with contextlib.nullcontext() if held is None else held.begun(i), contextlib.suppress(Stop):
                 network.step(block, arguments)
     for total in sums.values():
         _mean(total, counts["tokens"])

@@ -30,6 +30,8 @@ from compressor.graph.blocks import (
 from compressor.learning.head import Logits
 
 Arguments = tuple[tuple, dict]
+Begun = Callable[[int], contextlib.AbstractContextManager[None]]
+"""What a block's forward of batch number i runs within."""
 
 
 class Stop(Exception):
@@ -52,6 +54,7 @@ class Network:
 
     `batches` are the forward's keyword arguments (or {"": tensor} for one positional input).
 
+    begun    what the block that is due is run within by `sweep`; of each block anew
     logits   what becomes of an output head's outputs, once `backward.find_logits` has looked; None: unknown
     """
 
@@ -73,6 +76,7 @@ class Network:
         self._wrap: Callable[[Tensor], Any] = _as_it_is
         self._by_keyword = False
         self.last: list[Tensor] = []
+        self.begun: Begun = _from_the_start
         self.logits: Logits | None = Logits()
 
     def replace(self, name: str, decode: Callable[[], Tensor]) -> None:
@@ -227,6 +231,10 @@ class Network:
         args, kwargs = self._calls[batch][index]
         return ((), {**kwargs, "hidden_states": hidden}) if self._by_keyword else ((hidden, *args), kwargs)
 
+    def _passed(self, block: nn.Module, i: int, arguments: Arguments) -> Tensor:
+        with self.begun(i):
+            return self.step(block, arguments)
+
     def step(self, block: nn.Module, arguments: Arguments) -> Tensor:
         """The next hidden state, in the dtype of the last."""
         args, kwargs = (cloned(each) for each in arguments)  # which a forward may write into
@@ -274,9 +282,14 @@ class Network:
                 if not name:
                     return
                 with torch.no_grad():
-                    self.last = [self.step(block, arguments) for arguments in reached]
+                    self.last = [self._passed(block, i, arguments) for i, arguments in enumerate(reached)]
+                self.begun = _from_the_start
             if index + 1 < len(self.blocks):
                 reached = [self.arguments(i, index + 1, hidden) for i, hidden in enumerate(self.last)]
+
+
+def _from_the_start(_: int) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 def _untouched(hidden: Tensor, given: Tensor) -> bool:
@@ -305,6 +318,21 @@ def hidden_of(arguments: Arguments) -> Tensor:
     """The hidden state among a block's arguments."""
     args, kwargs = arguments
     return args[0] if args else kwargs["hidden_states"]
+
+
+def first_example(arguments: Arguments) -> Arguments:
+    """The first example of a batch, by a block's arguments: of all tensors whose first axis counts examples."""
+    n = n_examples(arguments)
+
+    def first(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:1] if value.dim() and len(value) == n else value
+        if type(value) in (tuple, list):
+            return type(value)(first(each) for each in value)
+        return {key: first(each) for key, each in value.items()} if type(value) is dict else value
+
+    args, kwargs = arguments
+    return first(args), first(kwargs)
 
 
 def n_examples(arguments: Arguments) -> int:

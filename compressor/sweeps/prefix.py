@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import is_out_of_memory
 from compressor.graph.blocks import patched
-from compressor.sweeps.network import Arguments, Network, Stop, n_examples
+from compressor.sweeps.network import Arguments, Network, Stop, first_example, n_examples
 
 LIMIT = 256_000_000
 """Bytes of outputs that are held; where there are more, the forward begins earlier."""
@@ -47,8 +48,8 @@ class Settled:
         self._changing.discard(id(weight))
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """Holds the output of the last module up to which nothing changes any more."""
+    def advance(self, layers: Sequence[nn.Module] = ()) -> None:
+        """Holds the output of the last module up to which nothing changes any more, whatever the next layers are."""
         n, examples = 0, sum(map(n_examples, self._reached))
         for number, (module, output) in enumerate(zip(self.chain, self._outputs, strict=True), 1):
             if any(id(parameter) in self._changing for parameter in module.parameters()):
@@ -59,9 +60,16 @@ class Settled:
             held = [self._output(self.chain[n - 1], i, arguments) for i, arguments in enumerate(self._reached)]
             self._n, self._held = n, held
 
+    def note(self, rows: Tensor) -> None:
+        """What reaches the next layers: it is the outputs of modules that are held."""
+
     def begun(self, i: int) -> contextlib.AbstractContextManager[None]:
         """Within it a forward of batch number `i` begins after what is settled."""
         return self._after(self._n, self._held[i]) if self._n else contextlib.nullcontext()
+
+    def every(self, step: int, first: int) -> Every:
+        """For forwards of every so many of the batches, from number `first` on."""
+        return Every(self, step, first)
 
     def _output(self, module: nn.Module, i: int, arguments: Arguments) -> Tensor:
         found: list[Tensor] = []
@@ -85,7 +93,7 @@ class Settled:
     @torch.no_grad()
     def _find(self) -> None:
         """The modules of chains, in the order of their calls, and after which of them a forward may begin."""
-        example = _first_example(self._reached[0])
+        example = first_example(self._reached[0])
         called: list[nn.Module] = []
         outputs: list[Tensor] = []
         with contextlib.ExitStack() as hooks:
@@ -112,6 +120,24 @@ class Settled:
             return None
 
 
+@dataclass(frozen=True)
+class Every:
+    """What is settled, for some of the batches."""
+
+    settled: Settled
+    step: int
+    first: int
+
+    def advance(self, layers: Sequence[nn.Module]) -> None:
+        self.settled.advance(layers)
+
+    def note(self, rows: Tensor) -> None:
+        self.settled.note(rows)
+
+    def begun(self, i: int) -> contextlib.AbstractContextManager[None]:
+        return self.settled.begun(self.step * i + self.first)
+
+
 def _noting(called: list[nn.Module], outputs: list[Tensor]) -> Callable[[nn.Module, tuple, object], None]:
     """A hook that notes a module, and its output if it is of a chain: of one tensor, another of as many examples."""
 
@@ -134,12 +160,6 @@ def _chained(block: nn.Module) -> list[nn.Module]:
         else:
             found += _chained(child)
     return list(block.children()) if type(block) is nn.Sequential else found
-
-
-def _first_example(arguments: Arguments) -> Arguments:
-    args, kwargs = arguments
-    first = {name: each[:1] if each.dim() else each for name, each in kwargs.items()}
-    return tuple(each[:1] for each in args), first
 
 
 def _shapes_of(arguments: Arguments) -> tuple:

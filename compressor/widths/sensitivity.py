@@ -74,7 +74,6 @@ def tensor_errors(
         for stage in layer_stages(network, module, prefix, reached[0]):
             for due in groups_of(stage, options, inside):
                 if unfolds(inside[due[0]]):
-                    settled.advance()
                     moments = _moments(network, module, inside, due, stage, reached, survey, settled)
                 for name in due:
                     settled.done(weight_of(inside[name]))
@@ -100,7 +99,7 @@ def _moments(
     parts = [
         moments_of(
             network, block, inside, due, stage, reached[part::n_parts], survey.importance,
-            lambda i, part=part: settled.begun(n_parts * i + part),
+            settled.every(n_parts, part),
         )
         for part in range(n_parts)
     ]  # fmt: skip

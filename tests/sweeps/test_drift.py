@@ -38,7 +38,7 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def drift(network: nn.Module, **settings: float) -> Drift:
-    return Drift(None, network, [], {}, Calibration(**settings))  # pyright: ignore[reportArgumentType]
+    return Drift(None, network, [], "", Calibration(**settings), Path("unused"))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

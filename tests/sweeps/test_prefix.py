@@ -85,9 +85,9 @@ def moments(network: Network, batches: list[Batch], limit: int) -> tuple[dict[st
         settled = Settled(network, block, reached, [module.weight for module in inside.values()])
         for stage in layer_stages(network, block, "", reached[0]):
             for name in stage.names:
-                settled.advance()
+                settled.advance(())
                 found |= second_moments(
-                    network, block, inside, [name], stage.calls, reached, {}, settled.begun
+                    network, block, inside, [name], stage.calls, reached, {}, settled
                 )[0]  # fmt: skip
                 inside[name].weight.data *= 0.9
                 settled.done(inside[name].weight)

@@ -1,0 +1,178 @@
+"""What reaches the layers of a block, held in files, so that no forward computes again what gave it.
+
+A block is run once for the inputs of each stage of its layers, and once for what it gives: each time from its beginning
+on, though all that comes before the stage is as it was. So the layers of the last stages are given what reached them,
+and those before are passed by with NaN of their outputs' shape; how far back the values are needed, as by a residual
+connection, is tried on an example: what is not NaN anywhere, and the same, needed none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compressor.core.errors import is_out_of_memory
+from compressor.core.log import LOGGER
+from compressor.graph.blocks import layout_of, patched, unfolds, weight_of
+from compressor.sweeps.network import Arguments, Network, Stop, first_example, hidden_of
+
+
+@dataclass
+class _Stage:
+    """Layers, and what reached them of each batch: in a file, or nowhere where there was no room for it."""
+
+    layers: list[nn.Module]
+    file: Path
+    shapes: list[torch.Size] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+
+    def add(self, rows: Tensor) -> None:
+        self.dtype = rows.dtype
+        self.file.parent.mkdir(exist_ok=True)
+        with self.file.open("ab") as file:
+            file.write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
+        self.shapes.append(rows.shape)
+
+    def read(self, batch: int) -> Tensor:
+        size, before = self.dtype.itemsize, sum(shape.numel() for shape in self.shapes[:batch])
+        shape = self.shapes[batch]
+        with self.file.open("rb") as file:
+            file.seek(before * size)
+            held = bytearray(shape.numel() * size)
+            file.readinto(held)
+        return torch.frombuffer(held, dtype=self.dtype).view(shape)
+
+
+@contextlib.contextmanager
+def folder_of_held(folder: Path) -> Iterator[Path]:
+    """A folder for files that nothing needs afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Held:
+    """What reached the stages of a block so far; `reached` are the block's arguments, of each batch.
+
+    The files in `folder` are written over by the next block's.
+    """
+
+    def __init__(self, network: Network, block: nn.Module, reached: Sequence[Arguments], folder: Path) -> None:
+        self._network, self._block, self._reached, self._folder = network, block, reached, folder
+        self._done: list[_Stage] = []
+        self._next: _Stage | None = None
+        self._given: list[_Stage] = []
+        self._passed: list[nn.Module] = []
+
+    def advance(self, layers: Sequence[nn.Module]) -> None:
+        """The next forwards go up to these layers, which share an input and are called once, or through the block where
+        none are named. What the last ones were given is settled."""
+        if self._next is not None and self._next.layers == list(layers):
+            return  # some of them are looked at after the others
+        if self._next is not None and len(self._next.shapes) == len(self._reached):
+            self._done.append(self._next)
+        self._next = None
+        self._given, self._passed = [], []
+        if self._done:
+            self._find(layers[0] if layers else None)
+        if layers and all(_is_linear(layer) for layer in layers):
+            self._next = _Stage(list(layers), self._folder / f"{len(self._done)}.bin")
+            self._next.file.unlink(missing_ok=True)
+
+    def note(self, rows: Tensor) -> None:
+        """What reaches these layers of the next batch."""
+        if self._next is None or len(self._next.shapes) == len(self._reached):
+            return
+        try:
+            self._next.add(rows)
+        except OSError as error:
+            LOGGER.warning("%s: what reaches layers is computed anew each time: %s", self._next.file.parent, error)
+            self._next.file.unlink(missing_ok=True)
+            self._next = None
+
+    def begun(self, i: int) -> contextlib.AbstractContextManager[None]:
+        """Within it a forward of batch number `i` computes nothing that is settled."""
+        return self._after(self._given, self._passed, lambda stage: stage.read(i))
+
+    def settle(self) -> None:
+        """No layer is looked at any more: what the block gives is all that is still to be computed."""
+        self.advance(())
+        self._network.begun = self.begun
+
+    @torch.no_grad()
+    def _find(self, until: nn.Module | None) -> None:
+        """As few of the last stages as what comes to `until`, or out of the block, needs."""
+        example = first_example(self._reached[0])
+        n = len(hidden_of(example))
+        held = {id(stage): stage.read(0) for stage in self._done}
+        if any(len(rows) % len(hidden_of(self._reached[0])) for rows in held.values()):
+            return
+        share = len(hidden_of(self._reached[0])) // n
+        held = {key: rows[: len(rows) // share] for key, rows in held.items()}
+
+        def found(given: list[_Stage], passed: list[nn.Module]) -> Tensor | None:
+            with self._after(given, passed, lambda stage: held[id(stage)]):
+                return self._answer(example, until)
+
+        wanted = found(self._done, [])
+        for first in range(len(self._done) - 1, 0, -1) if wanted is not None else ():
+            given, passed = self._done[first:], [layer for stage in self._done[:first] for layer in stage.layers]
+            answer = found(given, passed)
+            if answer is not None and wanted is not None and torch.equal(answer, wanted):
+                self._given, self._passed = given, passed
+                return
+
+    def _answer(self, example: Arguments, until: nn.Module | None) -> Tensor | None:
+        """What an example comes to; None where the network refuses it, or NaN."""
+        rows: list[Tensor] = []
+
+        def catch(_: nn.Module, args: tuple) -> None:
+            rows.append(args[0].clone())
+            raise Stop
+
+        hook = contextlib.nullcontext() if until is None else until.register_forward_pre_hook(catch)
+        try:
+            with hook:
+                return self._network.step(self._block, example)
+        except Stop:
+            return rows[0]
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+
+    @contextlib.contextmanager
+    def _after(
+        self, given: Sequence[_Stage], passed: Sequence[nn.Module], read: Callable[[_Stage], Tensor]
+    ) -> Iterator[None]:  # fmt: skip
+        """Meanwhile the layers of some stages are given what `read` gives, and others give NaN."""
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+        for stage in given:
+            rows = read(stage)
+            for layer in stage.layers:
+                forwards[layer] = lambda *_, forward=layer.forward, rows=rows: forward(rows)
+        for layer in passed:
+            forwards[layer] = _passing(layer)
+        with patched(forwards):
+            yield
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return weight_of(layer).dim() == 2 and not isinstance(layer, nn.Embedding) and unfolds(layer)
+
+
+def _passing(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """NaN of the shape of a linear layer's outputs."""
+    layout = layout_of(layer)
+    assert layout is not None
+    width = len(layout.matrix(weight_of(layer)))
+    return lambda rows: rows.new_full((*rows.shape[:-1], width), torch.nan)

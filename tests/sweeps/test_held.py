@@ -1,0 +1,170 @@
+"""What reaches a block's layers is computed once, and every tensor is what it would have been."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import compressor.plan.recipe
+from compressor.checkpoints import open_checkpoint
+from compressor.core.tensors import EncodedTensors
+from compressor.core.work import Work
+from compressor.graph.blocks import layers
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe_file import load_recipe
+from compressor.sweeps import held
+from compressor.sweeps.encode import encode_network
+from compressor.sweeps.held import Held, folder_of_held
+from compressor.sweeps.network import Network, hidden_of
+from compressor.sweeps.survey import Survey
+from tests import pico
+
+RECIPE = """
+passes: [{{pass: affine, method: gptq, bits: 3, group: 16, zero: learned}}]
+embeddings: {{bits: 16}}
+calibration: {{drift: {drift}, token_importance: false, correct_means: {means}}}
+"""
+
+
+def of(config: transformers.PretrainedConfig, kind: type):
+    return lambda folder: pico.saved(config, kind, folder)
+
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+NETWORKS = {
+    "llama": pico.llama,
+    "gpt2": pico.gpt2,
+    "neox, attention and feed-forward side by side": of(
+        transformers.GPTNeoXConfig(**SMALL, use_parallel_residual=True), transformers.GPTNeoXForCausalLM
+    ),
+    "gemma2": of(
+        transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8), transformers.Gemma2ForCausalLM
+    ),
+    "mixtral": of(
+        transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4), transformers.MixtralForCausalLM
+    ),
+    "bert": pico.bert,
+}  # fmt: skip
+
+
+def encoded(
+    source: Path, folder: Path, drift: float = 0.0, means: bool = False
+) -> tuple[EncodedTensors, list[Tensor], Counter[str]]:  # fmt: skip
+    """The tensors, what the last block gives, and how often each layer's product is computed for an example."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(RECIPE.format(drift=drift, means=str(means).lower()))
+    checkpoint, recipe = open_checkpoint(source), load_recipe(folder / "recipe.yaml")
+    (folder / "work").mkdir()
+    products: Counter[str] = Counter()
+    plain = nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        products["rows"] += x.numel() // x.shape[-1] * weight.numel()
+        return plain(x, weight, bias)
+
+    network = Network(checkpoint, fast=False)
+    batches, plan = pico.token_batches(size=4), make_plan(checkpoint, recipe)
+    nn.functional.linear = counted
+    try:
+        tensors, _ = encode_network(
+            network, batches, recipe, plan, Survey(), Work(folder / "work", 0), lambda note: None
+        )
+    finally:
+        nn.functional.linear = plain
+    assert not [path for path in (folder / "work").iterdir() if path.is_dir()]
+    return tensors, network.last, products
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("drift", "means"), [(0.5, False), (0.0, True)], ids=["drift", "means"])
+def test_tensors_and_outputs_are_the_same(name, drift, means, tmp_path, monkeypatch):
+    monkeypatch.setattr(compressor.plan.recipe, "SMALLEST", 1)
+    source = NETWORKS[name](tmp_path / "source")
+    found, outputs, products = encoded(source, tmp_path / "held", drift, means)
+    monkeypatch.setattr(Held, "note", lambda self, rows: None)
+    wanted, same, all_of_them = encoded(source, tmp_path / "anew", drift, means)
+    assert found.keys() == wanted.keys()
+    for each in wanted:
+        assert torch.equal(found[each].decode(), wanted[each].decode()), each
+    assert all(torch.equal(one, other) for one, other in zip(outputs, same, strict=True))
+    if drift and name not in ("gpt2", "mixtral"):  # whose products are no linear, or nearly all of experts
+        assert products["rows"] < 0.85 * all_of_them["rows"]
+
+
+class Read(nn.Module):
+    """A block that reads what its first layer gives once more at its end, behind a weight of zero."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+        self.again = again
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        first = self.a(hidden_states)
+        last = self.c(self.b(first.relu()).relu())
+        return last + 0.0 * first if self.again else last
+
+
+class Pair(nn.Module):
+    def __init__(self, again: bool = True) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Read(again), Read(again)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_read_again_is_not_passed_by(again, tmp_path):
+    model = Pair(again)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    arch = f"tests.sweeps.test_held:{'Pair' if again else 'Single'}"
+    network = Network(open_checkpoint(tmp_path / "weights.pt", arch=arch), fast=False)
+    for name, block, reached in network.sweep([{"": torch.randn(5, 4)}, {"": torch.randn(5, 4)}]):
+        assert name
+        inside = layers(block)
+        with folder_of_held(tmp_path / "held") as folder:
+            before = Held(network, block, reached, folder)
+            for layer in inside.values():
+                before.advance([layer])
+                for i, arguments in enumerate(reached):
+                    with before.begun(i), layer.register_forward_pre_hook(lambda _, args: before.note(args[0])):
+                        network.step(block, arguments)
+            before.advance(())
+            assert [len(stage.layers) for stage in before._given] == ([] if again else [1])
+            assert len(before._passed) == (0 if again else 2)
+            with before.begun(1):
+                assert torch.equal(network.step(block, reached[1]), block(hidden_of(reached[1])))
+
+
+class Single(Pair):
+    def __init__(self) -> None:
+        super().__init__(again=False)
+
+
+def test_a_full_disk_costs_time_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(compressor.plan.recipe, "SMALLEST", 1)
+    source = pico.llama(tmp_path / "source")
+    wanted, _, _ = encoded(source, tmp_path / "room")
+
+    def full(self: object, rows: Tensor) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(held._Stage, "add", full)
+    found, _, _ = encoded(source, tmp_path / "full")
+    assert all(torch.equal(found[each].decode(), wanted[each].decode()) for each in wanted)
+    assert "is computed anew each time" in caplog.text
