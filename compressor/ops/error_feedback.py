@@ -12,6 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+BUFFER = 64
+"""Columns of a block: those after it are brought up to date once for all of its errors."""
+
 Quantise = Callable[[int, Tensor, Tensor], Tensor]
 Visit = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -37,7 +40,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     raise ValueError("the Hessian has no Cholesky factor; are the calibration activations finite?")
 
 
-def error_feedback(weight: Tensor, factor: Tensor, step: int, quantise: Quantise, buffer: int = 64) -> Tensor:
+def error_feedback(weight: Tensor, factor: Tensor, step: int, quantise: Quantise, buffer: int = BUFFER) -> Tensor:
     """Ŵ (out, in): `step` columns at a time, errors fed forward through `factor` = U of `inverse_factor`.
 
     quantise(start, columns, factor_jj) → (out, step) chooses the values of columns start … start + step; `columns`

@@ -6,12 +6,15 @@ lowest bits of the state before. Distances, adding, comparing and selecting are 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from compressor.ops.compiled import compiled
 
+_NOT_FINITE = "points without a path through the trellis: they are not finite"
 _LARGE = np.float32(1e38)
 """The cost of a state that there is not: four codes are compared at a time, and there may be two."""
 
@@ -28,14 +31,65 @@ def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int) ->
     Raises:
         ValueError: A point is not finite.
     """
-    squares, weights = points.square().sum(1), weights / weights.mean().clamp_min(1e-30)
-    factors = torch.cat(
-        [points * (-2 * weights).unsqueeze(1), weights.unsqueeze(1), (weights * squares).unsqueeze(1)], 1
-    )
-    if not bool(factors.isfinite().all()):
-        raise ValueError("points without a path through the trellis: they are not finite")
-    terms = torch.cat([codewords, codewords.square().sum(1, keepdim=True)], 1).T.contiguous()
-    return torch.from_numpy(_path(factors.numpy(), terms.numpy(), width))
+    if not math.isfinite(float(points.sum()) + float(weights.sum())):
+        raise ValueError(_NOT_FINITE)
+    given = (each.float().contiguous().numpy() for each in (points, weights, codewords))
+    return torch.from_numpy(_path(*given, width))
+
+
+def feed_path(
+    current: Tensor, local: Tensor, scales: Tensor, table: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Error feedback within a block of columns, two of them at a time by the best path down all rows.
+
+    Args:
+        current: (rows, columns), what is due; changed.
+        local: (columns, columns), the block's part of `inverse_factor`.
+        scales: (rows, columns / 2), of each pair of columns.
+        table: (2**window, 2).
+
+    Returns:
+        Values and errors as of `feed_forward`'s visit, and the states (rows, columns / 2) int32.
+
+    Raises:
+        ValueError: What is due is not finite.
+    """
+    values, errors = torch.empty_like(current), torch.empty_like(current)
+    states = torch.empty(len(current), current.shape[1] // 2, dtype=torch.int32)
+    given = (each.contiguous().numpy() for each in (local, scales, table))
+    _feed(current.numpy(), *given, width, values.numpy(), errors.numpy(), states.numpy())
+    if not math.isfinite(float(errors.sum())):
+        raise ValueError(_NOT_FINITE)
+    return values, errors, states
+
+
+@compiled
+def _feed(current, local, scales, table, width, values, errors, states):  # pragma: no cover - compiled
+    """For `feed_path`: the metric of a pair of columns is (x/p, (y − x·q/p)/r), with [[p, q], [0, r]] of the factor."""
+    n_rows, n_columns = current.shape
+    points, turned = np.empty((n_rows, 2), np.float32), np.empty_like(table)
+    weights = np.empty(n_rows, np.float32)
+    for j in range(0, n_columns, 2):
+        p, q, r = local[j, j], local[j, j + 1], local[j + 1, j + 1]
+        for row in range(n_rows):
+            scale = scales[row, j // 2]
+            points[row, 0] = current[row, j] / scale / p
+            points[row, 1] = (current[row, j + 1] / scale - points[row, 0] * q) / r
+            weights[row] = scale * scale
+        for state in range(len(table)):
+            turned[state, 0] = table[state, 0] / p
+            turned[state, 1] = (table[state, 1] - turned[state, 0] * q) / r
+        found = _path(points, weights, turned, width)
+        for row in range(n_rows):
+            state, scale = found[row], scales[row, j // 2]
+            states[row, j // 2] = state
+            first, second = table[state, 0] * scale, table[state, 1] * scale
+            values[row, j], values[row, j + 1] = first, second
+            one = (current[row, j] - first) / p
+            two = (current[row, j + 1] - second - one * q) / r
+            errors[row, j], errors[row, j + 1] = one, two
+            for k in range(n_columns):
+                current[row, k] -= one * local[j, k] + two * local[j + 1, k]
 
 
 @compiled
@@ -61,26 +115,38 @@ def _add(costs, least, first, second, square, a, b, c, d):  # pragma: no cover -
 
 
 @compiled
-def _path(factors, terms, width):  # pragma: no cover - compiled
-    """The states of least cost; `factors` (steps, 4) times `terms` (3, states), and one, are the distances.
+def _path(points, weights, words, width):  # pragma: no cover - compiled
+    """The states of least cost, for `best_path`.
 
     Of each step what stays is the least cost for each of the bits that the next state keeps: the costs of all states
     are made again for the few that the path can come from. Indices are of loops alone, one for each axis: numba proves
     such ones to lie within, and only then does a loop become one over vectors.
     """
-    n, n_states = len(factors), terms.shape[1]
+    n, n_states = len(points), len(words)
     n_codes = 1 << width
     n_kept = n_states >> width  # what of a state the next one keeps
+    terms = np.empty((3, n_states), np.float32)
+    for state in range(n_states):
+        x, y = words[state, 0], words[state, 1]
+        terms[0, state], terms[1, state], terms[2, state] = x, y, x * x + y * y
     first = terms[0].reshape(n_kept, n_codes)
     second = terms[1].reshape(n_kept, n_codes)
     square = terms[2].reshape(n_kept, n_codes)
+    total = np.float32(0)
+    for t in range(n):
+        total += weights[t]
+    share = np.float32(n) / max(total, np.float32(1e-30))  # costs are of weights whose mean is 1
+    factors = np.empty((n, 3), np.float32)
     costs = np.full(max(n_states, 4 * n_kept), _LARGE, np.float32)
     before, after = costs.reshape(-1, 4, n_kept), costs[:n_states].reshape(n_kept, n_codes)
     least = np.zeros((n, n_kept), np.float32)
     for t in range(n):
+        x, y, c = points[t, 0], points[t, 1], weights[t] * share
+        a, b = np.float32(-2) * c * x, np.float32(-2) * c * y
+        factors[t, 0], factors[t, 1], factors[t, 2] = a, b, c
         if t:
             _least(before, least[t])
-        _add(after, least[t], first, second, square, factors[t, 0], factors[t, 1], factors[t, 2], factors[t, 3])
+        _add(after, least[t], first, second, square, a, b, c, c * (x * x + y * y))
     states = np.empty(n, np.int32)
     state = np.argmin(costs)
     states[n - 1] = state

@@ -18,11 +18,11 @@ from compressor.core.contract import Statistics, WeightPass
 from compressor.core.encoding import Codebook, Scales
 from compressor.core.errors import PassError
 from compressor.core.spec import group_columns
-from compressor.ops.error_feedback import error_feedback, inverse_factor
+from compressor.ops.error_feedback import BUFFER, feed_forward, inverse_factor
 from compressor.ops.gram import damped
 from compressor.ops.states import codes_of
-from compressor.ops.trellis import best_path
-from compressor.ops.vector_descent import Path, best_codes
+from compressor.ops.trellis import best_path, feed_path
+from compressor.ops.vector_descent import best_codes
 from compressor.passes.parts.codewords import group_scales, in_whole_groups, rescaled, snap
 from compressor.passes.settings.trellis import DIM, TrellisSettings
 
@@ -59,7 +59,7 @@ class Trellis(TrellisSettings, WeightPass):
             return best_path(points, weights, codewords, self.width).long()
 
         scales = Scales.of(group_scales(weight[:, :columns], group, RESOLUTION), self.scale_bits)
-        states = self._assign(weight, hessian, scales.decode(), table, group, path)
+        states = self._assign(weight, hessian, scales.decode(), table, group)
         if self.descent_rounds:
             hessian = damped(hessian, self.damping)
         for _ in range(self.descent_rounds):
@@ -73,18 +73,17 @@ class Trellis(TrellisSettings, WeightPass):
         )  # fmt: skip
 
     def _assign(
-        self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, group: int, path: Path
+        self, weight: Tensor, hessian: Tensor, scales: Tensor, table: Tensor, group: int
     ) -> Tensor:  # fmt: skip
         """States (rows, columns / 2), chosen with error feedback."""
-        rows, columns = weight.shape
-        states = torch.empty(rows, columns // DIM, dtype=torch.long)
+        found: list[Tensor] = []
 
-        def quantise(begin: int, current: Tensor, factor: Tensor) -> Tensor:
-            scale = scales[:, begin // group].clamp_min(1e-12)
-            inverse = torch.linalg.inv(factor)
-            target = (current[:, :DIM] / scale.unsqueeze(1)) @ inverse
-            states[:, begin // DIM] = found = path(target, scale.square(), table @ inverse)
-            return table[found] * scale.unsqueeze(1)
+        def visit(begin: int, current: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+            pairs = torch.arange(begin, begin + current.shape[1], DIM)
+            size = scales[:, pairs // group].clamp_min(1e-12)
+            values, errors, states = feed_path(current, local, size, table, self.width)
+            found.append(states)
+            return values, errors
 
-        error_feedback(weight, inverse_factor(hessian, self.damping), DIM, quantise)
-        return states
+        feed_forward(weight, inverse_factor(hessian, self.damping), BUFFER, visit)
+        return torch.cat(found, 1).long()

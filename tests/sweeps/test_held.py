@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def of(config: transformers.PretrainedConfig, kind: type):
     return lambda folder: pico.saved(config, kind, folder)
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -128,6 +129,10 @@ class Pair(nn.Module):
         return x
 
 
+def noting(into: Held):
+    return lambda _, args: into.note(args[0])
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_what_is_read_again_is_not_passed_by(again, tmp_path):
     model = Pair(again)
@@ -142,7 +147,8 @@ def test_what_is_read_again_is_not_passed_by(again, tmp_path):
             for layer in inside.values():
                 before.advance([layer])
                 for i, arguments in enumerate(reached):
-                    with before.begun(i), layer.register_forward_pre_hook(lambda _, args: before.note(args[0])):
+                    hook = layer.register_forward_pre_hook(noting(before))
+                    with before.begun(i), hook:
                         network.step(block, arguments)
             before.advance(())
             assert [len(stage.layers) for stage in before._given] == ([] if again else [1])
