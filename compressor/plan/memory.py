@@ -165,7 +165,7 @@ def _largest_block(tensors: Sequence[PlannedTensor], config: dict[str, Any], rec
     peaks = []
     for block in blocks.values():
         layers = [tensor for tensor in block if tensor.by and tensor.role != "embedding"]
-        arrays = 4 if recipe.corrects_drift else 2
+        arrays = 3 if recipe.corrects_drift else 2
         moments = [arrays * FLOAT * tensor.matrix[1] ** 2 for tensor in layers if tensor.method and tensor.method.needs]
         encoding = max((_MATRICES * FLOAT * _count([tensor]) + _path_costs(tensor) for tensor in layers), default=0)
         encoding += max(moments, default=0) + (FLOAT * _count(block) if recipe.corrects_drift else 0)

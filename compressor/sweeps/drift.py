@@ -96,11 +96,13 @@ class Drift:
             return matrix
         settings, columns = self._settings, matrix.shape[1]
         share = settings.drift * min(1.0, n_rows / (ROWS_PER_COLUMN * columns))
-        factor, failed = torch.linalg.cholesky_ex(damped(moment, settings.drift_damping))
+        factor = damped(moment, settings.drift_damping).T  # column by column, as LAPACK wants it
+        failed = torch.zeros((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))  # in place: it is large
         if failed:
             return matrix
-        step = torch.cholesky_solve((matrix @ total.div(n_rows)).T, factor).T
-        return matrix.add(step, alpha=share)
+        step = torch.cholesky_solve((matrix @ total).T, factor).T
+        return matrix.add(step, alpha=share / n_rows)
 
 
 def blocks_beside(network: Network, batches: list[Batch]) -> Iterator[Beside]:
