@@ -18,7 +18,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Sums may be made in any order. A loop becomes one over vectors where each index is a loop's own, one for each axis.
     """
-    options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+    options = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:

@@ -80,7 +80,7 @@ def best_grid(values, emphasis, tried, kind, bits, signed):  # pragma: no cover 
         low, high = min(low, values[k]), max(high, values[k])
     extreme = -low if -low >= high else -high
     steps = np.float32(1) if kind == 2 else np.float32(2 ** (8 - bits))
-    best_scale, best_point, best = tiny, np.float32(0), np.float32(np.inf)
+    best_scale, best_point, best, first = tiny, np.float32(0), np.float32(0), True
     for share in tried:
         if kind >= 2:
             scale = max((high - low) * share / top, tiny)
@@ -96,6 +96,6 @@ def best_grid(values, emphasis, tried, kind, bits, signed):  # pragma: no cover 
             found = min(max(np.rint(values[k] * inverse + point), np.float32(0)), top)
             lost = (found - point) * scale - values[k]
             error += emphasis[k] * lost * lost
-        if error < best:
-            best_scale, best_point, best = scale, point, error
+        if first or error < best:
+            best_scale, best_point, best, first = scale, point, error, False
     return best_scale, best_point

@@ -43,7 +43,7 @@ from compressor.run.prepare import Prepared, ladder_of, side_by_side_as_asked
 from compressor.runtime.workers import connected_ray
 from compressor.structure.stage import Reference, decided, restructure, sizes_of, written_in
 from compressor.sweeps.distill import learn
-from compressor.sweeps.encode import encode_network
+from compressor.sweeps.encode import encode_network, last_head
 from compressor.sweeps.network import Network
 from compressor.sweeps.side_by_side import FOLDER as SIDE_BY_SIDE
 from compressor.sweeps.side_by_side import Workers
@@ -153,7 +153,8 @@ def encode(
         progress.say(summary(allocation.report))
         if not recipe.calibration.token_importance:
             found = dataclasses.replace(found, importance={}, channels={})
-    with clock.stage("encoding"), progress.task("encoding", len(network.blocks) + 1) as task:
+    n_steps = len(network.blocks) + 1 + bool(last_head(network, batches, recipe, found))
+    with clock.stage("encoding"), progress.task("encoding", n_steps) as task:
         task.advance(0, note="tables")
         network = Network(checkpoint)
         with course.workers or contextlib.nullcontext() as workers:
@@ -222,8 +223,8 @@ def _survey(
     gradients = (recipe.calibration.token_importance or allocates) and network.blocks != [""]
     norm = plan.gradient_norm
     directions = (2 if gradients else 1) + (2 if norm else 0)
-    if not batches:
-        return Survey()
+    if not batches or (not gradients and norm is None and last_head(network, batches, recipe)):
+        return Survey()  # of an original's forward nothing is wanted
     with progress.task("surveying", directions * len(network.blocks)) as task:
         generator = work.generator("survey")
         found = survey(network, batches, work.folder, gradients, generator, lambda: task.advance(), norm, plan.pruned)

@@ -6,6 +6,7 @@ with the blocks that have none, and gives the same bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from compressor.sweeps.moments import groups_of, layer_stages, moments_of
 from compressor.sweeps.network import Arguments, Network, hidden_of, n_examples
 from compressor.sweeps.prefix import Settled
 from compressor.sweeps.sparsity import allocated_shares
-from compressor.sweeps.survey import Survey
+from compressor.sweeps.survey import Survey, head_moment
 
 _UNREACHED = "no token of the calibration data reaches %s: rounded as if every input counted alike"
 
@@ -54,9 +55,9 @@ def encode_network(
         elsewhere: Other processes, where blocks that are encoded on the original's inputs go to them.
     """
     files = []
-    choice = Choice(recipe, plan)
+    choice, head = Choice(recipe, plan), last_head(network, batches, recipe, survey)
     if network.outside:
-        files.append(_outside(network, choice, survey, token_counts(batches), work))
+        files.append(_outside(network, choice, survey, token_counts(batches), work, head))
         advance("tables")
     shares = allocated_shares(network, plan, work.folder)
     if not choice.on_prefix:
@@ -97,7 +98,21 @@ def encode_network(
             advance(name)
             if name == "":
                 break
+    if head in network.outside:
+        files.append(_head(network, batches, head, choice, survey, work))
+        advance("head")
     return EncodedTensors(files, _ties(network)), files
+
+
+def last_head(network: Network, batches: list[Batch], recipe: Recipe, survey: Survey | None = None) -> str | None:
+    """The weight of an output head that is encoded behind all blocks, on what the compressed ones give it.
+
+    Not so where it is the embeddings' table too, which comes first, or where a survey knows the original's inputs.
+    """
+    known = survey is not None and survey.head_moment is not None
+    if known or not batches or recipe.calibration.inputs != "prefix" or "data" not in recipe.required:
+        return None
+    return network.own_head
 
 
 @dataclass(frozen=True)
@@ -231,12 +246,14 @@ def token_counts(batches: list[Batch]) -> Tensor:
     return torch.bincount(torch.cat(ids)) if ids else torch.zeros(0, dtype=torch.long)
 
 
-def _outside(network: Network, choice: Choice, survey: Survey, counts: Tensor, work: Work) -> Path:
-    """Encodes what lies in no block: embeddings, head, norms; the network computes with the result from here on, where
-    blocks are given what the compressed ones before them make."""
+def _outside(
+    network: Network, choice: Choice, survey: Survey, counts: Tensor, work: Work, later: str | None
+) -> Path:  # fmt: skip
+    """Encodes what lies in no block, but for what comes `later`: embeddings, head, norms; the network computes with the
+    result from here on, where blocks are given what the compressed ones before them make."""
     file = work.file("outside")
     ties = _ties(network)
-    canonical = dict.fromkeys(ties.get(name, name) for name in network.outside)
+    canonical = dict.fromkeys(ties.get(name, name) for name in network.outside if name != later)
     if not file.exists():
         tensors: dict[str, EncodedTensor] = {}
         for name in canonical:  # one at a time: tables are large
@@ -248,6 +265,19 @@ def _outside(network: Network, choice: Choice, survey: Survey, counts: Tensor, w
         tensor = stored[name]
         if not isinstance(tensor.encoding, Dense) or tensor.encoding.values.dtype == torch.float16:
             network.replace(name, lambda name=name: stored[name].decode())
+    return file
+
+
+def _head(
+    network: Network, batches: list[Batch], name: str, choice: Choice, survey: Survey, work: Work
+) -> Path:  # fmt: skip
+    """Encodes the output head on what the compressed network gives it."""
+    file = work.file("head")
+    if not file.exists():
+        known = dataclasses.replace(survey, head_moment=head_moment(network, batches, network.last))
+        with network.loaded([name]):
+            tensor = encode_outside(network, name, choice, known, token_counts(batches), work)
+        write_tensors(file, {name: tensor})
     return file
 
 

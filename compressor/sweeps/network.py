@@ -146,13 +146,18 @@ class Network:
             self.blocks, self.outside, self._entered = [""], [], []
         return [arguments(batch) for batch in batches]
 
-    def _before_head(self) -> list[str]:
-        """What lies outside of the blocks but for an output head of its own, which only comes after them."""
+    @property
+    def own_head(self) -> str | None:
+        """The weight of an output head behind the blocks, which no other module has; None where there is none."""
         head = head_of(self.module)
         if head is None:
-            return self.outside
+            return None
         uses = [name for name, p in self.module.named_parameters(remove_duplicate=False) if p is head.weight]
-        return [name for name in self.outside if uses != [name]]
+        return uses[0] if len(uses) == 1 and uses[0] in self.outside else None
+
+    def _before_head(self) -> list[str]:
+        """What lies outside of the blocks but for an output head of its own, which only comes after them."""
+        return [name for name in self.outside if name != self.own_head]
 
     def _note_calls(self, batch: Batch, wrap: Callable[[Tensor], Any]) -> list[Arguments]:
         calls: list[Arguments] = []
@@ -243,8 +248,11 @@ class Network:
         return output.float()
 
     @contextlib.contextmanager
-    def tail(self) -> Iterator[Callable[[Batch, Tensor], Any]]:
-        """A function from (batch, last hidden state) to the network's output; the blocks are passed by."""
+    def tail(self, with_head: bool = True) -> Iterator[Callable[[Batch, Tensor], Any]]:
+        """A function from (batch, last hidden state) to the network's output; the blocks are passed by.
+
+        An output head of its own is not loaded where what it is given is all that is wanted.
+        """
         held: list[Tensor] = []
         forwards = [lambda *args, **kwargs: self._wrap(held[0])] * len(self.blocks)
 
@@ -252,7 +260,7 @@ class Network:
             held[:] = [hidden]
             return self.call(batch)
 
-        with self._replaced_blocks(forwards), self.loaded(self.outside):
+        with self._replaced_blocks(forwards), self.loaded(self.outside if with_head else self._before_head()):
             yield run
 
     @torch.no_grad()

@@ -3,9 +3,10 @@
 It finds how much each token matters to each layer: t = mean over outputs of (∂ℓ/∂y)², with ℓ the loss on labels drawn
 from the network's own predictions, which makes Σ t·xxᵀ a Kronecker-factored estimate of the Fisher information
 (Martens & Grosse, arXiv 1503.05671; weighted Hessians for quantisation: GuidedQuant, arXiv 2505.07004). It also
-collects the second moment of the head's input. Asked for the weights' own gradients, it gathers Σ|g| or √Σg² of each
-over sequences, a backward pass per sequence, and leaves them in a file per block (GBLM, arXiv 2311.04902). Memory is
-one block and its activations; block inputs lie in a scratch file.
+collects the second moment of the head's input: a head that is the embeddings' table too comes before all blocks. Asked
+for the weights' own gradients, it gathers Σ|g| or √Σg² of each over sequences, a backward pass per sequence, and leaves
+them in a file per block (GBLM, arXiv 2311.04902). Memory is one block and its activations; block inputs lie in a
+scratch file.
 """
 
 from __future__ import annotations
@@ -150,27 +151,37 @@ def _through_head(
     generator: torch.Generator,
 ) -> list[Tensor]:  # fmt: skip
     """The head's second moment; with gradients, ∂ℓ/∂(last hidden state) per batch."""
+    if not gradients:
+        found.head_moment = head_moment(network, batches, hidden)
+        return []
     upstream: list[Tensor] = []
-    n_rows = 0
+    sums, n_rows = torch.zeros(()), 0
     with network.tail() as run:
-        if gradients:
-            find_logits(network, lambda: run(batches[0], hidden[0]))
-            if network.logits is None:
-                LOGGER.warning(_UNKNOWN, network.checkpoint.path)
+        find_logits(network, lambda: run(batches[0], hidden[0]))
+        if network.logits is None:
+            LOGGER.warning(_UNKNOWN, network.checkpoint.path)
         for batch, state in zip(batches, hidden, strict=True):
-            state = state.detach().requires_grad_(gradients)
-            with torch.set_grad_enabled(gradients):
+            state = state.detach().requires_grad_(True)
+            with torch.enable_grad():
                 caught = head_input(network, lambda batch=batch, state=state: run(batch, state))
             rows = caught.detach().float().flatten(0, -2)
-            moment = rows.T @ rows
-            found.head_moment = moment if found.head_moment is None else found.head_moment.add_(moment)
-            n_rows += len(rows)
-            if gradients:
-                caught.backward(label_gradient(network, rows, None, generator).view_as(caught))
-                upstream.append(gradient_of(state))
-    assert found.head_moment is not None
-    found.head_moment.div_(n_rows)
+            sums, n_rows = rows.T @ rows + sums, n_rows + len(rows)
+            caught.backward(label_gradient(network, rows, None, generator).view_as(caught))
+            upstream.append(gradient_of(state))
+    found.head_moment = sums.div_(n_rows)
     return upstream
+
+
+@torch.no_grad()
+def head_moment(network: Network, batches: list[Batch], hidden: list[Tensor]) -> Tensor:
+    """Mean xxᵀ (in, in) of what the output head is given behind the last block's hidden states."""
+    sums, n_rows = torch.zeros(()), 0
+    with network.tail(with_head=False) as run:
+        for batch, state in zip(batches, hidden, strict=True):
+            caught = head_input(network, lambda batch=batch, state=state: run(batch, state))
+            rows = caught.float().flatten(0, -2)
+            sums, n_rows = rows.T @ rows + sums, n_rows + len(rows)
+    return sums.div_(n_rows)
 
 
 def _backward(

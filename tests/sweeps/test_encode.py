@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import compressor.plan.recipe
 from compressor.checkpoints import open_checkpoint
+from compressor.core.contract import Statistics
 from compressor.core.errors import CheckpointError
-from compressor.core.tensors import EncodedTensors
+from compressor.core.tensors import EncodedTensor, EncodedTensors
 from compressor.core.work import Work
 from compressor.plan.plan import Plan
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe_file import load_recipe
-from compressor.sweeps.encode import encode_network
+from compressor.sweeps.chain import Chain
+from compressor.sweeps.encode import encode_network, last_head
 from compressor.sweeps.network import Network
 from compressor.sweeps.survey import Survey
+from tests import pico
 from tests.pico import lively
 
 
@@ -78,3 +83,52 @@ def test_what_is_encoded_is_what_was_planned(tmp_path, step):
 def test_weights_whose_scales_are_beyond_float16_are_refused_by_name(tmp_path, step, size):
     with pytest.raises(CheckpointError, match="'narrow.weight': its weights are too large to be encoded"):
         encoded(tmp_path, f"passes: [{step}]", size)
+
+
+def test_a_head_of_its_own_is_encoded_on_what_the_compressed_network_gives_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(compressor.plan.recipe, "SMALLEST", 1)
+    (tmp_path / "recipe.yaml").write_text(
+        "passes: [{pass: affine, method: gptq, bits: 2, group: 16, zero: learned}]\n"
+        "embeddings: {bits: 3, group: 16, zero: learned, sweeps: 1}\ncalibration: {token_importance: false}\n"
+    )
+    checkpoint = open_checkpoint(pico.llama(tmp_path / "llama", tied=False))
+    recipe, batches, given = load_recipe(tmp_path / "recipe.yaml"), pico.token_batches(), list[Statistics]()
+    network, work = Network(checkpoint, fast=False), Work(tmp_path / "work", 0)
+    (tmp_path / "work").mkdir()
+    plain = Chain.of_layer
+
+    def of_layer(self: Chain, name: str, module: nn.Module, known: Statistics, *rest: Any) -> EncodedTensor:
+        given.extend([known] * (name == "lm_head.weight"))
+        return plain(self, name, module, known, *rest)
+
+    monkeypatch.setattr(Chain, "of_layer", of_layer)
+    assert last_head(network, batches, recipe) == "lm_head.weight"
+    tensors, files = encode_network(
+        network, batches, recipe, make_plan(checkpoint, recipe), Survey(), work, lambda note: None
+    )
+    whole = checkpoint.build()
+    checkpoint.materialise(whole, list(whole.state_dict()))
+    for name, parameter in whole.named_parameters():
+        if name != "lm_head.weight":
+            parameter.data = tensors[name].decode().float()
+    rows = []
+    whole.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches:
+            whole(**batch)
+    moment = torch.cat(rows).T @ torch.cat(rows) / len(torch.cat(rows))
+    found = given[0].hessian
+    assert len(given) == 1
+    assert found is not None
+    torch.testing.assert_close(found, moment / moment.diagonal().mean(), rtol=1e-3, atol=1e-4)
+    assert files[-1].name.startswith("head")
+
+
+def test_a_head_that_is_the_table_too_comes_first(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("passes: [{pass: affine, method: gptq, bits: 2, group: 16}]")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    tied, own = (Network(open_checkpoint(pico.llama(tmp_path / str(each), tied=each))) for each in (True, False))
+    batches = pico.token_batches()
+    assert last_head(tied, batches, recipe) is None
+    assert last_head(own, batches, recipe, Survey(head_moment=torch.eye(3))) is None
+    assert last_head(own, [], recipe) is None
