@@ -37,7 +37,7 @@ def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int) ->
     if not bool(factors.isfinite().all()):
         raise ValueError("points without a path through the trellis: they are not finite")
     terms = torch.cat([codewords, codewords.square().sum(1, keepdim=True)], 1).T.contiguous()
-    return torch.from_numpy(_path(factors.numpy(), terms.numpy(), width))
+    return torch.from_numpy(_path(factors.cpu().numpy(), terms.cpu().numpy(), width)).to(points.device)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -193,14 +193,14 @@ class LevelGrid:
         stride = max(1, points.numel() // _POINTS)
         values = points.flatten()[::stride]
         weights = emphasis.repeat(len(points))[::stride].clamp_min(1e-12)
-        first = torch.quantile(values, (torch.arange(2**self.bits) + 0.5) / 2**self.bits)
+        first = torch.quantile(values, (torch.arange(2**self.bits, device=values.device) + 0.5) / 2**self.bits)
         means = kmeans(values.unsqueeze(1), weights, first.unsqueeze(1), _ITERATIONS).flatten()
         free = torch.arange(-8.0, 8.0)
         found = [0.0] if mask is not None else []
         for mean in means[means.abs().argsort(stable=True)].tolist()[len(found) :]:
             open_levels = free[~torch.isin(free, torch.tensor(found))]
             found.append(float(open_levels[(open_levels - mean).abs().argmin()]))
-        return torch.tensor(sorted(found))
+        return torch.tensor(sorted(found), device=points.device)
 
     def _search(self, groups: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
         """Scales (rows, n_groups) with the least weighted error among shares of the group's largest weight."""

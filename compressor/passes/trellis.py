@@ -53,7 +53,7 @@ class Trellis(TrellisSettings, WeightPass):
         group = group_columns(self.group, columns, DIM)
         weight, hessian = in_whole_groups(matrix, known.moment(columns), group)
         window = self.window_of((rows, columns))
-        table = gaussian_table(window)
+        table = gaussian_table(window).to(weight.device)
 
         def path(points: Tensor, weights: Tensor, codewords: Tensor) -> Tensor:
             return best_path(points, weights, codewords, self.width).long()
@@ -77,7 +77,7 @@ class Trellis(TrellisSettings, WeightPass):
     ) -> Tensor:  # fmt: skip
         """States (rows, columns / 2), chosen with error feedback."""
         rows, columns = weight.shape
-        states = torch.empty(rows, columns // DIM, dtype=torch.long)
+        states = weight.new_empty(rows, columns // DIM, dtype=torch.long)
 
         def quantise(begin: int, current: Tensor, factor: Tensor) -> Tensor:
             scale = scales[:, begin // group].clamp_min(1e-12)

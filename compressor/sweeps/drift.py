@@ -72,7 +72,7 @@ class Drift:
         moved = original - rows
         if importance is not None:
             moved.mul_(importance.unsqueeze(1))
-        total = self._sums.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1]))
+        total = self._sums.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1], device=rows.device))
         total.addmm_(moved.T, rows)
 
     def corrected(self, name: str, matrix: Tensor, moment: Tensor, n_rows: int) -> Tensor:
@@ -94,6 +94,6 @@ class Drift:
 
 def blocks_beside(network: Network, batches: list[Batch]) -> Iterator[Beside]:
     """The original's blocks one after the other, loaded, with what reaches them."""
-    original = Network(network.checkpoint, network.fast)
+    original = Network(network.checkpoint, network.fast, network.device)
     for _, block, reached in original.sweep(batches):
         yield original, block, reached
