@@ -23,7 +23,7 @@ def nearest(points: Tensor, codewords: Tensor) -> Tensor:
     threads = torch.get_num_threads()
     faiss.omp_set_num_threads(1)  # calls are many and short: on a busy machine threads would wait for one another
     try:
-        _, index = faiss.knn(*(each.contiguous().cpu().numpy() for each in (points, codewords)), 1)
+        _, index = faiss.knn(points.contiguous().cpu().numpy(), codewords.contiguous().cpu().numpy(), 1)
     finally:
         faiss.omp_set_num_threads(threads)  # which are torch's as well
     found = torch.from_numpy(index[:, 0])

@@ -56,12 +56,9 @@ class Affine(AffineSettings, WeightPass):
         grid = Grid(self.bits, group, self.zero, self.scale_bits, self._refine if self.method == "hqq" else None)
         at_once = max(1, _VALUES // columns)
         masks = [None] * -(-n_rows // at_once) if known.kept is None else known.kept.split(at_once)
-        codes = torch.empty(
-            n_rows, columns + padding, dtype=torch.uint8, device=place
-        )  # whole at once: pieces that stay
-        scale, zero = (
-            torch.empty(n_rows, n_groups(columns, group), device=place) for _ in range(2)
-        )  # keep what is freed
+        # whole at once: pieces that stay keep what is freed between them
+        codes = torch.empty(n_rows, columns + padding, dtype=torch.uint8, device=place)
+        scale, zero = (torch.empty(n_rows, n_groups(columns, group), device=place) for _ in range(2))
         top = torch.empty(n_rows, 1, dtype=torch.float16, device=place)
         for begin, rows, kept in zip(range(0, n_rows, at_once), matrix.split(at_once), masks, strict=True):
             fitted = grid.fit(rows, kept, factor)

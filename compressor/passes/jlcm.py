@@ -160,9 +160,7 @@ class Jlcm(JlcmSettings, WeightPass):
             return values * scale
 
         buffer = self.dim * max(1, 64 // self.dim)
-        factor = (
-            inverse_factor(hessian, self.damping) if self.feedback else torch.eye(len(hessian), device=hessian.device)
-        )
+        factor = inverse_factor(hessian, self.damping) if self.feedback else torch.eye(len(hessian)).to(hessian.device)
         error_feedback(weight, factor, self.dim, quantise, buffer)
         return codes
 

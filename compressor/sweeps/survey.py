@@ -133,7 +133,10 @@ def _importance(
 
 @torch.no_grad()
 def head_inputs(network: Network, batches: list[Batch], advance: Callable[[], None]) -> list[Tensor]:
-    """The untouched network's head inputs, bfloat16 (tokens, width) per batch on the host: its logits are one product."""
+    """The untouched network's head inputs, bfloat16 (tokens, width) per batch: from them its logits are one product.
+
+    On the host, wherever the network is.
+    """
     for _ in network.sweep(batches):
         advance()
     rows = []
