@@ -11,18 +11,28 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 GPU = torch.device("cuda", 0)
 _DEVICE, _IS_CUDA = (vars(torch._C.TensorBase)[name].__get__ for name in ("device", "is_cuda"))
 _COPIES = {"aten::copy_", "aten::_to_copy"}
+
+
+def _values(given: Any) -> Iterator[Any]:
+    """What is in arguments, lists and tuples among them."""
+    for each in given.values() if isinstance(given, dict) else given:
+        if isinstance(each, (tuple, list, dict)):
+            yield from _values(each)
+        else:
+            yield each
 
 
 class WrongPlace(RuntimeError):
@@ -37,7 +47,10 @@ class PretendedGpu:
         self.ran: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
 
     def has(self, tensor: Tensor) -> bool:
-        found = self._there.get(tensor.untyped_storage()._cdata)
+        return self.holds(tensor.untyped_storage()._cdata)
+
+    def holds(self, storage: int) -> bool:
+        found = self._there.get(storage)
         return found is not None and not found.expired()
 
     def put(self, tensor: Tensor, there: bool) -> Tensor:
@@ -74,21 +87,25 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name, given = func._schema.name, [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        given = [each for each in given if each.device.type != "meta"]
-        places = {id(each): self.gpu.has(each) for each in given}
-        there = any(places.values())
-        if there and name not in _COPIES:
+        name, places, drawn = func._schema.name, dict[int, bool](), False
+        held = []
+        for each in _values((args, kwargs)):
+            if isinstance(each, Tensor):
+                storage = each.untyped_storage()._cdata
+                held.append(storage)
+                places[id(each)] = self.gpu.holds(storage)
+            elif isinstance(each, torch.Generator):
+                drawn = True
+        there = True in places.values()
+        if there and name not in _COPIES and (drawn or False in places.values()):
             self._refuse(func, args, kwargs, places)
         found = func(*args, **kwargs)
         self.gpu.ran[there][name] += 1
-        if name not in _COPIES or not given:
-            held = {each.untyped_storage()._cdata for each in given}
-            for each in tree_leaves(found):
-                if there and isinstance(each, Tensor) and each.untyped_storage()._cdata not in held:
+        if there and name != "aten::copy_":
+            for each in _values((found,)):
+                real = isinstance(each, Tensor) and each.device.type != "meta"
+                if real and each.untyped_storage()._cdata not in held:
                     self.gpu.put(each, True)
-        elif name == "aten::_to_copy" and there:
-            self.gpu.put(found, True)
         return found
 
     def _refuse(self, func, args: tuple, kwargs: dict, places: dict[int, bool]) -> None:
@@ -96,7 +113,7 @@ class _Operators(TorchDispatchMode):
         written = {each.name for each in func._schema.arguments if each.alias_info and each.alias_info.is_write}
         named = [*zip((each.name for each in func._schema.arguments), args, strict=False), *kwargs.items()]
         for argument, value in named:
-            for each in tree_leaves(value):
+            for each in _values((value,)):
                 if isinstance(each, torch.Generator):
                     raise WrongPlace(f"{func}: a generator of cpu fills a tensor of {GPU}")
                 of_host = isinstance(each, Tensor) and not places.get(id(each), True)
@@ -123,7 +140,7 @@ class _Functions(TorchFunctionMode):
             return gpu.moved(first, False)
         if func is Tensor.cuda:
             return gpu.moved(first, True)
-        if func is Tensor.backward:  # written in Python: what it calls is to come here as well
+        if func is Tensor.backward:
             with self:
                 return torch.autograd.backward(first, kwargs.pop("gradient"), **kwargs)
         if func is Tensor.to:
@@ -135,7 +152,7 @@ class _Functions(TorchFunctionMode):
         if there and kwargs.get("generator") is not None:
             raise WrongPlace(f"{func.__name__}: a generator of cpu fills a tensor of {GPU}")
         found = func(*args, **kwargs | {"device": "cpu"})
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        given = [each for each in _values((args, kwargs)) if isinstance(each, Tensor)]
         shared = any(each.untyped_storage()._cdata == found.untyped_storage()._cdata for each in given)
         return gpu.moved(found, there) if shared else gpu.put(found, there)
 
@@ -165,5 +182,10 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        # what runs backwards is written in Python, and what it calls is to be seen as well
+        patch.setattr(torch.autograd, "has_torch_function", lambda tensors: False, raising=False)
+        # operators are not asked from within where a tensor lies that they keep for the way back
+        checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+        patch.setitem(checks, "default", lambda tensor: (tensor.shape, tensor.dtype))
         with _Operators(gpu), _Functions(gpu):
             yield gpu

@@ -30,6 +30,7 @@ from compressor.sweeps.network import Network
 from compressor.sweeps.survey import Survey
 from tests import pico
 from tests.learning import training_case
+from tests.pretended_gpu import GPU, pretended_gpu
 
 ROOT = Path(__file__).parents[1]
 PASSES = sorted(SETTINGS)
@@ -182,6 +183,19 @@ def test_a_pass_leaves_its_arguments_alone(name, settings):
     applied(made(name, **settings), weight, hessian, torch.Generator())
     for found, kept in zip((weight, hessian), pico.correlated(29, 90), strict=True):
         assert torch.equal(found, kept)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_what_a_pass_makes_lies_where_the_matrix_lies(name, settings):
+    method, (weight, moment) = made(name, **settings), pico.correlated(9, 24)
+    on_host = applied(method, weight, moment, torch.Generator().manual_seed(6))
+    with pretended_gpu():
+        found = applied(method, weight.to(GPU), moment.to(GPU), torch.Generator().manual_seed(6))
+        assert {part.device for part in found.parts().values()} == {GPU}
+        again = restore(describe(found), found.parts())
+        assert again.decode().device == GPU
+        parts = {part: tensor.cpu() for part, tensor in found.parts().items()}
+    same_parts(restore(describe(found), parts), on_host)
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
