@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.device("cuda", 0)
 _DEVICE, _IS_CUDA = (vars(torch._C.TensorBase)[name].__get__ for name in ("device", "is_cuda"))
-_COPIES = {"aten::copy_", "aten::_to_copy"}
+_COPIES, _FILLS = {"aten::copy_", "aten::_to_copy"}, {"aten::fill_", "aten::index_put_"}
 
 
 def _values(given: Any) -> Iterator[Any]:
@@ -109,7 +109,7 @@ class _Operators(TorchDispatchMode):
         return found
 
     def _refuse(self, func, args: tuple, kwargs: dict, places: dict[int, bool]) -> None:
-        pointwise = torch.Tag.pointwise in func.tags
+        pointwise = torch.Tag.pointwise in func.tags or func._schema.name in _FILLS
         written = {each.name for each in func._schema.arguments if each.alias_info and each.alias_info.is_write}
         named = [*zip((each.name for each in func._schema.arguments), args, strict=False), *kwargs.items()]
         for argument, value in named:

@@ -147,8 +147,8 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, show_default="1 here, else the cluster's cores", help="How many "
                        "of them at a time.")] = None,
     address: Annotated[str, typer.Option(help="Of the Ray cluster; `local` starts one.")] = "auto",
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N|auto", help="Where blocks of a language model are "
-                      "computed with; auto is a GPU where torch sees one.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N|auto", help="Where blocks of language models and "
+                      "encoders are computed with; auto is a GPU where torch sees one.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,

@@ -164,8 +164,8 @@ def prepare(asked: RunOptions) -> Prepared:
 
 def on_host_alone(options: RunOptions, recipe: Recipe, checkpoint: Checkpoint) -> str:
     """Why no block of a run can be on a GPU; empty where all of them can."""
-    if checkpoint.family != "decoder" or checkpoint.kind == "onnx":
-        return f"{checkpoint.path} runs on cpu alone, as all do but language models from their checkpoints"
+    if checkpoint.family not in ("decoder", "encoder") or checkpoint.kind == "onnx":
+        return f"{checkpoint.path} runs on cpu alone, as all do but language models and encoders of transformers"
     if recipe.early:
         return f"{recipe.early[0].name} runs on cpu alone"
     if options.allocates:

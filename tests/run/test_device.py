@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,6 +13,8 @@ import transformers
 from compressor.core.device import device_of
 from compressor.core.errors import UsageError
 from compressor.core.options import RunOptions
+from compressor.learning.head import Head
+from compressor.learning.objectives import Wanted, divergence
 from compressor.plan.recipe_file import load_recipe
 from compressor.run.identity import identity_of
 from compressor.run.pipeline import run
@@ -19,14 +23,38 @@ from tests import pico
 from tests.pretended_gpu import GPU, WrongPlace, pretended_gpu
 
 SMALL = (
-    "calibration.tokens=128", "calibration.window=16", "trellis.window=6", "embeddings.sweeps=1",
-    "embeddings.refined=16", "evaluation.tokens=0", "evaluation.speed=false",
+    "calibration.tokens=96", "calibration.window=16", "embeddings.sweeps=0", "evaluation.tokens=0",
+    "evaluation.speed=false",
 )  # fmt: skip
-SELECTED = """
-imports: [{recipe}]
-passes: [{{pass: trellis, select: ['*q_proj*', '*down_proj*']}}]
-"""
-LEARNED = ("distill.steps=2", "distill.tokens=128")
+RECIPES = {
+    "fast": """
+imports: [llm-2bit-fast]
+passes: [{pass: trellis, window: 6, select: '*q_proj*'}]
+embeddings: {sweeps: 1, refined: 16}
+""",
+    "learned": """
+imports: [llm-2bit]
+passes: [{pass: trellis, window: 6, select: '*down_proj*'}]
+embeddings: {refined: 16}
+distill: {steps: 2, tokens: 128}
+""",
+    "pruned": """
+passes: [{pass: gblm, select: '*o_proj*'}, {pass: affine, select: '*o_proj*', bits: 4}]
+embeddings: {bits: 4, group: 16}
+calibration: {token_importance: false}
+""",
+    "blocks": """
+passes: [{pass: jlcm, select: '*o_proj*', width: 4, dim: 2, group: 16, codebooks: 2, block_steps: 1}]
+calibration: {inputs: prefix}
+embeddings: {bits: 4, group: 16}
+distill: {steps: 1, tokens: 16, mapping_rate: 0.1}
+""",
+    "encoder": """
+imports: [encoder-4bit]
+passes: [{pass: affine, select: '*query*'}]
+calibration: {correct_means: true, token_importance: false}
+""",
+}
 HEAVY = {
     "aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::linalg_cholesky_ex", "aten::cholesky_inverse",
     "aten::linalg_solve_triangular", "aten::embedding", "aten::silu", "aten::_fused_adam_",
@@ -53,14 +81,15 @@ def weights(asked: RunOptions) -> bytes:
     return (run(asked).directory / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("recipe", "sets"), [("llm-2bit-fast", ()), ("llm-2bit", LEARNED)])
-def test_a_gpu_gives_the_bytes_of_the_host_and_does_the_work(texts, model, recipe, sets):
-    Path("recipe.yaml").write_text(SELECTED.format(recipe=recipe))
-    of_host = weights(options(model, "recipe.yaml", "host", (*SMALL, *sets)))
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_gpu_gives_the_bytes_of_the_host_and_does_the_work(texts, model, bert, name):
+    Path("recipe.yaml").write_text(RECIPES[name])
+    source = bert if name == "encoder" else model
+    of_host = weights(options(source, "recipe.yaml", "host", SMALL))
     with pretended_gpu() as gpu:
-        assert weights(options(model, "recipe.yaml", "gpu", (*SMALL, *sets), device="cuda")) == of_host
-    expected = HEAVY if sets else HEAVY - {"aten::bmm", "aten::_fused_adam_"}
-    assert expected - {"aten::addmm"} <= gpu.ran[True].keys()
+        assert weights(options(source, "recipe.yaml", "gpu", SMALL, device="cuda")) == of_host
+    assert gpu.ran[True]["aten::addmm_"]
+    assert bool(gpu.ran[True]["aten::_fused_adam_"]) == ("distill" in RECIPES[name])
     assert not HEAVY & gpu.ran[False].keys()
 
 
@@ -122,11 +151,24 @@ def test_what_runs_on_the_host_alone_is_refused_by_name(texts, model, recipe, ch
         prepare(options(model, recipe, device="cuda", **changes))
 
 
-def test_an_encoder_runs_on_the_host_alone(texts, bert):
+def test_a_network_of_somebodys_own_runs_on_the_host_alone(here):
+    pico.write_state_dict(pico.Tied, here / "weights.pt")
+    np.savez("data.npz", x=np.zeros((30, 70), np.float32))
+    asked = RunOptions(
+        "weights.pt", "encoder-4bit", Path("out"), data="data.npz", arch="tests.pico:Tied", format="safetensors",
+        sets=("evaluation.tokens=0", "evaluation.samples=0"),
+    )  # fmt: skip
     with pretended_gpu():
-        with pytest.raises(UsageError, match="runs on cpu alone, as all do but language models"):
-            prepare(options(bert, "encoder-4bit", device="cuda"))
-        assert prepare(options(bert, "encoder-4bit", device="auto")).device == "cpu"
+        with pytest.raises(UsageError, match="runs on cpu alone, as all do but language models and encoders"):
+            prepare(replace(asked, device="cuda"))
+        assert prepare(replace(asked, device="auto")).device == "cpu"
+
+
+def test_a_heads_bias_has_its_gradient_where_it_lies():
+    with pretended_gpu():
+        table, bias, rows = (torch.ones(shape).to(GPU) for shape in ((5, 3), (5,), (2, 3)))
+        found = divergence(rows, Head(table, bias), rows, Head(table), Wanted(True, True))
+        assert found.to_bias is not None and found.to_bias.device == GPU
 
 
 def test_a_plan_says_where_blocks_lie_and_whose_memory_it_is(texts, model):
