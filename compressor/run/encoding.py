@@ -60,10 +60,10 @@ class Course:
 
     reports   what each pass of that stage says of itself
     sizes     the smaller networks in it, where that stage made some
-    device    where blocks are computed with
     ladder    the widths to allocate from; None where none are
     traced    whether torch has to trace the network for its graph
     workers   processes that encode its blocks; None where this one does
+    device    where its blocks lie while they are computed with
     """
 
     checkpoint: Checkpoint
@@ -94,8 +94,9 @@ def restructured(start: Prepared, work: Work, progress: Progress, clock: Clock) 
     """The structure stage, where the recipe has one. Under torchrun every process calls it."""
     if not start.recipe.early:
         there, workers = start.checkpoint, _workers(start, work, start.plan)
-        traced = _is_traced(there, start)
-        return Course(there, start.recipe, start.plan, start.ladder, [], traced, workers, device=start.device)
+        return Course(
+            there, start.recipe, start.plan, start.ladder, [], _is_traced(there, start), workers, device=start.device
+        )
     with clock.stage("structure"):
         reference = _reference(start.samples, start.recipe, work)
         checkpoint, reports = restructure(start.checkpoint, start.recipe, reference, work, progress)

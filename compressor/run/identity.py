@@ -27,7 +27,7 @@ def identity_of(
         recipe: As it was loaded, before targets change it.
         data: SHA-256 of the calibration and of the evaluation data.
         threads: That torch computes with.
-        device: That blocks are computed with.
+        device: Where blocks lie while they are computed with.
 
     Raises:
         CheckpointError: The model is not there, or is none.

@@ -61,7 +61,7 @@ class Prepared:
     checkpoint  the original: its tensors by name, of which none is read yet
     plan      what will become of each tensor; bytes, memory and seconds
     ladder    the widths to allocate from; None where none are, and where the network first becomes another
-    device    where blocks are computed with
+    device    where blocks lie while they are computed with, as torch names it
     """
 
     asked: RunOptions

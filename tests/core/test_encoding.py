@@ -65,9 +65,10 @@ def test_its_bytes_are_those_of_the_plan(settings):
     assert {**spec.describe(ROWS, COLUMNS)} == describe(sparse)
 
 
-@pytest.mark.parametrize("settings", INNER, ids=str)
+@pytest.mark.parametrize("settings", [*INNER, None], ids=str)
 def test_it_is_rebuilt_where_its_parts_lie(settings):
-    sparse = encoded(settings)
+    plain = Sparse((ROWS, COLUMNS), Dense((ROWS, COLUMNS), pruned()[0].half()))
+    sparse = plain if settings is None else encoded(settings)
     with pretended_gpu():
         again = restore(describe(sparse), {name: part.to(GPU) for name, part in sparse.parts().items()})
         assert again.decode().device == GPU
