@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from compressor.core.device import device_of
+from compressor.core.device import device_of, repeatable
 from compressor.core.errors import UsageError
 from compressor.core.options import RunOptions
 from compressor.learning.head import Head
@@ -169,6 +169,16 @@ def test_a_heads_bias_has_its_gradient_where_it_lies():
         table, bias, rows = (torch.ones(shape).to(GPU) for shape in ((5, 3), (5,), (2, 3)))
         found = divergence(rows, Head(table, bias), rows, Head(table), Wanted(True, True))
         assert found.to_bias is not None and found.to_bias.device == GPU
+
+
+def test_a_gpu_is_asked_to_add_up_in_one_order_while_blocks_are_computed(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    asked = torch.are_deterministic_algorithms_enabled
+    with repeatable("cpu"):
+        assert not asked()
+    with repeatable("cuda:0"):
+        assert asked() and torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not asked()
 
 
 def test_a_plan_says_where_blocks_lie_and_whose_memory_it_is(texts, model):
