@@ -44,7 +44,7 @@ embeddings: {bits: 4, group: 16}
 calibration: {token_importance: false}
 """,
     "blocks": """
-passes: [{pass: jlcm, select: '*o_proj*', width: 4, dim: 2, group: 16, codebooks: 2, block_steps: 1}]
+passes: [{pass: jlcm, select: '*.dense.*', width: 4, dim: 2, group: 16, codebooks: 2, block_steps: 1}]
 calibration: {inputs: prefix}
 embeddings: {bits: 4, group: 16}
 distill: {steps: 1, tokens: 16, mapping_rate: 0.1}
@@ -60,6 +60,16 @@ HEAVY = {
     "aten::linalg_solve_triangular", "aten::embedding", "aten::silu", "aten::_fused_adam_",
 }  # fmt: skip
 """Operators that blocks, their moments, error feedback and learning are made of."""
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder with biases, of its head as well."""
+    config = transformers.PhiConfig(
+        vocab_size=pico.VOCABULARY, hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return pico.saved(config, transformers.PhiForCausalLM, tmp_path_factory.mktemp("biased"))
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +92,9 @@ def weights(asked: RunOptions) -> bytes:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_gpu_gives_the_bytes_of_the_host_and_does_the_work(texts, model, bert, name):
+def test_a_gpu_gives_the_bytes_of_the_host_and_does_the_work(texts, model, biased, bert, name):
     Path("recipe.yaml").write_text(RECIPES[name])
-    source = bert if name == "encoder" else model
+    source = {"encoder": bert, "blocks": biased}.get(name, model)
     of_host = weights(options(source, "recipe.yaml", "host", SMALL))
     with pretended_gpu() as gpu:
         assert weights(options(source, "recipe.yaml", "gpu", SMALL, device="cuda")) == of_host
