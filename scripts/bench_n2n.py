@@ -36,11 +36,12 @@ from torch.nn import functional
 from compressor import data
 from compressor.checkpoints import open_checkpoint
 from compressor.core.batch import Examples
+from compressor.core.device import fast_bfloat16
 from compressor.core.options import RunOptions
 from compressor.core.progress import make_progress
 from compressor.core.students import Student
 from compressor.data.tokens import tokenize, windows
-from compressor.graph.blocks import block_names, fast_bfloat16
+from compressor.graph.blocks import block_names
 from compressor.graph.depth import depth_units, without_units
 from compressor.learning.trainer import Fitting
 from compressor.passes.n2n import N2n, Search

@@ -30,6 +30,7 @@ from compressor.sweeps.network import Network
 from compressor.sweeps.survey import Survey
 from tests import pico
 from tests.learning import training_case
+from tests.pretended_gpu import GPU, pretended_gpu
 
 ROOT = Path(__file__).parents[1]
 PASSES = sorted(SETTINGS)
@@ -82,10 +83,13 @@ def made(name: str, **settings) -> Pass:
     return pass_class(importlib.import_module(f"compressor.passes.{name}"), name)(**settings)
 
 
-def applied(method: Pass, weight: torch.Tensor, hessian: torch.Tensor | None, generator: torch.Generator) -> Encoding:
+def applied(
+    method: Pass, weight: torch.Tensor, hessian: torch.Tensor | None, generator: torch.Generator,
+    kept: torch.Tensor | None = None,
+) -> Encoding:  # fmt: skip
     """What a pass makes of a matrix; what it only prunes is stored at eight bits."""
     if isinstance(method, WeightPass):
-        return method.encode(weight, Statistics(hessian), generator)
+        return method.encode(weight, Statistics(hessian, kept=kept), generator)
     assert isinstance(method, PruningPass)
     pruned, kept = method.prune(weight, Statistics(hessian, weight.abs() * 1e-3, 4, 16))
     return load_pass(ONLY_PRUNED).encode(pruned, Statistics(kept=kept), generator)
@@ -182,6 +186,24 @@ def test_a_pass_leaves_its_arguments_alone(name, settings):
     applied(made(name, **settings), weight, hessian, torch.Generator())
     for found, kept in zip((weight, hessian), pico.correlated(29, 90), strict=True):
         assert torch.equal(found, kept)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_what_a_pass_makes_lies_where_the_matrix_lies(name, settings, pruned):
+    method, (weight, moment) = made(name, **settings), pico.correlated(9, 24)
+    kept = weight.abs() > weight.abs().median() if pruned else None
+    if pruned and not (isinstance(method, WeightPass) and method.keeps_zeros):
+        return
+    weight = weight if kept is None else weight * kept
+    on_host = applied(method, weight, moment, torch.Generator().manual_seed(6), kept)
+    with pretended_gpu():
+        there = [None if each is None else each.to(GPU) for each in (weight, moment, kept)]
+        found = applied(method, *there[:2], torch.Generator().manual_seed(6), there[2])
+        assert {part.device for part in found.parts().values()} == {GPU}
+        assert restore(describe(found), found.parts()).decode().device == GPU
+        parts = {part: tensor.cpu() for part, tensor in found.parts().items()}
+    same_parts(restore(describe(found), parts), on_host)
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)

@@ -162,7 +162,9 @@ class Checkpoint:
             module.to(device)
         return module
 
-    def materialise(self, module: nn.Module, names: Iterable[str] | None = None, device: str = "cpu") -> None:
+    def materialise(
+        self, module: nn.Module, names: Iterable[str] | None = None, device: str | torch.device = "cpu"
+    ) -> None:
         """Load the named parameters and persistent buffers (all, by default) of a module from `build`.
 
         A tied parameter stays one object under all its names.

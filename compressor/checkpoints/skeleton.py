@@ -337,7 +337,7 @@ def _place(checkpoint: Checkpoint, module: nn.Module) -> None:
         checkpoint.tensors[name] = replace(checkpoint.tensors[name], place=place, groups=groups)
 
 
-def load(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str] | None, device: str) -> None:
+def load(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str] | None, device: str | torch.device) -> None:
     """Load parameters and persistent buffers by name; every name of a tied parameter gets the same object."""
     groups = {name: group for group in parameter_names(module).values() for name in group}
     persistent = module.state_dict(keep_vars=True)

@@ -147,6 +147,8 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, show_default="1 here, else the cluster's cores", help="How many "
                        "of them at a time.")] = None,
     address: Annotated[str, typer.Option(help="Of the Ray cluster; `local` starts one.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N|auto", help="Where blocks of language models and "
+                      "encoders are computed with; auto is a GPU where torch sees one.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
@@ -180,7 +182,7 @@ def run(
         target_flops=None if target_flops is None else parse_share(target_flops, "--target-flops"),
         max_loss=None if max_loss is None else parse_share(max_loss, "--max-loss"),
         max_ram=None if max_ram is None else parse_size(max_ram, "--max-ram"),
-        engine=engine.value, workers=workers, address=address,
+        engine=engine.value, workers=workers, address=address, device=device,
         target_latency=None if target_latency is None else parse_latency(target_latency, "--target-latency"),
         target_speedup=target_speedup, threads=threads, batch=batch,
     )  # fmt: skip

@@ -208,7 +208,7 @@ class Scaled(Encoding):
         """What the scales multiply: a new float32 tensor (rows, n_groups, group), of these `rows`."""
 
     def decode(self) -> Tensor:
-        matrix = torch.empty(self.shape)
+        matrix = torch.empty(self.shape, device=self.codes.device)
         scales = self.scales.decode().unsqueeze(-1).expand(self.shape[0], -1, -1)
         for start in range(0, self.shape[0], _ROWS):  # tables have many rows, and each step copies them
             rows = slice(start, start + _ROWS)
@@ -313,7 +313,7 @@ class Codebook(Encoding):
         """The codeword of each row's vectors, int32 (rows, n_groups·group / dim), in the tables one after another."""
         if self.window is not None:
             return states_of(self.codes, self.width, self.window)
-        book = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
+        book = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts)).to(self.codes.device)
         return (self.codes + (book * self.table.shape[1]).int().unsqueeze(1)).int()
 
     def stored(self) -> Tensor:
@@ -343,7 +343,7 @@ class Codebook(Encoding):
     def zero_codes(self) -> Tensor:
         """The code of the zero codeword everywhere, like `codes`; codewords of one weight, rows in their own order."""
         word = (self.table[..., 0] == 0).int().argmax(1).to(self.codes.dtype)
-        rows = torch.repeat_interleave(word, torch.tensor(self.counts))
+        rows = torch.repeat_interleave(word, torch.tensor(self.counts, device=word.device))
         return rows.unsqueeze(1).expand_as(self.codes).clone()
 
     def parts(self) -> dict[str, Tensor]:
@@ -434,14 +434,14 @@ class Sparse(Encoding):
         mask = unpack_plane(parts["mask"], 1, shape[1]).bool()
         inner = settings["inner"]
         if inner["kind"] == "dense":
-            values = torch.zeros(shape, dtype=parts["weight"].dtype)
+            values = torch.zeros(shape, dtype=parts["weight"].dtype, device=mask.device)
             values[mask] = parts["weight"].flatten()
             return cls(shape, Dense(shape, values))
         bits = inner["bits"] if inner["kind"] == "affine" else inner["width"]
         kept = unpack(_planes(parts, bits), bits, int(mask.sum())).flatten()
         columns = n_groups(shape[1], inner["group"]) * inner["group"]
         hollow = {name: part for name, part in parts.items() if name != "mask" and not name.startswith("codes")}
-        hollow |= _plane_parts(torch.zeros(shape[0], columns, dtype=kept.dtype), bits)
+        hollow |= _plane_parts(kept.new_zeros(shape[0], columns), bits)
         whole = restore(inner, hollow)
         if not isinstance(whole, (Affine, Codebook)):
             raise ValueError(f"sparse codes of '{whole.kind}', which has none")

@@ -40,6 +40,7 @@ class Identity(BaseModel):
     data       SHA-256 of what is learned from and judged by
     targets    what else the options asked for
     threads    of torch: sums in another order round otherwise
+    device     the product that blocks were computed with: `cpu`, or the name of a GPU, which rounds otherwise
     versions   of this package and of those that compute
     """
 
@@ -53,6 +54,7 @@ class Identity(BaseModel):
     format: Format
     targets: Targets = Targets()
     threads: int
+    device: str = "cpu"
     versions: dict[str, str]
 
     def digest(self) -> str:

@@ -40,6 +40,8 @@ class RunOptions:
     max_ram       bytes of memory; a plan that needs more is refused
     engine    where blocks are encoded side by side: local processes, or tasks on the Ray cluster at `address`
     workers   how many of them at a time; None: 1 of local processes, which is this one, and of a cluster its cores
+    device    where blocks of language models and encoders are computed with: cpu, cuda, cuda:1, or auto, which is a GPU
+              where there is one
     target_latency  seconds of one run in onnxruntime, for which networks are searched; target_speedup, times the
                   original's speed
     threads, batch  of onnxruntime, and examples in a run, that such a target is of; None: all cores
@@ -67,6 +69,7 @@ class RunOptions:
     engine: Engine = "local"
     workers: int | None = None
     address: str = "auto"
+    device: str = "cpu"
     target_latency: float | None = None
     target_speedup: float | None = None
     threads: int | None = None

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from compressor.core.device import HOST
 from compressor.core.encoding import Dense, Encoding, Layout, describe, parts_under, restore
 from compressor.core.errors import CheckpointError
 from compressor.core.files import whole
@@ -109,15 +110,17 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         paths: The files. Of two that have a tensor, the later one counts; it is read when it is asked for.
         tied: Names that stand for another tensor's, beside those that the files name.
         own: Whether tensors count that only smaller networks in it have.
+        device: Where what is read is put.
 
     Raises:
         CheckpointError: A file is damaged, or not written so.
     """
 
     def __init__(
-        self, paths: Iterable[Path | str], tied: Mapping[str, str] | None = None, own: bool = False
+        self, paths: Iterable[Path | str], tied: Mapping[str, str] | None = None, own: bool = False,
+        device: str | torch.device = HOST,
     ) -> None:  # fmt: skip
-        self._files, self._descriptions = {}, {}
+        self._files, self._descriptions, self._device = {}, {}, device
         self._places: dict[str, Place] = {}
         self.tied: dict[str, str] = dict(tied or {})
         for path in paths:
@@ -143,7 +146,7 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
             encoding = getattr(self[whole].encoding, half)
             return EncodedTensor(encoding, Layout(encoding.shape))
         description, handle = self._descriptions[name], self._files[name]
-        parts = {part: handle.get_tensor(part_name(name, part)) for part in description["parts"]}
+        parts = {part: handle.get_tensor(part_name(name, part)).to(self._device) for part in description["parts"]}
         layout = Layout(tuple(description["tensor_shape"]), description["transposed"])
         return EncodedTensor(restore(description, parts), layout)
 
@@ -273,4 +276,4 @@ def write_tensors(
             parts = tensors[name].encoding.parts()
             for part in sorted(parts):
                 file.seek(len(header) + places[name, part][0])
-                file.write(parts[part].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                file.write(parts[part].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

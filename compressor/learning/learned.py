@@ -64,7 +64,8 @@ def _pieces(n_rows: int) -> Iterator[slice]:
 
 def _decoded(encoding: Scaled, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix with other scales, rounded to `dtype`."""
-    matrix, every = torch.empty(encoding.shape, dtype=dtype), scales.expand(encoding.shape[0], -1).unsqueeze(2)
+    matrix = torch.empty(encoding.shape, dtype=dtype, device=scales.device)
+    every = scales.expand(encoding.shape[0], -1).unsqueeze(2)
     for rows in _pieces(encoding.shape[0]):
         matrix[rows] = (encoding.levels(rows) * every[rows]).flatten(1)[:, : encoding.shape[1]]
     return matrix
@@ -146,7 +147,7 @@ class _Decode(torch.autograd.Function):
         to_scales = (upstream * values).sum(2)
         to_values = (upstream * scales.unsqueeze(2)).reshape(-1, ctx.size[1])
         index = index.long()  # torch adds by int32 fifteen times slower
-        to_table = torch.zeros(ctx.size).index_add_(0, index, to_values)
+        to_table = torch.zeros(ctx.size, device=index.device).index_add_(0, index, to_values)
         ctx.learned.gather(to_values)
         return to_table, to_scales, None
 
@@ -219,7 +220,7 @@ class LearnedCodebook(_Read[Codebook]):
             return
         size = mean(gradient.pow(2)).sqrt().clamp_min(1e-30)
         if self._gathered is None:
-            self._gathered = torch.zeros(gradient.shape, dtype=torch.bfloat16)
+            self._gathered = torch.zeros_like(gradient, dtype=torch.bfloat16)
         self._gathered.add_(gradient, alpha=-self._moves.rate / float(size))
 
     @torch.no_grad()
@@ -250,7 +251,7 @@ class LearnedCodebook(_Read[Codebook]):
         distance = torch.cdist(grid, grid)
         distance.masked_fill_(distance == 0, torch.inf)
         near = distance.topk(min(self._moves.neighbours, size - 1), largest=False)
-        offset = (torch.arange(self._n_books) * size).view(-1, 1, 1)
+        offset = (torch.arange(self._n_books, device=flat.device) * size).view(-1, 1, 1)
         candidates = (near.indices + offset).flatten(0, 1)
         reach = near.values.flatten(0, 1).unsqueeze(2)
         pull = (flat[candidates] - flat.unsqueeze(1)) / reach / (reach / 8 + self._moves.delta)

@@ -44,8 +44,8 @@ def divergence(rows: Tensor, head: Head, original_rows: Tensor, original: Head, 
     """
     parts, total, counted = [], 0.0, 0
     table = head.table
-    to_table = torch.zeros(table.shape) if wanted.table else None
-    to_bias = torch.zeros(len(table)) if wanted.bias else None
+    to_table = torch.zeros(table.shape, device=table.device) if wanted.table else None
+    to_bias = torch.zeros(len(table), device=table.device) if wanted.bias else None
     for part, original_part in zip(rows.split(_POSITIONS), original_rows.split(_POSITIONS), strict=True):
         target = original(original_part).softmax(-1)
         logits = head(part)

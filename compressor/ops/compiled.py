@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
+import numpy as np
 import torch
+from torch import Tensor
 
 _LEAST_ROWS = 64
 """Fewer of them are not worth another thread."""
@@ -23,6 +25,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:
         return numba.njit(**options)(function)
+
+
+def on_host(*tensors: Tensor) -> list[np.ndarray]:
+    """Arrays for compiled loops, which run on the processor wherever tensors lie; copies where they must be."""
+    return [tensor.detach().cpu().contiguous().numpy() for tensor in tensors]
 
 
 def over_rows(n_rows: int, work: Callable[[slice], None]) -> None:

@@ -29,7 +29,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     for _ in range(4):
         work = hessian.T.clone(memory_format=torch.contiguous_format).T  # column by column, as LAPACK wants it
         work.diagonal().add_(damping * mean).masked_fill_(dead, 1.0 + float(damping * mean))
-        failed = torch.zeros((), dtype=torch.int32)
+        failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(work, out=(work, failed))  # in place: it is large
         if not failed:
             torch.cholesky_inverse(work, out=work)

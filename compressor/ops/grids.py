@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.ops.compiled import compiled, over_rows
+from compressor.ops.compiled import compiled, on_host, over_rows
 from compressor.ops.widths import zero_steps
 
 KINDS = ("middle", "half", "learned", "fine")
@@ -40,20 +40,16 @@ def search_scale(
     `zero`: "middle" (z = 2**(bits−1), the scale's sign free if `signed`), "half" (z = that − ½), "learned" (an
     integer from the group's range) or "fine" (that, of 8 bits). An all-zero group gets the least positive scale.
     """
-    size = groups.shape[-1]
-    rows = groups.detach().float().reshape(-1, size).contiguous().numpy()
-    emphasis = torch.as_tensor(weights).detach().float()
-    emphasis = emphasis.expand(*emphasis.shape[:-1], size).reshape(-1, size).contiguous().numpy()
+    size, emphasis = groups.shape[-1], torch.as_tensor(weights).float()
+    emphasis = emphasis.expand(*emphasis.shape[:-1], size).reshape(-1, size)
     scale, point = (torch.empty(*groups.shape[:-1], 1) for _ in range(2))
-    found = scale.view(-1).numpy(), point.view(-1).numpy()
+    given = *on_host(groups.float().reshape(-1, size), emphasis), scale.view(-1).numpy(), point.view(-1).numpy()
 
     def search(here: slice) -> None:
-        _search_rows(
-            rows, emphasis, *found, here.start, here.stop, shares(bits, n_steps), KINDS.index(zero), bits, signed
-        )
+        _search_rows(*given, here.start, here.stop, shares(bits, n_steps), KINDS.index(zero), bits, signed)
 
-    over_rows(len(rows), search)
-    return scale, point
+    over_rows(scale.numel(), search)
+    return scale.to(groups.device), point.to(groups.device)
 
 
 def shares(bits: int, n_steps: int = 20) -> np.ndarray:

@@ -41,7 +41,7 @@ def unpack_plane(packed: Tensor, width: int, n_codes: int) -> Tensor:
     if width == 16:
         pairs = packed.view(rows, -1, 2).to(torch.int32)
         return (pairs[..., 0] | pairs[..., 1] << 8)[:, :n_codes]
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8)
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
     spread = (packed.unsqueeze(-1) >> shifts) & (2**width - 1)
     return spread.reshape(rows, -1)[:, :n_codes]
 

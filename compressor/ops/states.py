@@ -15,7 +15,7 @@ def states_of(codes: Tensor, width: int, window: int) -> Tensor:
     """The state of each row, int32 (rows, n), of codes (rows before + rows, n)."""
     before = rows_before(width, window)
     rows = len(codes) - before
-    states = torch.zeros(rows, codes.shape[1], dtype=torch.int32)
+    states = torch.zeros(rows, codes.shape[1], dtype=torch.int32, device=codes.device)
     for back in range(before + 1):
         states |= codes[before - back : before - back + rows].int() << back * width
     return states & 2**window - 1

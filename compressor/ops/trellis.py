@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.ops.compiled import compiled
+from compressor.ops.compiled import compiled, on_host
 
 _NOT_FINITE = "points without a path through the trellis: they are not finite"
 _LARGE = np.float32(1e38)
@@ -33,8 +33,9 @@ def best_path(points: Tensor, weights: Tensor, codewords: Tensor, width: int) ->
     """
     if not math.isfinite(float(points.sum()) + float(weights.sum())):
         raise ValueError(_NOT_FINITE)
-    given = (each.float().contiguous().numpy() for each in (points, weights, codewords))
-    return torch.from_numpy(_path(*given, width))
+    return torch.from_numpy(_path(*on_host(points.float(), weights.float(), codewords.float()), width)).to(
+        points.device
+    )
 
 
 def feed_path(
@@ -43,7 +44,7 @@ def feed_path(
     """Error feedback within a block of columns, two of them at a time by the best path down all rows.
 
     Args:
-        current: (rows, columns), what is due; changed.
+        current: (rows, columns), what is due; may be changed.
         local: (columns, columns), the block's part of `inverse_factor`.
         scales: (rows, columns / 2), of each pair of columns.
         table: (2**window, 2).
@@ -54,13 +55,14 @@ def feed_path(
     Raises:
         ValueError: What is due is not finite.
     """
-    values, errors = torch.empty_like(current), torch.empty_like(current)
-    states = torch.empty(len(current), current.shape[1] // 2, dtype=torch.int32)
-    given = (each.contiguous().numpy() for each in (local, scales, table))
-    _feed(current.numpy(), *given, width, values.numpy(), errors.numpy(), states.numpy())
+    due = current.cpu()
+    values, errors = torch.empty_like(due), torch.empty_like(due)
+    states = torch.empty(len(due), due.shape[1] // 2, dtype=torch.int32)
+    found = values, errors, states
+    _feed(due.numpy(), *on_host(local, scales, table), width, *(each.numpy() for each in found))
     if not math.isfinite(float(errors.sum())):
         raise ValueError(_NOT_FINITE)
-    return values, errors, states
+    return values.to(current.device), errors.to(current.device), states.to(current.device)
 
 
 @compiled

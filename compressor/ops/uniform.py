@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressor.ops.compiled import compiled, over_rows
-from compressor.ops.error_feedback import error_feedback, feed_forward
+from compressor.ops.compiled import compiled, on_host, over_rows
+from compressor.ops.error_feedback import BUFFER, error_feedback, feed_forward
 from compressor.ops.grids import KINDS, best_grid, code, search_scale, shares
 from compressor.ops.vector_quantization import kmeans
 
@@ -160,22 +160,22 @@ class Grid:
         self, weight: Tensor, mask: Tensor | None, factor: Tensor, scale: Tensor, zero: Tensor, top: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Values on the grid and what was rounded to them; fills `scale` and `zero` on the way."""
-        emphasis = factor.diagonal().pow(-2).view(-1, self.group).numpy()
-        due, steps = torch.empty_like(weight), (top.float().squeeze(1) / 255).numpy()
-        kept = np.ones((0, 0), np.bool_) if mask is None else mask.contiguous().numpy()
-        how = shares(self.bits), KINDS.index(self.zero), self.bits, self.scale_bits
-        whole = due.numpy(), scale.numpy(), zero.numpy()
+        due, chosen_scale, chosen_zero = torch.empty(weight.shape), scale.cpu(), zero.cpu()
+        whole = due.numpy(), chosen_scale.numpy(), chosen_zero.numpy()
+        emphasis, steps = on_host(factor.diagonal().pow(-2).view(-1, self.group), top.float().squeeze(1) / 255)
+        (kept,) = on_host(torch.ones(0, 0, dtype=torch.bool) if mask is None else mask)
+        how = emphasis, kept, steps, shares(self.bits), KINDS.index(self.zero), self.bits, self.scale_bits
 
         def visit(begin: int, current: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
-            chosen, errors = torch.empty_like(current), torch.empty_like(current)
-            block = current.numpy(), local.contiguous().numpy(), chosen.numpy(), errors.numpy()
-            over_rows(
-                len(weight),
-                lambda here: _feed(*block, *whole, emphasis, kept, steps, *how, begin, here.start, here.stop),
-            )
-            return chosen, errors
+            chosen, errors = (torch.empty(current.shape) for _ in range(2))
+            block = *on_host(current, local), chosen.numpy(), errors.numpy()
+            over_rows(len(weight), lambda here: _feed(*block, *whole, *how, begin, here.start, here.stop))
+            return chosen.to(weight.device), errors.to(weight.device)
 
-        return feed_forward(weight, factor, self.group * max(1, 64 // self.group), visit), due
+        chosen = feed_forward(weight, factor, self.group * max(1, BUFFER // self.group), visit)
+        scale.copy_(chosen_scale)
+        zero.copy_(chosen_zero)
+        return chosen, due.to(weight.device)
 
     def _choose(self, groups: Tensor, emphasis: Tensor | float, top: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scales and zeros (rows, n_groups); scales as they are stored."""
@@ -236,14 +236,14 @@ class LevelGrid:
         stride = max(1, points.numel() // _POINTS)
         values = points.flatten()[::stride]
         weights = emphasis.repeat(len(points))[::stride].clamp_min(1e-12)
-        first = torch.quantile(values, (torch.arange(2**self.bits) + 0.5) / 2**self.bits)
+        first = torch.quantile(values, (torch.arange(2**self.bits, device=values.device) + 0.5) / 2**self.bits)
         means = kmeans(values.unsqueeze(1), weights, first.unsqueeze(1), _ITERATIONS).flatten()
         free = torch.arange(-8.0, 8.0)
         found = [0.0] if mask is not None else []
         for mean in means[means.abs().argsort(stable=True)].tolist()[len(found) :]:
             open_levels = free[~torch.isin(free, torch.tensor(found))]
             found.append(float(open_levels[(open_levels - mean).abs().argmin()]))
-        return torch.tensor(sorted(found))
+        return torch.tensor(sorted(found), device=points.device)
 
     def _search(self, groups: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
         """Scales (rows, n_groups) with the least weighted error among shares of the group's largest weight."""

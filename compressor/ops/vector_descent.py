@@ -66,7 +66,7 @@ def best_scales(weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, 
     units = table[codes].flatten(1)
     group = units.shape[1] // n_groups
     pull = (weight @ hessian * units).view(rows, n_groups, group).sum(2)
-    products = torch.empty(rows, n_groups, n_groups)
+    products = torch.empty(rows, n_groups, n_groups, device=weight.device)
     for i in range(n_groups):
         inside = slice(i * group, (i + 1) * group)
         products[:, i] = ((units[:, inside] @ hessian[inside]) * units).view(rows, n_groups, group).sum(2)

@@ -19,17 +19,17 @@ def nearest(points: Tensor, codewords: Tensor) -> Tensor:
         ValueError: A point is not finite.
     """
     if not len(points):
-        return torch.empty(0, dtype=torch.long)
+        return torch.empty(0, dtype=torch.long, device=points.device)
     threads = torch.get_num_threads()
     faiss.omp_set_num_threads(1)  # calls are many and short: on a busy machine threads would wait for one another
     try:
-        _, index = faiss.knn(points.contiguous().numpy(), codewords.contiguous().numpy(), 1)
+        _, index = faiss.knn(points.contiguous().cpu().numpy(), codewords.contiguous().cpu().numpy(), 1)
     finally:
         faiss.omp_set_num_threads(threads)  # which are torch's as well
     found = torch.from_numpy(index[:, 0])
     if int(found.min()) < 0:
         raise ValueError("points without a nearest codeword: they are not finite")
-    return found
+    return found.to(points.device)
 
 
 def nearest_within(points: Tensor, kept: Tensor, codewords: Tensor, supports: Tensor) -> Tensor:
@@ -37,8 +37,9 @@ def nearest_within(points: Tensor, kept: Tensor, codewords: Tensor, supports: Te
 
     A codeword of empty support must be there. Distances may be in another basis than the supports.
     """
-    places = 2 ** torch.arange(kept.shape[1])
-    pattern, found = (kept * places).sum(1), torch.empty(len(points), dtype=torch.long)
+    places = 2 ** torch.arange(kept.shape[1], device=kept.device)
+    pattern = (kept * places).sum(1)
+    found = torch.empty_like(pattern)
     for value in pattern.unique().tolist():
         rows = (pattern == value).nonzero().flatten()
         words = (~(supports & ~kept[rows[0]]).any(1)).nonzero().flatten()
@@ -62,8 +63,8 @@ def sparse_kmeans(
     all points of which nothing is kept.
     """
     alive = kept.any(1).nonzero().flatten()
-    alive = alive if len(alive) else torch.arange(len(points))
-    drawn = alive[torch.randperm(len(alive), generator=generator)[:size]]
+    alive = alive if len(alive) else torch.arange(len(points), device=points.device)
+    drawn = alive[torch.randperm(len(alive), generator=generator)[:size].to(alive.device)]
     drawn = drawn.repeat(-(-size // len(drawn)))[:size]
     codewords, supports = points[drawn].clone(), kept[drawn].clone()
     codewords[0], supports[0] = 0.0, False
@@ -75,7 +76,7 @@ def sparse_kmeans(
 
 def _means(points: Tensor, weights: Tensor, codewords: Tensor, index: Tensor) -> Tensor:
     """Weighted means of the points of each codeword; where it has none it stays."""
-    mass = torch.zeros(len(codewords)).index_add_(0, index, weights).unsqueeze(1)
+    mass = torch.zeros(len(codewords), device=codewords.device).index_add_(0, index, weights).unsqueeze(1)
     total = torch.zeros_like(codewords).index_add_(0, index, points * weights.unsqueeze(1))
     return torch.where(mass > 0, total / mass.clamp_min(torch.finfo(torch.float32).tiny), codewords)
 

@@ -47,7 +47,7 @@ class Affine(AffineSettings, WeightPass):
     def encode(self, matrix: Tensor, known: Statistics, generator: torch.Generator) -> AffineEncoding:
         """Of a matrix (out, in); gptq is nearest rounding where the hessian is not known."""
         hessian = known.hessian
-        n_rows, columns = matrix.shape
+        (n_rows, columns), place = matrix.shape, matrix.device
         group = group_columns(self.group, columns)
         factor, padding = None, -columns % group
         if self.method == "gptq" and hessian is not None:
@@ -56,9 +56,10 @@ class Affine(AffineSettings, WeightPass):
         grid = Grid(self.bits, group, self.zero, self.scale_bits, self._refine if self.method == "hqq" else None)
         at_once = max(1, _VALUES // columns)
         masks = [None] * -(-n_rows // at_once) if known.kept is None else known.kept.split(at_once)
-        codes = torch.empty(n_rows, columns + padding, dtype=torch.uint8)  # whole at once: pieces that stay keep what
-        scale, zero = (torch.empty(n_rows, n_groups(columns, group)) for _ in range(2))  # is freed between them
-        top = torch.empty(n_rows, 1, dtype=torch.float16)
+        # whole at once: pieces that stay keep what is freed between them
+        codes = torch.empty(n_rows, columns + padding, dtype=torch.uint8, device=place)
+        scale, zero = (torch.empty(n_rows, n_groups(columns, group), device=place) for _ in range(2))
+        top = torch.empty(n_rows, 1, dtype=torch.float16, device=place)
         for begin, rows, kept in zip(range(0, n_rows, at_once), matrix.split(at_once), masks, strict=True):
             fitted = grid.fit(rows, kept, factor)
             if factor is not None and hessian is not None and self.sweeps:

@@ -165,7 +165,7 @@ class Gblm(GblmSettings, PruningPass):
         """S (out, in); the lowest are dropped."""
         if self.score == "magnitude":
             return weight.abs()
-        norm = torch.ones(weight.shape[1])
+        norm = torch.ones(weight.shape[1], device=weight.device)
         if known.hessian is not None:
             norm = (known.hessian.diagonal() * max(1, known.window)).sqrt()
         if self.variant == "paper":

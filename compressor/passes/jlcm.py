@@ -64,7 +64,7 @@ def row_features(weight: Tensor) -> Tensor:
     scaled = weight / weight.pow(2).mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     ranked = scaled.sort(1).values
     at = torch.linspace(0, weight.shape[1] - 1, _QUANTILES).round().long()
-    return ranked[:, at]
+    return ranked[:, at.to(ranked.device)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -113,8 +113,9 @@ class Jlcm(JlcmSettings, WeightPass):
     def _order(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         n = min(self.codebooks, len(weight))
         if n == 1:
-            return torch.arange(len(weight)), (len(weight),)
-        return balanced_clusters(row_features(weight), n)
+            return torch.arange(len(weight), device=weight.device), (len(weight),)
+        order, counts = balanced_clusters(row_features(weight).cpu(), n)  # a loop over rows
+        return order.to(weight.device), counts
 
     def _table(
         self, weight: Tensor, rms: Tensor, moment: Tensor, kept: Tensor | None, group: int,
@@ -124,12 +125,12 @@ class Jlcm(JlcmSettings, WeightPass):
 
         With `kept`, codewords are zero in some places, and among them is zero itself.
         """
-        first, _ = start(self.width, self.dim)
+        first = start(self.width, self.dim)[0].to(weight.device)
         emphasis = (moment.view(-1, self.dim).mean(1) / moment.mean().clamp_min(1e-30)).sqrt().clamp_min(1e-3)
         scaled = weight.view(len(weight), -1, group) / rms.clamp_min(1e-12).unsqueeze(2)
         points = scaled.reshape(-1, self.dim)
         n_points = min(len(points), max(40_000, _POINTS_PER_CODEWORD * len(first)))
-        sample = torch.randperm(len(points), generator=generator)[:n_points]
+        sample = torch.randperm(len(points), generator=generator)[:n_points].to(points.device)
         weights = emphasis[sample % len(emphasis)]
         if kept is None:
             return kmeans(points[sample], weights, first.clone(), self.kmeans_iterations)
@@ -141,13 +142,13 @@ class Jlcm(JlcmSettings, WeightPass):
         counts: tuple[int, ...], group: int,
     ) -> Tensor:  # fmt: skip
         """Codes (rows, columns / dim) in the matrix's row order, chosen with error feedback, or without (factor 1)."""
-        codes = torch.empty(len(weight), weight.shape[1] // self.dim, dtype=torch.long)
+        codes = weight.new_empty(len(weight), weight.shape[1] // self.dim, dtype=torch.long)
 
         def quantise(begin: int, current: Tensor, factor: Tensor) -> Tensor:
             scale = scales[:, begin // group].unsqueeze(1).clamp_min(1e-12)
             inverse = torch.linalg.inv(factor)
             target = (current[:, : self.dim] / scale) @ inverse
-            values = torch.empty(len(weight), self.dim)
+            values = weight.new_empty(len(weight), self.dim)
             for rows, codewords in _books(order, counts, table):
                 if kept is None:
                     code = nearest(target[rows], codewords @ inverse)
@@ -159,7 +160,7 @@ class Jlcm(JlcmSettings, WeightPass):
             return values * scale
 
         buffer = self.dim * max(1, 64 // self.dim)
-        factor = inverse_factor(hessian, self.damping) if self.feedback else torch.eye(len(hessian))
+        factor = inverse_factor(hessian, self.damping) if self.feedback else torch.eye(len(hessian)).to(hessian.device)
         error_feedback(weight, factor, self.dim, quantise, buffer)
         return codes
 
@@ -171,7 +172,7 @@ class Jlcm(JlcmSettings, WeightPass):
         hessian = damped(hessian, self.damping)
         values, row = scales.values.clone(), None if scales.row is None else scales.row.clone()
         for rows, codewords in _books(order, counts, table):
-            for part in torch.arange(len(weight))[rows].split(_ROWS):
+            for part in torch.arange(len(weight), device=weight.device)[rows].split(_ROWS):
                 places = None if kept is None else kept[part]
                 own = Scales(values[part], None if row is None else row[part])
                 for _ in range(self.descent_rounds):

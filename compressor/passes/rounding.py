@@ -269,7 +269,7 @@ class Rounding(RoundingSettings, WeightPass):
         columns, padded = matrix.shape[1], matrix.start.due.shape[1]
         room = (0, padded - columns)
         mean = loss.hessian.diagonal().mean()
-        hessian = loss.hessian + self.damping * mean * torch.eye(columns)
+        hessian = loss.hessian + self.damping * mean * torch.eye(columns, device=mean.device)
         pull = loss.pull + self.damping * mean * loss.weight
         scale_bits = self.scale_bits if "scale" in self.learn else None
         hessian, pull = functional.pad(hessian, room + room), functional.pad(pull, room)
@@ -288,7 +288,7 @@ class Rounding(RoundingSettings, WeightPass):
         """The matrix at its start, open to learning."""
         (rows, columns), hessian, mask = weight.shape, known.hessian, known.kept
         group = group_columns(self.group, columns)
-        factor, emphasis = None, torch.ones(columns)
+        factor, emphasis = None, torch.ones(columns, device=weight.device)
         if self.start == "feedback" and hessian is not None:
             padding = -columns % group
             factor = inverse_factor(functional.pad(hessian, (0, padding, 0, padding)), self.damping)

@@ -53,7 +53,7 @@ class Trellis(TrellisSettings, WeightPass):
         group = group_columns(self.group, columns, DIM)
         weight, hessian = in_whole_groups(matrix, known.moment(columns), group)
         window = self.window_of((rows, columns))
-        table = gaussian_table(window)
+        table = gaussian_table(window).to(weight.device)
 
         def path(points: Tensor, weights: Tensor, codewords: Tensor) -> Tensor:
             return best_path(points, weights, codewords, self.width).long()
@@ -79,7 +79,7 @@ class Trellis(TrellisSettings, WeightPass):
         found: list[Tensor] = []
 
         def visit(begin: int, current: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
-            pairs = torch.arange(begin, begin + current.shape[1], DIM)
+            pairs = torch.arange(begin, begin + current.shape[1], DIM, device=scales.device)
             size = scales[:, pairs // group].clamp_min(1e-12)
             values, errors, states = feed_path(current, local, size, table, self.width)
             found.append(states)

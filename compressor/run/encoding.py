@@ -18,6 +18,7 @@ from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.again import Opening
 from compressor.checkpoints.sized import SizedCheckpoint
 from compressor.core.batch import Batch, Examples
+from compressor.core.device import HOST
 from compressor.core.errors import UsageError
 from compressor.core.files import whole
 from compressor.core.progress import Progress
@@ -62,6 +63,7 @@ class Course:
     ladder    the widths to allocate from; None where none are
     traced    whether torch has to trace the network for its graph
     workers   processes that encode its blocks; None where this one does
+    device    where its blocks lie while they are computed with
     """
 
     checkpoint: Checkpoint
@@ -72,6 +74,7 @@ class Course:
     traced: bool
     workers: Workers | None
     sizes: tuple[SizedCheckpoint, ...] = ()
+    device: str = HOST
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def restructured(start: Prepared, work: Work, progress: Progress, clock: Clock) 
     """The structure stage, where the recipe has one. Under torchrun every process calls it."""
     if not start.recipe.early:
         there, workers = start.checkpoint, _workers(start, work, start.plan)
-        return Course(there, start.recipe, start.plan, start.ladder, [], _is_traced(there, start), workers)
+        return Course(
+            there, start.recipe, start.plan, start.ladder, [], _is_traced(there, start), workers, device=start.device
+        )
     with clock.stage("structure"):
         reference = _reference(start.samples, start.recipe, work)
         checkpoint, reports = restructure(start.checkpoint, start.recipe, reference, work, progress)
@@ -129,9 +134,9 @@ def encode(
     """Everything from the network as it is to its encoded tensors."""
     checkpoint, recipe, plan, ladder = course.checkpoint, course.recipe, course.plan, course.ladder
     batches: list[Batch] = []
-    network = Network(checkpoint)
+    network = Network(checkpoint, device=course.device)
     with clock.stage("generation"):
-        written = _generated(checkpoint, recipe, work, network.fast, progress)
+        written = _generated(network, recipe, work, progress)
     if samples.calibration is not None:
         batches = calibration_batches(samples.calibration, recipe, work.folder.parent, work.seed, written)
     if course.traced:  # first of all, since torch may not be able to
@@ -156,7 +161,7 @@ def encode(
     n_steps = len(network.blocks) + 1 + bool(last_head(network, batches, recipe, found))
     with clock.stage("encoding"), progress.task("encoding", n_steps) as task:
         task.advance(0, note="tables")
-        network = Network(checkpoint)
+        network = Network(checkpoint, device=course.device)
         with course.workers or contextlib.nullcontext() as workers:
             tensors, files = encode_network(
                 network, batches, recipe, plan, found, work, lambda note: task.advance(note=note), workers
@@ -165,7 +170,8 @@ def encode(
     if recipe.distill.steps:
         with clock.stage("learning"):
             further = learning_batches(samples.calibration, recipe, work.folder.parent, work.seed, written)
-            tensors = learn(checkpoint, tensors, files, further, recipe, plan, work, progress)
+            original = Network(checkpoint, device=course.device)
+            tensors = learn(original, tensors, files, further, recipe, plan, work, progress)
     plan = _with_large_values(plan, tensors)
     return Encoded(tensors, batches, plan, None if allocation is None else allocation.report)
 
@@ -199,17 +205,15 @@ def _reference(samples: Samples, recipe: Recipe, work: Work) -> Reference:
     )
 
 
-def _generated(
-    checkpoint: Checkpoint, recipe: Recipe, work: Work, fast: bool, progress: Progress
-) -> torch.Tensor | None:
+def _generated(network: Network, recipe: Recipe, work: Work, progress: Progress) -> torch.Tensor | None:
     """What the original writes; None where the recipe asks for nothing of it."""
     n = n_generated(recipe)
     if not n:
         return None
     with progress.task("the original writes text", n_batches(n)) as task:
         return generated_tokens(
-            checkpoint, work.folder.parent, n, learning_window(recipe), work.folder, work.generator, fast,
-            lambda: task.advance(),
+            network.checkpoint, work.folder.parent, n, learning_window(recipe), work.folder, work.generator,
+            network.fast, lambda: task.advance(), network.device,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compressor.checkpoints.opening import model_digests, parse_arch
 from compressor.core.artifact import file_digest
+from compressor.core.device import HOST, product_of
 from compressor.core.identity import Identity, Targets
 from compressor.core.options import RunOptions
 from compressor.passes.settings.n2n import N2nSettings
@@ -17,13 +18,16 @@ VERSIONS = ("compressor", "torch", "onnxruntime", "transformers", "numpy")
 """What computes, by its name on the package index."""
 
 
-def identity_of(options: RunOptions, recipe: Recipe, data: Mapping[str, str | None], threads: int) -> Identity:
+def identity_of(
+    options: RunOptions, recipe: Recipe, data: Mapping[str, str | None], threads: int, device: str = HOST
+) -> Identity:
     """Which run the options ask for. Reads every byte of the model.
 
     Args:
         recipe: As it was loaded, before targets change it.
         data: SHA-256 of the calibration and of the evaluation data.
         threads: That torch computes with.
+        device: Where blocks lie while they are computed with.
 
     Raises:
         CheckpointError: The model is not there, or is none.
@@ -48,5 +52,6 @@ def identity_of(options: RunOptions, recipe: Recipe, data: Mapping[str, str | No
             batch=options.batch,
         ),
         threads=threads,
+        device=product_of(device),
         versions={name: metadata.version(name) for name in VERSIONS},
     )

@@ -18,6 +18,7 @@ from compressor.checkpoints import Checkpoint
 from compressor.checkpoints.computed import without_parametrisations
 from compressor.core.artifact import Artifact, beside
 from compressor.core.batch import Batch
+from compressor.core.device import repeatable
 from compressor.core.errors import ChangedError, GateFailed, UsageError, VerificationError
 from compressor.core.files import resolved
 from compressor.core.identity import Identity
@@ -100,7 +101,7 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
     place.watch(start.checkpoint.seen)
     _refuse_replacing_sources(place)
     samples, original = start.samples, start.checkpoint
-    identity = identity_of(options, start.loaded, samples.digest(), torch.get_num_threads())
+    identity = identity_of(options, start.loaded, samples.digest(), torch.get_num_threads(), start.device)
     target = target_of(start.options, original.family, samples)
     progress.say(_announcement(start.plan, original))
     for note in original.notes:
@@ -117,7 +118,8 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
         wait()
         course = restructured(start, work, progress, clock)
         course, search = narrowed(start, course, target, work, progress, clock)
-        encoded = encode(course, samples, target, work, progress, clock)
+        with repeatable(course.device):
+            encoded = encode(course, samples, target, work, progress, clock)
         checkpoint, recipe = course.checkpoint, course.recipe
         with clock.stage("export"), progress.task("exporting", 2) as task:
             many = ManySizes.of(checkpoint, course.sizes, recipe, course.reports)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.artifact import refuse_target
+from compressor.core.device import HOST, device_of, product_of, refuse_device
 from compressor.core.errors import CheckpointError, DataError, RecipeError, UsageError
 from compressor.core.options import RunOptions, refuse_seed
 from compressor.core.roles import block_of
@@ -60,6 +61,7 @@ class Prepared:
     checkpoint  the original: its tensors by name, of which none is read yet
     plan      what will become of each tensor; bytes, memory and seconds
     ladder    the widths to allocate from; None where none are, and where the network first becomes another
+    device    where blocks lie while they are computed with, as torch names it
     """
 
     asked: RunOptions
@@ -69,6 +71,7 @@ class Prepared:
     checkpoint: Checkpoint
     plan: Plan
     ladder: Ladder | None
+    device: str = HOST
 
     @cached_property
     def samples(self) -> Samples:
@@ -119,6 +122,7 @@ def first_recipe(asked: RunOptions) -> Recipe:
         UsageError: Something does, or the recipe or the seed is wrong.
     """
     refuse_seed(asked.seed)
+    refuse_device(asked.device)
     refuse_target(asked.directory, asked.force, asked.resume)
     refuse_reaching(asked.recipe, asked.trust_recipe)
     return load_recipe(asked.recipe, asked.sets)
@@ -134,10 +138,12 @@ def prepare(asked: RunOptions) -> Prepared:
     checkpoint = open_checkpoint(asked.model, arch=asked.arch, trust_pickle=asked.trust_pickle)
     checkpoint.check()
     options, recipe = aimed(asked, loaded, checkpoint)
+    device = device_of(asked.device, on_host_alone(options, recipe, checkpoint))
     recipe, notes = within_positions(recipe, checkpoint)
     plan = make_plan(checkpoint, recipe, options.format, workers=processes_of(options, checkpoint))
     plan = replace(plan, notes=(*plan.notes, *notes, *checkpoint.notes))
     plan = _with_workers(plan, options, recipe, checkpoint)
+    plan = _with_device(plan, device)
     if options.max_ram is not None:
         refuse_beyond(options.max_ram, plan, checkpoint.config or {}, recipe, workers=processes_of(options, checkpoint))
     refuse_unwritable(plan, options, recipe)
@@ -148,12 +154,35 @@ def prepare(asked: RunOptions) -> Prepared:
     plan = with_search(plan, recipe, options, checkpoint)
     plan = _without_cache(plan, checkpoint, options)
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
-    found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder)
+    found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder, device)
     _refuse_data(found)
     _refuse_undivided(found)
     samples = None if found.reads_text and options.data is None else found.samples
     found = found.planned(with_sizes(found.plan, recipe, options, checkpoint, samples))
     return _with_memory(_tried(_with_load(found)))
+
+
+def on_host_alone(options: RunOptions, recipe: Recipe, checkpoint: Checkpoint) -> str:
+    """Why no block of a run can be on a GPU; empty where all of them can."""
+    if checkpoint.family not in ("decoder", "encoder") or checkpoint.kind == "onnx":
+        return f"{checkpoint.path} runs on cpu alone, as all do but language models and encoders of transformers"
+    if recipe.early:
+        return f"{recipe.early[0].name} runs on cpu alone"
+    if options.allocates:
+        return "widths are allocated on cpu alone, for --target-size and --max-loss"
+    if options.searches:
+        return "networks are searched on cpu alone, for --target-latency and --target-speedup"
+    if options.side_by_side:
+        return f"{side_by_side_as_asked(options)}: blocks are encoded side by side on cpu alone"
+    return ""
+
+
+def _with_device(plan: Plan, device: str) -> Plan:
+    """The plan, which notes where blocks lie if that is not the host."""
+    if device == HOST:
+        return plan
+    note = f"blocks are on {device}, {product_of(device)}; planned are memory of both together, and the time of a cpu"
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def processes_of(options: RunOptions, checkpoint: Checkpoint) -> int:

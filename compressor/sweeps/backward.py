@@ -42,10 +42,10 @@ def find_logits(network: Network, call: Callable[[], Any]) -> None:
     assert head is not None
 
     def ends(values: Tensor) -> Tensor:
-        given = values.repeat(1, -(-head.out_features // len(values)))[None, :, : head.out_features]
+        given = values.to(network.device).repeat(1, -(-head.out_features // len(values)))[None, :, : head.out_features]
         with patched({head: lambda *args, **kwargs: given}):
             logits = named_outputs(call()).get("logits")
-        return torch.empty(0) if logits is None else logits.float().flatten()[: len(values)]
+        return torch.empty(0) if logits is None else logits.float().flatten()[: len(values)].cpu()
 
     network.logits = Logits.measured(ends)
 
@@ -70,7 +70,7 @@ def label_gradient(
         if labels is None:
             label = draw(probability, torch.rand(len(probability), 1, generator=generator))
         else:
-            label = labels[start : start + _POSITIONS].unsqueeze(1)
+            label = labels[start : start + _POSITIONS].unsqueeze(1).to(rows.device)
             probability.masked_fill_(label < 0, 0.0)
         counted = -(label >= 0).float()
         probability.scatter_add_(1, label.clamp_min(0), counted)
@@ -81,8 +81,9 @@ def label_gradient(
 class HiddenFiles:
     """Hidden states of each block's inputs in mapped files, in the precision that blocks compute in."""
 
-    def __init__(self, folder: Path, fast: bool) -> None:
-        self.folder, self.dtype = folder, torch.bfloat16 if fast else torch.float32
+    def __init__(self, folder: Path, network: Network) -> None:
+        self.folder, self.dtype = folder, torch.bfloat16 if network.fast else torch.float32
+        self.device = network.device
         self.files: list[Path] = []
         self.shapes: list[torch.Size] = []
 
@@ -92,13 +93,13 @@ class HiddenFiles:
         self.shapes = [part.shape for part in hidden]
         with path.open("wb") as file:  # not through the mapping: on a full disk that ends the process without a word
             for part in hidden:
-                file.write(part.to(self.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+                file.write(part.to(self.dtype).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self.files.append(path)
 
     def read(self, block: int) -> Iterator[Tensor]:
         """The inputs of a block, float32, one batch in memory at a time."""
         for part in self._map(self.files[block]):
-            yield part.to(torch.float32, copy=True)
+            yield part.to(self.device, torch.float32, copy=True)
 
     def close(self) -> None:
         for path in self.files:

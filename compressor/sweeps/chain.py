@@ -51,7 +51,7 @@ class Chain:
             CheckpointError: Its weights are too large for the encoding.
         """
         if "data" in self.needs:
-            known = replace(known, hessian=known.moment(matrix.shape[1]))
+            known = replace(known, hessian=known.moment(matrix.shape[1]).to(matrix.device))
         if self.prune is not None:
             matrix, kept = self.prune.prune(matrix, known)
             known = replace(known, kept=kept)

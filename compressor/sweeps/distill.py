@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,7 +22,6 @@ from compressor.core.passes import Moves, Rates
 from compressor.core.progress import Progress
 from compressor.core.tensors import EncodedTensors, write_tensors
 from compressor.core.work import Work
-from compressor.graph.blocks import without_cache
 from compressor.learning.distillation import distill
 from compressor.learning.head import Head
 from compressor.learning.student import Student
@@ -36,12 +34,16 @@ LEARNED = "learned.safetensors"
 
 
 def learn(
-    checkpoint: Any, tensors: EncodedTensors, files: list[Path], batches: list[Batch], recipe: Recipe, plan: Plan,
+    network: Network, tensors: EncodedTensors, files: list[Path], batches: list[Batch], recipe: Recipe, plan: Plan,
     work: Work, progress: Progress,
 ) -> EncodedTensors:  # fmt: skip
-    """The tensors with what was learned in place of what was encoded; unchanged where nothing learns."""
-    settings = recipe.distill
-    network = Network(checkpoint)
+    """The tensors with what was learned in place of what was encoded; unchanged where nothing learns.
+
+    Args:
+        network: The original, of whose weights none is replaced.
+        tensors: What the `files` hold.
+    """
+    settings, checkpoint = recipe.distill, network.checkpoint
     original_head = head_of(network.module)
     if not settings.steps or original_head is None or network.blocks == [""] or not batches:
         return tensors
@@ -57,17 +59,23 @@ def learn(
             )
         rows = _predictions(network, batches, recipe.calibration.tokens, work, progress)
         dtype = torch.bfloat16 if network.fast else torch.float32
-        table = checkpoint.read(_name_of(original_head.weight, network)).to(dtype)
+        table = checkpoint.read(_name_of(original_head.weight, network)).to(network.device, dtype)
         bias = None if original_head.bias is None else checkpoint.read(_name_of(original_head.bias, network)).float()
-        teacher = Head(table, bias, network.logits)
-        student = _student(checkpoint, tensors, settings, plan.pruned, network.fast)
+        teacher = Head(table, None if bias is None else bias.to(network.device), network.logits)
+        there = EncodedTensors(files, tensors.tied, device=network.device)
+        student = _student(network, there, settings, plan.pruned)
         head = head_of(student.module)
         assert head is not None
         rates = Rates(settings.codebook_rate, settings.scale_rate, settings.dense_rate)
+
+        def due(step: int) -> tuple[Batch, Tensor]:
+            number = step % len(batches)
+            return network.placed(batches[number]), rows(number)
+
         with progress.task("distilling", settings.steps) as task:
             for entry in distill(
-                student, lambda step: (batches[step % len(batches)], rows(step % len(batches))), teacher, head,
-                settings.steps, rates, dtype, lambda note: task.advance(note=note), network.blocks,
+                student, due, teacher, head, settings.steps, rates, dtype, lambda note: task.advance(note=note),
+                network.blocks,
             ):  # fmt: skip
                 work.log.append(entry)
         write_tensors(file, student.results())
@@ -94,15 +102,12 @@ def _predictions(
                 save_file({str(number): each for number, each in enumerate(rows)}, partial)
             network.last = []
     opened = [safe_open(str(file), framework="pt") for file in files]
-    return lambda number: opened[number // size].get_tensor(str(number % size))
+    return lambda number: opened[number // size].get_tensor(str(number % size)).to(network.device)
 
 
-def _student(
-    checkpoint: Any, tensors: EncodedTensors, settings: Distill, pruned: Collection[str], fast: bool
-) -> Student:
-    module: nn.Module = checkpoint.build()
-    without_cache(module)
-    dtype = torch.bfloat16 if fast else torch.float32
+def _student(original: Network, tensors: EncodedTensors, settings: Distill, pruned: Collection[str]) -> Student:
+    module = Network(original.checkpoint, original.fast, original.device).module
+    dtype = torch.bfloat16 if original.fast else torch.float32
     shared: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if id(parameter) not in shared:

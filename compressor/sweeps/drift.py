@@ -83,7 +83,7 @@ class Drift:
         moved = original - rows
         if importance is not None:
             moved.mul_(importance.unsqueeze(1))
-        total = self._sums.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1]))
+        total = self._sums.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1], device=rows.device))
         total.addmm_(moved.T, rows)
 
     def corrected(self, name: str, matrix: Tensor, moment: Tensor, n_rows: int) -> Tensor:
@@ -97,7 +97,7 @@ class Drift:
         settings, columns = self._settings, matrix.shape[1]
         share = settings.drift * min(1.0, n_rows / (ROWS_PER_COLUMN * columns))
         factor = damped(moment, settings.drift_damping).T  # column by column, as LAPACK wants it
-        failed = torch.zeros((), dtype=torch.int32)
+        failed = moment.new_zeros((), dtype=torch.int32)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))  # in place: it is large
         if failed:
             return matrix
@@ -107,6 +107,6 @@ class Drift:
 
 def blocks_beside(network: Network, batches: list[Batch]) -> Iterator[Beside]:
     """The original's blocks one after the other, loaded, with what reaches them."""
-    original = Network(network.checkpoint, network.fast)
+    original = Network(network.checkpoint, network.fast, network.device)
     for _, block, reached in original.sweep(batches):
         yield original, block, reached

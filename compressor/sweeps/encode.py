@@ -55,7 +55,8 @@ def encode_network(
         elsewhere: Other processes, where blocks that are encoded on the original's inputs go to them.
     """
     files = []
-    choice, head = Choice(recipe, plan), last_head(network, batches, recipe, survey)
+    choice, survey = Choice(recipe, plan), survey.to(network.device)
+    head = last_head(network, batches, recipe, survey)
     if network.outside:
         files.append(_outside(network, choice, survey, token_counts(batches), work, head))
         advance("tables")
@@ -72,7 +73,7 @@ def encode_network(
             original = None if beside is None else next(beside)
             wanted = next(targets) if targets is not None else []
             if file.exists():
-                _compute_with(block, name, EncodedTensors([file]))
+                _compute_with(block, name, EncodedTensors([file], device=network.device))
             else:
                 means = layer_means(block, reached) if recipe.calibration.correct_means else {}
                 learners: Learners = {}
@@ -90,7 +91,11 @@ def encode_network(
                 if means:
                     tensors |= _with_means(network, block, name, reached, means, choice)
                 write_tensors(file, tensors)
-                if _compute_with(block, name, EncodedTensors([file])) and learning is None and not means:
+                if (
+                    _compute_with(block, name, EncodedTensors([file], device=network.device))
+                    and learning is None
+                    and not means
+                ):
                     held.settle()
                 if drift is not None:
                     drift.settle()
@@ -203,7 +208,7 @@ def has_blocks(network: Network) -> bool:
 
 def _original_outputs(network: Network, batches: list[Batch]) -> Iterator[list[Tensor]]:
     """What each block of the original gives, from the original's own inputs."""
-    original = Network(network.checkpoint, network.fast)
+    original = Network(network.checkpoint, network.fast, network.device)
     sweep = original.sweep(batches)
     next(sweep)
     for _, _, reached in sweep:
@@ -260,7 +265,7 @@ def _outside(
             with network.loaded([name]):
                 tensors[name] = encode_outside(network, name, choice, survey, counts, work)
         write_tensors(file, tensors)
-    stored = EncodedTensors([file])
+    stored = EncodedTensors([file], device=network.device)
     for name in stored if choice.on_prefix else ():
         tensor = stored[name]
         if not isinstance(tensor.encoding, Dense) or tensor.encoding.values.dtype == torch.float16:
@@ -295,13 +300,13 @@ def encode_outside(
     if survey.head_moment is not None and head is not None and head.weight is module.weight:
         moment = survey.head_moment / survey.head_moment.diagonal().mean()
         if isinstance(module, nn.Embedding):
-            moment = moment + choice.recipe.embeddings.ridge * torch.eye(len(moment))
+            moment = moment + choice.recipe.embeddings.ridge * torch.eye(len(moment), device=moment.device)
     found = chain.of_layer(name, module, Statistics(moment), work.generator(name))
     spec = choice.spec(name)
     if not isinstance(spec, RefinedSpec):
         return found
     assert isinstance(found.encoding, Affine)
-    rows = _most_frequent(counts, found.encoding.shape[0], spec.n)
+    rows = _most_frequent(counts, found.encoding.shape[0], spec.n).to(network.device)
     left = found.layout.matrix(weight_of(module).data.float())[rows] - found.encoding.decode()[rows]
     extra = Chain(load_pass(choice.recipe.embeddings.extra()))
     encoded = extra.of_matrix(name, left, Statistics(moment), work.generator(name))
@@ -328,7 +333,8 @@ def _encode_block(
     dotted = f"{prefix}." if prefix else ""
     found = layers(block, dotted)
     chains = {name: chain for name, module in found.items() if (chain := choice.of(name, module)) is not None}
-    gradients = load_gradients(work.folder, prefix) if any(chain.wants_gradient for chain in chains.values()) else {}
+    wanted = any(chain.wants_gradient for chain in chains.values())
+    gradients = load_gradients(work.folder, prefix, network.device) if wanted else {}
     n_sequences = max(1, sum(n_examples(arguments) for arguments in reached))
     tensors = encode_recurrent(block, dotted, choice, work)
     encoded = [weight_of(found[name]) for name in chains]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.core.batch import Batch
+from compressor.core.device import HOST
 from compressor.core.errors import CheckpointError
 from compressor.core.files import whole
 from compressor.core.memory import give_back
@@ -37,9 +38,9 @@ Sequence = tuple[Batch, Tensor | None]
 """One example as the network takes it, and its labels (1, tokens): −100 where nothing is predicted."""
 
 
-def load_gradients(folder: Path, block: str) -> dict[str, Tensor]:
+def load_gradients(folder: Path, block: str, device: str | torch.device = HOST) -> dict[str, Tensor]:
     """What was gathered for a block's weights, (out, in) by name; "outside" for what lies in none."""
-    return load_file(_file(folder, block))
+    return {name: total.to(device) for name, total in load_file(_file(folder, block)).items()}
 
 
 def _file(folder: Path, block: str) -> Path:
@@ -72,7 +73,7 @@ class GradientFiles:
 
     def write(self, block: str, sums: Mapping[str, Tensor], n_sequences: int) -> None:
         """One block's file, whole or not at all."""
-        found = {name: (total if self.p == 1 else total.sqrt_()).contiguous() for name, total in sums.items()}
+        found = {name: (total if self.p == 1 else total.sqrt_()).cpu().contiguous() for name, total in sums.items()}
         for name, total in found.items():
             if not bool(total.isfinite().all()):
                 raise CheckpointError(f"{self.folder}: the gradient of '{name}' is not finite; is the network sound?")
@@ -103,7 +104,7 @@ class _Sums:
             if self.files.watch is not None:
                 self.files.watch(sequence, name, gradient)
             if name not in self.totals:
-                self.totals[name] = torch.zeros(gradient.shape)
+                self.totals[name] = torch.zeros(gradient.shape, device=gradient.device)
             if self.files.p == 1:
                 self.totals[name].add_(gradient.abs_())
             else:
@@ -118,7 +119,7 @@ def gather_gradients(
     sequences = _sequences(network, batches, generator)
     if network.blocks == [""] or _share_weights(network, files):
         return _whole(network, sequences, files, generator, advance)
-    stored = HiddenFiles(files.folder, network.fast)
+    stored = HiddenFiles(files.folder, network)
     try:
         for name, _, reached in network.sweep([batch for batch, _ in sequences]):
             if not name:  # only by running it was found to have no blocks
@@ -240,7 +241,7 @@ def _backward(network: Network, run: Callable[[], Any], labels: Tensor | None, g
         return
     with network.autocast():
         output = run()
-    loss = _own_loss(output, generator) if labels is None else _label_loss(output, labels)
+    loss = _own_loss(output, generator) if labels is None else _label_loss(output, labels.to(network.device))
     loss.backward()
 
 
@@ -261,9 +262,9 @@ def _own_loss(output: Any, generator: torch.Generator) -> Tensor:
     rows = y.float().flatten(0, -2) if y.dim() > 1 else y.float().unsqueeze(0)
     classes = (y.dim() in (2, 3) and named is not None) or (y.dim() == 2 and isinstance(output, Tensor))
     if classes and rows.shape[-1] > 1:
-        drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)
-        return functional.cross_entropy(rows, drawn.flatten())
-    noise = torch.randn(rows.shape, generator=generator)
+        drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator)
+        return functional.cross_entropy(rows, drawn.flatten().to(rows.device))
+    noise = torch.randn(rows.shape, generator=generator).to(rows.device)
     return -(rows * noise).sum(-1).mean()
 
 

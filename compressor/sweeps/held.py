@@ -31,12 +31,13 @@ class _Stage:
     file: Path
     shapes: list[torch.Size] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def add(self, rows: Tensor) -> None:
-        self.dtype = rows.dtype
+        self.dtype, self.device = rows.dtype, rows.device
         self.file.parent.mkdir(exist_ok=True)
         with self.file.open("ab") as file:
-            file.write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(rows.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self.shapes.append(rows.shape)
 
     def read(self, batch: int) -> Tensor:
@@ -46,7 +47,7 @@ class _Stage:
             file.seek(before * size)
             held = bytearray(shape.numel() * size)
             file.readinto(held)
-        return torch.frombuffer(held, dtype=self.dtype).view(shape)
+        return torch.frombuffer(held, dtype=self.dtype).view(shape).to(self.device)
 
 
 @contextlib.contextmanager

@@ -114,12 +114,12 @@ def moments_of(
         shared, n_tokens = second_moments(network, block, found, names, stage.calls, reached, importance, held, drift)
         return {name: (moment, n_tokens) for name, moment in shared.items()}
     widths = {name: weight_of(found[name]).shape[1] for name in names}
-    sums = {name: torch.zeros(width, width) for name, width in widths.items()}
+    sums = {name: torch.zeros(width, width, device=network.device) for name, width in widths.items()}
     counts = dict.fromkeys(names, 0)
 
     def watching(name: str) -> Callable[[nn.Module, tuple], None]:
         def watch(module: nn.Module, args: tuple) -> None:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(network.device.type, enabled=False):
                 for rows in unfolded_pieces(module, args[0], UNFOLDED_AT_ONCE):
                     add_gram(sums[name], rows)
                     counts[name] += len(rows)
@@ -166,7 +166,7 @@ def second_moments(
     def watch(_: nn.Module, args: tuple) -> None:
         if held is not None:
             held.note(args[0])
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(network.device.type, enabled=False):
             for rows in unfolded_pieces(lead, args[0], UNFOLDED_AT_ONCE):
                 original = None if drift is None else drift.next_rows()
                 for name in weighted or names[:1]:
@@ -176,7 +176,7 @@ def second_moments(
                         seen = rows * token.sqrt().unsqueeze(1)
                     if drift is not None and original is not None:
                         drift.add(name, original, rows, token)
-                    add_gram(sums.setdefault(name, torch.zeros(seen.shape[1], seen.shape[1])), seen)
+                    add_gram(sums.setdefault(name, torch.zeros(seen.shape[1], seen.shape[1], device=seen.device)), seen)
                 counts["tokens"] += len(rows)
         counts["calls"] += 1
         if counts["calls"] == calls:

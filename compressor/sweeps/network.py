@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.batch import Batch, arguments, call
+from compressor.core.device import HOST, fast_bfloat16, put_buffers
 from compressor.core.memory import give_back
 from compressor.core.resources import refuse_shortage
 from compressor.graph.blocks import (
     block_names,
     detached,
-    fast_bfloat16,
     first_tensor,
     patched,
     tensors_in,
@@ -52,19 +52,21 @@ def head_of(module: nn.Module) -> nn.Linear | None:
 class Network:
     """A checkpoint's module whose weights are read when their block is due.
 
-    `batches` are the forward's keyword arguments (or {"": tensor} for one positional input).
+    `batches` are the forward's keyword arguments (or {"": tensor} for one positional input), wherever they lie.
 
+    device   where blocks are computed with: weights come there when they are due, and batches as they enter
     begun    what the block that is due is run within by `sweep`; of each block anew
     logits   what becomes of an output head's outputs, once `backward.find_logits` has looked; None: unknown
     """
 
-    def __init__(self, checkpoint: Any, fast: bool | None = None) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Any, fast: bool | None = None, device: str | torch.device = HOST) -> None:
+        self.checkpoint, self.device = checkpoint, torch.device(device)
         self.module: nn.Module = checkpoint.build()
+        put_buffers(self.module, self.device)
         without_cache(self.module)
         self.module.requires_grad_(False)
         self.blocks = block_names(self.module)
-        self.fast = fast_bfloat16() if fast is None else fast
+        self.fast = fast_bfloat16(self.device) if fast is None else fast
         in_blocks = tuple(f"{name}." for name in self.blocks)
         names = list(dict(self.module.named_parameters())) + [
             name for name in self.module.state_dict() if name not in dict(self.module.named_parameters())
@@ -94,7 +96,7 @@ class Network:
         for group in groups:  # one at a time, so that one alone is there in its stored precision as well
             replaced = next((name for name in group if name in self._replaced), None)
             if replaced is None or group[0] not in aliases:
-                self.checkpoint.materialise(self.module, group[:1])
+                self.checkpoint.materialise(self.module, group[:1], self.device)
             if group[0] in aliases:
                 self._set(group, lambda p, name=replaced: (self._replaced[name]() if name else p.data).float())
         try:
@@ -121,11 +123,15 @@ class Network:
         return [f"{prefix}{name}" for name in self.block(block).state_dict(keep_vars=True)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.fast)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast)
 
     def call(self, batch: Batch) -> Any:
         """The whole forward of a batch."""
-        return call(self.module, batch)
+        return call(self.module, self.placed(batch))
+
+    def placed(self, batch: Batch) -> Batch:
+        """A batch where the network is."""
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @torch.no_grad()
     def enter(self, batches: list[Batch]) -> list[Arguments]:
@@ -144,7 +150,7 @@ class Network:
                         return [self.arguments(i, 0, state) for i, state in enumerate(entered)]
                     self._entered.clear()
             self.blocks, self.outside, self._entered = [""], [], []
-        return [arguments(batch) for batch in batches]
+        return [arguments(self.placed(batch)) for batch in batches]
 
     @property
     def own_head(self) -> str | None:

@@ -23,7 +23,7 @@ def allocated_shares(network: Network, plan: Plan, folder: Path) -> dict[str, fl
     for block in network.blocks if wanted else []:
         found = layers(network.block(block), f"{block}." if block else "")
         names = [name for name in found if name in wanted]
-        gradients = load_gradients(folder, block) if names else {}
+        gradients = load_gradients(folder, block, network.device) if names else {}
         with network.loaded(names):
             for name in names:
                 weight = matrix_of(found[name])

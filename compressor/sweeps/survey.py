@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoints.experts import routed
 from compressor.core.batch import Batch
+from compressor.core.device import HOST
 from compressor.core.errors import CheckpointError
 from compressor.core.log import LOGGER
 from compressor.graph.blocks import layers
@@ -58,11 +59,20 @@ class Survey:
     scales: dict[str, float] = field(default_factory=dict)
 
     def pack(self) -> dict[str, Tensor]:
-        """All of it as named tensors, for a file."""
-        found = {f"importance {name}": tensor.contiguous() for name, tensor in self.importance.items()}
-        found |= {f"channels {name}": tensor.contiguous() for name, tensor in self.channels.items()}
+        """All of it as named tensors on the host, for a file."""
+        host = self.to(HOST)
+        found = {f"importance {name}": tensor.contiguous() for name, tensor in host.importance.items()}
+        found |= {f"channels {name}": tensor.contiguous() for name, tensor in host.channels.items()}
         found |= {f"scales {name}": torch.tensor(value, dtype=torch.float64) for name, value in self.scales.items()}
-        return found if self.head_moment is None else found | {"head moment": self.head_moment}
+        return found if host.head_moment is None else found | {"head moment": host.head_moment}
+
+    def to(self, device: str | torch.device) -> Survey:
+        """The same, on a device."""
+        importance, channels = (
+            {name: each.to(device) for name, each in found.items()} for found in (self.importance, self.channels)
+        )
+        moment = None if self.head_moment is None else self.head_moment.to(device)
+        return Survey(importance, channels, moment, self.scales)
 
     @classmethod
     def unpack(cls, stored: dict[str, Tensor]) -> Survey:
@@ -107,7 +117,7 @@ def _importance(
     advance: Callable[[], None], found: Survey,
 ) -> None:  # fmt: skip
     """Fills `found`."""
-    stored = HiddenFiles(scratch, network.fast)
+    stored = HiddenFiles(scratch, network)
     try:
         for name, _, reached in network.sweep(batches):
             if not name:  # only by running it was found to have no blocks
@@ -124,14 +134,17 @@ def _importance(
 
 @torch.no_grad()
 def head_inputs(network: Network, batches: list[Batch], advance: Callable[[], None]) -> list[Tensor]:
-    """The untouched network's head inputs, bfloat16 (tokens, width) per batch: from them its logits are one product."""
+    """The untouched network's head inputs, bfloat16 (tokens, width) per batch: from them its logits are one product.
+
+    On the host, wherever the network is.
+    """
     for _ in network.sweep(batches):
         advance()
     rows = []
     with network.tail() as run:
         for batch, state in zip(batches, network.last, strict=True):
             caught = head_input(network, lambda batch=batch, state=state: run(batch, state))
-            rows.append(caught.detach().flatten(0, -2).to(torch.bfloat16))
+            rows.append(caught.detach().flatten(0, -2).to(torch.bfloat16).cpu())
     return rows
 
 

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicLayer
 
 from compressor.checkpoints.skeleton import parameter_names
+from compressor.core.device import HOST
 from compressor.core.errors import CheckpointError, first_line, is_out_of_memory
 from compressor.core.fake import shapes_alone
 from compressor.core.files import whole
@@ -75,9 +76,11 @@ def _read(module: nn.Module, tokens: Tensor, past: Any) -> tuple[Tensor, Any]:
 
 def generated_tokens(
     checkpoint: Any, tokenizer: Path, n: int, length: int, folder: Path, generator: Callable[[str], torch.Generator],
-    fast: bool, advance: Callable[[], None] = lambda: None,
+    fast: bool, advance: Callable[[], None] = lambda: None, device: str | torch.device = HOST,
 ) -> Tensor:  # fmt: skip
     """`n` documents of `length` tokens each, int64 (n, length); `advance` is called once per batch of documents.
+
+    The whole network is on the device meanwhile; what it writes is on the host.
 
     Each batch lies in `folder` once it is drawn, and draws from a generator of its own, so that an interrupted run goes
     on where it was and gives the same tokens.
@@ -90,7 +93,7 @@ def generated_tokens(
     for number, begin in enumerate(range(0, n, WINDOWS_AT_ONCE)):
         file = folder / f"generated-{number}.safetensors"
         if not file.exists():
-            module = _mapped(checkpoint, scratch, fast) if module is None else module
+            module = _mapped(checkpoint, scratch, fast, device) if module is None else module
             rows = min(WINDOWS_AT_ONCE, n - begin)
             drawn = sample_documents(module, first, rows, length, generator(f"generated {number}"), at_once)
             with whole(file) as partial:
@@ -116,12 +119,12 @@ def sample_documents(
     Which numbers decide does not depend on how many documents are written `at_once`.
     """
     chances = torch.rand(length, rows, generator=generator)
-    return torch.cat([_drawn(module, first, part) for part in chances.split(at_once, 1)])
+    return torch.cat([_drawn(module, first, part) for part in chances.split(at_once, 1)]).cpu()
 
 
 def _drawn(module: nn.Module, first: int, chances: Tensor) -> Tensor:
     """Tokens (rows, length), as `chances` (length, rows) in 0 … 1 decide."""
-    token = torch.full((chances.shape[1], 1), first)
+    token = torch.full((chances.shape[1], 1), first, device=next(module.parameters()).device)
     past, drawn = None, []
     for number, chance in enumerate(chances):
         if not number % _GIVEN_BACK:
@@ -193,8 +196,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None = No
     return torch.bmm(shares, values.flatten(0, 1)).view(batch, heads, 1, -1)
 
 
-def _mapped(checkpoint: Any, scratch: Path, fast: bool) -> nn.Module:
-    """The original, its parameters mapped from a file that is written here: the system may take their pages back."""
+def _mapped(checkpoint: Any, scratch: Path, fast: bool, device: str | torch.device) -> nn.Module:
+    """The original, its parameters mapped from a file that is written here: the system may take their pages back. On a
+    GPU they are copies of it."""
     module: nn.Module = checkpoint.build().requires_grad_(False)
     dtype = torch.bfloat16 if fast else torch.float32
     names = [group[0] for group in parameter_names(module).values()]
@@ -213,5 +217,5 @@ def _mapped(checkpoint: Any, scratch: Path, fast: bool) -> nn.Module:
     sizes = [shape.numel() for shape in shapes.values()]
     flat = torch.from_file(str(scratch), shared=True, size=sum(sizes), dtype=dtype)
     for (name, shape), part in zip(shapes.items(), flat.split(sizes), strict=True):
-        module.get_parameter(name).data = part.view(shape)
-    return module.to(dtype).eval()
+        module.get_parameter(name).data = part.view(shape).to(device)
+    return module.to(device, dtype).eval()

@@ -14,6 +14,7 @@ from compressor.passes.settings.affine import AffineSettings
 from compressor.passes.settings.jlcm import JlcmSettings
 from compressor.plan.recipe import Embeddings
 from tests import pico
+from tests.pretended_gpu import GPU, pretended_gpu
 
 ROWS, COLUMNS = 29, 90
 INNER = [
@@ -62,6 +63,16 @@ def test_its_bytes_are_those_of_the_plan(settings):
     }
     assert sparse.nbytes == spec.nbytes(ROWS, COLUMNS)
     assert {**spec.describe(ROWS, COLUMNS)} == describe(sparse)
+
+
+@pytest.mark.parametrize("settings", [*INNER, None], ids=str)
+def test_it_is_rebuilt_where_its_parts_lie(settings):
+    plain = Sparse((ROWS, COLUMNS), Dense((ROWS, COLUMNS), pruned()[0].half()))
+    sparse = plain if settings is None else encoded(settings)
+    with pretended_gpu():
+        again = restore(describe(sparse), {name: part.to(GPU) for name, part in sparse.parts().items()})
+        assert again.decode().device == GPU
+        assert torch.equal(again.decode().cpu(), sparse.decode())
 
 
 def test_plain_values_are_kept_as_they_are():

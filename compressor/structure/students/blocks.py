@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch, Examples, call
+from compressor.core.device import fast_bfloat16
 from compressor.core.errors import DataError
 from compressor.core.students import Student
-from compressor.graph.blocks import block_names, fast_bfloat16, without_cache
+from compressor.graph.blocks import block_names, without_cache
 from compressor.graph.depth import depth_units, without_units
 from compressor.learning.trainer import Fitting
 from compressor.passes.settings.n2n import N2nSettings

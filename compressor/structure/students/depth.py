@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from compressor.core.absent import Absent
 from compressor.core.batch import call
+from compressor.core.device import fast_bfloat16
 from compressor.core.students import Layer, Student
-from compressor.graph.blocks import fast_bfloat16, first_tensor, patched
+from compressor.graph.blocks import first_tensor, patched
 from compressor.graph.depth import Unit, hidden_of, with_hidden
 
 _POSITIONS = 256
