@@ -20,6 +20,7 @@ from compressor.run.identity import identity_of
 from compressor.run.pipeline import run
 from compressor.run.prepare import prepare
 from tests import pico
+from tests.core.interrupting import Interrupting
 from tests.pretended_gpu import GPU, WrongPlace, pretended_gpu
 
 SMALL = (
@@ -101,6 +102,20 @@ def test_a_gpu_gives_the_bytes_of_the_host_and_does_the_work(texts, model, biase
     assert gpu.ran[True]["aten::addmm_"]
     assert bool(gpu.ran[True]["aten::_fused_adam_"]) == ("distill" in RECIPES[name])
     assert not HEAVY & gpu.ran[False].keys()
+
+
+def test_a_resumed_run_is_on_the_gpu_again(texts, model):
+    Path("recipe.yaml").write_text("""
+passes: [{pass: affine, select: '*o_proj*', bits: 4}]
+embeddings: {bits: 4, group: 16}
+""")
+    asked = options(model, "recipe.yaml", "gpu", (*SMALL, "calibration.tokens=32"), device="cuda")
+    of_host = weights(replace(asked, output=Path("host"), device="cpu"))
+    interrupting = Interrupting("encoding", 2)
+    with pretended_gpu():
+        with pytest.raises(KeyboardInterrupt):
+            run(replace(asked, progress=interrupting))
+        assert weights(replace(asked, resume=True)) == of_host
 
 
 def test_the_pretended_gpu_notices_a_tensor_in_the_wrong_place():
