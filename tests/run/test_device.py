@@ -106,7 +106,7 @@ def test_a_gpu_gives_the_bytes_of_the_host_and_does_the_work(texts, model, biase
 
 def test_a_resumed_run_is_on_the_gpu_again(texts, model):
     Path("recipe.yaml").write_text("""
-passes: [{pass: affine, select: '*o_proj*', bits: 4}]
+passes: [{pass: affine, method: gptq, select: '*o_proj*', bits: 4}]
 embeddings: {bits: 4, group: 16}
 """)
     asked = options(model, "recipe.yaml", "gpu", (*SMALL, "calibration.tokens=32"), device="cuda")
