@@ -23,6 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.device("cuda", 0)
 _DEVICE, _IS_CUDA = (vars(torch._C.TensorBase)[name].__get__ for name in ("device", "is_cuda"))
+_ASKED = {
+    _DEVICE, _IS_CUDA, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.cuda, Tensor.backward, Tensor.to,
+}  # fmt: skip
 _COPIES, _FILLS = {"aten::copy_", "aten::_to_copy"}, {"aten::fill_", "aten::index_put_"}
 
 
@@ -129,13 +132,18 @@ class _Functions(TorchFunctionMode):
         self.gpu = gpu
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        device = kwargs.get("device") if kwargs else None
+        if func not in _ASKED and (device is None or torch.device(device).type == "meta"):
+            return func(*args, **(kwargs or {}))
         kwargs, gpu, first = dict(kwargs or {}), self.gpu, args[0] if args else None
         if func == _DEVICE:
             return GPU if gpu.has(first) else func(*args)
         if func == _IS_CUDA:
             return gpu.has(first)
-        if func in (Tensor.numpy, Tensor.__array__) and gpu.has(first):
-            raise WrongPlace(f"numpy of a tensor of {GPU}")
+        if func in (Tensor.numpy, Tensor.__array__):
+            if gpu.has(first):
+                raise WrongPlace(f"numpy of a tensor of {GPU}")
+            return func(*args, **kwargs)
         if func is Tensor.cpu:
             return gpu.moved(first, False)
         if func is Tensor.cuda:
@@ -145,9 +153,6 @@ class _Functions(TorchFunctionMode):
                 return torch.autograd.backward(first, kwargs.pop("gradient"), **kwargs)
         if func is Tensor.to:
             return self._to(first, args[1:], kwargs)
-        device = kwargs.get("device")
-        if device is None or torch.device(device).type == "meta":
-            return func(*args, **kwargs)
         there = torch.device(device).type == "cuda"
         if there and kwargs.get("generator") is not None:
             raise WrongPlace(f"{func.__name__}: a generator of cpu fills a tensor of {GPU}")

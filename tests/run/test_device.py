@@ -20,31 +20,32 @@ from compressor.run.identity import identity_of
 from compressor.run.pipeline import run
 from compressor.run.prepare import prepare
 from tests import pico
+from tests.core.interrupting import Interrupting
 from tests.pretended_gpu import GPU, WrongPlace, pretended_gpu
 
 SMALL = (
-    "calibration.tokens=96", "calibration.window=16", "embeddings.sweeps=0", "evaluation.tokens=0",
+    "calibration.tokens=64", "calibration.window=16", "embeddings.sweeps=0", "evaluation.tokens=0",
     "evaluation.speed=false",
 )  # fmt: skip
 RECIPES = {
     "fast": """
 imports: [llm-2bit-fast]
-passes: [{pass: trellis, window: 6, select: '*q_proj*'}]
+passes: [{pass: trellis, window: 6, select: '*layers.0.*q_proj*'}]
 embeddings: {sweeps: 1, refined: 16}
 """,
     "learned": """
 imports: [llm-2bit]
-passes: [{pass: trellis, window: 6, select: '*down_proj*'}]
+passes: [{pass: trellis, window: 6, select: '*layers.1.*down_proj*'}]
 embeddings: {refined: 16}
 distill: {steps: 2, tokens: 128}
 """,
     "pruned": """
-passes: [{pass: gblm, select: '*o_proj*'}, {pass: affine, select: '*o_proj*', bits: 4}]
+passes: [{pass: gblm, select: '*experts.0.down*'}, {pass: affine, method: gptq, select: '*experts.0.down*', bits: 4}]
 embeddings: {bits: 4, group: 16}
 calibration: {token_importance: false}
 """,
     "blocks": """
-passes: [{pass: jlcm, select: '*.dense.*', width: 4, dim: 2, group: 16, codebooks: 2, block_steps: 1}]
+passes: [{pass: jlcm, select: '*layers.1.*dense.*', width: 4, dim: 2, group: 16, codebooks: 2, block_steps: 1}]
 calibration: {inputs: prefix}
 embeddings: {bits: 4, group: 16}
 distill: {steps: 1, tokens: 16, mapping_rate: 0.1}
@@ -62,24 +63,31 @@ HEAVY = {
 """Operators that blocks, their moments, error feedback and learning are made of."""
 
 
-@pytest.fixture(scope="module")
-def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder with biases, of its head as well."""
-    config = transformers.PhiConfig(
-        vocab_size=pico.VOCABULARY, hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return pico.saved(config, transformers.PhiForCausalLM, tmp_path_factory.mktemp("biased"))
+COMMON = {
+    "vocab_size": pico.VOCABULARY, "hidden_size": 64, "intermediate_size": 76, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+"""Few columns: each operator takes its time to be watched."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of few columns: each operator takes its time to be watched."""
-    config = transformers.LlamaConfig(
-        vocab_size=pico.VOCABULARY, hidden_size=64, intermediate_size=76, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+    config = transformers.LlamaConfig(**COMMON, num_key_value_heads=1, tie_word_embeddings=True)
     return pico.saved(config, transformers.LlamaForCausalLM, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Path]:
+    """What each recipe is for: a mixture of experts, a decoder whose head has a bias, an encoder that is one block."""
+    folder = tmp_path_factory.mktemp("sources")
+    experts = transformers.MixtralConfig(**COMMON, num_key_value_heads=1, num_local_experts=3)
+    return {
+        "fast": model,
+        "learned": model,
+        "pruned": pico.saved(experts, transformers.MixtralForCausalLM, folder / "experts"),
+        "blocks": pico.saved(transformers.PhiConfig(**COMMON), transformers.PhiForCausalLM, folder / "biased"),
+        "encoder": pico.albert(folder / "albert"),
+    }
 
 
 def options(model: Path, recipe: str, output: str = "out", sets: tuple[str, ...] = (), **changes) -> RunOptions:
@@ -92,15 +100,28 @@ def weights(asked: RunOptions) -> bytes:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_gpu_gives_the_bytes_of_the_host_and_does_the_work(texts, model, biased, bert, name):
+def test_a_gpu_gives_the_bytes_of_the_host_and_does_the_work(texts, sources, name):
     Path("recipe.yaml").write_text(RECIPES[name])
-    source = {"encoder": bert, "blocks": biased}.get(name, model)
-    of_host = weights(options(source, "recipe.yaml", "host", SMALL))
+    of_host = weights(options(sources[name], "recipe.yaml", "host", SMALL))
     with pretended_gpu() as gpu:
-        assert weights(options(source, "recipe.yaml", "gpu", SMALL, device="cuda")) == of_host
+        assert weights(options(sources[name], "recipe.yaml", "gpu", SMALL, device="cuda")) == of_host
     assert gpu.ran[True]["aten::addmm_"]
     assert bool(gpu.ran[True]["aten::_fused_adam_"]) == ("distill" in RECIPES[name])
     assert not HEAVY & gpu.ran[False].keys()
+
+
+def test_a_resumed_run_is_on_the_gpu_again(texts, model):
+    Path("recipe.yaml").write_text("""
+passes: [{pass: affine, method: gptq, select: '*o_proj*', bits: 4}]
+embeddings: {bits: 4, group: 16}
+""")
+    asked = options(model, "recipe.yaml", "gpu", (*SMALL, "calibration.tokens=32"), device="cuda")
+    of_host = weights(replace(asked, output=Path("host"), device="cpu"))
+    interrupting = Interrupting("encoding", 0)
+    with pretended_gpu():
+        with pytest.raises(KeyboardInterrupt):
+            run(replace(asked, progress=interrupting))
+        assert weights(replace(asked, resume=True)) == of_host
 
 
 def test_the_pretended_gpu_notices_a_tensor_in_the_wrong_place():
