@@ -27,6 +27,7 @@ from compressor.core.work import Work
 from compressor.evaluate.operators import Operator as Layer
 from compressor.evaluate.operators import Table, operators, stored_as
 from compressor.evaluate.original import OriginalTensors, export_original
+from compressor.export.forms import form
 from compressor.ops.evolution import Genes, Space
 from compressor.passes.settings.sortednet import SortednetSettings
 from compressor.passes.sortednet import Sortednet
@@ -93,7 +94,8 @@ class Layers:
         planned = {tensor.name: tensor for tensor in self.original.plan.tensors}
         costs = []
         for name in self.names:
-            bits, layer = planned[name].describe().get("bits", 0), found.get(name)
+            kernel, layer = form(planned[name].describe(), self.start.options.mode), found.get(name)
+            bits = 0 if kernel is None else kernel.bits  # which are more than those that are stored, of 3 for instance
             widths = (bits, 8) if name in self.wider else (bits,)
             ways = () if layer is None else (*(stored_as(layer, static, width) for width in widths), layer)
             costs.append(tuple(self.table.seconds(way) for way in ways) or (0.0,) * (len(widths) + 1))

@@ -258,13 +258,15 @@ BERT = {"model": "bert", "arch": None, "recipe": "four.yaml", "data": "text.txt"
 
 
 def stored(name: str, folder: Path) -> str:
-    """How the file holds a layer that a recipe of four bits chose."""
+    """How the file holds a layer that a recipe stores in fewer than 8 bits."""
     described = EncodedTensors([folder / "model.safetensors"]).describe(name)
-    return {"dense": "float"}.get(described["kind"]) or {4: "stored", 8: "8 bits"}[described["bits"]]
+    return {"dense": "float"}.get(described["kind"]) or {8: "8 bits"}.get(described["bits"], "stored")
 
 
-def test_each_layer_of_a_network_is_in_the_bits_of_its_gene(tmp_path):
-    start = prepare(options(target_speedup=2.0, output=Path("bits"), **BERT))
+@pytest.mark.parametrize("bits", [4, 3])
+def test_each_layer_of_a_network_is_in_the_bits_of_its_gene(bits, tmp_path):
+    """The kernel of 3 bits is that of 4."""
+    start = prepare(options(target_speedup=2.0, output=Path("bits"), sets=(f"affine.bits={bits}",), **BERT))
     (note,) = [note for note in start.plan.notes if "searches among" in note]
     assert "each of 13 layers as the recipe stores it or as floats, 13 of them in 8 bits as well" in note
     assert "up to 60 networks" in note
@@ -276,6 +278,9 @@ def test_each_layer_of_a_network_is_in_the_bits_of_its_gene(tmp_path):
     trials = Work(place / "one", 0), Work(place / "other", 0)
     family = search._family(start, course, start.samples, target, trials, Table(place / "t", 1, 1), Progress())
     assert family.space.counts == (3,) * 13
+    assert {json.loads(key)["how"] for known in json.loads((place / "t").read_text()).values() for key in known} == {
+        "4", "8", "float"
+    }  # fmt: skip
     genes = tuple(i % 3 for i in range(13))
     (tmp_path / "made").mkdir()
     family.write(genes, tmp_path / "made")
@@ -289,7 +294,7 @@ def test_each_layer_of_a_network_is_in_the_bits_of_its_gene(tmp_path):
     assert found == {4: genes.count(0) + 1, 8: genes.count(1)}  # and the head, which is the table of tokens
     again = family.course(genes, trials[0]).plan
     assert {tensor.name: tensor.describe().get("bits", 32) for tensor in again.tensors if tensor.name in told} == {
-        name: {"stored": 4, "8 bits": 8, "float": 32}[how] for name, how in told.items()
+        name: {"stored": bits, "8 bits": 8, "float": 32}[how] for name, how in told.items()
     }
 
 
@@ -355,9 +360,15 @@ def test_operators_are_timed_as_they_are_stored_and_once(tmp_path, monkeypatch):
     conv = Operator((8, 4, 3, 3), (4, 10, 10), (1, 1), (1, 1, 1, 1), (1, 1))
     product = Operator((16, 32), (5,))
     assert [stored_as(conv, static, 8).how for static in (True, False)] == ["int8", "float"]
-    assert [stored_as(product, True, bits).how for bits in (4, 8, 16)] == ["4", "8", "float"]
+    assert [stored_as(product, True, bits).how for bits in (2, 4, 8, 16)] == ["2", "4", "8", "float"]
     table = Table(tmp_path / "t.json", 1, 2)
-    for operator in (conv, stored_as(conv, True, 8), product, stored_as(product, False, 4)):
+    for operator in (
+        conv,
+        stored_as(conv, True, 8),
+        product,
+        stored_as(product, False, 4),
+        stored_as(product, False, 2),
+    ):
         assert 0 < table.seconds(operator) < 1
     monkeypatch.setattr("compressor.evaluate.operators.timed", timed_never)
     assert Table(tmp_path / "t.json", 1, 2).seconds(conv) == table.seconds(conv)
