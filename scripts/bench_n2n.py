@@ -5,9 +5,13 @@
     scripts/bench_n2n.py depth [--tokens 512] [--students 40]
     scripts/bench_n2n.py heal [--steps 24]
     scripts/bench_n2n.py fashion [--images 20000] [--students 150] [--transfer] [--seeds 0 1 2]
+    scripts/bench_n2n.py trainability [--students 30] [--seeds 0 1 2]
 
 The Fashion-MNIST teachers learn from 30,000 images that no search sees; searches split `--images` others into those
 that students learn from and those that they are judged on, and the best student is distilled on the former.
+
+`trainability` draws students of one size for each seed, trains them briefly, and tells how far GradSign ranks them as
+their accuracies do: as its authors take it, and as searches took it once, which leave it out since then.
 
 Every answer of a search goes to a journal in the cache, so that what is interrupted goes on where it was. Held-out
 perplexity is measured in torch on the first 4 windows of 512 tokens of each text; neither was searched on. Results go
@@ -17,9 +21,13 @@ to docs/measured/n2n.json.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import json
 import math
+import random
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +43,21 @@ from torch.nn import functional
 
 from compressor import data
 from compressor.checkpoints import open_checkpoint
-from compressor.core.batch import Examples
+from compressor.core.batch import Examples, call
 from compressor.core.device import fast_bfloat16
 from compressor.core.options import RunOptions
 from compressor.core.progress import make_progress
-from compressor.core.students import Student
+from compressor.core.students import MULTIPLIERS, Student
 from compressor.data.tokens import tokenize, windows
 from compressor.graph.blocks import block_names
+from compressor.graph.cost import multiplications, positions
 from compressor.graph.depth import depth_units, without_units
 from compressor.learning.trainer import Fitting
+from compressor.ops.predictors import kendall
 from compressor.passes.n2n import N2n, Search
 from compressor.passes.settings.hesso import HessoSettings
 from compressor.run.pipeline import run
+from compressor.structure.students.layers import LayerEvaluator, LayerWorkshop
 from compressor.structure.students.making import students_of
 
 WINDOW, COUNTS, HELD_OUT = 512, (3, 6, 9), 4
@@ -261,6 +272,161 @@ def fashion(n_images: int, n_students: int, transfer: bool, seeds: list[int]) ->
         print(name, {k: v for k, v in rows[name].items() if k not in ("curve", "shrunk", "removed")}, flush=True)
 
 
+SIZE, BAND, LEARNED, RESAMPLED = 0.4, 0.02, 10000, 2000
+"""Of students: their share of the teacher's parameters, and by how much of it they may differ; the images that the
+teacher learns from; and how many times students are drawn again for an interval."""
+
+
+def signs(module: nn.Module, images: Tensor, labels: Tensor, weights: bool, own: bool) -> float:
+    """GradSign (arXiv 2110.08616), Σ_θ |Σ_i sgn ∂ℓ(x_i)/∂θ|.
+
+    Args:
+        weights: Of convolutions and linears alone, not of all parameters.
+        own: Batch norms go by the statistics of each image alone.
+    """
+    if own:
+        module = torch.func.replace_all_batch_norm_modules_(copy.deepcopy(module))
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    scored = {
+        f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))
+    } if weights else set(parameters)  # fmt: skip
+
+    def loss(chosen: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        output = torch.func.functional_call(module, parameters | chosen, (image[None],))
+        return functional.cross_entropy(output, label[None])
+
+    chosen = {name: parameters[name] for name in scored}
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(chosen, images, labels)
+    return float(sum(each.sign().sum(0).abs().double().sum() for each in gradients.values()))
+
+
+def of_one_size(workshop: LayerWorkshop, n: int, seed: int) -> list[Student]:
+    """Different students whose parameters differ by little."""
+    generator, found = random.Random(seed), list[Student]()
+    while len(found) < n:
+        gone = [i for i, layer in enumerate(workshop.layers) if not layer.fixed and generator.random() < 0.25]
+        shrunk = [
+            (i, "outputs", generator.choice(MULTIPLIERS))
+            for i, layer in enumerate(workshop.layers) if "outputs" in layer.shrinks
+        ]  # fmt: skip
+        student = Student.of(gone, shrunk)
+        size = workshop.size(student)
+        near = size is not None and abs(size / workshop.parameters / SIZE - 1) <= BAND
+        if near and student not in found:
+            found.append(student)
+    return found
+
+
+def trainability(n_students: int, seeds: list[int]) -> None:
+    """Accuracies and scores of students of one size, a set of them for each seed."""
+    folder = cached("n2n/trainability")
+    images, labels = fashion_images("train")
+    teacher = networks.ResNet18(8)
+    weights = fashion_teacher(folder, 8, images[-LEARNED:], labels[-LEARNED:])
+    teacher.load_state_dict(torch.load(weights, weights_only=True))
+    settings = N2n(units="layer", student_examples=2000, student_epochs=2, validation=4000, student_rate=3e-3, jobs=1)
+    examples = Examples({"": torch.from_numpy(images[:6000])}, torch.from_numpy(labels[:6000]))
+    for seed in seeds:
+        found = read_results("n2n").get("trainability", {})
+        if len(found.get("sets", {}).get(str(seed), {}).get("parameters", ())) == n_students:
+            continue
+        began = time.process_time()
+        workshop = LayerWorkshop(teacher.eval(), examples, settings, seed, None, lambda share, note: None)
+        students = of_one_size(workshop, n_students, seed)
+        rows = [scored_and_trained(workshop.evaluator, student) for student in students]
+        results = read_results("n2n")
+        found = results.get("trainability", {})
+        sets = found.get("sets", {}) | {str(seed): {name: [row[name] for row in rows] for name in rows[0]}}
+        results["trainability"] = {
+            "students": n_students, "teacher_parameters": workshop.parameters, "size": SIZE, "band": BAND,
+            "teacher_accuracy": workshop.evaluator.accuracy(teacher), "student_examples": settings.student_examples,
+            "student_epochs": settings.student_epochs, "validation": settings.validation,
+            "cpu_seconds": found.get("cpu_seconds", 0) + round(time.process_time() - began),
+            "sets": dict(sorted(sets.items())),
+        }  # fmt: skip
+        write_results("n2n", results)
+        print(trainability_table(results), flush=True)
+
+
+def scored_and_trained(evaluator: LayerEvaluator, student: Student) -> dict[str, float]:
+    """What a student's scores are, and its accuracies after trainings from inherited weights and from fresh ones."""
+    fresh = dataclasses.replace(evaluator, settings=evaluator.settings.model_copy(update={"init": "fresh"}))
+    again = dataclasses.replace(evaluator, seed=evaluator.seed + 1000)
+    module, drawn = evaluator.build(student), fresh.build(student)
+    batch, labels = evaluator.validation.take(torch.arange(128))
+    assert labels is not None
+    few = batch[""][:16], labels[:16]
+    many = batch[""], labels
+    return {
+        "authors": signs(drawn, *many, weights=True, own=True),
+        "fresh": signs(drawn, *many, weights=True, own=False),
+        "inherited": signs(module, *few, weights=False, own=False),
+        "inherited, weights, 128": signs(module, *many, weights=True, own=False),
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "multiplications": multiplications(module, {}, positions(module, call, {"": batch[""][:1]})),
+        "inherit accuracy": next(evaluator.evaluate([student]))[1],
+        "fresh accuracy": next(fresh.evaluate([student]))[1],
+        "another training": next(again.evaluate([student]))[1],
+    }  # fmt: skip
+
+
+def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+    """ρ: the correlation of ranks, ties having their mean; 0 where either is all ties."""
+    x, y = (np.sign(np.subtract.outer(each, each)).sum(1) for each in (np.asarray(a, float), np.asarray(b, float)))
+    return float(x @ y / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else 0.0
+
+
+def agreement(
+    sets: Sequence[dict[str, list[float]]], score: str, accuracy: str, measure: Callable[..., float]
+) -> tuple[float, float, float]:  # fmt: skip
+    """The mean over sets, and the interval in which 95 % of it are when students are drawn again in each."""
+    pairs = [(np.asarray(each[score]), np.asarray(each[accuracy])) for each in sets]
+    generator, means = np.random.default_rng(0), []
+    for _ in range(RESAMPLED):
+        drawn = [generator.integers(len(a), size=len(a)) for a, _ in pairs]
+        means.append(np.mean([measure(a[rows], b[rows]) for (a, b), rows in zip(pairs, drawn, strict=True)]))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(np.mean([measure(a, b) for a, b in pairs])), float(low), float(high)
+
+
+SCORES = {
+    "authors": "GradSign: fresh weights of convolutions and linears, 128 images, batch norms by each alone",
+    "fresh": "the same, batch norms as they begin",
+    "inherited": "GradSign: all parameters at inherited weights, 16 images",
+    "inherited, weights, 128": "weights of convolutions and linears at inherited weights, 128 images",
+    "parameters": "parameters", "multiplications": "multiplications",
+    "another training": "accuracy after another training from inherited weights",
+}  # fmt: skip
+
+
+def trainability_table(results: dict[str, Any]) -> str:
+    """A row per score, columns of both accuracies."""
+    found = results["trainability"]
+    sets = list(found["sets"].values())
+    rows: list[list[object]] = []
+    for score, title in SCORES.items():
+        cells = [
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*agreement(sets, score, accuracy, measure))
+            for accuracy in ("inherit accuracy", "fresh accuracy") for measure in (kendall, spearman)
+        ]  # fmt: skip
+        rows.append([title, *cells])
+    spans = []
+    for name in ("inherit accuracy", "fresh accuracy"):
+        values = [value for each in sets for value in each[name]]
+        spans.append(f"{min(values):.1%} to {max(values):.1%}")
+    head = (
+        f"Of {len(sets)} × {found['students']} students of {found['size']:.0%} of a ResNet-18-like teacher's "
+        f"{found['teacher_parameters']:,} parameters, within {found['band']:.0%}, which learn on "
+        f"{found['student_examples']:,} images of Fashion-MNIST for {found['student_epochs']} epochs: how far scores "
+        f"rank them as their accuracies on {found['validation']:,} others do, which are {spans[0]} from inherited "
+        f"weights and {spans[1]} from fresh ones (the teacher's {found['teacher_accuracy']:.1%}). Means over the sets, "
+        f"and 95 % intervals of {RESAMPLED:,} draws of as many students. {number(found['cpu_seconds'], 0)} "
+        "CPU-seconds.\n\n"
+    )
+    titles = ["score", "τ, inherited", "ρ, inherited", "τ, fresh", "ρ, fresh"]
+    return head + markdown(titles, rows)
+
+
 def fashion_table(results: dict[str, Any]) -> str:
     """A row per search."""
     found = results["fashion"]
@@ -291,7 +457,7 @@ def fashion_table(results: dict[str, Any]) -> str:
 
 def n2n_table(results: dict[str, Any]) -> str:
     """All of what was measured."""
-    made = {"depth": depth_table, "fashion": fashion_table}
+    made = {"depth": depth_table, "fashion": fashion_table, "trainability": trainability_table}
     return "\n\n".join(make(results) for name, make in made.items() if name in results)
 
 
@@ -331,21 +497,23 @@ def depth_table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("depth", "heal", "fashion"))
+    parser.add_argument("what", choices=("depth", "heal", "fashion", "trainability"))
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--students", type=int, default=40)
+    parser.add_argument("--students", type=int, help="40; of one size 30")
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--transfer", action="store_true")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", help="0; of students of one size 0 1 2")
     parser.add_argument("--most", type=int, default=100, help="searches of this call")
     parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
     if arguments.what == "depth":
-        depth(arguments.tokens, arguments.students, arguments.most)
+        depth(arguments.tokens, arguments.students or 40, arguments.most)
     elif arguments.what == "heal":
         heal(arguments.tokens, arguments.steps)
+    elif arguments.what == "trainability":
+        trainability(arguments.students or 30, arguments.seeds or [0, 1, 2])
     else:
-        fashion(arguments.images, arguments.students, arguments.transfer, arguments.seeds)
+        fashion(arguments.images, arguments.students or 40, arguments.transfer, arguments.seeds or [0])
 
 
 if __name__ == "__main__":

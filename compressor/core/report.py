@@ -263,12 +263,31 @@ class Blame(_Section):
 
 
 class Gates(_Section):
-    """Whether the recipe's limits are kept, a sentence for each that is not, one for each that few data leave open."""
+    """Whether the recipe's limits are kept, a sentence for each that is not, one for each that few data leave open.
+
+    sizes   of an artifact of several networks, those of the smaller ones by name; `failures` has them, too
+    """
 
     passed: bool = True
     failures: list[str] = []
+    sizes: dict[str, list[str]] = {}
     doubts: list[str] = []
     blame: list[Blame] = []
+
+    @classmethod
+    def of(cls, failures: list[str], sizes: dict[str, list[str]], doubts: list[str], blame: list[Blame]) -> Gates:
+        """Of what the artifact's network misses, and what smaller ones do, each by its name."""
+        missed = {name: found for name, found in sizes.items() if found}
+        told = [f"size {name}: {failure}" for name, found in missed.items() for failure in found]
+        found = cls(passed=not (failures or told), failures=failures + told, doubts=doubts, blame=blame)
+        if missed:
+            found.sizes = missed
+        return found
+
+    def of_size(self, size: str, largest: bool) -> list[str]:
+        """What one of several networks misses."""
+        told = {f"size {name}: {failure}" for name, found in self.sizes.items() for failure in found}
+        return [each for each in self.failures if each not in told] if largest else self.sizes.get(size, [])
 
 
 class Searched(_Section):

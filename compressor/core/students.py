@@ -90,10 +90,6 @@ class Students(Protocol):
         """The accuracy of each after a short training, by the teacher's measure; each student is evaluated once."""
         ...
 
-    def trainability(self, student: Student) -> float:
-        """GradSign's score; higher is better, between students of one size."""
-        ...
-
     def influence(self) -> list[float]:
         """1 − cos(input, output) of each block."""
         ...

@@ -36,7 +36,7 @@ from compressor.core.artifact import (
 from compressor.core.errors import CheckpointError, UsageError, VerificationError, first_line
 from compressor.core.files import put, resolved, sync_tree, write_text
 from compressor.core.reading import is_inside, refuse_links
-from compressor.core.report import Report
+from compressor.core.report import Gates, Report
 from compressor.core.resources import refuse_shortage
 from compressor.core.sizes import GRAPH, RECORD, SizeEntry, chosen_size, graph_file
 from compressor.core.tensors import EncodedTensors, write_tensors
@@ -89,7 +89,7 @@ def extract(directory: Path, size: str, output: Path | None = None, force: bool 
         ir.save(model, scratch / GRAPH)
         left = _copy_others(directory, entry, largest, scratch)
         _compare(open_session(graph), open_session(scratch), scratch)
-        found = _describe(artifact, entry, size, scratch, target.name)
+        found = _describe(artifact, entry, size, largest, scratch, target.name)
         sync_tree(scratch)
         put(scratch, target, aside)
     finally:
@@ -245,15 +245,16 @@ def _compare(before: ModuleSession, after: ModuleSession, folder: Path) -> None:
             raise VerificationError(f"{folder}: '{name}' is not what the artifact gives; please report the recipe")
 
 
-def _describe(artifact: Artifact, entry: SizeEntry, size: str, folder: Path, title: str) -> int:
+def _describe(artifact: Artifact, entry: SizeEntry, size: str, largest: bool, folder: Path, title: str) -> int:
     """compression.json, page and card of what lies in the folder; the bytes of all that it needs."""
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name not in NOT_NEEDED}
     ordered: Mapping[str, int] = dict(sorted(files.items(), key=lambda item: (-item[1], item[0])))
     original = (artifact.report.get("size") or {}).get("original_bytes")
     kept = {key: value for key, value in artifact.report.items() if key in _KEPT}
+    missed = Gates.model_validate(artifact.report.get("gates") or {}).of_size(size, largest)
     said = kept | {
         "quality": entry.quality, "size": {"bytes": sum(files.values()), "files": ordered, "original_bytes": original},
-        "speed": {"measured": False} | _shapes(artifact), "gates": {"passed": True, "failures": []},
+        "speed": {"measured": False} | _shapes(artifact), "gates": {"passed": not missed, "failures": missed},
         "sha256": {name: file_digest(folder / name) for name in sorted(files)},
         "extracted": {"size": size, "of": artifact.directory.name},
     }  # fmt: skip

@@ -118,10 +118,10 @@ def timed(operator: Operator, threads: int | None = None, batch: int = 1) -> flo
 
 
 def stored_as(operator: Operator, static: bool, bits: int) -> Operator:
-    """The same as an artifact computes it, whose weights have so many bits."""
+    """The same as an artifact computes it, whose kernel takes weights of so many bits."""
     if operator.is_convolution:
         return replace(operator, how="int8") if static else operator
-    return replace(operator, how=str(bits)) if bits in (4, 8) else operator
+    return replace(operator, how=str(bits)) if bits in (2, 4, 8) else operator
 
 
 def _model(operator: Operator, batch: int) -> onnx.ModelProto:

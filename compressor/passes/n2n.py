@@ -199,19 +199,13 @@ class Search:
         return found
 
     def _worth_training(self, students: Sequence[Student], sizes: Sequence[int | None]) -> list[Student]:
-        """Without those that cannot be, cannot win, are worse than an equal, or are beyond `max_students`."""
+        """Without those that cannot be, or cannot win."""
         valid = {student: size for student, size in zip(students, sizes, strict=True) if size is not None}
         due = list(valid)
         if self.settings.filters and not self.of_blocks:
             best = max((t.reward for t in self.trials if t.meets and t.accuracy is not None), default=INVALID)
             due = [s for s in due if reward(1 - valid[s] / self.students.parameters, HOPE) >= best]
-            due = [s for s in due if self._most_trainable(s, [other for other in due if valid[other] == valid[s]])]
         return due
-
-    def _most_trainable(self, student: Student, equals: Sequence[Student]) -> bool:
-        if len(equals) == 1:
-            return True
-        return student == max(equals, key=lambda other: (self.students.trainability(other), other.key))
 
     def _mean_ratio(self) -> float:
         found = [trial.accuracy for trial in self.trials if trial.accuracy is not None]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from compressor.core.errors import UsageError
 from compressor.core.options import RunOptions
-from compressor.core.passes import PruningSettings
+from compressor.core.passes import PruningSettings, WeightSettings
 from compressor.passes.settings.sortednet import SortednetSettings
 from compressor.plan.plan import Plan, PlannedTensor
 from compressor.plan.planning import on_floats
@@ -31,28 +33,48 @@ class SearchSpace:
     """What is chosen from.
 
     over    sizes: how wide each group of units and how deep a sorted network is; layers: as the recipe stores each, or
-            as floats
+            as floats, and some in 8 bits
     layers  names of those layers' weights
+    wider   of some, what stores them in 8 bits
+    narrow  of the others with fewer bits, why they are not stored so
     """
 
     over: Literal["sizes", "layers"]
     layers: tuple[str, ...] = ()
+    wider: Mapping[str, WeightSettings] = field(default_factory=dict)
+    narrow: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many choices each layer has."""
+        return tuple(3 if name in self.wider else 2 for name in self.layers)
 
     def note(self, recipe: Recipe) -> str:
         """A sentence for the plan."""
         what = f"each of {len(self.layers)} layers as the recipe stores it or as floats"
+        if self.wider:
+            what += f", {len(self.wider)} of them in 8 bits as well"
+        if self.narrow:
+            (name, reason), others = next(iter(self.narrow.items())), len(self.narrow) - 1
+            what += f" ('{name}'{f' and {others} more' if others else ''} not: {reason})"
         if self.over == "sizes":
             settings = _sorted(recipe)
             assert settings is not None
             what = f"{len(settings.widths)} widths for each group of units, {len(settings.depths)} depths"
-        most = min(MOST, 2 ** len(self.layers)) if self.layers else MOST
+        most = min(MOST, math.prod(self.counts)) if self.layers else MOST
         return (
             f"searches among {what}: up to {most} networks are written, judged and measured one at a time, the "
             f"original beside each; about {most * SECONDS / 60:.0f} min for a network of some milliseconds"
         )
 
 
-def search_space(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, plan: Plan) -> SearchSpace:
+InEight = Callable[[PlannedTensor], WeightSettings | str]
+"""What stores a linear layer in 8 bits, or why nothing does."""
+
+
+def search_space(
+    recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, plan: Plan, in_eight: InEight
+) -> SearchSpace:  # fmt: skip
     """What there is to choose from.
 
     Raises:
@@ -74,7 +96,20 @@ def search_space(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, pl
             "layers as integers or as floats, linear layers, and convolutions with export.activations: static_int8; "
             f"found {others}, whose widths and depths are no choice of it"
         )
-    return SearchSpace("layers", layers)
+    linear = [tensor for tensor in plan.tensors if tensor.name in layers and tensor.role == "linear"]
+    fewer = [tensor for tensor in linear if tensor.describe().get("bits") != 8]
+    found = {tensor.name: _without_kernel(tensor, checkpoint) or in_eight(tensor) for tensor in fewer}
+    wider = {name: method for name, method in found.items() if not isinstance(method, str)}
+    return SearchSpace("layers", layers, wider, {name: why for name, why in found.items() if isinstance(why, str)})
+
+
+def in_eight_bits(recipe: Recipe, wider: Mapping[str, WeightSettings]) -> Recipe:
+    """The recipe that stores these layers in 8 bits: steps of their own, behind all others."""
+    steps = tuple(
+        Step(settings=settings, select=tuple(name for name, each in wider.items() if each == settings))
+        for settings in dict.fromkeys(wider.values())
+    )
+    return recipe.model_copy(update={"passes": (*recipe.passes, *steps)})
 
 
 def widened(recipe: Recipe, options: RunOptions) -> Recipe:
@@ -91,7 +126,9 @@ def widened(recipe: Recipe, options: RunOptions) -> Recipe:
     return recipe.model_copy(update={"passes": tuple(kept(step) for step in recipe.passes)})
 
 
-def with_search(plan: Plan, recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> Plan:
+def with_search(
+    plan: Plan, recipe: Recipe, options: RunOptions, checkpoint: Checkpoint, in_eight: InEight
+) -> Plan:  # fmt: skip
     """The plan with a note on what is searched, where something is.
 
     Raises:
@@ -101,7 +138,8 @@ def with_search(plan: Plan, recipe: Recipe, options: RunOptions, checkpoint: Che
         if options.threads is not None or options.batch != 1:
             raise UsageError("--threads and --batch are of --target-latency and --target-speedup; give one of these")
         return plan
-    return replace(plan, notes=(*plan.notes, search_space(recipe, options, checkpoint, plan).note(recipe)))
+    space = search_space(recipe, options, checkpoint, plan, in_eight)
+    return replace(plan, notes=(*plan.notes, space.note(recipe)))
 
 
 def _wrong(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> str:
@@ -160,6 +198,12 @@ def _of_fixed_batch(checkpoint: Checkpoint, batch: int) -> str:
 def _sorted(recipe: Recipe) -> SortednetSettings | None:
     found = [step.settings for step in recipe.structure if isinstance(step.settings, SortednetSettings)]
     return found[0] if found else None
+
+
+def _without_kernel(tensor: PlannedTensor, checkpoint: Checkpoint) -> str:
+    """Why no kernel takes the codes of a layer; empty where one does."""
+    info = checkpoint.tensors.get(tensor.name)
+    return "of a recurrent network, which computes on floats" if info and info.place == "recurrent" else ""
 
 
 def _is_chosen(tensor: PlannedTensor, static: bool) -> bool:

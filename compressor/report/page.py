@@ -22,7 +22,7 @@ from compressor.core.quantities import duration, short_duration, size
 from compressor.report import facts
 from compressor.report.charts import Axis, Bar, BarPlot, DotPlot, Legend, Point, bars, colour, dots, shortened
 from compressor.report.search import Search, search_of
-from compressor.report.tables import output_columns, quality_notes
+from compressor.report.tables import output_columns, quality_notes, sizes_columns
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_ROWS = 12
@@ -77,6 +77,7 @@ def page(artifact: Artifact, others: Sequence[Artifact], title: str) -> str:
         binary=_binary(report),
         errors=_errors(tensors),
         outputs=_outputs(report),
+        sizes=sizes_columns(report),
         against_quality=_against_quality(artifact, others, title),
         searches=_searches(report),
         stages=_stages(report),

@@ -172,23 +172,34 @@ def run_tables(report: dict[str, Any], directory: str) -> list[Any]:
 
 
 def sizes_tables(report: dict[str, Any]) -> list[Any]:
-    """A row for each network that the artifact holds: what it takes beside the file of all, how good and fast it is."""
+    """`sizes_columns` as a table."""
+    heads, rows = sizes_columns(report)
+    found = table(*heads, numbers=list(heads[1:]))
+    for row in rows:
+        found.add_row(*row)
+    return [found] if rows else []
+
+
+def sizes_columns(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A row for each network that the artifact holds: what it takes beside the file of all, how good and fast it is,
+    and, where a gate was missed, how many it misses."""
     sizes: dict[str, dict[str, Any]] = report.get("sizes") or {}
     measures = [
         (label, section, key, short_duration if key.endswith("_seconds") else "{:.4g}".format)
         for label, section, _, key in _MEASURES
         if any((entry.get(section) or {}).get(key) is not None for entry in sizes.values())
     ]
-    labels = ["parameters", "of its own", *(label for label, *_ in measures)]
-    found = table("--size", *labels, numbers=labels)
+    missed = {name: len(found) for name, found in ((report.get("gates") or {}).get("sizes") or {}).items()}
+    heads = ("--size", "parameters", "of its own", *(label for label, *_ in measures))
+    rows = list[tuple[str, ...]]()
     for name, entry in sizes.items():
         stated = entry.get("bytes")
         cells = [f"{entry['facts']['parameters']:,}", size(stated["graph"] + stated["own"]) if stated else ""]
         for _, section, key, told in measures:
             value = (entry.get(section) or {}).get(key)
             cells.append("" if value is None else told(value))
-        found.add_row(name, *cells)
-    return [found] if sizes else []
+        rows.append((name, *cells, *([f"{missed[name]}" if name in missed else ""] if missed else [])))
+    return (*heads, *(["gates missed"] if missed else [])), rows
 
 
 HARDLY = "agreement could hardly fail"

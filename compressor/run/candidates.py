@@ -1,5 +1,5 @@
-"""The networks that a search for a fast one chooses among: layers as the recipe stores them or as floats, or what a
-sorted network has in it, of any width for each of its groups.
+"""The networks that a search for a fast one chooses among: layers as the recipe stores them, in 8 bits or as floats, or
+what a sorted network has in it, of any width for each of its groups.
 
 Genes begin with what is fastest: an integer layer, the smallest width, the fewest blocks.
 """
@@ -27,16 +27,21 @@ from compressor.core.work import Work
 from compressor.evaluate.operators import Operator as Layer
 from compressor.evaluate.operators import Table, operators, stored_as
 from compressor.evaluate.original import OriginalTensors, export_original
+from compressor.export.forms import form
 from compressor.ops.evolution import Genes, Space
 from compressor.passes.settings.sortednet import SortednetSettings
 from compressor.passes.sortednet import Sortednet
+from compressor.plan.plan import Plan
 from compressor.plan.planning import make_plan
 from compressor.plan.recipe import Recipe
+from compressor.plan.searching import SearchSpace, in_eight_bits
 from compressor.run.encoding import Course, Encoded
 from compressor.run.prepare import Prepared
 from compressor.run.write import write_graph
 from compressor.structure.stage import GraphSurgeon, looked_at
 
+STORED, EIGHT, FLOAT = "stored", "8 bits", "float"
+"""How a layer is: as the recipe says, or otherwise."""
 _RANGED = 64
 """Examples that ranges of activations are taken from while networks are only tried."""
 
@@ -60,24 +65,27 @@ class Family(Protocol):
 
 
 class Layers:
-    """Each of some layers as the recipe stores it, 0, or as floats, 1.
+    """Each of some layers as the recipe stores it, then in 8 bits, where it can be, and as floats, the last gene.
 
     Args:
-        encoded: The network of which all of them are stored so.
+        encoded: The network of which all of them are stored as the recipe says.
+        eight: The one of which all that can be are in 8 bits; None where none can.
     """
 
     def __init__(
-        self, start: Prepared, course: Course, encoded: Encoded, layers: Sequence[str], table: Table
+        self, start: Prepared, course: Course, encoded: Encoded, chosen: SearchSpace, table: Table,
+        eight: Encoded | None = None,
     ) -> None:  # fmt: skip
-        self.start, self.original, self.encoded, self.names = start, course, encoded, tuple(layers)
+        self.start, self.original, self.encoded, self.eight = start, course, encoded, eight
+        self.names, self.wider = chosen.layers, chosen.wider
         self.table, self.batches = table, _first(encoded.batches, _RANGED)
         known = self._known
         prior = (lambda genes: sum(costs[gene] for costs, gene in zip(known, genes, strict=True))) if known else None
-        self.space = Space((2,) * len(self.names), prior=prior)
+        self.space = Space(chosen.counts, prior=prior)
 
     @cached_property
-    def _known(self) -> list[tuple[float, float]]:
-        """Of each layer what it takes stored and as floats; nothing where the network is no module of torch."""
+    def _known(self) -> list[tuple[float, ...]]:
+        """Of each layer what each choice takes; nothing where the network is no module of torch."""
         checkpoint = self.original.checkpoint
         if checkpoint.kind == "onnx" or not self.batches:
             return []
@@ -86,69 +94,78 @@ class Layers:
         planned = {tensor.name: tensor for tensor in self.original.plan.tensors}
         costs = []
         for name in self.names:
-            bits = planned[name].describe().get("bits", 0)
-            layer = found.get(name)
-            pair = () if layer is None else (stored_as(layer, static, bits), layer)
-            costs.append((0.0, 0.0) if layer is None else tuple(self.table.seconds(each) for each in pair))
+            kernel, layer = form(planned[name].describe(), self.start.options.mode), found.get(name)
+            bits = 0 if kernel is None else kernel.bits  # which are more than those that are stored, of 3 for instance
+            widths = (bits, 8) if name in self.wider else (bits,)
+            ways = () if layer is None else (*(stored_as(layer, static, width) for width in widths), layer)
+            costs.append(tuple(self.table.seconds(way) for way in ways) or (0.0,) * (len(widths) + 1))
         return costs
 
     def write(self, genes: Genes, folder: Path) -> None:
-        floats, checkpoint = self._floats(genes), self.original.checkpoint
-        if len(floats) == len(self.names):
+        told, checkpoint = self.told(genes), self.original.checkpoint
+        if all(how == FLOAT for how in told.values()):
             export_original(checkpoint, folder, self.batches)
             return
         if checkpoint.config is not None:
             (folder / "config.json").write_text(json.dumps(checkpoint.config))
-        mixed = _Mixed(self.encoded.tensors, OriginalTensors(checkpoint), self._as_they_were(floats))
+        sources: dict[str, Mapping[str, EncodedTensor]] = {FLOAT: OriginalTensors(checkpoint)}
+        if self.eight is not None:
+            sources[EIGHT] = self.eight.tensors
+        mixed = _Mixed(self.encoded.tensors, sources, self._along(told))
         write_tensors(folder / WEIGHTS, mixed, self.encoded.tensors.tied)
-        recipe = self._recipe(floats)
         tensors = EncodedTensors([folder / WEIGHTS])
-        write_graph(checkpoint, tensors, folder, self.start.options, recipe, self.batches)
+        write_graph(checkpoint, tensors, folder, self.start.options, self._recipe(told), self.batches)
 
     def course(self, genes: Genes, work: Work) -> Course:
-        recipe = self._recipe(self._floats(genes))
-        plan = make_plan(self.original.checkpoint, recipe, self.start.options.format, smaller=True)
-        plan = dataclasses.replace(plan, notes=self.original.plan.notes, in_use=self.original.plan.in_use)
-        return dataclasses.replace(self.original, recipe=recipe, plan=plan)
+        recipe = self._recipe(self.told(genes))
+        return dataclasses.replace(self.original, recipe=recipe, plan=planned_again(self.start, self.original, recipe))
 
-    def told(self, genes: Genes) -> dict[str, Any]:
-        floats = self._floats(genes)
-        return {name: "float" if name in floats else "stored" for name in self.names}
+    def told(self, genes: Genes) -> dict[str, str]:
+        """Layer -> how it is stored."""
+        ways = {name: (STORED, EIGHT, FLOAT) if name in self.wider else (STORED, FLOAT) for name in self.names}
+        return {name: ways[name][gene] for name, gene in zip(self.names, genes, strict=True)}
 
-    def _floats(self, genes: Genes) -> frozenset[str]:
-        return frozenset(name for name, gene in zip(self.names, genes, strict=True) if gene)
-
-    def _recipe(self, floats: Collection[str]) -> Recipe:
-        """The recipe that leaves these alone; without int8 activations where no convolution is left that has them."""
-        recipe = self.original.recipe
+    def _recipe(self, told: Mapping[str, str]) -> Recipe:
+        """The recipe that stores them so; without int8 activations where no convolution is left that has them."""
         planned = {tensor.name: tensor for tensor in self.original.plan.tensors}
+        floats = [name for name, how in told.items() if how == FLOAT]
+        recipe = in_eight_bits(
+            self.original.recipe, {name: self.wider[name] for name, how in told.items() if how == EIGHT}
+        )
         for step in dict.fromkeys(planned[name].by for name in self.names):
-            recipe = recipe.leaving(step, [name for name in self.names if name in floats and planned[name].by == step])
+            recipe = recipe.leaving(step, [name for name in floats if planned[name].by == step])
         left = [name for name in self.names if planned[name].role == "conv" and name not in floats]
         if recipe.export.activations == "static_int8" and not left:
             export = recipe.export.model_copy(update={"activations": "int8"})
             recipe = recipe.model_copy(update={"export": export})
         return recipe
 
-    def _as_they_were(self, floats: Collection[str]) -> frozenset[str]:
-        """Those tensors, and what follows each up to the next matrix: biases and norms that a run would not correct."""
-        found, inside = set[str](), False
+    def _along(self, told: Mapping[str, str]) -> dict[str, str]:
+        """Those tensors, and what follows each up to the next matrix: biases and norms, as a run would correct them."""
+        found, how = dict[str, str](), STORED
         for tensor in self.original.plan.tensors:
             if len(tensor.shape) > 1:
-                inside = tensor.name in floats
-            if inside:
-                found.add(tensor.name)
-        return frozenset(found)
+                how = told.get(tensor.name, STORED)
+            found[tensor.name] = how
+        return found
+
+
+def planned_again(start: Prepared, course: Course, recipe: Recipe) -> Plan:
+    """The plan of what a course has, by another recipe; it says no more than the first did."""
+    plan = make_plan(course.checkpoint, recipe, start.options.format, smaller=True)
+    return dataclasses.replace(plan, notes=course.plan.notes, in_use=course.plan.in_use)
 
 
 class _Mixed(Mapping[str, EncodedTensor]):
-    """Tensors that are encoded, but for some that are as they were."""
+    """Tensors that are encoded, but for some that come from elsewhere."""
 
-    def __init__(self, encoded: EncodedTensors, original: OriginalTensors, floats: frozenset[str]) -> None:
-        self.encoded, self.original, self.floats = encoded, original, floats
+    def __init__(
+        self, encoded: EncodedTensors, sources: Mapping[str, Mapping[str, EncodedTensor]], along: Mapping[str, str]
+    ) -> None:
+        self.encoded, self.sources, self.along = encoded, sources, along
 
     def __getitem__(self, name: str) -> EncodedTensor:
-        return self.original[name] if name in self.floats else self.encoded[name]
+        return self.sources.get(self.along.get(name, STORED), self.encoded)[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.encoded)

@@ -53,6 +53,8 @@ from compressor.sweeps.written_text import generated_tokens, n_batches
 from compressor.widths.allocate import Target, allocate, refuse_unreachable, summary
 from compressor.widths.ladder import Ladder
 
+SURVEY = "survey.bin"
+
 
 @dataclass(frozen=True)
 class Course:
@@ -221,7 +223,7 @@ def _survey(
     network: Network, batches: list[Batch], recipe: Recipe, plan: Plan, work: Work, progress: Progress,
     allocates: bool,
 ) -> Survey:  # fmt: skip
-    file = work.folder / "survey.bin"
+    file = work.folder / SURVEY
     if file.exists():
         return Survey.unpack(load_file(file))
     gradients = (recipe.calibration.token_importance or allocates) and network.blocks != [""]

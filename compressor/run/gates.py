@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.core.report import Report
+from compressor.core.report import Report, Speed
 from compressor.plan.recipe import Gates
 from compressor.widths.allocate import Target
 from compressor.widths.losses import Kind
@@ -198,6 +198,41 @@ def broken_promises(
     if promised is not None and speed is not None and speed < promised:
         other.append(f"speed over the original's is {speed:.4g}, the recipe promises {promised:g}")
     return worse, other, open_questions
+
+
+def lost_by_sizes(
+    gates: Gates, recipe: Gates, target: Target, judged: Mapping[str, Mapping[str, Any] | None], report: Report
+) -> tuple[dict[str, list[str]], list[str]]:  # fmt: skip
+    """Of an artifact of several networks what each smaller one does not keep of the limits of quality and speed,
+    and what few data leave open; bytes and memory are of the artifact.
+
+    Args:
+        gates: With the limits of the loss in the outputs' measures, as `promised` gives them.
+        judged: What was measured of each.
+    """
+    limits = gates.model_copy(update={"max_size": None, "max_memory": None})
+    own = recipe.model_copy(update={"promised_size": None})
+    missed, doubts = dict[str, list[str]](), list[str]()
+    for name, quality in judged.items():
+        alone = report.model_copy(update={"speed": _speed_of(name, report), "size": None})
+        worse, other, open_questions = broken_promises(own, target, quality, alone)
+        worse += lost_quality(limits, quality) if quality is not None else []
+        other += lost_size_or_speed(limits, alone) if speedup(report) is not None else []
+        missed[name] = worse + other
+        doubts += [f"size {name}: {doubt}" for doubt in open_questions]
+    return missed, doubts
+
+
+def _speed_of(size: str, report: Report) -> Speed | None:
+    """What a size would have come to beside the original: it was timed in turn with the largest, which was."""
+    sizes = report.sizes or {}
+    own, largest = (sizes[name].get("speed") or {} for name in (size, list(sizes)[-1]))
+    found = {}
+    for key in ("decode_tokens_per_second", "latency_seconds"):
+        whole = getattr(report.speed, key, None)
+        if whole and own.get(key) and largest.get(key):
+            found[key] = whole * own[key] / largest[key]
+    return Speed(**found, latency_error=own.get("latency_error")) if found else None
 
 
 def surely_at_most(report: Report) -> float | None:

@@ -42,6 +42,7 @@ from compressor.run.encoding import encode, restructured
 from compressor.run.gates import (
     broken_promises,
     came_true,
+    lost_by_sizes,
     lost_quality,
     lost_size_or_speed,
     measured_kind,
@@ -157,9 +158,10 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
             with clock.stage("benchmark"):
                 deliver_front(work, partial)
                 report.search = checked(search, partial, start, encoded.batches)
+        judged = {}
         if many.sized:
             with clock.stage("sizes"):
-                many.write(
+                judged = many.write(
                     original, tensors, partial, options, recipe, samples, encoded.batches, report, progress
                 )  # fmt: skip
         report.size = artifact_size(partial, original)
@@ -172,7 +174,8 @@ def _run(options: RunOptions, place: Place, progress: Progress) -> tuple[Path, l
             kind, labelled = aimed_at.kind, aimed_at.labelled
             blames = blame(checkpoint, tensors, encoded.plan, encoded.batches, kind, labelled, progress)
         other += missed_target(report)
-        report.gates = Gates(passed=not (worse or other), failures=worse + other, doubts=doubts, blame=blames)
+        missed, more = lost_by_sizes(asked.gates, recipe.gates, target, judged, report)
+        report.gates = Gates.of(worse + other, missed, doubts + more, blames)
         largest = largest_tensors(tensors) if any(failure.startswith("size") for failure in other) else ""
         report.cost = clock.stages
         _refuse_other_contents(start, identity, place)

@@ -31,11 +31,11 @@ from compressor.plan.plan import Plan
 from compressor.plan.planning import make_plan, on_floats, planned_with
 from compressor.plan.recipe import MEASURED_TEXT, SHORTEST_WINDOW, Recipe
 from compressor.plan.recipe_file import load_recipe, refuse_reaching
-from compressor.plan.searching import widened, with_search
+from compressor.plan.searching import InEight, widened, with_search
 from compressor.plan.targets import aimed
 from compressor.plan.workload import Workload, workload_of
 from compressor.run.nesting import refuse_sizes, with_sizes
-from compressor.widths.ladder import Ladder
+from compressor.widths.ladder import Ladder, in_eight_bits
 
 if TYPE_CHECKING:
     from compressor.core.batch import Batch
@@ -151,7 +151,7 @@ def prepare(asked: RunOptions) -> Prepared:
         plan = _on_int8(plan, checkpoint)
     _refuse_passes(recipe, options, checkpoint)
     refuse_sizes(recipe, options, checkpoint)
-    plan = with_search(plan, recipe, options, checkpoint)
+    plan = with_search(plan, recipe, options, checkpoint, eight_bits_of(recipe, options))
     plan = _without_cache(plan, checkpoint, options)
     ladder = None if recipe.early else ladder_of(plan, recipe, options)
     found = Prepared(asked, loaded, options, recipe, checkpoint, plan, ladder, device)
@@ -322,6 +322,11 @@ def _without_cache(plan: Plan, checkpoint: Checkpoint, options: RunOptions) -> P
     if config.get("model_type") in TRACED_WITH_CACHE or decoder_refusal(config) is None:
         return plan
     return _with_trial(plan, checkpoint, [])
+
+
+def eight_bits_of(recipe: Recipe, options: RunOptions) -> InEight:
+    """What a search stores linear layers with in 8 bits."""
+    return lambda tensor: in_eight_bits(tensor, recipe, options.format, options.mode)
 
 
 def ladder_of(plan: Plan, recipe: Recipe, options: RunOptions) -> Ladder | None:

@@ -35,15 +35,17 @@ from compressor.evaluate.original import original_graph
 from compressor.evaluate.reference import original_outputs
 from compressor.evaluate.session import open_session
 from compressor.ops.evolution import Genes, Search
-from compressor.plan.searching import BATCH, CONFIRMED, FIRST, MOST, PATIENCE, search_space
+from compressor.plan.searching import BATCH, CONFIRMED, FIRST, MOST, PATIENCE, in_eight_bits, search_space
 from compressor.report.front import front_picture
-from compressor.run.candidates import Family, Layers, Mixtures
+from compressor.run.candidates import Family, Layers, Mixtures, planned_again
 from compressor.run.clock import Clock
-from compressor.run.encoding import Course, encode
-from compressor.run.prepare import Prepared
+from compressor.run.encoding import SURVEY, Course, encode
+from compressor.run.prepare import Prepared, eight_bits_of
 from compressor.widths.allocate import Target
 
 JOURNAL, TABLE = "measured.json", "operators.json"
+TRIALS = "trial", "trial-eight"
+"""Beside the working folder: what networks are made of, layers as the recipe stores them, and in 8 bits."""
 MOST_JUDGED = 128
 """Examples that networks are judged on."""
 CERTAIN = 10
@@ -82,16 +84,17 @@ def narrowed(
     with clock.stage("search"):
         samples, judged = _parted(start.samples)
         batches = calibration_batches(_source(samples), course.recipe, work.folder.parent, work.seed)
-        trial = Work(work.folder.parent / "trial", work.seed)
+        trial, eight = (Work(work.folder.parent / name, work.seed) for name in TRIALS)
         table = Table(work.folder / TABLE, start.options.threads, start.options.batch)
-        family = _family(start, course, samples, target, trial, table, progress)
+        family = _family(start, course, samples, target, (trial, eight), table, progress)
         with original_graph(start.checkpoint, work.folder.parent, batches) as original:
             if original is None:
                 raise ResourceError(f"{start.checkpoint.path}: is too large to be measured as it is, beside others")
             hunt = _Hunt(start, family, original, _Judge(start, judged, work.folder.parent), work)
             with progress.task("searching", MOST) as task:
                 chosen = hunt.run(lambda note: task.advance(note=note))
-        shutil.rmtree(trial.folder, ignore_errors=True)
+        for each in (trial, eight):
+            shutil.rmtree(each.folder, ignore_errors=True)
         found = hunt.said(chosen)
         write_text(work.folder / FRONT, json.dumps(hunt.as_json(chosen), indent=1, ensure_ascii=False) + "\n")
         write_text(work.folder / FRONT_PICTURE, hunt.picture(chosen))
@@ -139,16 +142,26 @@ def _parted(samples: Samples) -> tuple[Samples, Any]:
 
 
 def _family(
-    start: Prepared, course: Course, samples: Samples, target: Target, trial: Work, table: Table, progress: Progress
+    start: Prepared, course: Course, samples: Samples, target: Target, trials: tuple[Work, Work], table: Table,
+    progress: Progress,
 ) -> Family:  # fmt: skip
-    found = search_space(start.recipe, start.options, start.checkpoint, start.plan)
+    in_eight = eight_bits_of(start.recipe, start.options)
+    found = search_space(start.recipe, start.options, start.checkpoint, start.plan, in_eight)
     if found.over == "sizes":
-        batches = calibration_batches(_source(samples), course.recipe, trial.folder.parent, trial.seed)
+        batches = calibration_batches(_source(samples), course.recipe, trials[0].folder.parent, trials[0].seed)
         return Mixtures(start, course, batches, table)
-    shutil.rmtree(trial.folder, ignore_errors=True)
-    trial.folder.mkdir()
+    for each in trials:
+        shutil.rmtree(each.folder, ignore_errors=True)
+        each.folder.mkdir()
+    trial, eight = trials
     encoded = encode(course, samples, target, trial, progress, Clock())
-    return Layers(start, course, encoded, found.layers, table)
+    if not found.wider:
+        return Layers(start, course, encoded, found, table)
+    if (trial.folder / SURVEY).exists():  # of the original, for which it makes no difference
+        shutil.copy2(trial.folder / SURVEY, eight.folder / SURVEY)
+    recipe = in_eight_bits(course.recipe, found.wider)
+    wider = replace(course, recipe=recipe, plan=planned_again(start, course, recipe))
+    return Layers(start, course, encoded, found, table, encode(wider, samples, target, eight, progress, Clock()))
 
 
 class _Judge:

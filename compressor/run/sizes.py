@@ -87,9 +87,14 @@ class ManySizes:
     def write(
         self, original: Checkpoint, whole: EncodedTensors, folder: Path, options: RunOptions, recipe: Recipe,
         samples: Samples, batches: list[Batch], report: Report, progress: Progress,
-    ) -> None:  # fmt: skip
-        """Writes, proves, judges and times every size's graph; then sizes.json, and what the report says of them."""
+    ) -> dict[str, dict[str, Any] | None]:  # fmt: skip
+        """Writes, proves, judges and times every size's graph; then sizes.json, and what the report says of them.
+
+        Returns:
+            The quality of each but the largest, with all that is known of its outputs.
+        """
         entries: dict[str, SizeEntry] = {}
+        judged: dict[str, dict[str, Any] | None] = {}
         for each in self.sized:
             with progress.task(f"size {each.name}", 3) as task:
                 tensors, file = self.tensors(each, folder), graph_name(each.name)
@@ -101,7 +106,7 @@ class ManySizes:
                 task.advance()
             entry = self._entry(each, tensors, whole, folder / file)
             entry.proof = None if proof is None else proof["exact"]["max_relative_error"]
-            entry.quality = _quality(quality)
+            entry.quality, judged[each.name] = _quality(quality), quality
             entries[each.name] = entry
         largest = SizeEntry(facts=dict(self.facts))
         largest.quality = None if report.quality is None else _quality(report.quality.model_dump(exclude_unset=True))
@@ -113,6 +118,7 @@ class ManySizes:
                 found.sizes[name].speed = speed
         write_text(folder / RECORD, found.text())
         report.sizes = found.shown()
+        return judged
 
     def _entry(self, size: SizedCheckpoint, tensors: SizeTensors, whole: EncodedTensors, graph: Path) -> SizeEntry:
         parts, checkpoint = self.parts[size.name], size.checkpoint

@@ -94,6 +94,24 @@ class Ladder:
         return smallest + graph <= target <= largest - 2 * graph
 
 
+def in_eight_bits(tensor: PlannedTensor, recipe: Recipe, format: str, mode: Mode) -> WeightSettings | str:
+    """The pass of a linear layer as it would store it in 8 bits, in groups as near to its own as a kernel takes; or why
+    that is no choice."""
+    own = tensor.spec
+    if tensor.method is None or not isinstance(own, AffineSpec):
+        return f"is stored as {own.kind}, whose codes have no number of bits to set"
+    if own.bits == 8:
+        return "has 8 bits as the recipe stores it"
+    specs = [(method, method.spec_for(tensor.name, tensor.matrix, "linear")) for method in tensor.method.ladder()]
+    wider = [(method, spec) for method, spec in specs if isinstance(spec, AffineSpec) and spec.bits == 8]
+    wider.sort(key=lambda each: each[1].group != own.group)  # of the others, the order is the ladder's
+    for method, spec in wider:
+        if _fits(tensor, spec, format, mode) and _goes_along(tensor, method, spec, recipe):
+            return method
+    why = next((refusal(spec.describe(*tensor.matrix), "matmul", mode) for _, spec in wider), None)
+    return f"{why or 'it would be no smaller than floats'}" if wider else f"{tensor.by}, as it is set, has no 8 bits"
+
+
 def _options(tensor: PlannedTensor, recipe: Recipe, format: str, mode: Mode) -> tuple[Option, ...]:
     assert tensor.method is not None
     static = recipe.export.activations == "static_int8"

@@ -11,7 +11,6 @@ import torch
 from compressor.core.errors import RecipeError
 from compressor.core.students import MULTIPLIERS, Layer, Student
 from compressor.ops.subsets import sample_subset, subset_log_probability, subset_shares
-from compressor.ops.trainability import gradsign
 from compressor.passes.n2n import N2n, Search, constrained, constraint_decay, reward
 from compressor.passes.parts.policies import (
     Learner,
@@ -85,15 +84,6 @@ def test_drawn_subsets_have_the_size_and_the_shares():
     assert drawn.double().mean(0).tolist() == pytest.approx(subset_shares(theta, 2).tolist(), abs=0.04)
     with pytest.raises(ValueError, match="5 of 4 cannot be drawn"):
         sample_subset(theta, 5, generator)
-
-
-def test_gradsign_by_its_definition():
-    gradients = torch.randn(7, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    total = sum(
-        abs(sum(math.copysign(1, float(gradients[i, a, b])) for i in range(7))) for a in range(3) for b in range(4)
-    )
-    assert gradsign([gradients]) == pytest.approx(total)
-    assert gradsign([gradients.abs()]) == 7 * 12 > gradsign([gradients])
 
 
 # -- policies
@@ -194,9 +184,6 @@ class Bandit:
         self.n_judged = len(self.seen)
         return [self.seen[student] for student in students]
 
-    def trainability(self, student):
-        return -sum(self.worth[i] for i in student.removed)
-
     def influence(self):
         return [0.01 + worth for worth in self.worth]
 
@@ -293,6 +280,14 @@ def test_students_that_cannot_win_are_not_trained_and_the_answer_is_the_same():
     skipped = [t for t in search.trials if t.accuracy is None and t.parameters is not None]
     assert skipped
     assert all(-1 < t.reward <= 1.02 for t in skipped)
+
+
+def test_of_students_of_one_size_none_is_left_untrained():
+    """No score tells which of them will be better."""
+    search = Search(N2n(search_epochs=1), Bandit(WORTH), torch.Generator().manual_seed(0))
+    equals = [Student.of([number]) for number in range(6)]
+    search.rewards(equals, "removal", 0)
+    assert all(trial.accuracy is not None for trial in search.trials)
 
 
 def test_an_invalid_student_earns_minus_one():

@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 
 from compressor.core.errors import RecipeError
+from compressor.core.report import Gates as GatesKept
 from compressor.core.report import Report, Size, Speed
 from compressor.plan.recipe import Gates
 from compressor.plan.recipe_file import load_recipe
-from compressor.run.gates import broken_promises, lost_quality, lost_size_or_speed, most_memory, promised, speedup
+from compressor.run.gates import (
+    broken_promises,
+    lost_by_sizes,
+    lost_quality,
+    lost_size_or_speed,
+    most_memory,
+    promised,
+    speedup,
+)
 from compressor.widths.allocate import Target
 
 SPEEDS = {"speed": {"decode_tokens_per_second": 30.0}, "original_speed": {"decode_tokens_per_second": 10.0}}
@@ -51,6 +60,43 @@ def test_size_and_speed_are_held_against_their_limits():
     assert lost_size_or_speed(Gates(min_speedup=1.0), unknown) == [
         "speed over the original's was not measured, the gate is 1"
     ]
+
+
+def test_a_smaller_size_is_held_against_limits_of_quality_and_speed_by_itself():
+    """It is twice as fast as the largest, which is 3 times as fast as the original, whenever both were timed."""
+    report = Report.model_validate(SPEEDS | {
+        "size": {"bytes": 5_000_000, "original_bytes": 1_000_000},
+        "sizes": {"50": {"speed": {"decode_tokens_per_second": 100.0}},
+                  "100": {"speed": {"decode_tokens_per_second": 50.0}}},
+    })  # fmt: skip
+    gates, judged = Gates(max_size=1_000, max_memory=1_000, min_speedup=7.0, min_cosine=0.9), {"50": {"cosine": 0.8}}
+    target = Target(None, None, "cosine")
+    assert lost_by_sizes(gates, gates, target, judged, report)[0] == {
+        "50": ["cosine is 0.8, the gate is 0.9", "speed over the original's is 6, the gate is 7"]
+    }
+    assert lost_by_sizes(Gates(min_speedup=6.0, min_cosine=0.8), Gates(), target, judged, report)[0] == {"50": []}
+    promises = Gates(promised_loss=0.02, promised_size=1.0, promised_speed=7.0)
+    of_outputs = {"50": {"outputs": {"y": {"kind": "vectors", "cosine": 0.8}}}}
+    assert lost_by_sizes(Gates(), promises, target, of_outputs, report)[0] == {
+        "50": [
+            "1 − cosine of 'y' is 20.00%, the recipe promises 2.00% at most",
+            "speed over the original's is 6, the recipe promises 7",
+        ]
+    }
+    unmeasured = Report(sizes={"50": {}, "100": {}})
+    assert lost_by_sizes(gates, gates, target, {"50": None}, unmeasured)[0] == {"50": []}  # it is said of the largest
+
+
+def test_what_sizes_miss_is_said_with_their_names_and_known_of_each():
+    found = GatesKept.of(["a"], {"50": ["b", "c"], "75": []}, [], [])
+    assert found.failures == ["a", "size 50: b", "size 50: c"]
+    assert not found.passed
+    assert [found.of_size("50", False), found.of_size("75", False), found.of_size("100", True)] == [
+        ["b", "c"],
+        [],
+        ["a"],
+    ]
+    assert GatesKept.of([], {"50": []}, [], []).model_dump(exclude_unset=True)["passed"]
 
 
 def test_memory_is_limited_by_the_most_of_loading_and_running():

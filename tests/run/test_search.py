@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from compressor.core.options import RunOptions
 from compressor.core.progress import Progress
 from compressor.core.quantities import parse_latency, short_duration
 from compressor.core.report import Report, Searched
+from compressor.core.tensors import EncodedTensors
 from compressor.core.work import Work
 from compressor.data.batches import calibration_batches
 from compressor.evaluate.bench import Pair
@@ -34,6 +37,7 @@ from compressor.run.encoding import restructured
 from compressor.run.gates import missed_target
 from compressor.run.pipeline import run
 from compressor.run.prepare import prepare
+from compressor.widths.allocate import target_of
 from tests import pico
 
 ARCH = "tests.pico:ResNet"
@@ -50,14 +54,24 @@ evaluation: {speed: false}
 """
 
 
+FOUR = """
+passes: [{pass: affine, method: rtn, bits: 4, group: 32}]
+calibration: {tokens: 256, window: 32}
+evaluation: {speed: false}
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def folder(module_here):
     generator = np.random.default_rng(0)
     for name in ("training", "evaluation"):
         np.savez(module_here / f"{name}.npz", image=generator.standard_normal((48, 3, 12, 12)).astype(np.float32))
     pico.write_state_dict(pico.ResNet, module_here / "model.pt")
-    for name, text in (("sorted", SORTED), ("int8", INT8)):
+    for name, text in (("sorted", SORTED), ("int8", INT8), ("four", FOUR)):
         (module_here / f"{name}.yaml").write_text(text)
+    pico.bert(module_here / "bert")
+    for seed, name in enumerate(("text", "other")):
+        (module_here / f"{name}.txt").write_text(pico.text(seed, 600))
     return module_here
 
 
@@ -240,6 +254,70 @@ def test_where_floats_throughout_are_best_the_artifact_is_that(folder, monkeypat
     assert set(artifact.report["search"]["choices"].values()) == {"float"}
 
 
+BERT = {"model": "bert", "arch": None, "recipe": "four.yaml", "data": "text.txt", "eval": "other.txt"}
+
+
+def stored(name: str, folder: Path) -> str:
+    """How the file holds a layer that a recipe stores in fewer than 8 bits."""
+    described = EncodedTensors([folder / "model.safetensors"]).describe(name)
+    return {"dense": "float"}.get(described["kind"]) or {8: "8 bits"}.get(described["bits"], "stored")
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_each_layer_of_a_network_is_in_the_bits_of_its_gene(bits, tmp_path):
+    """The kernel of 3 bits is that of 4."""
+    start = prepare(options(target_speedup=2.0, output=Path("bits"), sets=(f"affine.bits={bits}",), **BERT))
+    (note,) = [note for note in start.plan.notes if "searches among" in note]
+    assert "each of 13 layers as the recipe stores it or as floats, 13 of them in 8 bits as well" in note
+    assert "up to 60 networks" in note
+    place = tmp_path / "place"
+    place.mkdir()
+    start.checkpoint.write_tokenizer(place)
+    course = restructured(start, Work(place / "work", 0), Progress(), Clock())
+    target = target_of(start.options, "encoder", start.samples)
+    trials = Work(place / "one", 0), Work(place / "other", 0)
+    family = search._family(start, course, start.samples, target, trials, Table(place / "t", 1, 1), Progress())
+    assert family.space.counts == (3,) * 13
+    assert {json.loads(key)["how"] for known in json.loads((place / "t").read_text()).values() for key in known} == {
+        "4", "8", "float"
+    }  # fmt: skip
+    genes = tuple(i % 3 for i in range(13))
+    (tmp_path / "made").mkdir()
+    family.write(genes, tmp_path / "made")
+    told = family.told(genes)
+    assert told == {name: stored(name, tmp_path / "made") for name in told}
+    graph = onnx.load(tmp_path / "made" / "model.onnx", load_external_data=False).graph
+    found = Counter(
+        next(each.i for each in node.attribute if each.name == "bits")
+        for node in graph.node if node.op_type == "MatMulNBits"
+    )  # fmt: skip
+    assert found == {4: genes.count(0) + 1, 8: genes.count(1)}  # and the head, which is the table of tokens
+    again = family.course(genes, trials[0]).plan
+    assert {tensor.name: tensor.describe().get("bits", 32) for tensor in again.tensors if tensor.name in told} == {
+        name: {"stored": bits, "8 bits": 8, "float": 32}[how] for name, how in told.items()
+    }
+
+
+def test_the_artifact_of_a_search_holds_the_bits_that_it_chose(monkeypatch):
+    artifact = tried(monkeypatch, lambda n: 0.5 if n < 300_000 else 1.0, target_speedup=1.5, **BERT)
+    choices = artifact.report["search"]["choices"]
+    assert "8 bits" in choices.values()
+    assert choices == {name: stored(name, artifact.directory) for name in choices}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "compat"}, r"as floats \('bert.*' and 12 more not: 8 bits crawl or fail in onnxruntime before 1.22"),
+        ({"sets": ("affine.zero=half",)}, "12 more not: a zero point of 127.5 at 8 bits has no kernel"),
+        ({"sets": ("affine.bits=8",)}, "each of 13 layers as the recipe stores it or as floats: up to 60"),
+    ],
+)
+def test_a_plan_says_which_layers_are_not_in_8_bits_and_why(changes, message):
+    notes = prepare(options(**(BERT | {"target_speedup": 2.0, "output": Path("planned")} | changes))).plan.notes
+    assert any(re.search(message, note) for note in notes), notes
+
+
 def test_an_original_that_is_fast_enough_is_no_search(monkeypatch):
     with pytest.raises(UsageError, match="is 2 s, and the original takes 1 s"):
         tried(monkeypatch, lambda n: 0.8, target_latency=2.0)
@@ -282,9 +360,15 @@ def test_operators_are_timed_as_they_are_stored_and_once(tmp_path, monkeypatch):
     conv = Operator((8, 4, 3, 3), (4, 10, 10), (1, 1), (1, 1, 1, 1), (1, 1))
     product = Operator((16, 32), (5,))
     assert [stored_as(conv, static, 8).how for static in (True, False)] == ["int8", "float"]
-    assert [stored_as(product, True, bits).how for bits in (4, 8, 16)] == ["4", "8", "float"]
+    assert [stored_as(product, True, bits).how for bits in (2, 4, 8, 16)] == ["2", "4", "8", "float"]
     table = Table(tmp_path / "t.json", 1, 2)
-    for operator in (conv, stored_as(conv, True, 8), product, stored_as(product, False, 4)):
+    for operator in (
+        conv,
+        stored_as(conv, True, 8),
+        product,
+        stored_as(product, False, 4),
+        stored_as(product, False, 2),
+    ):
         assert 0 < table.seconds(operator) < 1
     monkeypatch.setattr("compressor.evaluate.operators.timed", timed_never)
     assert Table(tmp_path / "t.json", 1, 2).seconds(conv) == table.seconds(conv)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import compressor
-from compressor.core.errors import CheckpointError, RecipeError, UsageError
+from compressor.core.artifact import Artifact
+from compressor.core.errors import CheckpointError, GateFailed, RecipeError, UsageError
 from compressor.core.options import RunOptions
 from compressor.core.sizes import RECORD, read_sizes
 from compressor.evaluate.again import Given
@@ -110,6 +111,24 @@ def test_an_extracted_size_stands_alone_and_is_the_same_to_the_bit(artifact, siz
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert not failures(verify(out, True, Given(arch=ARCH)))
     assert not (out / RECORD).exists()
+
+
+def test_a_gate_that_only_a_size_misses_fails_with_its_name(tmp_path):
+    sets = ("sortednet.largest=frozen", "gates.max_kl_divergence=0.001")
+    with pytest.raises(GateFailed, match=r"gated: size 50x50: KL divergence is [^;]*, the gate is 0.001; ") as raised:
+        run(options(sets=sets, output=Path("gated")))
+    assert "largest are" not in str(raised.value)  # tensors, of an artifact of too many bytes
+    failed = Artifact.open(Path("gated.failed"))
+    (failure,) = failed.report["gates"]["failures"]
+    assert failed.report["gates"]["sizes"] == {"50x50": [failure.removeprefix("size 50x50: ")]}
+    html = (failed.directory / "report.html").read_text()
+    assert "The networks in it" in html
+    assert "gates missed" in html
+    assert f"{failed.report['sizes']['50x50']['quality']['kl_divergence']:.4g}" in html
+    for name, missed in (("50x50", [failure.removeprefix("size 50x50: ")]), ("100x100", [])):
+        extract(failed.directory, name, tmp_path / name)
+        gates = json.loads((tmp_path / name / "compression.json").read_text())["gates"]
+        assert gates == {"passed": not missed, "failures": missed}
 
 
 def test_what_is_no_size_is_refused_with_those_that_are(artifact):

@@ -59,7 +59,7 @@ class N2nSettings(Training, StructureSettings):
     memory         of the baseline: how much of it stays from epoch to epoch
     max_parameters, max_latency   the largest share of the teacher's
     min_accuracy   the least share of the teacher's
-    filters        students that cannot win, or that GradSign ranks lower among equals, are not trained
+    filters        students that cannot win are not trained
     init           of a student: inherit the teacher's weights where shapes allow, or fresh
     student_epochs, student_examples    a student's training before it is judged: on the teacher's outputs
     validation     examples, or tokens of text, that students are judged on; no student sees them before

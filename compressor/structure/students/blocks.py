@@ -62,9 +62,6 @@ class BlockWorkshop:
     def seconds(self, student: Student) -> float:
         return self.evaluator.seconds(student)
 
-    def trainability(self, student: Student) -> float:
-        raise NotImplementedError("students of blocks are judged untrained")
-
     def influence(self) -> list[float]:
         by_block = self.evaluator.influence()
         return [by_block[unit.block] for unit in self.units]

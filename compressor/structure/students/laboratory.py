@@ -38,10 +38,6 @@ class Workshop(Protocol):
         """Of a forward of a validation batch."""
         ...
 
-    def trainability(self, student: Student) -> float:
-        """GradSign's score."""
-        ...
-
     def influence(self) -> list[float]:
         """Of each layer."""
         ...
@@ -94,9 +90,6 @@ class Laboratory:
                 self.watch(f"{accuracy:.4f}")
         self.asked |= set(students)
         return [self.answers[self._name("accuracy", student)] for student in students]
-
-    def trainability(self, student: Student) -> float:
-        return self._asked("gradsign", student, self.workshop.trainability)
 
     def slowness(self, student: Student) -> float:
         teacher = self._asked("seconds", Student(), self.workshop.seconds)

@@ -12,20 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from compressor.core.batch import Examples, arguments
+from compressor.core.batch import Examples
 from compressor.core.errors import DataError
 from compressor.core.students import Student
 from compressor.graph.chain import Chain, read_chain
 from compressor.graph.rebuild import InvalidStudent, build_student
 from compressor.learning.trainer import Fitting, called
-from compressor.ops.trainability import gradsign
 from compressor.passes.settings.n2n import N2nSettings
 
 _AT_ONCE = 256
-_SAMPLES = 16
-"""Per-sample gradients of GradSign."""
 _FUSED = ("Adam", "AdamW", "SGD", "Adagrad")
 """Optimizers of torch that can step in one pass over the weights: of small networks that is a tenth of the time."""
 
@@ -84,26 +80,6 @@ class LayerEvaluator:
             batch, labels = self.validation.take(index)
             right += int((called(module, batch).argmax(-1) == labels).sum())
         return right / len(self.validation)
-
-    def trainability(self, student: Student) -> float:
-        """GradSign of a few validation examples, at the student's first weights."""
-        module = self.build(student)
-        weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
-        buffers = dict(module.named_buffers())
-        batch, labels = self.validation.take(torch.arange(min(_SAMPLES, len(self.validation))))
-        assert labels is not None
-        names = list(batch)
-
-        def loss(weights: dict[str, Tensor], label: Tensor, *values: Tensor) -> Tensor:
-            one = {name: value.unsqueeze(0) for name, value in zip(names, values, strict=True)}
-            args, kwargs = arguments(one)
-            output = torch.func.functional_call(module, (weights, buffers), args, kwargs)
-            return functional.cross_entropy(output, label.unsqueeze(0))
-
-        gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, *[0] * len(names)))(
-            weights, labels, *batch.values()
-        )
-        return gradsign(gradients.values())
 
     @torch.no_grad()
     def seconds(self, student: Student) -> float:
@@ -166,9 +142,6 @@ class LayerWorkshop:
 
     def seconds(self, student: Student) -> float:
         return self.evaluator.seconds(student)
-
-    def trainability(self, student: Student) -> float:
-        return self.evaluator.trainability(student)
 
     def influence(self) -> list[float]:
         raise NotImplementedError("influence is of blocks")
