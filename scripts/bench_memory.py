@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def children(pid: int) -> Iterator[int]:
 def watch(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Runs a command; peaks in bytes, of the process that does its work, which is its child, and of the largest that
     this one starts for onnxruntime."""
-    began = time.monotonic()
+    began, spent = time.monotonic(), _cpu_seconds()
     process = subprocess.Popen(command, env=environment)
     peaks = {"own": 0, "mapped": 0, "child": 0}
     for number in itertools.count():
@@ -159,18 +160,25 @@ def watch(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         time.sleep(SAMPLED_EVERY)
     if process.returncode:
         sys.exit(f"bench_memory: `{' '.join(command)}` ended with status {process.returncode}")
-    return {**peaks, "seconds": round(time.monotonic() - began, 1)}
+    return {**peaks, "seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(_cpu_seconds() - spent)}
+
+
+def _cpu_seconds() -> float:
+    """Of processes that have ended, with theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def memory_table(results: dict[str, Any]) -> str:
     """A row per recipe."""
     rows = [
         [f"`{name}`", *(f"{entry[key] / 1e9:.2f} GB" for key in ("own", "planned_memory", "mapped", "child")),
-         f"{entry['bytes'] / 1e6:.1f} MB", f"{entry['planned_bytes'] / 1e6:.1f} MB"]
+         f"{entry['bytes'] / 1e6:.1f} MB", f"{entry['planned_bytes'] / 1e6:.1f} MB",
+         f"{entry['cpu_seconds'] / 60:.0f} min" if "cpu_seconds" in entry else None]
         for name, entry in results.items()
     ]  # fmt: skip
     memories = ("anonymous and dirty", "planned", "mapped files", "onnxruntime's process")
-    return markdown(["recipe", *memories, "size", "planned"], rows)
+    return markdown(["recipe", *memories, "size", "planned", "CPU time"], rows)
 
 
 def main() -> None:
