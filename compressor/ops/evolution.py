@@ -41,11 +41,13 @@ class Space:
     counts    how many choices each gene has
     inactive  genes that make no difference, given the others
     prior     what is known of the time beforehand, in any unit
+    trained   members that are worth a look before others, as they are
     """
 
     counts: tuple[int, ...]
     inactive: Callable[[Genes], Collection[int]] = lambda _: ()
     prior: Callable[[Genes], float] | None = None
+    trained: tuple[Genes, ...] = ()
 
     def canonical(self, genes: Sequence[int]) -> Genes:
         """The same network with 0 for every gene that makes no difference."""
@@ -162,10 +164,11 @@ class Search:
         return time, loss
 
     def first(self, n: int) -> list[Genes]:
-        """Both ends of the space, then members at random."""
-        ends = [self.space.canonical([0] * len(self.space.counts)),
-                self.space.canonical([count - 1 for count in self.space.counts])]  # fmt: skip
-        return self._filled(list(dict.fromkeys(each for each in ends if each not in self.known))[:n], n)
+        """Both ends of the space and its trained members, then others at random, until there are `n`."""
+        ends = [0] * len(self.space.counts), [count - 1 for count in self.space.counts]
+        found = dict.fromkeys(map(self.space.canonical, (*ends, *self.space.trained)))
+        left = [genes for genes in found if genes not in self.known]
+        return self._filled(left, max(n, len(left)))
 
     def ask(self, n: int) -> list[Genes]:
         """Members that nobody has measured: those that are predicted to be on the front of what is known and what is

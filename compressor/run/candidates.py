@@ -174,6 +174,10 @@ class _Mixed(Mapping[str, EncodedTensor]):
         return len(self.encoded)
 
 
+_SIZES = 16
+"""Of one depth and width, about evenly spread where there are more, that are measured to begin with."""
+
+
 class Mixtures:
     """What a sorted network has in it: a depth, and of each group of units a width, smallest first.
 
@@ -198,7 +202,10 @@ class Mixtures:
         self.layers = operators(self.module, call, _example(batches))
         self.sizes = {each.name: each for each in course.sizes}
         counts = (len(self.depths), *(len(self.widths) for _ in self.groups))
-        self.space = Space(counts, self._inactive, self._prior)
+        sizes = [
+            (depth, *[width] * (len(counts) - 1)) for depth in range(counts[0]) for width in range(len(self.widths))
+        ]
+        self.space = Space(counts, self._inactive, self._prior, tuple(sizes[:: -(-len(sizes) // _SIZES)]))
 
     def write(self, genes: Genes, folder: Path) -> None:
         beside = folder.with_name(f"{folder.name}.made")

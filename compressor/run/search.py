@@ -215,7 +215,7 @@ class _Hunt:
             UsageError: The original meets it.
         """
         self._read()
-        left = self.search.first(FIRST)[: max(0, FIRST - len(self.measured))]
+        left = self.search.first(FIRST - len(self.measured))[: self._room] or self._asked()
         stale, best = 0, self.search.best()
         while left and stale < PATIENCE:
             for genes in left:
@@ -225,8 +225,15 @@ class _Hunt:
                 self._refuse_met()
             stale = stale + 1 if self.search.best() in (None, best) and best is not None else 0
             best = self.search.best()
-            left = self.search.ask(BATCH)[: MOST - len(self.measured)]
+            left = self._asked()
         return self._confirmed(advance)
+
+    @property
+    def _room(self) -> int:
+        return max(0, MOST - len(self.measured))
+
+    def _asked(self) -> list[Genes]:
+        return self.search.ask(BATCH)[: self._room]
 
     def _confirmed(self, advance: Any) -> Measured:
         """The best, measured anew in more blocks; one that is slower than it seemed gives way to the next."""

@@ -71,6 +71,16 @@ def test_it_begins_with_both_ends_and_measures_nothing_twice(seed):
     assert -1 <= min(search.tau) <= max(search.tau) <= 1
 
 
+def test_trained_members_are_among_the_first_and_measured_once():
+    trained = ((1, 1, 1, 1), (0, 3, 2, 3), (2, 3, 2, 3))
+    space = Space(COUNTS, inactive, trained=trained)
+    search = Search(space)
+    asked = search.first(2)
+    assert asked == list(dict.fromkeys(map(space.canonical, ((0,) * 4, (2, 3, 2, 3), *trained))))
+    search.tell({genes: values(genes) for genes in asked[:-1]})
+    assert search.first(0) == asked[-1:]
+
+
 def test_nearly_all_of_the_front_is_found_with_half_of_what_chance_takes():
     space = Space(COUNTS, inactive, prior=lambda genes: values(genes)[0] + 0.3 * genes[1])
     whole, reference = everything(space), (24.0, 7.0)

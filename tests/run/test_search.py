@@ -7,6 +7,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -323,12 +324,15 @@ def test_an_original_that_is_fast_enough_is_no_search(monkeypatch):
         tried(monkeypatch, lambda n: 0.8, target_latency=2.0)
 
 
-def test_a_search_that_was_ended_goes_on_with_what_it_measured(monkeypatch):
-    measured = []
+@pytest.mark.parametrize("most", [2, 3])
+def test_a_search_that_was_ended_goes_on_with_what_it_measured(most, monkeypatch):
+    """Before all that it begins with was measured, and after."""
+    measured, plain = [], search.Search
+    monkeypatch.setattr(search, "Search", lambda space, *rest: plain(replace(space, trained=()), *rest))
 
     def stopped(n):
         measured.append(n)
-        if len(measured) == 3:
+        if len(measured) == most + 1:
             raise KeyboardInterrupt
         return 0.5
 
@@ -336,7 +340,7 @@ def test_a_search_that_was_ended_goes_on_with_what_it_measured(monkeypatch):
         tried(monkeypatch, stopped, target_speedup=1.5)
     report = tried(monkeypatch, stopped, target_speedup=1.5, resume=True).report["search"]
     assert report["n_measured"] == 4
-    assert len(measured) - 1 < 4 + 4  # two before, two after, one confirmed, and the artifact
+    assert len(measured) - 1 < 4 + 4  # those before, those after, one confirmed, and the artifact
 
 
 @pytest.mark.parametrize(
