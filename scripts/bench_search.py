@@ -429,6 +429,10 @@ def mobilenet(arguments: argparse.Namespace) -> dict[str, Any]:
     with original_graph(open_checkpoint(model), folder, [{"": torch.zeros(2, 3, 224, 224)}]) as original:
         assert original is not None
         ends = paired(whole.directory, original, 1, shapes=shapes, blocks=10)
+    if ends.latency > 0.95 * ends.original:
+        raise SystemExit(
+            f"all layers as int8 take {ends.latency / ends.original:.2f} of the floats' time on this processor"
+        )
     target = (ends.latency + ends.original) / 2
     began = time.process_time()
     found = run(

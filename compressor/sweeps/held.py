@@ -9,6 +9,8 @@ connection, is tried on an example: what is not NaN anywhere, and the same, need
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,9 @@ from compressor.core.errors import is_out_of_memory
 from compressor.core.log import LOGGER
 from compressor.graph.blocks import layout_of, patched, unfolds, weight_of
 from compressor.sweeps.network import Arguments, Network, Stop, first_example, hidden_of
+
+_ROOM = 2_000_000_000
+"""Bytes that are left free on the disk, for what is to stay."""
 
 
 @dataclass
@@ -85,7 +90,7 @@ class Held:
         self._given, self._passed = [], []
         if self._done:
             self._find(layers[0] if layers else None)
-        if layers and all(_is_linear(layer) for layer in layers):
+        if layers and self._network.holds and all(_is_linear(layer) for layer in layers):
             self._next = _Stage(list(layers), self._folder / f"{len(self._done)}.bin")
             self._next.file.unlink(missing_ok=True)
 
@@ -94,11 +99,13 @@ class Held:
         if self._next is None or len(self._next.shapes) == len(self._reached):
             return
         try:
+            if shutil.disk_usage(self._folder.parent).free < rows.nbytes + _ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._next.add(rows)
         except OSError as error:
-            LOGGER.warning("%s: what reaches layers is computed anew each time: %s", self._next.file.parent, error)
+            LOGGER.warning("%s: what reaches layers is computed anew each time: %s", self._folder.parent, error)
             self._next.file.unlink(missing_ok=True)
-            self._next = None
+            self._next, self._network.holds = None, False
 
     def begun(self, i: int) -> contextlib.AbstractContextManager[None]:
         """Within it a forward of batch number `i` computes nothing that is settled."""
