@@ -19,7 +19,7 @@ from compressor.plan.recipe import Recipe, Step
 if TYPE_CHECKING:
     from compressor.checkpoints import Checkpoint
 
-FIRST, BATCH, MOST, PATIENCE = 10, 5, 60, 3
+FIRST, BATCH, MOST, PATIENCE = 10, 5, 60, 6
 """Networks that are measured to begin with, and at a time; how many at most; and batches without a better one after
 which it ends."""
 CONFIRMED = 5
