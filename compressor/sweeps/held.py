@@ -1,9 +1,9 @@
 """What reaches the layers of a block, held in files, so that no forward computes again what gave it.
 
 A block is run once for the inputs of each stage of its layers, and once for what it gives: each time from its beginning
-on, though all that comes before the stage is as it was. So the layers of the last stages are given what reached them,
-and those before are passed by with NaN of their outputs' shape; how far back the values are needed, as by a residual
-connection, is tried on an example: what is not NaN anywhere, and the same, needed none of it.
+on, though all that comes before the stage is as it was. So layers of earlier stages are given what reached them, where
+their products are needed, as by a residual connection, and passed by with NaN of their outputs' shape where they are
+not: which is tried on an example, stage by stage.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compressor.core.errors import is_out_of_memory
 from compressor.core.log import LOGGER
 from compressor.graph.blocks import layout_of, patched, unfolds, weight_of
-from compressor.sweeps.network import Arguments, Network, Stop, first_example, hidden_of
+from compressor.sweeps.network import Arguments, Network, Stop, first_example, n_examples
 
 _ROOM = 2_000_000_000
 """Bytes that are left free on the disk, for what is to stay."""
@@ -118,26 +118,42 @@ class Held:
 
     @torch.no_grad()
     def _find(self, until: nn.Module | None) -> None:
-        """As few of the last stages as what comes to `until`, or out of the block, needs."""
-        example = first_example(self._reached[0])
-        n = len(hidden_of(example))
-        held = {id(stage): stage.read(0) for stage in self._done}
-        if any(len(rows) % len(hidden_of(self._reached[0])) for rows in held.values()):
-            return
-        share = len(hidden_of(self._reached[0])) // n
-        held = {key: rows[: len(rows) // share] for key, rows in held.items()}
+        """As few of the stages as what comes to `until`, or out of the block, needs.
 
-        def found(given: list[_Stage], passed: list[nn.Module]) -> Tensor | None:
-            with self._after(given, passed, lambda stage: held[id(stage)]):
+        Of a block of the kind of an earlier one the same ones are needed, if nothing then is NaN.
+        """
+        example, n = first_example(self._reached[0]), n_examples(self._reached[0])
+        rows = [stage.read(0) for stage in self._done]
+        if any(len(each) % n for each in rows):
+            return
+        held = {id(stage): each[: len(each) // n] for stage, each in zip(self._done, rows, strict=True)}
+        kind = type(self._block), until is None, *(len(stage.layers) for stage in self._done)
+
+        def found(needed: Collection[int]) -> Tensor | None:
+            self._give(needed)
+            with self._after(self._given, self._passed, lambda stage: held[id(stage)]):
                 return self._answer(example, until)
 
-        wanted = found(self._done, [])
-        for first in range(len(self._done) - 1, 0, -1) if wanted is not None else ():
-            given, passed = self._done[first:], [layer for stage in self._done[:first] for layer in stage.layers]
-            answer = found(given, passed)
+        if (needed := self._network.needed.get(kind)) is not None:
+            answer = found(needed)
+            if answer is not None and bool(answer.isfinite().all()):
+                return self._give(needed if len(needed) < len(self._done) else None)
+        needed = tuple(range(len(self._done)))
+        wanted = found(needed)
+        for left_out in needed if wanted is not None else ():
+            fewer = tuple(at for at in needed if at != left_out)
+            answer = found(fewer)
             if answer is not None and wanted is not None and torch.equal(answer, wanted):
-                self._given, self._passed = given, passed
-                return
+                needed = fewer
+        if wanted is not None:
+            self._network.needed[kind] = needed
+        self._give(needed if len(needed) < len(self._done) else None)
+
+    def _give(self, needed: Collection[int] | None) -> None:
+        """From now on these stages are given what reached them, and the others passed by; none is where it is None."""
+        self._given = [self._done[at] for at in needed or ()]
+        passed = [stage for at, stage in enumerate(self._done) if needed is not None and at not in needed]
+        self._passed = [layer for stage in passed for layer in stage.layers]
 
     def _answer(self, example: Arguments, until: nn.Module | None) -> Tensor | None:
         """What an example comes to; None where the network refuses it, or NaN."""

@@ -55,6 +55,7 @@ class Network:
     `batches` are the forward's keyword arguments (or {"": tensor} for one positional input), wherever they lie.
 
     device   where blocks are computed with: weights come there when they are due, and batches as they enter
+    needed   of kinds of blocks, which stages of layers are computed again for what comes after them: see `sweeps.held`
     holds    whether there is room in files for what reaches its layers
     begun    what the block that is due is run within by `sweep`; of each block anew
     logits   what becomes of an output head's outputs, once `backward.find_logits` has looked; None: unknown
@@ -80,7 +81,7 @@ class Network:
         self._by_keyword = False
         self.last: list[Tensor] = []
         self.begun: Begun = _from_the_start
-        self.holds = True
+        self.holds, self.needed = True, dict[tuple, tuple[int, ...]]()
         self.logits: Logits | None = Logits()
 
     def replace(self, name: str, decode: Callable[[], Tensor]) -> None:

@@ -101,7 +101,7 @@ def test_tensors_and_outputs_are_the_same(name, drift, means, tmp_path, monkeypa
         assert torch.equal(found[each].decode(), wanted[each].decode()), each
     assert all(torch.equal(one, other) for one, other in zip(outputs, same, strict=True))
     if drift and name not in ("gpt2", "mixtral"):  # whose products are no linear, or nearly all of experts
-        assert products["rows"] < 0.85 * all_of_them["rows"]
+        assert products["rows"] < 0.75 * all_of_them["rows"]
 
 
 class Read(nn.Module):
@@ -151,8 +151,7 @@ def test_what_is_read_again_is_not_passed_by(again, tmp_path):
                     with before.begun(i), hook:
                         network.step(block, arguments)
             before.advance(())
-            assert [len(stage.layers) for stage in before._given] == ([] if again else [1])
-            assert len(before._passed) == (0 if again else 2)
+            assert before._passed == [inside[each] for each in inside if each[0] in ("b" if again else "ab")]
             with before.begun(1):
                 assert torch.equal(network.step(block, reached[1]), block(hidden_of(reached[1])))
 
