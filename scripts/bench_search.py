@@ -461,12 +461,18 @@ def minilm(arguments: argparse.Namespace) -> dict[str, Any]:
         sets=("evaluation.speed=false", *(arguments.set or ())),
     ))  # fmt: skip
     networks = json.loads((found.directory / "front.json").read_text())["networks"]
-    uniform = [each for each in networks if len(set(each["genes"][1:])) == 1]
     return {
         "search": found.report["search"], "quality": kept(found.report["quality"]), "sets": list(arguments.set or ()),
-        "uniform": uniform, "chosen": next(each for each in networks if each["chosen"]),
+        "uniform": [each for each in networks if _is_uniform(each["genes"], networks)], "chosen": next(each for each in networks if each["chosen"]),
         "cpu_seconds": round(time.process_time() - began),
     }  # fmt: skip
+
+
+def _is_uniform(genes: list[int], networks: list[dict[str, Any]]) -> bool:
+    """Whether a network is of one width. Of blocks that are not there all networks of a depth have 0."""
+    same_depth = [each["genes"] for each in networks if each["genes"][0] == genes[0]]
+    alive = [at for at in range(1, len(genes)) if any(other[at] for other in same_depth)]
+    return len({genes[at] for at in alive}) <= 1
 
 
 def kept(quality: dict[str, Any]) -> dict[str, Any]:
