@@ -461,9 +461,10 @@ def minilm(arguments: argparse.Namespace) -> dict[str, Any]:
         sets=("evaluation.speed=false", *(arguments.set or ())),
     ))  # fmt: skip
     networks = json.loads((found.directory / "front.json").read_text())["networks"]
+    uniform = [each for each in networks if _is_uniform(each["genes"], networks)]
     return {
         "search": found.report["search"], "quality": kept(found.report["quality"]), "sets": list(arguments.set or ()),
-        "uniform": [each for each in networks if _is_uniform(each["genes"], networks)], "chosen": next(each for each in networks if each["chosen"]),
+        "uniform": uniform, "chosen": next(each for each in networks if each["chosen"]),
         "cpu_seconds": round(time.process_time() - began),
     }  # fmt: skip
 
