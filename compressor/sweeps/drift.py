@@ -51,9 +51,13 @@ class Drift:
         self._sums: dict[str, Tensor] = {}
 
     def begin(self, names: Sequence[str]) -> None:
-        """Forgets what was gathered, before another group of layers; `names` as for `Held.advance`."""
-        self._sums = {}
+        """Before another group of layers; `names` as for `Held.advance`."""
+        self.forget()
         self._held.advance([self._found[name] for name in names])
+
+    def forget(self) -> None:
+        """What was gathered is done with."""
+        self._sums, self._pieces = {}, iter(())
 
     def settle(self) -> None:
         """All layers have been looked at."""

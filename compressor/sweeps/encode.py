@@ -59,6 +59,7 @@ def encode_network(
     head = last_head(network, batches, recipe, survey)
     if network.outside:
         files.append(_outside(network, choice, survey, token_counts(batches), work, head))
+        network.slack.give_back()
         advance("tables")
     shares = allocated_shares(network, plan, work.folder)
     if not choice.on_prefix:
@@ -91,11 +92,9 @@ def encode_network(
                 if means:
                     tensors |= _with_means(network, block, name, reached, means, choice)
                 write_tensors(file, tensors)
-                if (
-                    _compute_with(block, name, EncodedTensors([file], device=network.device))
-                    and learning is None
-                    and not means
-                ):
+                del tensors
+                same = _compute_with(block, name, EncodedTensors([file], device=network.device))
+                if same and learning is None and not means:
                     held.settle()
                 if drift is not None:
                     drift.settle()
@@ -307,7 +306,7 @@ def encode_outside(
         return found
     assert isinstance(found.encoding, Affine)
     rows = _most_frequent(counts, found.encoding.shape[0], spec.n).to(network.device)
-    left = found.layout.matrix(weight_of(module).data.float())[rows] - found.encoding.decode()[rows]
+    left = found.layout.matrix(weight_of(module).data)[rows].float() - found.encoding.decode()[rows]
     extra = Chain(load_pass(choice.recipe.embeddings.extra()))
     encoded = extra.of_matrix(name, left, Statistics(moment), work.generator(name))
     assert isinstance(encoded, Affine)
@@ -348,10 +347,13 @@ def _encode_block(
                 )  # fmt: skip
                 if unreached := [name for name, (_, n_rows) in moments.items() if not n_rows]:
                     LOGGER.warning(_UNREACHED, ", ".join(unreached))
+                if drift is not None:
+                    for name in due:
+                        _correct(drift, name, found[name], *moments[name])
+                    drift.forget()
+                network.slack.give_back()
             for name in due:
                 moment, n_rows = moments.get(name, (None, 0))
-                if drift is not None and moment is not None:
-                    _correct(drift, name, found[name], moment, n_rows)
                 known = Statistics(moment, gradients.get(name), n_sequences, n_rows // n_sequences, shares.get(name))
                 tensors[name] = chains[name].of_layer(name, found[name], known, work.generator(name), learners)
                 weight = weight_of(found[name])
@@ -359,6 +361,7 @@ def _encode_block(
                     weight.data = tensors[name].decode()
                 if settled is not None:
                     settled.done(weight)
+                network.slack.give_back()
     for name, chain in chains.items():
         if name not in tensors:
             tensors[name] = chain.of_layer(name, found[name], Statistics(), work.generator(name))

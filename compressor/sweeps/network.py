@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.batch import Batch, arguments, call
 from compressor.core.device import HOST, fast_bfloat16, put_buffers
-from compressor.core.memory import give_back
+from compressor.core.memory import Slack, give_back
 from compressor.core.resources import refuse_shortage
 from compressor.graph.blocks import (
     block_names,
@@ -32,6 +32,10 @@ from compressor.learning.head import Logits
 Arguments = tuple[tuple, dict]
 Begun = Callable[[int], contextlib.AbstractContextManager[None]]
 """What a block's forward of batch number i runs within."""
+
+
+_SLACK = 200_000_000
+"""Bytes by which memory may grow before what is free of it goes back."""
 
 
 class Stop(Exception):
@@ -56,6 +60,7 @@ class Network:
 
     device   where blocks are computed with: weights come there when they are due, and batches as they enter
     needed   of kinds of blocks, which stages of layers are computed again for what comes after them: see `sweeps.held`
+    slack    gives back what forwards and what is between them leave free
     holds    whether there is room in files for what reaches its layers
     begun    what the block that is due is run within by `sweep`; of each block anew
     logits   what becomes of an output head's outputs, once `backward.find_logits` has looked; None: unknown
@@ -81,6 +86,7 @@ class Network:
         self._by_keyword = False
         self.last: list[Tensor] = []
         self.begun: Begun = _from_the_start
+        self.slack = Slack(_SLACK)
         self.holds, self.needed = True, dict[tuple, tuple[int, ...]]()
         self.logits: Logits | None = Logits()
 
@@ -251,6 +257,7 @@ class Network:
 
     def step(self, block: nn.Module, arguments: Arguments) -> Tensor:
         """The next hidden state, in the dtype of the last."""
+        self.slack.give_back()
         args, kwargs = (cloned(each) for each in arguments)  # which a forward may write into
         with self.autocast():
             output = first_tensor(block(*args, **kwargs))
