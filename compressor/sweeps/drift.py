@@ -52,7 +52,6 @@ class Drift:
 
     def begin(self, names: Sequence[str]) -> None:
         """Before another group of layers; `names` as for `Held.advance`."""
-        self.forget()
         self._held.advance([self._found[name] for name in names])
 
     def forget(self) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressor.core.errors import is_out_of_memory
 from compressor.core.log import LOGGER
 from compressor.graph.blocks import layout_of, patched, unfolds, weight_of
 from compressor.sweeps.network import Arguments, Network, Stop, first_example, n_examples
@@ -156,7 +155,7 @@ class Held:
         self._passed = [layer for stage in passed for layer in stage.layers]
 
     def _answer(self, example: Arguments, until: nn.Module | None) -> Tensor | None:
-        """What an example comes to; None where the network refuses it, or NaN."""
+        """What an example comes to; None where the network refuses it."""
         rows: list[Tensor] = []
 
         def catch(_: nn.Module, args: tuple) -> None:
@@ -166,13 +165,9 @@ class Held:
         hook = contextlib.nullcontext() if until is None else until.register_forward_pre_hook(catch)
         try:
             with hook:
-                return self._network.step(self._block, example)
+                return self._network.tried(self._block, example)
         except Stop:
             return rows[0]
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return None
 
     @contextlib.contextmanager
     def _after(

@@ -155,8 +155,8 @@ def second_moments(
     """H = mean over tokens of t·xxᵀ (in, in) per layer, t the importance of a token for it or 1; and how many tokens.
 
     Where there are none, as with an expert that no token is sent to, every input counts alike. The layers share their
-    input, so that without importance they share one H. A forward begins after what is
-    `held`, and ends at the last call.
+    input, so that without importance they share one H. A forward begins after what
+    is `held`, and ends at the last call.
     """
     sums: dict[str, Tensor] = {}
     counts = {"tokens": 0, "calls": 0}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.batch import Batch, arguments, call
 from compressor.core.device import HOST, fast_bfloat16, put_buffers
+from compressor.core.errors import is_out_of_memory
 from compressor.core.memory import Slack, give_back
 from compressor.core.resources import refuse_shortage
 from compressor.graph.blocks import (
@@ -262,6 +263,18 @@ class Network:
         with self.autocast():
             output = first_tensor(block(*args, **kwargs))
         return output.float()
+
+    def tried(self, block: nn.Module, example: Arguments) -> Tensor | None:
+        """What a block gives for an example; None where it refuses it: what is wrong with a network, and not with a
+        single example or with NaN, shows when it is run as a whole."""
+        try:
+            return self.step(block, example)
+        except Stop:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None
 
     @contextlib.contextmanager
     def tail(self, with_head: bool = True) -> Iterator[Callable[[Batch, Tensor], Any]]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressor.core.errors import is_out_of_memory
 from compressor.graph.blocks import patched
 from compressor.sweeps.network import Arguments, Network, Stop, first_example, n_examples
 
@@ -99,25 +98,15 @@ class Settled:
         with contextlib.ExitStack() as hooks:
             for module in _chained(self._block):
                 hooks.enter_context(module.register_forward_hook(_noting(called, outputs)))
-            wanted = self._answer(example)
+            wanted = self._network.tried(self._block, example)
         if wanted is None or len(set(called)) < len(called) or len(outputs) < len(called):
             return
         self.chain, self._outputs = called, [torch.empty_like(output, device="meta") for output in outputs]
         for n, held in enumerate(outputs, 1):
             with self._after(n, held):
-                found = self._answer(example)
+                found = self._network.tried(self._block, example)
             if found is not None and torch.equal(found, wanted):
                 self.starts.append(n)
-
-    def _answer(self, example: Arguments) -> Tensor | None:
-        """What the network gives for an example; None where it refuses it: what is wrong with a network, and not with
-        a single example or with NaN, shows when it is run as a whole."""
-        try:
-            return self._network.step(self._block, example)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return None
 
 
 @dataclass(frozen=True)
