@@ -57,18 +57,18 @@ class _SignedBlock(_Block):
 class ResNet20(nn.Module):
     """Grey images (batch, 1, 28, 28) to ten logits: He et al.'s ResNet-20 for small images, arXiv 1512.03385.
 
-    With `signed`, that of ReSTE's authors (arXiv 2308.06689), of the same parameters.
+    With `signed`, that of ReSTE's authors (arXiv 2308.06689), of the same parameters. `width` is of the first stage.
     """
 
-    def __init__(self, signed: bool = False) -> None:
+    def __init__(self, signed: bool = False, width: int = 16) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16))
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
         if not signed:
             self.stem.append(nn.ReLU())
-        widths = [16, *(width for width in (16, 32, 64) for _ in range(3))]
+        widths = [width, *(times * width for times in (1, 2, 4) for _ in range(3))]
         block = _SignedBlock if signed else _Block
         blocks = [block(a, b, 2 if a != b else 1) for a, b in pairwise(widths)]
-        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(64, 10)
+        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(4 * width, 10)
 
     def forward(self, x):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
@@ -76,6 +76,10 @@ class ResNet20(nn.Module):
 
 def resnet20() -> nn.Module:
     return ResNet20()
+
+
+def resnet20_8() -> nn.Module:
+    return ResNet20(width=8)
 
 
 def resnet20_signed() -> nn.Module:

@@ -157,6 +157,14 @@ class StructurePass(StructureSettings):
     def restructure(self, subject: Subject) -> Outcome:
         """The network of `subject`, made smaller, and what the report says of that."""
 
+    def examine(self, subject: Subject) -> tuple[str, ...]:
+        """What the plan says of the network of `subject`, of whose weights no value is known.
+
+        Raises:
+            CompressorError: `restructure` would refuse the network.
+        """
+        return ()
+
     def foretell(self, subject: Subject) -> tuple[Foretold, ...]:
         """The networks of other sizes that `restructure` will put into that of `subject`, of whose weights no value
         is known.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch, call
+from compressor.core.channels import ChannelGraph
 from compressor.core.encoding import Layout
 from compressor.core.groups import Branches, Group, Operator
 from compressor.core.nested import Size
@@ -67,6 +68,10 @@ class Surgeon(Protocol):
         """Puts the units of a `group` of `module` in another `order`, in place: it computes what it did."""
         ...
 
+    def channels(self, module: nn.Module) -> ChannelGraph:
+        """The graph of the channels of `module`; refused by name where it has none."""
+        ...
+
     def blocks(self, module: nn.Module) -> list[Operator]:
         """The repeated blocks of `module` that can go altogether, in order; none where it has no list of them."""
         ...
@@ -77,11 +82,15 @@ class Surgeon(Protocol):
 
 
 class MakesTrainer(Protocol):
-    """Makes what trains the module, or `other`, as settings say; it learns from `teacher`, or the original."""
+    """Makes what trains the module, or `other`, as settings say; it learns from `teacher`, or the original.
+
+    It is a `share` of the pass's whole work; a pass that trains twice gives each a `name`.
+    """
 
     def __call__(
-        self, settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None
-    ) -> Trainer: ...
+        self, settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None, *,
+        name: str = "", share: float = 1.0,
+    ) -> Trainer: ...  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from compressor.graph.blocks import layers
-from compressor.graph.tracing import Example, Trace, trace
+from compressor.graph.tracing import Example, Trace, operator_name, trace
 
 FIRST = "reads the network's input"
 LAST = "gives the network's output"
@@ -73,13 +73,13 @@ class _Walk:
 
     def _weight(self, node: fx.Node) -> str | None:
         """The layer's weight that an operator multiplies or looks up in, if it does."""
-        if node.op != "call_function" or _operator(node) in _RESHAPES:
+        if node.op != "call_function" or operator_name(node) in _RESHAPES:
             return None
         return next((name for each in node.all_input_nodes if (name := self._tensor(each)) in self.names), None)
 
     def _tensor(self, node: fx.Node) -> str | None:
         """The tensor that a node is, but for its shape."""
-        while node.op == "call_function" and _operator(node) in _RESHAPES:
+        while node.op == "call_function" and operator_name(node) in _RESHAPES:
             node = node.all_input_nodes[0]
         return self.traced.tensors.get(node.name) if node.op == "placeholder" else None
 
@@ -87,7 +87,7 @@ class _Walk:
         """Of each sum whose two terms come from one place, the layer that is alone on its way beside several."""
         found: set[fx.Node] = set()
         for node in self.traced.graph.nodes:
-            if _operator(node) != "add" or len(node.all_input_nodes) != 2:
+            if operator_name(node) != "add" or len(node.all_input_nodes) != 2:
                 continue
             left, right = node.all_input_nodes
             ways = self._way(left, self.above[right]), self._way(right, self.above[left])
@@ -107,9 +107,3 @@ class _Walk:
                 break
             node = inputs[0]
         return way
-
-
-def _operator(node: fx.Node) -> str:
-    """aten's name without the overload; `getitem` and the like by their own."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))

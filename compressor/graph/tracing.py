@@ -32,6 +32,12 @@ class Trace:
     constants: dict[str, Tensor]
 
 
+def operator_name(node: torch.fx.Node) -> str:
+    """aten's name without the overload; `getitem` and the like by their own."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
+
+
 def split_example(example: Example) -> tuple[tuple, dict[str, Any]]:
     """Positional and keyword arguments. {"": tensor} is one by position, as in `core.batch`."""
     if not isinstance(example, Mapping):

@@ -30,20 +30,16 @@ import torch
 from torch import Tensor
 
 from compressor.core.contract import StructurePass
-from compressor.core.errors import RecipeError
 from compressor.core.groups import Group
 from compressor.core.roles import folded
 from compressor.core.structure import Outcome, Subject
 from compressor.ops.attribution import Composite, Rule, attribute, first_output
 from compressor.ops.relevance import RULES
-from compressor.ops.selection import even_share, lowest, lowest_reaching
+from compressor.ops.selection import lowest
+from compressor.passes.parts.removing import Removing, removable
 from compressor.passes.parts.units import unit_scores
 from compressor.passes.settings.lrp import LrpSettings
 from compressor.passes.settings.lrp import Rule as RuleName
-
-Gone = dict[Group, Tensor]
-"""Group -> BoolTensor (units,) of those that are removed."""
-
 
 SHARES = torch.arange(0.05, 0.96, 0.1).tolist()
 """Of the units, that are gone when a composite is judged."""
@@ -67,44 +63,27 @@ class Lrp(LrpSettings, StructurePass):
     def restructure(self, subject: Subject) -> Outcome:
         """The network without the units that explain least."""
         original = copy.deepcopy(subject.module) if self.compensate == "bias" else None
+        groups = subject.choosable()
+        removing = Removing(subject, groups, self, self._kinds(groups))
         composite, searched = self.composite(), {}
         if self.trials:
             composite, searched = self._searched(subject)
-        gone = self._chosen(subject, composite)
-        removal = _removal(gone)
+        work = (0.5 if self.epochs else 1.0) * (0.5 if self.trials else 1.0)
+        removing.run(lambda: self.scores(subject, groups, composite), work)
+        removal = removing.removal()
         smaller = subject.surgeon.remove(subject.module, removal)
-        kept = {group.name: [int((~flags).sum()), group.size] for group, flags in gone.items()}
-        report: dict[str, Any] = {"kept_units": kept} | searched
+        report: dict[str, Any] = {"kept_units": removing.kept()} | searched
         if original is not None:
             report["new_biases"] = len(subject.surgeon.compensate(smaller, original, removal, subject.batches))
         if self.epochs:
-            report["training"] = subject.trainer(self, other=smaller).train()
+            report["training"] = subject.trainer(self, other=smaller, share=0.5).train()
         return Outcome(smaller, report)
 
-    def _chosen(self, subject: Subject, composite: Composite) -> Gone:
-        """What goes, step by step; the subject's network ends with it masked."""
-        groups = subject.choosable()
-        gone = {group: torch.zeros(group.size, dtype=torch.bool) for group in groups}
-        most = self._lowest(subject, [torch.zeros(group.size) for group in groups], gone, math.inf)
-        self._refuse_unreachable(self._share(subject, dict(zip(groups, most, strict=True))))
-        n_steps = math.ceil(self.fraction / self.step - 1e-9)
-        part = (0.5 if self.epochs else 1.0) * (0.5 if self.trials else 1.0)
-        for number in range(n_steps):
-            goal = min(self.fraction, (number + 1) * self.step)
-            scores = self.scores(subject, groups, composite)
-            for group, flags in zip(groups, self._lowest(subject, scores, gone, goal), strict=True):
-                subject.surgeon.mask(subject.module, group, (flags & ~gone[group]).nonzero()[:, 0])
-                gone[group] = flags
-            subject.advance(part / n_steps, f"{self._share(subject, gone):.0%} removed")
-        self._refuse_unreachable(self._share(subject, gone))
-        return gone
-
-    def _refuse_unreachable(self, share: float) -> None:
-        if share < self.fraction - 1e-9:
-            raise RecipeError(
-                f"lrp: only {share:.1%} of the {self.of} can go with most: {self.most:g}, and fraction is "
-                f"{self.fraction:g}; write a smaller fraction, or let more of each group go"
-            )
+    def _kinds(self, groups: Sequence[Group]) -> list[object] | None:
+        """Of which each loses the same share."""
+        if self.spread == "network":
+            return None
+        return [folded(group.name) if self.spread == "kind" else number for number, group in enumerate(groups)]
 
     def scores(self, subject: Subject, groups: Sequence[Group], composite: Composite) -> list[Tensor]:
         """(units,) per group; infinite where no layer that was seen makes the unit."""
@@ -173,7 +152,7 @@ class Lrp(LrpSettings, StructurePass):
     ) -> float:  # fmt: skip
         """The mean over SHARES of what the network keeps of its predictions, units masked at once by their scores."""
         scores = self.scores(subject, groups, composite)
-        ranking = lowest(scores, self._allowed(groups))
+        ranking = lowest(scores, removable(groups, self))
         masked = dataclasses.replace(subject, module=copy.deepcopy(subject.module))
         done, kept = 0, []
         for share in SHARES:
@@ -187,29 +166,6 @@ class Lrp(LrpSettings, StructurePass):
             kept.append(sum(map(_kept, outputs, wanted, subject.labels or wanted)) / len(wanted))
         return sum(kept) / len(kept)
 
-    def _lowest(self, subject: Subject, scores: list[Tensor], gone: Gone, goal: float) -> list[Tensor]:
-        """What is gone, and as few of the lowest as reach the goal."""
-        groups = list(gone)
-        least = [group.size - n for group, n in zip(groups, self._allowed(groups), strict=True)]
-
-        def share(flags: list[Tensor]) -> float:
-            return self._share(subject, dict(zip(groups, flags, strict=True)))
-
-        already = list(gone.values())
-        if self.spread == "network":
-            return lowest_reaching(scores, already, least, self.divisible, goal, share)
-        kinds = [folded(group.name) if self.spread == "kind" else number for number, group in enumerate(groups)]
-        return even_share(scores, already, least, kinds, goal, share)
-
-    def _allowed(self, groups: Sequence[Group]) -> list[int]:
-        """How many units of each group may go: one stays at least, or as many as have to be a multiple."""
-        return [max(0, min(int(self.most * group.size), group.size - self.divisible)) for group in groups]
-
-    def _share(self, subject: Subject, gone: Gone) -> float:
-        """Of the parameters, units or multiplications, those that are gone."""
-        whole = sum(group.size for group in gone) if self.of == "units" else subject.whole(self.of)
-        return subject.amount(_removal(gone), self.of) / max(1, whole)
-
 
 def _kept(output: Tensor, original: Tensor, labels: Tensor) -> float:
     """The share of samples with the right class, the label where there is one; of hidden states the cosine."""
@@ -217,10 +173,6 @@ def _kept(output: Tensor, original: Tensor, labels: Tensor) -> float:
         right = original.argmax(1) if labels is original else labels
         return float((output.argmax(1) == right).double().mean())
     return float(torch.cosine_similarity(output.flatten(1), original.flatten(1)).mean())
-
-
-def _removal(gone: Gone) -> dict[Group, Tensor]:
-    return {group: flags.nonzero()[:, 0] for group, flags in gone.items() if flags.any()}
 
 
 def _of_unit_length(values: Tensor) -> Tensor:

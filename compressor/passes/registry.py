@@ -13,6 +13,7 @@ from compressor.passes.settings.gblm import GblmSettings
 from compressor.passes.settings.hesso import HessoSettings
 from compressor.passes.settings.jlcm import JlcmSettings
 from compressor.passes.settings.lrp import LrpSettings
+from compressor.passes.settings.metaprune import MetapruneSettings
 from compressor.passes.settings.n2n import N2nSettings
 from compressor.passes.settings.oto import OtoSettings
 from compressor.passes.settings.reste import ResteSettings
@@ -29,6 +30,7 @@ PASSES: tuple[type[Pass], ...] = (
     HessoSettings,
     JlcmSettings,
     LrpSettings,
+    MetapruneSettings,
     N2nSettings,
     OtoSettings,
     ResteSettings,

@@ -194,7 +194,7 @@ class Mixtures:
         self.module = course.checkpoint.build("cpu").float().eval()
         surgeon = GraphSurgeon(_example(batches), call)
         self.surgeon = surgeon
-        self.groups, blocks = self.method.groups_and_blocks(looked_at(self.module, batches, surgeon, step))
+        self.groups, blocks = self.method.groups_and_blocks(looked_at(self.module, batches, surgeon, step.selects))
         self.order = report["order"]
         self.blocks = blocks
         self.widths = sorted(self.settings.widths)

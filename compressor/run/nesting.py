@@ -104,7 +104,7 @@ def with_sizes(
         return plan  # of a network that other passes change first nothing is known yet
     from compressor.structure.stage import foretold
 
-    sizes = foretold(checkpoint, step, _example(recipe, options, samples))
+    sizes = foretold(checkpoint, step, example_of(recipe, options, samples))
     planned = {tensor.name: tensor for tensor in plan.tensors}
     for size in sizes:
         for name, (stored, shape) in size.held.items():
@@ -122,7 +122,7 @@ def _makes_sizes(step: Step) -> bool:
     return isinstance(step.settings, StructureSettings) and bool(step.settings.sizes)
 
 
-def _example(recipe: Recipe, options: RunOptions, samples: Samples | None) -> Batch:
+def example_of(recipe: Recipe, options: RunOptions, samples: Samples | None) -> Batch:
     """What the network is traced on: of a text any tokens will do."""
     import torch
 

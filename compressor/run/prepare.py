@@ -20,6 +20,7 @@ from compressor.core.artifact import refuse_target
 from compressor.core.device import HOST, device_of, product_of, refuse_device
 from compressor.core.errors import CheckpointError, DataError, RecipeError, UsageError
 from compressor.core.options import RunOptions, refuse_seed
+from compressor.core.passes import StructureSettings
 from compressor.core.roles import block_of
 from compressor.core.training import Training, alone, unlabelled
 from compressor.export.decoder_config import decoder_refusal
@@ -34,7 +35,7 @@ from compressor.plan.recipe_file import load_recipe, refuse_reaching
 from compressor.plan.searching import InEight, widened, with_search
 from compressor.plan.targets import aimed
 from compressor.plan.workload import Workload, workload_of
-from compressor.run.nesting import refuse_sizes, with_sizes
+from compressor.run.nesting import example_of, refuse_sizes, with_sizes
 from compressor.widths.ladder import Ladder, in_eight_bits
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def prepare(asked: RunOptions) -> Prepared:
     _refuse_undivided(found)
     samples = None if found.reads_text and options.data is None else found.samples
     found = found.planned(with_sizes(found.plan, recipe, options, checkpoint, samples))
+    found = found.planned(_examined(found, samples))
     return _with_memory(_tried(_with_load(found)))
 
 
@@ -394,6 +396,21 @@ def _refuse_passes(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) 
             f"{recipe.name}: widths are allocated by gradients, and binary inputs have none; leave --target-size and "
             "--max-loss out, or write activations: float"
         )
+
+
+def _examined(found: Prepared, samples: Samples | None) -> Plan:
+    """The plan with what the first structure pass says of the network; of what comes after it nothing is known yet.
+
+    Raises:
+        CheckpointError: The network cannot be traced, or not go through the pass.
+    """
+    first = found.recipe.early[0] if found.recipe.early else None
+    if first is None or not isinstance(first.settings, StructureSettings) or first.settings.sizes:
+        return found.plan
+    from compressor.structure.stage import examined
+
+    notes = examined(found.checkpoint, first, example_of(found.recipe, found.options, samples))
+    return replace(found.plan, notes=(*found.plan.notes, *notes))
 
 
 def _refuse_alone(settings: Training) -> None:

@@ -24,6 +24,7 @@ from compressor.checkpoints.reshaped import open_reshaped, write_reshaped
 from compressor.checkpoints.sized import SizedCheckpoint, open_sizes, write_sizes
 from compressor.core.absent import Absent
 from compressor.core.batch import Batch, Examples, call
+from compressor.core.channels import ChannelGraph
 from compressor.core.contract import StructurePass, TrainedPass
 from compressor.core.errors import CheckpointError, PassError
 from compressor.core.fake import shapes_alone
@@ -35,6 +36,7 @@ from compressor.core.structure import Layer, Outcome, Removal, Subject
 from compressor.core.training import Training
 from compressor.core.work import Work
 from compressor.graph.blocks import block_names, first_tensor, layers, layout_of, patched, without_cache
+from compressor.graph.channels import channel_graph
 from compressor.graph.compensation import compensate, mean_inputs, readers
 from compressor.graph.cost import multiplications, positions
 from compressor.graph.depth import depth_units
@@ -62,13 +64,14 @@ REPORT, SIZES = "report.json", "sizes"
 class GraphSurgeon:
     """Finds and removes units by the traced graph, and checks every removal on an example.
 
-    still   the one network that is looked at does not change meanwhile, so that its groups are found once
+    still   the one network that is looked at does not change meanwhile, so that its graph is traced once
     """
 
     def __init__(self, example: Batch, call: Callable[[nn.Module, Batch], Any], still: bool = False) -> None:
         self.example, self.call, self.still = example, call, still
         self._positions: dict[str, int] = {}
         self._groups: list[Group] | None = None
+        self._channels: ChannelGraph | None = None
 
     def groups(self, module: nn.Module) -> list[Group]:
         found = find_groups(module, self.example) if self._groups is None else self._groups
@@ -125,6 +128,11 @@ class GraphSurgeon:
 
     def sort(self, module: nn.Module, group: Group, order: Tensor) -> None:
         sort_units(module, group, order)
+
+    def channels(self, module: nn.Module) -> ChannelGraph:
+        found = self._channels or channel_graph(module, self.example)
+        self._channels = found if self.still else None
+        return found
 
     def blocks(self, module: nn.Module) -> list[Operator]:
         if block_names(module) == [""]:
@@ -203,14 +211,33 @@ def foretold(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[Foreto
     Raises:
         CheckpointError: The network cannot be traced, or is none that the pass can go through.
     """
+    method, subject = _without_weights(checkpoint, step, example)
+    return method.foretell(subject)
+
+
+def examined(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[str, ...]:
+    """What a structure pass has to say of a checkpoint's network before work begins; no weight is read for it.
+
+    Args:
+        example: Arguments of the forward, of which shapes count.
+
+    Raises:
+        CheckpointError: The network cannot be traced, or is none that the pass can go through.
+    """
+    method, subject = _without_weights(checkpoint, step, example)
+    return method.examine(subject)
+
+
+def _without_weights(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[StructurePass, Subject]:
+    """A pass, and a network that it can look at, and finds units in where it wants some."""
     assert isinstance(step.settings, StructureSettings)
     module = _weightless(checkpoint.build()).requires_grad_(False)
     large = 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST_RUN
     surgeon = GraphSurgeon(example, _shapes_of if large else call, still=True)
-    subject = looked_at(module, [example], surgeon, step)
+    subject = looked_at(module, [example], surgeon, step.selects)
     method = load_pass(step.settings)
     _refuse_without_units(method, subject)
-    return method.foretell(subject)
+    return method, subject
 
 
 def _weightless(module: nn.Module) -> nn.Module:
@@ -232,12 +259,17 @@ def _shapes_of(module: nn.Module, batch: Batch) -> Any:
         return call(module, batch)
 
 
-def looked_at(module: nn.Module, batches: list[Batch], surgeon: GraphSurgeon, step: Step) -> Subject:
-    """A network of which a structure pass only says what is in it."""
-    return Subject(module, batches, None, surgeon, torch.Generator(), step.selects, lambda *_: None, _trains_nothing)
+def looked_at(
+    module: nn.Module, batches: list[Batch], surgeon: GraphSurgeon, selects: Callable[[str], bool]
+) -> Subject:  # fmt: skip
+    """A network that nothing trains."""
+    return Subject(module, batches, None, surgeon, torch.Generator(), selects, lambda *_: None, _trains_nothing)
 
 
-def _trains_nothing(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> Fitting:
+def _trains_nothing(
+    settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None, *,
+    name: str = "", share: float = 1.0,
+) -> Fitting:  # fmt: skip
     raise PassError(f"{settings.name} trains where its network is only looked at")
 
 
@@ -286,11 +318,17 @@ def _subject(
     module = checkpoint.build("cpu").float()
     example = {name: tensor[:2] for name, tensor in data.batches[0].items()}
 
-    def trainer(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> Fitting:
-        kept = folder.with_name(f"{folder.name}-training")
+    def trainer(
+        settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None, *,
+        name: str = "", share: float = 1.0,
+    ) -> Fitting:  # fmt: skip
+        kept = folder.with_name(f"{folder.name}-training{name and f'-{name}'}")
         if other is not None and teacher is None:
             teacher = original.build("cpu").float()
-        return fitting(other or module, data.examples(), settings, work.seed, kept, advance, teacher)
+        return fitting(
+            other or module, data.examples(), settings, work.seed, kept,
+            lambda part, note: advance(share * part, note), teacher,
+        )  # fmt: skip
 
     def students(settings: StructureSettings) -> Laboratory:
         assert isinstance(settings, N2nSettings)

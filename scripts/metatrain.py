@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Trains a metanetwork for the pass metaprune on networks of one family: convolutions, batch norms, residual sums.
+
+    scripts/metatrain.py NETWORK NETWORK … --data train.npz --output metanetwork.safetensors
+        [--arch module:callable] [--judges 2] [--rounds 20] [--fraction 0.5]
+
+Networks are trained ones, as `compress` reads them: of one task, best pruned a little and trained on, since a
+metanetwork learns from what such networks have in common. The last of them judge the rounds and are not learned from.
+A fifth of the data is kept back for that. The file is for `network:` of the pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from compressor.checkpoints import open_checkpoint
+from compressor.core.batch import Examples
+from compressor.core.progress import make_progress
+from compressor.data.arrays import load_arrays
+from compressor.passes.parts.metanetwork import Metanetwork, Shape, save_metanetwork
+from compressor.structure.metatraining import MetaTraining, metatrain
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+KEPT_BACK = 5
+"""One of so many examples is for judging."""
+
+
+def trained(
+    networks: Sequence[str], arch: str | None, data: str, judges: int, settings: MetaTraining, shape: Shape, seed: int
+) -> tuple[Metanetwork, list[dict[str, Any]]]:  # fmt: skip
+    """The metanetwork of these files, and its log."""
+    modules = [open_checkpoint(path, arch=arch).build("cpu").float().eval() for path in networks]
+    arrays = load_arrays(data)
+    if len(arrays.inputs) != 1 or arrays.labels is None:
+        raise SystemExit(f"{data}: has {len(arrays.inputs)} inputs and {'no ' if arrays.labels is None else ''}labels; "
+                         "give one array of images, and labels")  # fmt: skip
+    inputs, labels = (torch.from_numpy(each) for each in (next(iter(arrays.inputs.values())), arrays.labels))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    parts = order[len(labels) // KEPT_BACK :], order[: len(labels) // KEPT_BACK]
+    learned, judged = (Examples({"": inputs[part]}, labels[part]) for part in parts)
+    with make_progress().task("metanetwork", 1) as task:
+        return metatrain(modules[:-judges], modules[-judges:], learned, judged, settings, shape, seed,
+                         lambda share, note: task.advance(share, note=note))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual, shape = MetaTraining(), Shape()
+    parser.add_argument("networks", nargs="+")
+    parser.add_argument("--arch", help="of networks that are weights alone")
+    parser.add_argument("--data", required=True, help="images and labels")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--judges", type=int, default=2, help="of the networks, which are not learned from")
+    parser.add_argument("--rounds", type=int, default=usual.rounds)
+    parser.add_argument("--examples", type=int, default=usual.examples, help="of a step")
+    parser.add_argument("--rate", type=float, default=usual.rate)
+    parser.add_argument("--fraction", type=float, default=usual.fraction, help="of the multiplications, when judged")
+    parser.add_argument("--layers", type=int, default=shape.layers)
+    parser.add_argument("--width", type=int, default=shape.width)
+    parser.add_argument("--share", type=float, default=shape.share, help="ρ: of what it says, added to the weights")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    if len(asked.networks) <= asked.judges or asked.judges < 1:
+        parser.error(f"{len(asked.networks)} networks with {asked.judges} judges leave none to learn from")
+    settings = MetaTraining(asked.rounds, asked.examples, asked.rate, round(0.75 * asked.rounds),
+                            fraction=asked.fraction)  # fmt: skip
+    found, log = trained(asked.networks, asked.arch, asked.data, asked.judges, settings,
+                         Shape(asked.layers, asked.width, asked.share), asked.seed)  # fmt: skip
+    save_metanetwork(asked.output, found)
+    for entry in log:
+        print(json.dumps(entry))
+
+
+if __name__ == "__main__":
+    main()
