@@ -2,11 +2,11 @@
 """Trains a metanetwork for the pass metaprune on networks of one family: convolutions, batch norms, residual sums.
 
     scripts/metatrain.py NETWORK NETWORK … --data train.npz --output metanetwork.safetensors
-        [--arch module:callable] [--judges 2] [--rounds 20] [--fraction 0.5]
+        [--arch module:callable] [--judges 2] [--pruned 0.23 --epochs 2] [--rounds 20] [--fraction 0.5]
 
-Networks are trained ones, as `compress` reads them: of one task, best pruned a little and trained on, since a
-metanetwork learns from what such networks have in common. The last of them judge the rounds and are not learned from.
-A fifth of the data is kept back for that. The file is for `network:` of the pass.
+Networks are trained ones, as `compress` reads them, of one task. Each is pruned a little first and trained on, then a
+metanetwork learns from them all; the last of them judge its rounds and are not learned from. A fifth of the data is
+kept back for that. The file is for `network:` of the pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from compressor.core.batch import Examples
 from compressor.core.progress import make_progress
 from compressor.data.arrays import load_arrays
 from compressor.passes.parts.metanetwork import Metanetwork, Shape, save_metanetwork
-from compressor.structure.metatraining import MetaTraining, metatrain
+from compressor.passes.settings.metaprune import MetapruneSettings
+from compressor.structure.metatraining import MetaTraining, metatrain, pruned_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,9 +35,10 @@ KEPT_BACK = 5
 
 
 def trained(
-    networks: Sequence[str], arch: str | None, data: str, judges: int, settings: MetaTraining, shape: Shape, seed: int
+    networks: Sequence[str], arch: str | None, data: str, judges: int, before: MetapruneSettings,
+    settings: MetaTraining, shape: Shape, seed: int,
 ) -> tuple[Metanetwork, list[dict[str, Any]]]:  # fmt: skip
-    """The metanetwork of these files, and its log."""
+    """The metanetwork of these files, and its log; `before` says how each is pruned first."""
     modules = [open_checkpoint(path, arch=arch).build("cpu").float().eval() for path in networks]
     arrays = load_arrays(data)
     if len(arrays.inputs) != 1 or arrays.labels is None:
@@ -46,7 +48,12 @@ def trained(
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     parts = order[len(labels) // KEPT_BACK :], order[: len(labels) // KEPT_BACK]
     learned, judged = (Examples({"": inputs[part]}, labels[part]) for part in parts)
-    with make_progress().task("metanetwork", 1) as task:
+    progress = make_progress()
+    for number, module in enumerate(modules) if before.epochs else ():
+        with progress.task(f"{networks[number]}: pruned a little", 1) as task:
+            modules[number] = pruned_once(module, learned, before, seed + number,
+                                          lambda share, note, task=task: task.advance(share, note=note))  # fmt: skip
+    with progress.task("metanetwork", 1) as task:
         return metatrain(modules[:-judges], modules[-judges:], learned, judged, settings, shape, seed,
                          lambda share, note: task.advance(share, note=note))  # fmt: skip
 
@@ -59,6 +66,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="images and labels")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--judges", type=int, default=2, help="of the networks, which are not learned from")
+    parser.add_argument("--pruned", type=float, default=0.23, help="of the multiplications of each network, first")
+    parser.add_argument("--epochs", type=int, default=2, help="of training after that; 0: networks stay as they are")
     parser.add_argument("--rounds", type=int, default=usual.rounds)
     parser.add_argument("--examples", type=int, default=usual.examples, help="of a step")
     parser.add_argument("--rate", type=float, default=usual.rate)
@@ -72,7 +81,10 @@ def main() -> None:
         parser.error(f"{len(asked.networks)} networks with {asked.judges} judges leave none to learn from")
     settings = MetaTraining(asked.rounds, asked.examples, asked.rate, round(0.75 * asked.rounds),
                             fraction=asked.fraction)  # fmt: skip
-    found, log = trained(asked.networks, asked.arch, asked.data, asked.judges, settings,
+    before = MetapruneSettings.model_validate(
+        {"fraction": asked.pruned, "step": 0.05, "epochs_before": 0, "epochs": asked.epochs, "loss": "labels"}
+    )
+    found, log = trained(asked.networks, asked.arch, asked.data, asked.judges, before, settings,
                          Shape(asked.layers, asked.width, asked.share), asked.seed)  # fmt: skip
     save_metanetwork(asked.output, found)
     for entry in log:

@@ -43,7 +43,8 @@ def importance(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
     found = []
     for member in group.members:
         if member.tensor in tensors and not member.tensor.endswith("bias"):
-            along = tensors[member.tensor].detach().double().square().movedim(member.dim, 0).flatten(1).sum(1)
+            squares = tensors[member.tensor].detach().double().square().movedim(member.dim, 0)
+            along = squares.reshape(len(squares), -1).sum(1)
             found.append(along[member.index].sum(1))
     mean = torch.stack(found).mean(0)
     return mean / mean.max().clamp_min(1e-300)

@@ -24,8 +24,10 @@ from compressor.core.batch import Batch, Examples, call
 from compressor.core.errors import DataError
 from compressor.core.structure import Subject
 from compressor.core.tensors import named_tensors
+from compressor.core.training import Training
 from compressor.graph.blocks import first_tensor
-from compressor.passes.metaprune import pull, rewrite, scores
+from compressor.learning.trainer import Fitting
+from compressor.passes.metaprune import Metaprune, pull, rewrite, scores
 from compressor.passes.parts.metanetwork import Metanetwork, Shape
 from compressor.passes.parts.removing import Removing
 from compressor.passes.settings.metaprune import MetapruneSettings
@@ -112,6 +114,29 @@ def metatrain(
             best, kept = found["pruned_loss"], copy.deepcopy(metanetwork.state_dict())
     metanetwork.load_state_dict(kept)
     return metanetwork.eval().requires_grad_(False), log
+
+
+def pruned_once(
+    module: nn.Module, examples: Examples, pruning: MetapruneSettings, seed: int, advance: Callable[[float, str], None]
+) -> nn.Module:  # fmt: skip
+    """A network of the population as the authors have them: a little pruned by norms, and trained on.
+
+    Args:
+        module: Trained; float32. It is changed on the way.
+        examples: With labels, to train on.
+        pruning: Without a metanetwork.
+    """
+    inputs = examples.part(torch.arange(min(BATCH, len(examples)))).inputs
+
+    def trainer(
+        settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None, *,
+        name: str = "", share: float = 1.0,
+    ) -> Fitting:  # fmt: skip
+        return Fitting(other or module, examples, settings, seed, None, lambda part, note: advance(share * part, note))
+
+    surgeon, generator = GraphSurgeon({name: each[:2] for name, each in inputs.items()}, call), torch.Generator()
+    subject = Subject(module, [inputs], None, surgeon, generator, lambda name: True, lambda *_: None, trainer)
+    return Metaprune(**pruning.model_dump()).restructure(subject).module
 
 
 def _step(
