@@ -50,6 +50,7 @@ VARIANTS = {
 }
 STRUCTURE = {
     "lrp": [{}],
+    "metaprune": [{"of": "parameters", "epochs_before": 1, "epochs": 1, "batch": 16}],
     "hesso": [{"epochs": 2, "batch": 16, "periods": 2}, {"epochs": 4, "batch": 16, "periods": 1, "pruning": 0.2,
                                                          "cycles": 2, "cycle_steps": 4}],
     "oto": [{"epochs": 2, "batch": 16}],

@@ -28,7 +28,7 @@ class ChannelLayer:
     size    how many
     norm    that they go through; of a sum, that of its main way
     other   of a sum, the norm of its shortcut
-    bias    name of what is added where there is no norm; empty where nothing is
+    bias    name of what is added where there is no norm; empty where nothing is, and where a norm takes it away again
     """
 
     size: int

@@ -76,6 +76,7 @@ class Pass(BaseModel, ABC):
     stage   structure: a smaller network · rewrite: the same function, other weights · weight: an encoding per tensor
     paper   authors, title, link
     reaches  settings that lead out of the process, as to a cluster: not for a recipe of somebody else to say
+    reads    settings that name files to be read, whose bytes are part of what a run is
     writes   settings that name files to be written: for the command line alone to say
     """
 
@@ -84,6 +85,7 @@ class Pass(BaseModel, ABC):
     stage: ClassVar[Stage]
     paper: ClassVar[str]
     reaches: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[dict[str, str]] = {}
     """Setting -> the option of the command."""
 

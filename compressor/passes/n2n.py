@@ -75,13 +75,17 @@ class Trial:
 class N2n(N2nSettings, StructurePass):
     """The best student of a search; see the module."""
 
-    def restructure(self, subject: Subject) -> Outcome:
-        """The smaller network, trained where `epochs` says so."""
-        assert subject.students is not None
+    def examine(self, subject: Subject) -> tuple[str, ...]:
         if self.policy_in and not Path(self.policy_in).is_file():
             raise RecipeError(f"n2n: policy_in {self.policy_in} is not there; give a file that policy_out wrote")
         if self.policy_out:
             refuse_overwriting(Path(self.policy_out))
+        return ()
+
+    def restructure(self, subject: Subject) -> Outcome:
+        """The smaller network, trained where `epochs` says so."""
+        assert subject.students is not None
+        self.examine(subject)  # it takes long, and the files may have changed since the plan
         students = subject.students(self)
         try:
             search = Search(self, students, subject.generator)

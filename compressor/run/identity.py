@@ -11,7 +11,6 @@ from compressor.core.artifact import file_digest
 from compressor.core.device import HOST, product_of
 from compressor.core.identity import Identity, Targets
 from compressor.core.options import RunOptions
-from compressor.passes.settings.n2n import N2nSettings
 from compressor.plan.recipe import Recipe
 
 VERSIONS = ("compressor", "torch", "onnxruntime", "transformers", "numpy")
@@ -32,14 +31,14 @@ def identity_of(
     Raises:
         CheckpointError: The model is not there, or is none.
     """
-    policies = [step.settings.policy_in for step in recipe.passes if isinstance(step.settings, N2nSettings)]
-    files = [path for policy in policies if policy and (path := Path(policy)).is_file()]
+    read = [getattr(step.settings, name) for step in recipe.passes for name in step.settings.reads]
+    files = [path for name in read if name and (path := Path(name)).is_file()]
     return Identity(
         model=model_digests(options.model, options.arch),
         arch=parse_arch(options.arch)[1],
         recipe=recipe.to_dict(),
         seed=options.seed,
-        data={**data, **{f"policy {path.name}": file_digest(path) for path in files}},
+        data={**data, **{f"file {path.name}": file_digest(path) for path in files}},
         mode=options.mode,
         format=options.format,
         targets=Targets(

@@ -94,8 +94,12 @@ def subject_of(
     batch = {"": EXAMPLE}
     surgeon = GraphSurgeon(batch, lambda module, batch: module(batch[""]))
 
-    def trainer(settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None) -> Fitting:
-        return fitting(other or module, data or examples(), settings, 3, folder, lambda share, note: None, teacher)
+    def trainer(
+        settings: Training, teacher: nn.Module | None = None, other: nn.Module | None = None, *,
+        name: str = "", share: float = 1.0,
+    ) -> Fitting:  # fmt: skip
+        kept = folder and folder.with_name(f"{folder.name}{name and f'-{name}'}")
+        return fitting(other or module, data or examples(), settings, 3, kept, lambda share, note: None, teacher)
 
     def found() -> list[Layer]:
         modules, places = layers(module), layer_places(module, batch)

@@ -159,4 +159,4 @@ def test_a_policy_to_start_from_is_part_of_the_run(begun, here):
     recipe = load_recipe("llm-depth", ["n2n.policy_in=policy.safetensors"])
     before = identity_of(begun, recipe, {}, 1)
     (here / "policy.safetensors").write_bytes(b"second")
-    assert identity_of(begun, recipe, {}, 1).difference(before).startswith("data.policy policy.safetensors is ")
+    assert identity_of(begun, recipe, {}, 1).difference(before).startswith("data.file policy.safetensors is ")

@@ -28,6 +28,8 @@ class MetapruneSettings(FittedSettings):
     paper = "Liu et al., Meta Pruning via Graph Metanetworks: A Universal Meta Learning Framework for Network Pruning, \
 2025, https://arxiv.org/abs/2506.12041"
 
+    reads = ("network",)
+
     network: str | None = None
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     of: Literal["parameters", "units", "flops"] = "flops"

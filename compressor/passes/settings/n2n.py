@@ -78,6 +78,7 @@ class N2nSettings(Training, StructureSettings):
     )
 
     reaches = ("engine", "address")
+    reads = ("policy_in",)
     writes = {"policy_out": "--policy"}  # noqa: RUF012
 
     units: Literal["auto", "layer", "block", "part"] = "auto"

@@ -1,0 +1,72 @@
+"""The training of metanetworks: what a step's gradient is, and that it learns to make small channels smaller."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from compressor.core.batch import Examples
+from compressor.core.errors import CheckpointError, DataError
+from compressor.passes.metaprune import importance, rewrite
+from compressor.passes.parts.metanetwork import Metanetwork, Shape
+from compressor.passes.settings.metaprune import MetapruneSettings
+from compressor.structure.metatraining import MetaTraining, metatrain, pruned_once
+from tests.graph import zoo
+from tests.learning.training_case import examples, images, residual, subject_of
+
+SMALL = Shape(layers=1, width=8, share=0.05)
+
+
+def learned(strength: float, rounds: int = 10):
+    settings = MetaTraining(rounds, 64, 1e-2, rounds, strength, 0.3)
+    return metatrain([residual(0), residual(1)], [residual(2)], examples(), examples(32), settings, SMALL, 0,
+                     lambda share, note: None)  # fmt: skip
+
+
+def smallest(network: Metanetwork | None) -> float:
+    """The least important channel beside the most important of its group, of a network that was never seen."""
+    subject = subject_of(residual(5))
+    if network is not None:
+        rewrite(network, subject)
+    tensors = dict(subject.module.named_parameters())
+    return min(float(importance(group, tensors).min()) for group in subject.choosable())
+
+
+def test_it_learns_from_the_loss_and_from_the_pull_to_make_small_channels_smaller():
+    (without, log), (network, _) = learned(0.0), learned(0.1)
+    assert [entry["round"] for entry in log] == list(range(11))
+    assert log[-1]["loss"] < log[1]["loss"]
+    assert smallest(network) < smallest(without)
+    assert smallest(network) < smallest(None)
+
+
+def test_it_is_the_same_again():
+    (first, log), (second, other) = learned(0.1, 2), learned(0.1, 2)
+    assert log == other
+    for name, values in first.state_dict().items():
+        assert torch.equal(values, second.state_dict()[name])
+
+
+def test_a_network_of_the_population_is_pruned_and_trained():
+    pruning = MetapruneSettings.model_validate({"fraction": 0.2, "epochs_before": 0, "epochs": 1, "batch": 16})
+    found = pruned_once(residual(), examples(), pruning, 0, lambda share, note: None)
+    before = sum(p.numel() for p in residual().parameters())
+    assert sum(p.numel() for p in found.parameters()) < before
+    assert not torch.equal(found.head.bias, residual().head.bias)
+
+
+def test_what_cannot_be_learned_from_is_refused():
+    settings, advance = MetaTraining(1, 8), lambda share, note: None
+    with pytest.raises(DataError, match="give data with labels"):
+        metatrain([residual()], [residual()], Examples({"": images(8)}), examples(), settings, SMALL, 0, advance)
+    with pytest.raises(DataError, match="found 1 and 0"):
+        metatrain([residual()], [], examples(), examples(), settings, SMALL, 0, advance)
+    torch.manual_seed(0)
+    with pytest.raises(CheckpointError, match="another family"):
+        metatrain([residual()], [copy.deepcopy(zoo.VGG()).eval()], *[square(16)] * 2, settings, SMALL, 0, advance)
+
+
+def square(n: int) -> Examples:
+    return Examples({"": torch.randn(n, 3, 16, 16)}, torch.zeros(n, dtype=torch.int64))
