@@ -22,6 +22,7 @@ from bench_gradients import gradients_table
 from bench_layers import layers_table
 from bench_loading import in_use_table, loading_table
 from bench_memory import memory_table
+from bench_metaprune import metaprune_table
 from bench_mixed import mixed_table
 from bench_n2n import n2n_table
 from bench_once import once_table
@@ -54,7 +55,7 @@ PAGES = (
     "README.md", "docs/passes/jlcm.md", "docs/passes/trellis.md",
     "docs/passes/affine.md", "docs/passes/gblm.md", "docs/passes/rounding.md",
     "docs/passes/hesso.md", "docs/passes/lrp.md", "docs/passes/oto.md", "docs/passes/reste.md", "docs/passes/n2n.md",
-    "docs/passes/sortednet.md",
+    "docs/passes/sortednet.md", "docs/passes/metaprune.md",
     "docs/runtime.md", "docs/design.md", "docs/ci.md", "docs/onnx.md", "docs/mixed-precision.md",
     "docs/families.md", "docs/compressed-gradients.md", "docs/search.md",
 )  # fmt: skip
@@ -73,7 +74,7 @@ COMMANDS = {
     "once": "scripts/bench_once.py", "binary": "scripts/bench_binary.py",
     "n2n": "scripts/bench_n2n.py", "traffic": "scripts/bench_traffic.py",
     "structure": "scripts/bench_structure.py", "sorted": "scripts/bench_sorted.py", "search": "scripts/bench_search.py",
-    "mixed": "scripts/bench_mixed.py",
+    "mixed": "scripts/bench_mixed.py", "metaprune": "scripts/bench_metaprune.py",
     "fuzz": "scripts/fuzz.py", "families": "scripts/families.py",
     "batch": "scripts/bench_batch.py", "hosts": "scripts/check_hosts.py DIR",
     "crashes": "scripts/check_crashes.py", "shortage": "scripts/check_memory.py",
@@ -153,6 +154,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "binary": lambda: measured_table("binary", binary_table),
     "search": lambda: measured_table("n2n", n2n_table),
     "traffic": lambda: measured_table("traffic", traffic_table),
+    "metaprune": lambda: measured_table("metaprune", metaprune_table),
     "structure": lambda: measured_table("structure", structure_table),
     "sorted": lambda: measured_table("sorted", sorted_table),
     "fastest": lambda: measured_table("search", search_table),

@@ -202,6 +202,11 @@ class StructureSettings(Pass):
         return True
 
     @property
+    def examines(self) -> bool:
+        """Whether its `examine` has something to say; of others the plan asks whether the network can be traced."""
+        return False
+
+    @property
     def removes(self) -> float:
         """The share of the network that goes."""
         return 0.0

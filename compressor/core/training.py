@@ -91,6 +91,10 @@ class Training(Pass):
         """Why gradients of the pass cannot be sent compressed; None where they can."""
         return None
 
+    def forwards_trained(self, n: int) -> float:
+        """Forwards of one example that training takes, about, where there are `n` examples; a backward is two."""
+        return n * self.epochs * (3.0 + (self.loss in ("teacher", "both")))
+
     @property
     def needs(self) -> frozenset[Need]:
         labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())

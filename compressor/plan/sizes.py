@@ -11,6 +11,7 @@ from compressor.core.packed import StoredPart, packed_header
 from compressor.core.passes import StructureSettings
 from compressor.core.roles import block_of
 from compressor.core.spec import DenseSpec
+from compressor.core.training import Training
 from compressor.plan.plan import PlannedTensor
 from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, Step
 from compressor.plan.workload import Workload
@@ -149,8 +150,9 @@ def _seconds_of_arrays(recipe: Recipe, load: Workload) -> float:
         2 * layer.products * n * each.cost(max(1, layer.positions * n))
         for each in settings if "data" in each.needs for layer in load.layers
     )  # fmt: skip
+    trained = sum(each.forwards_trained(load.n_trained) for each in settings if isinstance(each, Training))
     moments = gathers * n * sum(layer.positions * layer.columns**2 for layer in load.layers)
-    found = FIXED + n * forwards * load.seconds(TORCH) + (learned + moments) / FLOPS
+    found = FIXED + (n * forwards + trained) * load.seconds(TORCH) + (learned + moments) / FLOPS
     if recipe.export.activations == "static_int8":
         trials = TRIALS * min(1.0, load.n_layers / MANY_LAYERS)
         found += 1 + n * load.written * SECONDS_PER_RANGED + trials * load.seconds(ROUNDED)

@@ -58,6 +58,7 @@ class Workload:
     layers    every call of a layer, in order
     given     numbers of the example's arrays; `largest` those of the largest
     n_loaded  how many lie in memory, whether a run computes with them or not
+    n_trained  how many a pass that trains has
     """
 
     layers: tuple[LayerWork, ...]
@@ -66,6 +67,7 @@ class Workload:
     n_calibration: int = 0
     n_evaluation: int = 0
     n_loaded: int = 0
+    n_trained: int = 0
 
     @property
     def held(self) -> int:
@@ -105,4 +107,5 @@ class Workload:
 def workload_of(load: Workload, recipe: Recipe, n_calibration: int, n_evaluation: int) -> Workload:
     """With the examples that a run computes with, of those that there are."""
     found = min(recipe.calibration.samples, n_calibration), min(recipe.evaluation.samples, n_evaluation)
-    return replace(load, n_calibration=found[0], n_evaluation=found[1], n_loaded=n_calibration + n_evaluation)
+    return replace(load, n_calibration=found[0], n_evaluation=found[1], n_loaded=n_calibration + n_evaluation,
+                   n_trained=n_calibration)  # fmt: skip

@@ -401,15 +401,21 @@ def _refuse_passes(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) 
 def _examined(found: Prepared, samples: Samples | None) -> Plan:
     """The plan with what the first structure pass says of the network; of what comes after it nothing is known yet.
 
+    Of transformers that were measured to be traced nothing is asked but what the pass has to say of its own.
+
     Raises:
         CheckpointError: The network cannot be traced, or not go through the pass.
+        RecipeError: A file that the pass names is none of its own.
     """
-    first = found.recipe.early[0] if found.recipe.early else None
+    checkpoint, first = found.checkpoint, found.recipe.early[0] if found.recipe.early else None
     if first is None or not isinstance(first.settings, StructureSettings) or first.settings.sizes:
+        return found.plan
+    traced = checkpoint.family == "decoder" or (checkpoint.config or {}).get("model_type") in TRACED
+    if traced and not first.settings.examines:
         return found.plan
     from compressor.structure.stage import examined
 
-    notes = examined(found.checkpoint, first, example_of(found.recipe, found.options, samples))
+    notes = examined(checkpoint, first, example_of(found.recipe, found.options, samples))
     return replace(found.plan, notes=(*found.plan.notes, *notes))
 
 

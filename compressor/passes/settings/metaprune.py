@@ -56,6 +56,10 @@ class MetapruneSettings(FittedSettings):
         return super().needs | always
 
     @property
+    def examines(self) -> bool:
+        return self.network is not None
+
+    @property
     def refuses_decoders(self) -> str | None:
         return "metaprune reads graphs of convolutions, and a decoder has none; take lrp with spread: group, or n2n"
 
@@ -70,6 +74,9 @@ class MetapruneSettings(FittedSettings):
     @property
     def removes_exactly(self) -> bool:
         return self.of == "parameters"
+
+    def forwards_trained(self, n: int) -> float:
+        return super().forwards_trained(n) * (self.epochs_before + self.epochs) / max(1, self.epochs)
 
     @property
     def measures_norms(self) -> bool:

@@ -131,6 +131,10 @@ class N2nSettings(Training, StructureSettings):
         return self
 
     @property
+    def examines(self) -> bool:
+        return bool(self.policy_in or self.policy_out)
+
+    @property
     def refuses_compression(self) -> str | None:
         return "n2n trains its students in processes of its own, which send no gradients"
 
@@ -159,8 +163,16 @@ class N2nSettings(Training, StructureSettings):
         always: frozenset[Need] = frozenset({"data"})
         return always | trains | labels
 
+    @property
+    def students(self) -> int:
+        """How many are judged at most."""
+        return self.max_students or self.rollouts * (self.search_epochs + self.shrink_epochs)
+
+    def forwards_trained(self, n: int) -> float:
+        taught = 0.0 if self.units == "block" else 3.0 * self.student_epochs * min(n, self.student_examples)
+        return super().forwards_trained(n) + self.students * taught / 2  # of half the size on average
+
     def cost(self, tokens: int) -> float:
         """Of whole forwards over the validation tokens."""
-        students = self.max_students or self.rollouts * (self.search_epochs + self.shrink_epochs)
-        judged = {"influence": 1, "greedy": 30 * (self.remove or 1) / 2}.get(self.policy, students)
+        judged = {"influence": 1, "greedy": 30 * (self.remove or 1) / 2}.get(self.policy, self.students)
         return judged * min(1.0, self.validation / max(tokens, 1))

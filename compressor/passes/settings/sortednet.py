@@ -124,6 +124,10 @@ https://arxiv.org/abs/2309.00255"
     def chooses_units(self) -> bool:
         return len(self.widths) > 1
 
+    def forwards_trained(self, n: int) -> float:
+        drawn = {"random": 1.0, "sandwich": self.draws / 2, "all": len(self.names) / 2}[self.draw]
+        return super().forwards_trained(n) * drawn  # of half the size on average
+
     def cost(self, tokens: int) -> float:
         return 3.0 + len(self.names)
 
