@@ -26,7 +26,7 @@ import torch
 from bench_binary import pooled
 from bench_once import accuracy
 from measured import cached, markdown, number, read_results, write_results
-from metatrain import trained
+from metatrain import TRAINING, trained
 from networks import resnet20_8
 
 from compressor.core.batch import Examples
@@ -77,12 +77,15 @@ def metanetwork(folder: Path, data: Examples) -> dict[str, Any]:
     if not record.is_file():
         networks = [network(folder, "population", 100 + i, data) for i in range(POPULATION)]
         began = time.process_time()
-        before = MetapruneSettings.model_validate(
-            OPTIONS | {"fraction": 0.23, "step": 0.05, "epochs_before": 0, "epochs": PRUNED_EPOCHS, "rate": 0.01}
+        before, pruning = (
+            MetapruneSettings.model_validate(
+                TRAINING | {"fraction": fraction, "epochs_before": first, "epochs": epochs}
+            )
+            for fraction, first, epochs in ((0.23, 0, PRUNED_EPOCHS), (FRACTION, 1, 1))
         )
         found, log = trained(
-            [str(path) for path, _ in networks], ARCH, str(folder / "train.npz"), JUDGES, before,
-            MetaTraining(fraction=FRACTION), Shape(), 0,
+            [str(path) for path, _ in networks], ARCH, str(folder / "train.npz"), JUDGES, before, pruning,
+            MetaTraining(), Shape(), 0,
         )  # fmt: skip
         save_metanetwork(target, found)
         said = {"population": round(sum(cost for _, cost in networks), 1),
@@ -139,14 +142,14 @@ def metaprune_table(results: dict[str, Any]) -> str:
     seeds = [f"seed {seed}" for seed in results["seeds"]]
     titles = ["ResNet-20 of width 8", *seeds, "mean %", "epochs", "CPU-seconds", "with the metanetwork's"]
     log = results["metanetwork"]["log"]
-    best = min(log[1:], key=lambda entry: entry["pruned_loss"])
+    best = min((entry for entry in log[1:] if "pruned_loss" in entry), key=lambda entry: entry["pruned_loss"])
     head = (
         f"{FRACTION:.1%} of the multiplications removed, {results['images']:,} training images of 14 × 14, accuracy on "
         "10,000 test images.\n\n"
     )
     ending = (
         f"\n\nThe metanetwork took {results['metanetwork']['population']:,.0f} CPU-seconds for its population and "
-        f"{results['metanetwork']['meta-training']:,.0f} to learn. Its judges, pruned and not trained: loss "
+        f"{results['metanetwork']['meta-training']:,.0f} to learn. Its judges, pruned and shortly trained: loss "
         f"{log[0]['pruned_loss']:.3f} without it, {best['pruned_loss']:.3f} with that of round {best['round']}; not "
         f"pruned {log[0]['whole_loss']:.3f} and {best['whole_loss']:.3f}."
     )

@@ -5,8 +5,8 @@
         [--arch module:callable] [--judges 2] [--pruned 0.23 --epochs 2] [--rounds 20] [--fraction 0.5]
 
 Networks are trained ones, as `compress` reads them, of one task. Each is pruned a little first and trained on, then a
-metanetwork learns from them all; the last of them judge its rounds and are not learned from. A fifth of the data is
-kept back for that. The file is for `network:` of the pass.
+metanetwork learns from them all; the last of them judge it, pruned by --fraction, and are not learned from. A fifth of
+the data is kept back for that. The file is for `network:` of the pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,17 +28,21 @@ from compressor.structure.metatraining import MetaTraining, metatrain, pruned_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
+TRAINING: dict[str, Any] = {
+    "step": 0.05, "batch": 64, "loss": "labels", "rate": 0.02, "rate_before": 0.01,
+    "options": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+}  # fmt: skip
+"""Of networks that are pruned here."""
 KEPT_BACK = 5
 """One of so many examples is for judging."""
 
 
 def trained(
     networks: Sequence[str], arch: str | None, data: str, judges: int, before: MetapruneSettings,
-    settings: MetaTraining, shape: Shape, seed: int,
+    pruning: MetapruneSettings, settings: MetaTraining, shape: Shape, seed: int,
 ) -> tuple[Metanetwork, list[dict[str, Any]]]:  # fmt: skip
-    """The metanetwork of these files, and its log; `before` says how each is pruned first."""
+    """The metanetwork of these files, and its log; how each is pruned `before`, and how the judges are."""
     modules = [open_checkpoint(path, arch=arch).build("cpu").float().eval() for path in networks]
     arrays = load_arrays(data)
     if len(arrays.inputs) != 1 or arrays.labels is None:
@@ -54,7 +58,7 @@ def trained(
             modules[number] = pruned_once(module, learned, before, seed + number,
                                           lambda share, note, task=task: task.advance(share, note=note))  # fmt: skip
     with progress.task("metanetwork", 1) as task:
-        return metatrain(modules[:-judges], modules[-judges:], learned, judged, settings, shape, seed,
+        return metatrain(modules[:-judges], modules[-judges:], learned, judged, settings, pruning, shape, seed,
                          lambda share, note: task.advance(share, note=note))  # fmt: skip
 
 
@@ -79,13 +83,14 @@ def main() -> None:
     asked = parser.parse_args()
     if len(asked.networks) <= asked.judges or asked.judges < 1:
         parser.error(f"{len(asked.networks)} networks with {asked.judges} judges leave none to learn from")
-    settings = MetaTraining(asked.rounds, asked.examples, asked.rate, round(0.75 * asked.rounds),
-                            fraction=asked.fraction)  # fmt: skip
-    before = MetapruneSettings.model_validate(
-        {"fraction": asked.pruned, "step": 0.05, "epochs_before": 0, "epochs": asked.epochs, "loss": "labels"}
+    settings = MetaTraining(asked.rounds, asked.examples, asked.rate, round(0.75 * asked.rounds))
+    before, pruning = (
+        MetapruneSettings.model_validate(TRAINING | {"fraction": fraction, "epochs_before": first, "epochs": epochs})
+        for fraction, first, epochs in ((asked.pruned, 0, asked.epochs), (asked.fraction, 1, 1))
     )
-    found, log = trained(asked.networks, asked.arch, asked.data, asked.judges, before, settings,
-                         Shape(asked.layers, asked.width, asked.share), asked.seed)  # fmt: skip
+    shape = Shape(asked.layers, asked.width, asked.share)
+    found, log = trained(asked.networks, asked.arch, asked.data, asked.judges, before, pruning, settings, shape,
+                         asked.seed)  # fmt: skip
     save_metanetwork(asked.output, found)
     for entry in log:
         print(json.dumps(entry))

@@ -3,9 +3,9 @@
 Liu, Wang and Zhang, arXiv 2506.12041; what the metanetwork is, and how it is used, is in `passes/metaprune.py`. A step
 is one network: rewritten, its cross-entropy in eval mode on some examples, and the pull that makes small channels
 smaller; both gradients go back through the rewriting. The authors add up the loss over 100 batches beside a pull of 10;
-here the loss is a mean, and the pull 0.1. After each round the networks that are kept back are rewritten, pruned and
-measured on examples of their own, and the metanetwork of the round that loses least is the result: the authors choose
-it on test data.
+here the loss is a mean, and the pull 0.1. Every few rounds networks that are kept back are rewritten, pruned with a
+short training before and after, and measured on examples of their own; the metanetwork of the round that loses least is
+the result. The authors choose it on test data. What is pruned and not trained tells nothing about that (measured).
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from compressor.core.tensors import named_tensors
 from compressor.core.training import Training
 from compressor.graph.blocks import first_tensor
 from compressor.learning.trainer import Fitting
-from compressor.passes.metaprune import Metaprune, pull, rewrite, scores
+from compressor.passes.metaprune import Metaprune, pull, rewrite
 from compressor.passes.parts.metanetwork import Metanetwork, Shape
-from compressor.passes.parts.removing import Removing
 from compressor.passes.settings.metaprune import MetapruneSettings
-from compressor.structure.stage import GraphSurgeon, looked_at, measure_norms
+from compressor.structure.stage import GraphSurgeon, looked_at
 
 BATCH = 256
 """Examples that run at once."""
@@ -45,7 +44,7 @@ class MetaTraining:
     examples   of a step
     rate       AdamW's; a tenth of it after `fall` rounds
     strength   of the pull beside the mean loss of an example
-    fraction   of the multiplications that are removed where it is judged
+    every      so many rounds it is judged
     """
 
     rounds: int = 20
@@ -53,7 +52,7 @@ class MetaTraining:
     rate: float = 1e-3
     fall: int = 15
     strength: float = 0.1
-    fraction: float = 0.5
+    every: int = 4
 
 
 class _Network:
@@ -66,14 +65,16 @@ class _Network:
 
 def metatrain(
     networks: Sequence[nn.Module], judges: Sequence[nn.Module], learned: Examples, judged: Examples,
-    settings: MetaTraining, shape: Shape, seed: int, advance: Callable[[float, str], None],
+    settings: MetaTraining, pruning: MetapruneSettings, shape: Shape, seed: int,
+    advance: Callable[[float, str], None],
 ) -> tuple[Metanetwork, list[dict[str, Any]]]:  # fmt: skip
-    """A metanetwork, and what each round came to; round 0 is that without one.
+    """A metanetwork, and what rounds came to; round 0 is that without one.
 
     Args:
         networks: Trained, of convolutions; float32, in eval mode. They are not changed.
         judges: Of the same kind, kept back to choose the round by.
         learned, judged: Examples with labels, to learn from and to judge by.
+        pruning: How judges are pruned and trained, without a metanetwork.
         shape: Its kernel is made as large as the networks' largest, and `adds` as they are.
         advance: Reports a share of all, and how it goes.
 
@@ -97,7 +98,7 @@ def metatrain(
     for network in (*pupils, *kept_back):
         metanetwork.refuse(network.graph, type(network.module).__name__)
     optimizer = torch.optim.AdamW(metanetwork.parameters(), lr=settings.rate)
-    log = [{"round": 0} | _judgement(None, kept_back, judged, settings)]
+    log: list[dict[str, Any]] = [{"round": 0} | _judgement(None, kept_back, learned, judged, pruning, seed)]
     best, kept = float("inf"), copy.deepcopy(metanetwork.state_dict())
     for number in range(1, settings.rounds + 1):
         if number == settings.fall + 1:
@@ -108,8 +109,11 @@ def metatrain(
             index = torch.randperm(len(learned), generator=generator)[: settings.examples]
             total += _step(metanetwork, pupils[place], learned.part(index), optimizer, settings.strength)
             advance(1 / settings.rounds / len(pupils), f"round {number} · loss {total / (len(pupils)):.4f}")
-        found = _judgement(metanetwork, kept_back, judged, settings)
-        log.append({"round": number, "loss": round(total / len(pupils), 6)} | found)
+        log.append({"round": number, "loss": round(total / len(pupils), 6)})
+        if number % settings.every and number != settings.rounds:
+            continue
+        found = _judgement(metanetwork, kept_back, learned, judged, pruning, seed)
+        log[-1] |= found
         if found["pruned_loss"] < best:
             best, kept = found["pruned_loss"], copy.deepcopy(metanetwork.state_dict())
     metanetwork.load_state_dict(kept)
@@ -119,7 +123,7 @@ def metatrain(
 def pruned_once(
     module: nn.Module, examples: Examples, pruning: MetapruneSettings, seed: int, advance: Callable[[float, str], None]
 ) -> nn.Module:  # fmt: skip
-    """A network of the population as the authors have them: a little pruned by norms, and trained on.
+    """A network, pruned by norms and trained; a little, it is one of the population as the authors have them.
 
     Args:
         module: Trained; float32. It is changed on the way.
@@ -174,31 +178,27 @@ def _called(module: nn.Module, changed: dict[str, Tensor], batch: Batch) -> Any:
 
 
 def _judgement(
-    metanetwork: Metanetwork | None, judges: Sequence[_Network], judged: Examples, settings: MetaTraining
+    metanetwork: Metanetwork | None, judges: Sequence[_Network], learned: Examples, judged: Examples,
+    pruning: MetapruneSettings, seed: int,
 ) -> dict[str, float]:  # fmt: skip
-    """Loss and accuracy of the judges, rewritten, and again once pruned and their norms measured; means over them."""
-    pruning = MetapruneSettings.model_validate({"fraction": settings.fraction, "step": 1.0})
-    batches = [judged.part(part).inputs for part in torch.arange(len(judged)).split(BATCH)]
+    """Loss and accuracy of the judges, rewritten, and once they are pruned and trained; means over them."""
     rows = []
     for judge in judges:
-        subject = looked_at(copy.deepcopy(judge.module), batches, judge.surgeon, lambda name: True)
+        module = copy.deepcopy(judge.module)
         if metanetwork is not None:
-            rewrite(metanetwork, subject)
-        whole = _measured(subject, judged)
-        removing = Removing(subject, subject.choosable(), pruning)
-        removing.run(lambda subject=subject, removing=removing: scores(subject, removing.groups), 1.0)
-        measure_norms(subject.module, batches)
-        rows.append((*whole, *_measured(subject, judged)))
+            rewrite(metanetwork, looked_at(module, [], judge.surgeon, lambda name: True))
+        whole = _measured(module, judged)
+        rows.append((*whole, *_measured(pruned_once(module, learned, pruning, seed, lambda *_: None), judged)))
     names = ("whole_loss", "whole_accuracy", "pruned_loss", "pruned_accuracy")
-    return {
-        name: round(sum(values) / len(values), 6) for name, values in zip(names, zip(*rows, strict=True), strict=True)
-    }
+    means = (round(sum(values) / len(values), 6) for values in zip(*rows, strict=True))
+    return dict(zip(names, means, strict=True))
 
 
 @torch.no_grad()
-def _measured(subject: Subject, examples: Examples) -> tuple[float, float]:
+def _measured(module: nn.Module, examples: Examples) -> tuple[float, float]:
     """Mean cross-entropy and accuracy."""
     assert examples.labels is not None
-    found = torch.cat([first_tensor(subject.call(batch)) for batch in subject.batches])
+    parts = torch.arange(len(examples)).split(BATCH)
+    found = torch.cat([first_tensor(call(module, examples.part(part).inputs)) for part in parts])
     right = (found.argmax(1) == examples.labels).double().mean()
     return float(functional.cross_entropy(found, examples.labels)), float(right)

@@ -17,11 +17,12 @@ from tests.graph import zoo
 from tests.learning.training_case import examples, images, residual, subject_of
 
 SMALL = Shape(layers=1, width=8, share=0.05)
+PRUNING = MetapruneSettings.model_validate({"fraction": 0.2, "epochs_before": 0, "epochs": 1, "batch": 16})
 
 
 def learned(strength: float, rounds: int = 10):
-    settings = MetaTraining(rounds, 64, 1e-2, rounds, strength, 0.3)
-    return metatrain([residual(0), residual(1)], [residual(2)], examples(), examples(32), settings, SMALL, 0,
+    settings = MetaTraining(rounds, 64, 1e-2, rounds, strength, rounds)
+    return metatrain([residual(0), residual(1)], [residual(2)], examples(), examples(32), settings, PRUNING, SMALL, 0,
                      lambda share, note: None)  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def test_it_learns_from_the_loss_and_from_the_pull_to_make_small_channels_smalle
     (without, log), (network, _) = learned(0.0), learned(0.1)
     assert [entry["round"] for entry in log] == list(range(11))
     assert log[-1]["loss"] < log[1]["loss"]
+    assert [entry["round"] for entry in log if "pruned_loss" in entry] == [0, 10]
     assert smallest(network) < smallest(without)
     assert smallest(network) < smallest(None)
 
@@ -50,8 +52,7 @@ def test_it_is_the_same_again():
 
 
 def test_a_network_of_the_population_is_pruned_and_trained():
-    pruning = MetapruneSettings.model_validate({"fraction": 0.2, "epochs_before": 0, "epochs": 1, "batch": 16})
-    found = pruned_once(residual(), examples(), pruning, 0, lambda share, note: None)
+    found = pruned_once(residual(), examples(), PRUNING, 0, lambda share, note: None)
     before = sum(p.numel() for p in residual().parameters())
     assert sum(p.numel() for p in found.parameters()) < before
     assert not torch.equal(found.head.bias, residual().head.bias)
@@ -60,12 +61,16 @@ def test_a_network_of_the_population_is_pruned_and_trained():
 def test_what_cannot_be_learned_from_is_refused():
     settings, advance = MetaTraining(1, 8), lambda share, note: None
     with pytest.raises(DataError, match="give data with labels"):
-        metatrain([residual()], [residual()], Examples({"": images(8)}), examples(), settings, SMALL, 0, advance)
+        metatrain(
+            [residual()], [residual()], Examples({"": images(8)}), examples(), settings, PRUNING, SMALL, 0, advance
+        )
     with pytest.raises(DataError, match="found 1 and 0"):
-        metatrain([residual()], [], examples(), examples(), settings, SMALL, 0, advance)
+        metatrain([residual()], [], examples(), examples(), settings, PRUNING, SMALL, 0, advance)
     torch.manual_seed(0)
     with pytest.raises(CheckpointError, match="another family"):
-        metatrain([residual()], [copy.deepcopy(zoo.VGG()).eval()], *[square(16)] * 2, settings, SMALL, 0, advance)
+        metatrain(
+            [residual()], [copy.deepcopy(zoo.VGG()).eval()], *[square(16)] * 2, settings, PRUNING, SMALL, 0, advance
+        )
 
 
 def square(n: int) -> Examples:
