@@ -135,7 +135,7 @@ def metaprune_table(results: dict[str, Any]) -> str:
         accuracies = [100 * each["accuracy"] for each in found]
         seconds = statistics.mean(each["cpu_seconds"] for each in found)
         rows.append([
-            name, *[f"{each:.2f}" for each in accuracies], number(statistics.mean(accuracies), 2),
+            name, *[f"{each:.2f}" for each in accuracies], *["–"] * (len(results["seeds"]) - len(found)), number(statistics.mean(accuracies), 2),
             number(statistics.mean(each["epochs"] for each in found) + (BEFORE if name in ROWS[:2] else 0), 0),
             number(seconds, 0), number(seconds + (shared if name == "metaprune" else 0), 0),
         ])  # fmt: skip
