@@ -134,10 +134,11 @@ def metaprune_table(results: dict[str, Any]) -> str:
             continue
         accuracies = [100 * each["accuracy"] for each in found]
         seconds = statistics.mean(each["cpu_seconds"] for each in found)
+        missing = ["–"] * (len(results["seeds"]) - len(found))
+        epochs = statistics.mean(each["epochs"] for each in found) + (BEFORE if name in ROWS[:2] else 0)
         rows.append([
-            name, *[f"{each:.2f}" for each in accuracies], *["–"] * (len(results["seeds"]) - len(found)), number(statistics.mean(accuracies), 2),
-            number(statistics.mean(each["epochs"] for each in found) + (BEFORE if name in ROWS[:2] else 0), 0),
-            number(seconds, 0), number(seconds + (shared if name == "metaprune" else 0), 0),
+            name, *[f"{each:.2f}" for each in accuracies], *missing, number(statistics.mean(accuracies), 2),
+            number(epochs, 0), number(seconds, 0), number(seconds + (shared if name == "metaprune" else 0), 0),
         ])  # fmt: skip
     seeds = [f"seed {seed}" for seed in results["seeds"]]
     titles = ["ResNet-20 of width 8", *seeds, "mean %", "epochs", "CPU-seconds", "with the metanetwork's"]
