@@ -71,6 +71,8 @@ def encode_network(
     with folder_of_held(work.folder / "held") as folder:
         for name, block, reached in network.sweep(batches):
             file = work.file(name)
+            if not name:  # only by running it was found to have no blocks
+                beside = targets = learning = None
             original = None if beside is None else next(beside)
             wanted = next(targets) if targets is not None else []
             if file.exists():

@@ -138,13 +138,16 @@ class Held:
 
         Of a block of the kind of an earlier one the same ones are needed, if an example comes to the same with them.
         """
-        example, everything = first_example(self._reached[0]), tuple(range(len(self._done)))
-        rows: dict[int, list[Tensor]] = {id(stage): [] for stage in self._done}
+        everything = tuple(range(len(self._done)))
         kind = type(self._block), until is None, *(len(stage.layers) for stage in self._done)
-        with contextlib.ExitStack() as hooks:
-            for stage in self._done:
-                hooks.enter_context(on_input(stage.layers[0], _catching(rows[id(stage)])))
-            wanted = self._answer(example, until)
+        for example in first_example(self._reached[0]), self._reached[0]:  # some know not how to be cut
+            rows: dict[int, list[Tensor]] = {id(stage): [] for stage in self._done}
+            with contextlib.ExitStack() as hooks:
+                for stage in self._done:
+                    hooks.enter_context(on_input(stage.layers[0], _catching(rows[id(stage)])))
+                wanted = self._answer(example, until)
+            if wanted is not None:
+                break
         if wanted is None or any(len(each) != 1 for each in rows.values()):
             return self._give(None)
 

@@ -64,7 +64,9 @@ def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arg
     handles = [on_input(module, note(name)) for name, module in found.items() if not isinstance(module, nn.Embedding)]
     apart = routed(block, prefix)
     try:
-        network.step(block, arguments if apart else first_example(arguments))  # of all, some reach each expert
+        if apart or network.tried(block, first_example(arguments)) is None:  # of all, some reach each expert
+            order.clear()
+            network.step(block, arguments)
     finally:
         for handle in handles:
             handle.remove()

@@ -58,6 +58,10 @@ NETWORKS = {
         transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4), transformers.MixtralForCausalLM
     ),
     "bert": pico.bert,
+    "bloom, whose masks are of heads": of(
+        transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4), transformers.BloomForCausalLM
+    ),
+    "albert, no chain of blocks": partial(pico.albert, n_groups=2),
 }  # fmt: skip
 
 
@@ -103,7 +107,8 @@ def test_tensors_and_outputs_are_the_same(name, drift, means, tmp_path, monkeypa
     for each in wanted:
         assert torch.equal(found[each].decode(), wanted[each].decode()), each
     assert all(torch.equal(one, other) for one, other in zip(outputs, same, strict=True))
-    if drift and name not in ("gpt2", "mixtral"):  # whose products are no linear, or nearly all of experts
+    few = "gpt2", "mixtral", "bloom", "albert"  # no linear, those of experts, tried with all examples, one block
+    if drift and not name.startswith(few):
         assert products["rows"] < 0.75 * all_of_them["rows"]
 
 
