@@ -299,7 +299,7 @@ def encode_outside(
         return choice.dense(name, network.module.state_dict(keep_vars=True)[name])
     moment, head = None, head_of(network.module)
     if survey.head_moment is not None and head is not None and head.weight is module.weight:
-        moment = survey.head_moment / survey.head_moment.diagonal().mean()
+        moment = survey.head_moment / survey.head_moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         if isinstance(module, nn.Embedding):
             moment = moment + choice.recipe.embeddings.ridge * torch.eye(len(moment), device=moment.device)
     found = chain.of_layer(name, module, Statistics(moment), work.generator(name))
