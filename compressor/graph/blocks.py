@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from compressor.core.encoding import Layout
 
@@ -222,10 +223,10 @@ class Stage:
     share: bool = True
 
 
-def stages(order: list[tuple[str, int]]) -> list[Stage]:
+def stages(order: Sequence[tuple[str, Hashable]]) -> list[Stage]:
     """Groups calls (layer name, identity of its input) into stages; a layer that is called again stays in its first."""
     calls = Counter(name for name, _ in order)
-    found: list[tuple[int, Stage]] = []
+    found: list[tuple[Hashable, Stage]] = []
     placed: set[str] = set()
     for name, source in order:
         if name in placed:
@@ -241,13 +242,24 @@ def stages(order: list[tuple[str, int]]) -> list[Stage]:
 @contextlib.contextmanager
 def patched(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
     """Modules compute something else meanwhile."""
+    own = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
     for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
         for module in forwards:
-            del module.forward
+            if module in own:
+                module.forward = own[module]
+            else:
+                del module.forward
+
+
+def on_input(layer: nn.Module, look: Callable[[Tensor], None]) -> RemovableHandle:
+    """From now on `look` is shown what a layer is given before each of its calls, by place or by keyword."""
+    return layer.register_forward_pre_hook(
+        lambda _, args, kwargs: look(first_tensor((*args, *kwargs.values()))), with_kwargs=True
+    )
 
 
 def first_tensor(output: Any) -> Tensor:

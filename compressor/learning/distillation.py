@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.core.memory import Slack, give_back
 from compressor.core.passes import Rates
-from compressor.graph.blocks import patched
+from compressor.graph.blocks import on_input, patched
 from compressor.learning.head import Head
 from compressor.learning.objectives import Wanted, divergence
 from compressor.learning.student import Student
@@ -119,14 +119,10 @@ def _head_input(student: Student, head: nn.Linear, arguments: dict[str, Tensor],
     """The student's input of the head, with gradients."""
     caught: list[Tensor] = []
 
-    def catch(_: nn.Module, args: tuple) -> None:
-        caught.append(args[0])
+    def catch(given: Tensor) -> None:
+        caught.append(given)
         raise _Reached
 
-    handle = head.register_forward_pre_hook(catch)
-    try:
-        with contextlib.suppress(_Reached):
-            functional_call(student.module, weights, (), arguments)
-    finally:
-        handle.remove()
+    with on_input(head, catch), contextlib.suppress(_Reached):
+        functional_call(student.module, weights, (), arguments)
     return caught[0]

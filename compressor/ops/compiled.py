@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,9 +23,29 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     options = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        found = numba.njit(cache=True, **options)(function)
     except RuntimeError:
         return numba.njit(**options)(function)
+    if cache := getattr(found, "_cache", None):  # none where numba is told to compile nothing
+        for name in ("load_overload", "save_overload"):
+            setattr(cache, name, _or_none(getattr(cache, name), cache.flush))
+    return found
+
+
+def _or_none(use: Callable[..., Any], empty: Callable[[], None]) -> Callable[..., Any]:
+    """A use of numba's cache; where that is broken off, full, or no longer to be written, there is none."""
+
+    def used(*args: Any) -> Any:
+        try:
+            return use(*args)
+        except MemoryError:
+            raise
+        except Exception:  # what a pickle that is cut off comes to
+            with contextlib.suppress(Exception):
+                empty()
+            return None
+
+    return used
 
 
 def on_host(*tensors: Tensor) -> list[np.ndarray]:

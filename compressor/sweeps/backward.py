@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.core.outputs import named_outputs
-from compressor.graph.blocks import patched
+from compressor.graph.blocks import on_input, patched
 from compressor.learning.head import Head, Logits
 from compressor.ops.draws import draw
 from compressor.sweeps.network import Network, Stop, head_of
@@ -24,13 +24,13 @@ def head_input(network: Network, call: Callable[[], Any]) -> Tensor:
     """What the head is given while `call` runs the network, which ends there."""
     caught: list[Tensor] = []
 
-    def catch(_: nn.Module, args: tuple) -> None:
-        caught.append(args[0])
+    def catch(given: Tensor) -> None:
+        caught.append(given)
         raise Stop
 
     head = head_of(network.module)
     assert head is not None
-    with head.register_forward_pre_hook(catch), contextlib.suppress(Stop), network.autocast():
+    with on_input(head, catch), contextlib.suppress(Stop), network.autocast():
         call()
     return caught[0]
 

@@ -48,10 +48,16 @@ class Chain:
 
         Raises:
             PassError: It does not rebuild the matrix, or what was dropped is there again.
-            CheckpointError: Its weights are too large for the encoding.
+            CheckpointError: Its weights are too large for the encoding, or what reaches it is no number.
         """
         if "data" in self.needs:
-            known = replace(known, hessian=known.moment(matrix.shape[1]).to(matrix.device))
+            moment = known.moment(matrix.shape[1]).to(matrix.device)
+            if not bool(moment.diagonal().isfinite().all()):
+                raise CheckpointError(
+                    f"'{name}': what reaches it, or its square, is NaN or infinite on calibration data; give a "
+                    "checkpoint from before the training diverged"
+                )
+            known = replace(known, hessian=moment)
         if self.prune is not None:
             matrix, kept = self.prune.prune(matrix, known)
             known = replace(known, kept=kept)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.batch import Batch
-from compressor.graph.blocks import layers, unfolded_pieces
+from compressor.graph.blocks import layers, on_input, unfolded_pieces
 from compressor.ops.gram import damped
 from compressor.plan.recipe import Calibration
 from compressor.plan.workload import UNFOLDED_AT_ONCE
@@ -49,6 +49,7 @@ class Drift:
         self._settings, self._held = settings, Held(network, block, reached, folder)
         self._pieces: Iterator[Tensor] = iter(())
         self._sums: dict[str, Tensor] = {}
+        self._apart = False
 
     def begin(self, names: Sequence[str]) -> None:
         """Before another group of layers; `names` as for `Held.advance`."""
@@ -56,7 +57,20 @@ class Drift:
 
     def forget(self) -> None:
         """What was gathered is done with."""
-        self._sums, self._pieces = {}, iter(())
+        self._sums, self._pieces, self._apart = {}, iter(()), False
+
+    @property
+    def passes(self) -> bool:
+        """As `Held.passes`."""
+        return self._held.passes
+
+    def distrust(self) -> None:
+        """As `Held.distrust`."""
+        self._held.distrust()
+
+    def is_number(self) -> bool:
+        """Whether what was gathered is."""
+        return not any(bool(total.isnan().any()) for total in self._sums.values())
 
     def settle(self) -> None:
         """All layers have been looked at."""
@@ -67,19 +81,21 @@ class Drift:
         """Runs the original on batch `i`, up to the last of so many `calls` that layers make on `lead`'s input."""
         layer, pieces = self._found[lead], list[Tensor]()
 
-        def watch(_: nn.Module, args: tuple) -> None:
-            self._held.note(args[0])
-            pieces.append(args[0])
+        def watch(given: Tensor) -> None:
+            self._held.note(given)
+            pieces.append(given)
             if len(pieces) == calls:
                 raise Stop
 
-        with layer.register_forward_pre_hook(watch), self._held.begun(i), contextlib.suppress(Stop):
+        with on_input(layer, watch), self._held.begun(i), contextlib.suppress(Stop):
             self._network.step(self._block, self._reached[i])
         self._pieces = (rows for piece in pieces for rows in unfolded_pieces(layer, piece, UNFOLDED_AT_ONCE))
 
-    def next_rows(self) -> Tensor:
-        """The original's inputs (n, in), in the order in which they reach the compressed layer."""
-        return next(self._pieces)
+    def next_rows(self, beside: Tensor) -> Tensor | None:
+        """The original's inputs (n, in) beside those of the compressed layer; None where they are of other tokens."""
+        found = next(self._pieces, None)
+        self._apart |= found is None or found.shape != beside.shape
+        return None if self._apart else found
 
     def add(self, name: str, original: Tensor, rows: Tensor, importance: Tensor | None) -> None:
         """Adds Σ t·(x − x̂)·x̂ᵀ of some rows (n, in); `importance` t is (n,), or 1."""
@@ -95,7 +111,7 @@ class Drift:
         moment   H (in, in), the mean over `n_rows`
         """
         total = self._sums.get(name, next(iter(self._sums.values()), None))
-        if total is None or not n_rows:
+        if total is None or not n_rows or self._apart:
             return matrix
         settings, columns = self._settings, matrix.shape[1]
         share = settings.drift * min(1.0, n_rows / (ROWS_PER_COLUMN * columns))

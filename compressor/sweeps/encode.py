@@ -71,6 +71,8 @@ def encode_network(
     with folder_of_held(work.folder / "held") as folder:
         for name, block, reached in network.sweep(batches):
             file = work.file(name)
+            if not name:  # only by running it was found to have no blocks
+                beside = targets = learning = None
             original = None if beside is None else next(beside)
             wanted = next(targets) if targets is not None else []
             if file.exists():
@@ -297,7 +299,7 @@ def encode_outside(
         return choice.dense(name, network.module.state_dict(keep_vars=True)[name])
     moment, head = None, head_of(network.module)
     if survey.head_moment is not None and head is not None and head.weight is module.weight:
-        moment = survey.head_moment / survey.head_moment.diagonal().mean()
+        moment = survey.head_moment / survey.head_moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         if isinstance(module, nn.Embedding):
             moment = moment + choice.recipe.embeddings.ridge * torch.eye(len(moment), device=moment.device)
     found = chain.of_layer(name, module, Statistics(moment), work.generator(name))

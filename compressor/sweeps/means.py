@@ -48,8 +48,10 @@ def correct_means(block: nn.Module, reached: Sequence[Arguments], wanted: Means)
     shifts: Means = {name: [] for name in wanted}
 
     def shift(name: str, values: Tensor, axis: int) -> Tensor:
-        found = wanted[name][len(shifts[name])] - channel_mean(values, axis)
-        shifts[name].append(found)
+        number, mean = len(shifts[name]), channel_mean(values, axis)
+        found = wanted[name][number] - mean if number < len(wanted[name]) else torch.full_like(mean, torch.nan)
+        shifts[name].append(found)  # NaN of a call without a row, as of an expert that no token is sent to
+        found = found.nan_to_num()
         return found.to(values.dtype).view(-1, *[1] * (values.dim() - 1 - axis % values.dim()))
 
     with _watched(block, shift):
@@ -58,9 +60,10 @@ def correct_means(block: nn.Module, reached: Sequence[Arguments], wanted: Means)
             give_back()  # what small results between large ones have left in pieces
     changed: dict[str, Tensor] = {}
     for name, module in _adjustable(block).items():
-        if not shifts[name]:
+        known = [shift for shift in shifts[name] if not shift.isnan().any()]
+        if not known:
             continue
-        total = torch.stack(shifts[name]).mean(0)
+        total = torch.stack(known).mean(0)
         attribute, sign = ("running_mean", -1) if isinstance(module, _BatchNorm) else ("bias", 1)
         tensor = getattr(module, attribute)
         tensor.data = (tensor.double() + sign * total).to(tensor.dtype)
@@ -93,9 +96,10 @@ def _watched(block: nn.Module, look: Callable[[str, Tensor, int], Tensor | None]
     it returns; to what layers return in place, since nobody else has it yet and it may be large."""
     handles = []
 
-    def given(name: str, _: nn.Module, args: tuple) -> tuple | None:
-        added = look(name, args[0], 1)
-        return None if added is None else (args[0] + added, *args[1:])
+    def given(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> tuple | None:
+        (values,) = args or kwargs.values()
+        added = look(name, values, 1)
+        return None if added is None else ((values + added,), {})
 
     def returned(name: str, module: nn.Module, _: tuple, out: Tensor) -> None:
         added = look(name, out, -1 - len(getattr(module, "kernel_size", ())))
@@ -104,7 +108,7 @@ def _watched(block: nn.Module, look: Callable[[str, Tensor, int], Tensor | None]
 
     for name, module in _adjustable(block).items():
         if isinstance(module, _BatchNorm):
-            handles.append(module.register_forward_pre_hook(partial(given, name)))
+            handles.append(module.register_forward_pre_hook(partial(given, name), with_kwargs=True))
         else:
             handles.append(module.register_forward_hook(partial(returned, name)))
     try:

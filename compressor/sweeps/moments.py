@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoints.experts import routed
-from compressor.graph.blocks import Stage, geometry, layers, layout_of, stages, unfolded_pieces, unfolds, weight_of
+from compressor.graph.blocks import (
+    Stage,
+    geometry,
+    layers,
+    layout_of,
+    on_input,
+    stages,
+    unfolded_pieces,
+    unfolds,
+    weight_of,
+)
 from compressor.ops.gram import add_gram, mirror
 from compressor.plan.workload import UNFOLDED_AT_ONCE
 from compressor.sweeps.drift import Drift
@@ -31,29 +41,32 @@ class Before(Protocol):
 
     def begun(self, i: int) -> contextlib.AbstractContextManager[None]: ...
 
+    @property
+    def passes(self) -> bool: ...
+
+    def distrust(self) -> None: ...
+
 
 @torch.no_grad()
 def layer_stages(network: Network, block: nn.Module, prefix: str, arguments: Arguments) -> list[Stage]:
     """The block's encodable layers in stages, by running one batch."""
-    order: list[tuple[str, int]] = []
+    order: list[tuple[str, tuple[int, int]]] = []
     found = layers(block, prefix)
 
-    def note(name: str) -> Callable[[nn.Module, tuple], None]:
-        def hook(_: nn.Module, args: tuple) -> None:
-            if not hasattr(args[0], _NUMBER):  # no tensor is kept alive for its identity
-                setattr(args[0], _NUMBER, next(_numbers))
-            order.append((name, getattr(args[0], _NUMBER)))
+    def note(name: str) -> Callable[[Tensor], None]:
+        def look(given: Tensor) -> None:
+            if not hasattr(given, _NUMBER):  # no tensor is kept alive for its identity
+                setattr(given, _NUMBER, next(_numbers))
+            order.append((name, (getattr(given, _NUMBER), given._version)))  # it may be written to in between
 
-        return hook
+        return look
 
-    handles = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in found.items()
-        if not isinstance(module, nn.Embedding)
-    ]
+    handles = [on_input(module, note(name)) for name, module in found.items() if not isinstance(module, nn.Embedding)]
     apart = routed(block, prefix)
     try:
-        network.step(block, arguments if apart else first_example(arguments))  # of all, some reach each expert
+        if apart or network.tried(block, first_example(arguments)) is None:  # of all, some reach each expert
+            order.clear()
+            network.step(block, arguments)
     finally:
         for handle in handles:
             handle.remove()
@@ -103,8 +116,24 @@ def moments_of(
 ) -> dict[str, tuple[Tensor, int]]:  # fmt: skip
     """H and the number of tokens of each layer of a group, see `second_moments`; `drift` where they share an input.
 
-    What is settled before them is `held`, and not computed again.
+    What is settled before them is `held`, and not computed again; but where NaN comes of that all of it is.
     """
+    moments = _gathered(network, block, found, names, stage, reached, importance, held, drift)
+    spoilt = any(bool(moment.diagonal().isnan().any()) for moment, _ in moments.values())
+    passing = [each for each in (held, drift) if each is not None and each.passes]
+    if not passing or (not spoilt and (drift is None or drift.is_number())):
+        return moments
+    for each in passing:
+        each.distrust()
+    if drift is not None:
+        drift.forget()
+    return _gathered(network, block, found, names, stage, reached, importance, held, drift)
+
+
+def _gathered(
+    network: Network, block: nn.Module, found: Mapping[str, nn.Module], names: list[str], stage: Stage,
+    reached: list[Arguments], importance: Mapping[str, Tensor], held: Before | None, drift: Drift | None,
+) -> dict[str, tuple[Tensor, int]]:  # fmt: skip
     once = [found[name] for name in stage.names] if stage.share and stage.calls == 1 else []
     if held is not None:
         held.advance(once)
@@ -117,10 +146,10 @@ def moments_of(
     sums = {name: torch.zeros(width, width, device=network.device) for name, width in widths.items()}
     counts = dict.fromkeys(names, 0)
 
-    def watching(name: str) -> Callable[[nn.Module, tuple], None]:
-        def watch(module: nn.Module, args: tuple) -> None:
+    def watching(name: str) -> Callable[[Tensor], None]:
+        def watch(given: Tensor) -> None:
             with torch.autocast(network.device.type, enabled=False):
-                for rows in unfolded_pieces(module, args[0], UNFOLDED_AT_ONCE):
+                for rows in unfolded_pieces(found[name], given, UNFOLDED_AT_ONCE):
                     add_gram(sums[name], rows)
                     counts[name] += len(rows)
 
@@ -128,7 +157,7 @@ def moments_of(
 
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name in names:
-            hooks.enter_context(found[name].register_forward_pre_hook(watching(name)))
+            hooks.enter_context(on_input(found[name], watching(name)))
         for i, arguments in enumerate(reached):
             with contextlib.nullcontext() if held is None else held.begun(i):
                 network.step(block, arguments)
@@ -163,12 +192,12 @@ def second_moments(
     lead = found[names[0]]
     weighted = [name for name in names if name in importance]
 
-    def watch(_: nn.Module, args: tuple) -> None:
+    def watch(given: Tensor) -> None:
         if held is not None:
-            held.note(args[0])
+            held.note(given)
         with torch.autocast(network.device.type, enabled=False):
-            for rows in unfolded_pieces(lead, args[0], UNFOLDED_AT_ONCE):
-                original = None if drift is None else drift.next_rows()
+            for rows in unfolded_pieces(lead, given, UNFOLDED_AT_ONCE):
+                original = None if drift is None else drift.next_rows(rows)
                 for name in weighted or names[:1]:
                     seen, token = rows, None
                     if name in importance:
@@ -182,7 +211,7 @@ def second_moments(
         if counts["calls"] == calls:
             raise Stop
 
-    with lead.register_forward_pre_hook(watch):
+    with on_input(lead, watch):
         for i, arguments in enumerate(reached):
             counts["calls"] = 0
             if drift is not None:

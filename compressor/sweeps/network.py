@@ -254,7 +254,10 @@ class Network:
 
     def _passed(self, block: nn.Module, i: int, arguments: Arguments) -> Tensor:
         with self.begun(i):
-            return self.step(block, arguments)
+            output = self.step(block, arguments)
+        if self.begun is not _from_the_start and bool(output.isnan().any()):  # what seemed not to be needed is
+            output = self.step(block, arguments)
+        return output
 
     def step(self, block: nn.Module, arguments: Arguments) -> Tensor:
         """The next hidden state, in the dtype of the last."""

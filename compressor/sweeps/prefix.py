@@ -62,6 +62,15 @@ class Settled:
     def note(self, rows: Tensor) -> None:
         """What reaches the next layers: it is the outputs of modules that are held."""
 
+    @property
+    def passes(self) -> bool:
+        """Whether forwards give NaN in the place of what nothing seemed to need."""
+        return bool(self._n)
+
+    def distrust(self) -> None:
+        """What seemed not to be needed is needed: nothing is settled any more."""
+        self.chain, self._outputs, self.starts, self._n, self._held = [], [], [], 0, []
+
     def begun(self, i: int) -> contextlib.AbstractContextManager[None]:
         """Within it a forward of batch number `i` begins after what is settled."""
         return self._after(self._n, self._held[i]) if self._n else contextlib.nullcontext()
@@ -122,6 +131,13 @@ class Every:
 
     def note(self, rows: Tensor) -> None:
         self.settled.note(rows)
+
+    @property
+    def passes(self) -> bool:
+        return self.settled.passes
+
+    def distrust(self) -> None:
+        self.settled.distrust()
 
     def begun(self, i: int) -> contextlib.AbstractContextManager[None]:
         return self.settled.begun(self.step * i + self.first)

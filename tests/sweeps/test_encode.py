@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from compressor.plan.recipe_file import load_recipe
 from compressor.sweeps.chain import Chain
 from compressor.sweeps.encode import encode_network, last_head
 from compressor.sweeps.network import Network
-from compressor.sweeps.survey import Survey
+from compressor.sweeps.survey import Survey, survey
 from tests import pico
 from tests.pico import lively
 
@@ -122,6 +123,29 @@ def test_a_head_of_its_own_is_encoded_on_what_the_compressed_network_gives_it(tm
     assert found is not None
     torch.testing.assert_close(found, moment / moment.diagonal().mean(), rtol=1e-3, atol=1e-4)
     assert files[-1].name.startswith("head")
+
+
+def encoded_llama(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> EncodedTensors:
+    pico.rewrite(pico.llama(folder), change)
+    (folder / "recipe.yaml").write_text("""
+passes: [{pass: affine, method: gptq, bits: 4, group: 16}]
+calibration: {token_importance: false}
+""")
+    checkpoint, recipe = open_checkpoint(folder), load_recipe(folder / "recipe.yaml")
+    network, batches, work = Network(checkpoint, fast=False), pico.token_batches(), Work(folder / "work", 0)
+    work.folder.mkdir()
+    known = survey(network, batches, work.folder / "scratch", False, torch.Generator())
+    return encode_network(network, batches, recipe, make_plan(checkpoint, recipe), known, work, lambda note: None)[0]
+
+
+def test_a_network_that_computes_no_numbers_is_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match="'model.embed_tokens.weight': what reaches it, or its square"):
+        encoded_llama(tmp_path, lambda tensors: tensors["model.layers.1.input_layernorm.weight"].mul_(1e30))
+
+
+def test_a_network_of_zeros_is_encoded(tmp_path):
+    tensors = encoded_llama(tmp_path, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    assert not any(bool(tensors[name].decode().any()) for name in tensors)
 
 
 def test_a_head_that_is_the_table_too_comes_first(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import compressor.plan.recipe
-from compressor.checkpoints import open_checkpoint
+from compressor.checkpoints import Checkpoint, open_checkpoint
 from compressor.core.tensors import EncodedTensors
 from compressor.core.work import Work
 from compressor.graph.blocks import layers
@@ -57,16 +58,22 @@ NETWORKS = {
         transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4), transformers.MixtralForCausalLM
     ),
     "bert": pico.bert,
+    "bloom, whose masks are of heads": of(
+        transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4), transformers.BloomForCausalLM
+    ),
+    "albert, no chain of blocks": partial(pico.albert, n_groups=2),
 }  # fmt: skip
 
 
 def encoded(
-    source: Path, folder: Path, drift: float = 0.0, means: bool = False
+    source: Path | Checkpoint, folder: Path, drift: float = 0.0, means: bool = False,
+    batches: list[dict[str, Tensor]] | None = None,
 ) -> tuple[EncodedTensors, list[Tensor], Counter[str]]:  # fmt: skip
     """The tensors, what the last block gives, and how often each layer's product is computed for an example."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text(RECIPE.format(drift=drift, means=str(means).lower()))
-    checkpoint, recipe = open_checkpoint(source), load_recipe(folder / "recipe.yaml")
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
+    recipe = load_recipe(folder / "recipe.yaml")
     (folder / "work").mkdir()
     products: Counter[str] = Counter()
     plain = nn.functional.linear
@@ -76,7 +83,7 @@ def encoded(
         return plain(x, weight, bias)
 
     network = Network(checkpoint, fast=False)
-    batches, plan = pico.token_batches(size=4), make_plan(checkpoint, recipe)
+    batches, plan = batches or pico.token_batches(size=4), make_plan(checkpoint, recipe)
     nn.functional.linear = counted
     try:
         tensors, _ = encode_network(
@@ -100,7 +107,8 @@ def test_tensors_and_outputs_are_the_same(name, drift, means, tmp_path, monkeypa
     for each in wanted:
         assert torch.equal(found[each].decode(), wanted[each].decode()), each
     assert all(torch.equal(one, other) for one, other in zip(outputs, same, strict=True))
-    if drift and name not in ("gpt2", "mixtral"):  # whose products are no linear, or nearly all of experts
+    few = "gpt2", "mixtral", "bloom", "albert"  # no linear, those of experts, tried with all examples, one block
+    if drift and not name.startswith(few):
         assert products["rows"] < 0.75 * all_of_them["rows"]
 
 
@@ -153,12 +161,177 @@ def test_what_is_read_again_is_not_passed_by(again, tmp_path):
             before.advance(())
             assert before._passed == [inside[each] for each in inside if each[0] in ("b" if again else "ab")]
             with before.begun(1):
-                assert torch.equal(network.step(block, reached[1]), block(hidden_of(reached[1])))
+                found = network.step(block, reached[1])
+            assert torch.equal(found, block(hidden_of(reached[1])))
 
 
 class Single(Pair):
     def __init__(self) -> None:
         super().__init__(again=False)
+
+
+class Strange(nn.Module):
+    """A block as strangers write it; rows (batch, tokens, 16) to the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+
+class Chosen(Strange):
+    """Of large inputs, of which the first example has none, it needs its first layer once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x)
+        last = self.b(first.tanh())
+        return self.c(torch.where(x.amax((1, 2), keepdim=True) > 2.5, first, last).relu())
+
+
+class Routed(Strange):
+    """Each example takes one of two ways, whatever its gate thinks of how much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        way = self.gate(-x.mean(1)).argmax(-1)[:, None, None]
+        return self.c(torch.where(way == 0, self.a(x), self.b(x)).relu())
+
+
+class Looping(Strange):
+    """A layer is called as often as values say: once for the first example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).tanh()).tanh()
+        return self.c(self.b(y) if x.amax() > 2.8 else y)
+
+
+class Unlike(Strange):
+    """Another block of the kind needs more of its layers, behind what makes a number of NaN."""
+
+    more = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x)
+        last = self.b(first.relu())
+        return self.c((last + first.nan_to_num() if self.more else last).relu())
+
+
+class Keeping(Strange):
+    """What a layer gives is kept, for the next block to read."""
+
+    before: tuple[Keeping, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.a(x)
+        read = self.before[0].kept if self.before and self.before[0].kept.shape == x.shape else 0.0
+        return self.c((self.b(self.kept.relu()) + read).relu())
+
+
+class Moving(Strange):
+    """It remembers the mean of what a layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x)
+        self.mean = 0.9 * self.mean + 0.1 * first.mean((0, 1))
+        return self.c(self.b(first.relu() + self.mean).relu())
+
+
+class Selecting(Strange):
+    """A layer is given some of the rows, and none at times."""
+
+    least = 0.9
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, some = self.a(x), x[..., 0] > self.least
+        y[some] = self.b(y[some].relu())
+        return self.c(y.relu())
+
+
+class ToNone(Selecting):
+    least = 9.0
+
+
+class Writing(Strange):
+    """What two layers are given is written to in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        one = self.b(y)
+        y += 1.0
+        return self.d((one * self.c(y)).relu())
+
+
+class Named(Strange):
+    """Layers are called by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(input=x)
+        return self.c(input=self.b(input=first.relu()).relu() + first)
+
+
+class OwnForward(Strange):
+    """A layer's forward is an attribute of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        plain = self.a.forward
+        self.a.forward = lambda input: 2.0 * plain(input)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x)
+        return self.c(self.b(first.relu()).relu() + first)
+
+
+STRANGE = {
+    kind.__name__: kind
+    for kind in (Chosen, Routed, Looping, Unlike, Keeping, Moving, Selecting, ToNone, Writing, Named, OwnForward)
+}
+
+
+class Stranges(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        first, second = (STRANGE[kind]() for _ in range(2))
+        vars(second).update(more=True, before=(first,))
+        self.blocks = nn.ModuleList([first, second])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+globals().update({f"Two{name}": partial(Stranges, name) for name in STRANGE})
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_network_that_depends_on_values_is_what_it_would_be(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(compressor.plan.recipe, "SMALLEST", 1)
+    torch.save(pico.lively(Stranges(name), 0).state_dict(), tmp_path / "weights.pt")
+    source = open_checkpoint(tmp_path / "weights.pt", arch=f"tests.sweeps.test_held:Two{name}")
+    generator = torch.Generator().manual_seed(6)
+    batches = [{"": torch.randn(3, 4, 16, generator=generator)} for _ in range(6)]
+    for drift, means in ((0.0, True), (0.5, False)):
+        found, outputs, _ = encoded(source, tmp_path / f"held-{drift}", drift, means, batches)
+        assert all(bool(found[each].decode().isfinite().all()) for each in found)
+        if name == "Moving":  # whatever is run changes it
+            continue
+        with monkeypatch.context() as without:
+            without.setattr(Held, "note", lambda self, rows: None)
+            wanted, same, _ = encoded(source, tmp_path / f"anew-{drift}", drift, means, batches)
+        for each in wanted:
+            assert torch.equal(found[each].decode(), wanted[each].decode()), each
+        assert all(torch.equal(one, other) for one, other in zip(outputs, same, strict=True))
 
 
 def test_a_full_disk_costs_time_alone(tmp_path, monkeypatch, caplog):
