@@ -35,7 +35,7 @@ Begun = Callable[[int], contextlib.AbstractContextManager[None]]
 """What a block's forward of batch number i runs within."""
 
 
-_SLACK = 200_000_000
+_SLACK = 100_000_000
 """Bytes by which memory may grow before what is free of it goes back."""
 
 
