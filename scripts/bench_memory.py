@@ -114,33 +114,31 @@ def example_data(name: str) -> Callable[[], list[str]]:
 
 
 def with_sets(*sets: str) -> Callable[[], list[str]]:
-    return lambda: [part for each in (*SETS, *sets) for part in ("--set", each)]
+    return lambda: [part for each in (*SETS, "evaluation.speed=false", *sets) for part in ("--set", each)]
 
 
 PAIRS = {
     "smollm2-4bit": Pair("SmolLM2, 6 blocks", lambda: cut(6), "llm-4bit", with_sets()),
-    "smollm2-2bit-fast": Pair("SmolLM2, 6 blocks", lambda: cut(6), "llm-2bit-fast", with_sets()),
+    "smollm2-2bit-fast": Pair("SmolLM2, 3 blocks", lambda: cut(3), "llm-2bit-fast", with_sets()),
     "smollm2-2bit": Pair(
-        "SmolLM2, 4 blocks", lambda: cut(4), "llm-2bit",
+        "SmolLM2, 3 blocks, 2 steps", lambda: cut(3), "llm-2bit",
         with_sets("distill.steps=2", "distill.tokens=8192", "calibration.tokens=8192"),
     ),
-    "smollm2-sparse50": Pair("SmolLM2, 4 blocks", lambda: cut(4), "llm-sparse50", with_sets("calibration.tokens=8192")),
-    "smollm2-width": Pair("SmolLM2, 6 blocks", lambda: cut(6), "llm-width", with_sets()),
-    "smollm2-judged": Pair(
-        "SmolLM2, 6 blocks, with its evaluation", lambda: cut(6), "llm-4bit",
-        lambda: ["--set", "evaluation.tokens=4096", "--set", "calibration.tokens=4096"],
+    "smollm2-sparse50": Pair(
+        "SmolLM2, 3 blocks", lambda: cut(3), "llm-sparse50", with_sets("calibration.tokens=8192")
     ),
-    "gguf-4bit": Pair(
-        "SmolLM2, GGUF, Q4_1", lambda: model_dir("smollm2-gguf"), "llm-4bit", with_sets("calibration.tokens=2048")
-    ),
-    "llama-4bit": Pair("Llama of width 2048, bfloat16, 4 blocks", lambda: make_model(4), "llm-4bit", with_sets()),
+    "smollm2-width": Pair("SmolLM2, 3 blocks", lambda: cut(3), "llm-width", with_sets("calibration.tokens=4096")),
+    "llama-4bit": Pair("Llama of width 2048, bfloat16, 2 blocks", lambda: make_model(2), "llm-4bit", with_sets()),
     "llama-2bit-fast": Pair(
         "Llama of width 2048, bfloat16, 2 blocks", lambda: make_model(2), "llm-2bit-fast", with_sets()
     ),
     "minilm-4bit": Pair("MiniLM", lambda: model_dir("minilm"), "encoder-4bit"),
     "mobilenet-int8": Pair("MobileNetV2", lambda: model_dir("mobilenet"), "cnn-int8", images),
     "mobilenet-4bit": Pair("MobileNetV2", lambda: model_dir("mobilenet"), "cnn-4bit", images),
-    "mobilenet-explain": Pair("MobileNetV2", lambda: model_dir("mobilenet"), "cnn-explain", images),
+    "mobilenet-explain": Pair(
+        "MobileNetV2", lambda: model_dir("mobilenet"), "cnn-explain",
+        lambda: [*images(), "--set", "calibration.samples=32", "--set", "lrp.step=0.15"],
+    ),
     "nsfw-int8": Pair("ResNet-50, ONNX", lambda: fetch("nsfw"), "cnn-int8", example_data("nsfw")),
     "ocr-find-4bit": Pair("PP-OCRv4, ONNX", lambda: fetch("ocr-find"), "cnn-4bit", example_data("ocr-find")),
 }  # fmt: skip

@@ -15,6 +15,8 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Parameters of mallopt."""
 _KEPT = 512 << 20
 """Bytes at the heap's top that stay with the process."""
+SLACK = 100_000_000
+"""Bytes by which a sweep may grow by what is free before that goes back."""
 
 
 class _Allocated(ctypes.Structure):
@@ -116,6 +118,7 @@ class Slack:
 
     def give_back(self) -> None:
         private = private_memory() or 0
+        self._after = min(self._after, private)  # others have given back
         if private - self._after >= self._most and private - _in_use() - self._apart >= self._most:
             give_back()
             self._note()

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from compressor.core.memory import Slack
+from compressor.core.memory import SLACK, Slack
 from compressor.core.tensors import EncodedTensors
-
-LARGEST = 2**25
-"""Values of a tensor up to which its error is told: beyond, holding it twice would be the run's peak of memory."""
-_SLACK = 100_000_000
-"""Bytes by which memory may grow before what is free of it goes back."""
+from compressor.plan.memory import COMPARED
 
 
 def weight_errors(checkpoint: Any, tensors: EncodedTensors) -> dict[str, float]:
     """‖W − Ŵ‖ / ‖W‖ by name, of the tensors that are not stored as they were; one in memory at a time.
 
-    Left out are those of more than 2²⁵ values, those whose shape has changed, and those that are all zero.
+    Left out are those of more than COMPARED values, which would be the run's peak of memory, those whose shape has
+    changed, and those that are all zero.
     """
-    found, slack = {}, Slack(_SLACK)
+    found, slack = {}, Slack(SLACK)
     for name in tensors:
         info = checkpoint.tensors.get(name)
         shape = tuple(tensors.describe(name)["tensor_shape"])
-        if info is None or info.shape != shape or info.numel > LARGEST or not info.dtype.startswith(("F", "BF", "Q")):
+        if info is None or info.shape != shape or info.numel > COMPARED or not info.dtype.startswith(("F", "BF", "Q")):
             continue
         slack.give_back()
         original = checkpoint.read(name).float()

@@ -15,7 +15,8 @@ from compressor.plan.recipe_file import load_recipe
 
 LEARNING = "distill.steps=8"
 FEW = ("calibration.tokens=4096", "calibration.token_importance=false", "evaluation.tokens=0")
-WIDTH, INNER, VOCABULARY, LAYERS = 512, 1024, 20_000, 60
+WIDTH, INNER, VOCABULARY, LAYERS = 512, 1024, 200, 60
+"""Of a small table: the blocks have the peak."""
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
     "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": INNER, "vocab_size": VOCABULARY,
