@@ -15,8 +15,9 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Parameters of mallopt."""
 _KEPT = 512 << 20
 """Bytes at the heap's top that stay with the process."""
-SLACK = 100_000_000
-"""Bytes by which a sweep may grow by what is free before that goes back."""
+SLACK, LEARNING_SLACK = 100_000_000, 300 << 20
+"""Bytes by which a sweep may grow by what is free before that goes back; and steps over the whole network, of
+SmolLM2-135M what two or three blocks leave behind: with more a step is no faster by much."""
 
 
 class _Allocated(ctypes.Structure):

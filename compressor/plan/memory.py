@@ -12,7 +12,7 @@ from typing import Any
 
 from compressor.core.errors import ResourceError
 from compressor.core.machine import multiplies_bfloat16
-from compressor.core.memory import SLACK
+from compressor.core.memory import LEARNING_SLACK, SLACK
 from compressor.core.roles import block_of
 from compressor.core.spec import CodebookSpec
 from compressor.plan.plan import Plan, PlannedTensor
@@ -46,6 +46,9 @@ COMPARED = 2**25
 """Values of a tensor up to which what is stored of it is held against it."""
 _MATRICES = 5
 """Of a layer's size, while it is encoded: weight, what is left of it, chosen values, points, decoded."""
+_CHOSEN, _TRAINED, _SCORED = 2, 5, 3
+"""Weights of a whole network that is made smaller: itself, and as it was; where it trains, gradients, two moments and
+the teacher. Logits of a batch: themselves, their gradient, and that once more as a layer's."""
 _CORRECTING = 4
 """Of a layer's size, while drift is made up for: weight, the right side, the solution, what is left."""
 _PASSING = 2
@@ -66,12 +69,12 @@ def peak_memory(
     kept += 2 * recipe.corrects_drift  # the original's
     beside_states = max(_outside(tensors, config, recipe), _largest_block(tensors, config, recipe))
     peak = max(_tables(tensors) + _head_states(tensors, config, recipe) * states, beside_states + kept * states)
-    peak = max(peak, _judging(tensors, config, recipe), _distances(tensors))
+    peak = max(peak, _judging(tensors, config, recipe), _distances(tensors), _restructuring(tensors, recipe))
     if workers:
         peak = max(peak, _beside(tensors, config) + kept * states + workers * of_a_worker(tensors, config, recipe))
     if any(block_of(tensor.name, config) for tensor in tensors):
         if recipe.distill.steps:
-            peak = max(peak, _distillation(tensors, config, width, recipe))
+            peak = max(peak, _distillation(tensors, config, width, recipe) + LEARNING_SLACK - SLACK)
         if recipe.writes_text:
             peak = max(peak, _generation(tensors, config, recipe))
     return BASE + SLACK + int(peak)
@@ -147,6 +150,18 @@ def _count(tensors: Sequence[PlannedTensor]) -> int:
 
 def _wants_gradients(recipe: Recipe) -> bool:
     return recipe.calibration.token_importance and "data" in recipe.required
+
+
+def _restructuring(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
+    """The whole network in the hands of a structure pass: its weights in several copies, of a batch what a backward
+    pass through all layers keeps and what it gives them, and the logits in a few copies."""
+    if not recipe.early:
+        return 0
+    copies = max(_TRAINED if step.settings.trains else _CHOSEN for step in recipe.early)
+    layers = [tensor for tensor in tensors if tensor.role == "linear"]
+    activations = _activations(layers, FLOAT) * (_SAVED + 1) / _SAVED
+    logits = _SCORED * FLOAT * TOKENS_PER_BATCH * _vocabulary(tensors)
+    return copies * FLOAT * _count(tensors) + activations + logits
 
 
 def _tables(tensors: Sequence[PlannedTensor]) -> float:
