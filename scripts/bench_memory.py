@@ -294,16 +294,17 @@ def measure_pairs(names: list[str], only_plan: bool) -> None:
         plan = subprocess.run(
             [*command, "--dry-run", "--json"], env=environment, capture_output=True, text=True, check=True
         )
+        found = {} if only_plan else watch([*command, "--force"], environment, (0, 1))
         results = read_results("memory")
         known = results.setdefault(ROW, {})
-        found = known[name] if only_plan else watch([*command, "--force"], environment, (0, 1))
-        known[name] = found | {"planned_memory": json.loads(plan.stdout)["peak_memory"]}
+        known[name] = known.get(name, {}) | found | {"planned_memory": json.loads(plan.stdout)["peak_memory"]}
         results[ROW] = {each: known[each] for each in PAIRS if each in known}
         write_results("memory", results)
         print(runs_table({ROW: {name: known[name]}}).splitlines()[-1], flush=True)
         for each in (target, target.with_name(f"{target.name}.failed")):
             shutil.rmtree(each, ignore_errors=True)
-    refresh_pages()
+    if not names or only_plan:
+        refresh_pages()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ folded into it; non-linearities pass relevance through; gates, softmaxes and den
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -215,20 +215,27 @@ def attribute(
     """
     found: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
-        mode = Observed(names, composite)
-        with torch.enable_grad(), mode:
-            output = mode.logits(first_output(call(batch)))
         label = None if labels is None else labels[number]
-        reached = [output_ for _, output_, _ in mode.outputs if output_.requires_grad]
-        generator = torch.Generator().manual_seed(number)
-        start = start_of(output.detach(), label, composite.criterion, generator)
-        gradients = iter(torch.autograd.grad(output, reached, start, allow_unused=True))
-        for name, value, dim in mode.outputs:
-            gradient = next(gradients) if value.requires_grad else None
-            if gradient is not None:
-                score = _score(value.detach(), gradient, dim, composite.criterion)
-                found[name] = found[name] + score if name in found else score
+        for name, score in _scores(names, lambda batch=batch: call(batch), label, composite, number):
+            found[name] = found[name] + score if name in found else score
     return found
+
+
+def _scores(
+    names: Mapping[int, str], run: Callable[[], Any], label: Tensor | None, composite: Composite, number: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Of one batch, call by call; what it leaves goes before the next one runs."""
+    mode = Observed(names, composite)
+    with torch.enable_grad(), mode:
+        output = mode.logits(first_output(run()))
+    start = start_of(output.detach(), label, composite.criterion, torch.Generator().manual_seed(number))
+    outputs = [each for each in mode.outputs if each[1].requires_grad]
+    gradients = list(torch.autograd.grad(output, [value for _, value, _ in outputs], start, allow_unused=True))
+    del mode, output, start
+    while outputs:
+        (name, value, dim), gradient = outputs.pop(0), gradients.pop(0)
+        if gradient is not None:
+            yield name, _score(value.detach(), gradient, dim, composite.criterion)
 
 
 def start_of(output: Tensor, label: Tensor | None, criterion: str, generator: torch.Generator) -> Tensor:

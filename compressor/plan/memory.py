@@ -15,6 +15,7 @@ from compressor.core.machine import multiplies_bfloat16
 from compressor.core.memory import LEARNING_SLACK, SLACK
 from compressor.core.roles import block_of
 from compressor.core.spec import CodebookSpec
+from compressor.core.training import Training
 from compressor.plan.plan import Plan, PlannedTensor
 from compressor.plan.recipe import TOKENS_PER_BATCH, WINDOWS_AT_ONCE, Recipe, learning_window
 from compressor.plan.workload import Workload
@@ -46,6 +47,9 @@ COMPARED = 2**25
 """Values of a tensor up to which what is stored of it is held against it."""
 _MATRICES = 5
 """Of a layer's size, while it is encoded: weight, what is left of it, chosen values, points, decoded."""
+_EXPLAINED = 7
+"""As many where a pass explains outputs: a layer's, that of the norm behind it and of the activation, each with what
+carries relevance through it, and the gradient."""
 _CHOSEN, _TRAINED, _SCORED = 2, 5, 3
 """Weights of a whole network that is made smaller: itself, and as it was; where it trains, gradients, two moments and
 the teacher. Logits of a batch: themselves, their gradient, and that once more as a layer's."""
@@ -69,7 +73,7 @@ def peak_memory(
     kept += 2 * recipe.corrects_drift  # the original's
     beside_states = max(_outside(tensors, config, recipe), _largest_block(tensors, config, recipe))
     peak = max(_tables(tensors) + _head_states(tensors, config, recipe) * states, beside_states + kept * states)
-    peak = max(peak, _judging(tensors, config, recipe), _distances(tensors), _restructuring(tensors, recipe))
+    peak = max(peak, _judging(tensors, config, recipe), _distances(tensors), _restructuring(tensors, config, recipe))
     if workers:
         peak = max(peak, _beside(tensors, config) + kept * states + workers * of_a_worker(tensors, config, recipe))
     if any(block_of(tensor.name, config) for tensor in tensors):
@@ -107,7 +111,21 @@ def _of_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload)
         found += _GATHERED * batch + 2 * FLOAT * load.unfolded + largest
     if recipe.export.activations == "static_int8":
         found += _OBSERVED * FLOAT * load.written
-    return LIGHT + int(found)
+    return LIGHT + int(max(found, data + _restructuring_arrays(tensors, recipe, load)))
+
+
+def _restructuring_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload) -> float:
+    """The same of a network that is one block: what all layers give a batch, as often as it is kept until gradients
+    come back. Passes that choose see batches as the calibration has them, those that train as they ask for them."""
+    found = 0.0
+    for step in recipe.early:
+        settings, copies, n, kept = step.settings, _CHOSEN, load.at_once, float(_EXPLAINED)
+        if isinstance(settings, Training) and settings.epochs:
+            copies, n, kept = _TRAINED, min(settings.batch, load.n_loaded), _SAVED
+        elif "gradients" not in settings.needs:
+            kept = 0.0
+        found = max(found, copies * FLOAT * _count(tensors) + kept * FLOAT * n * load.written)
+    return found
 
 
 def _data(load: Workload) -> int:
@@ -148,27 +166,42 @@ def _count(tensors: Sequence[PlannedTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
+def _stored_beside(tensor: PlannedTensor) -> int:
+    """Of a tensor as it is read, beside its floats; none where these are what is read."""
+    return 0 if tensor.bytes_before == FLOAT * _count([tensor]) else tensor.bytes_before
+
+
 def _wants_gradients(recipe: Recipe) -> bool:
     return recipe.calibration.token_importance and "data" in recipe.required
 
 
-def _restructuring(tensors: Sequence[PlannedTensor], recipe: Recipe) -> float:
+def _gives_logits(config: dict[str, Any]) -> bool:
+    """Whether a transformer has an output head: those without are called after their kind alone, as BertModel."""
+    names = config.get("architectures") or [""]
+    return not str(names[0]).endswith("Model") or str(names[0]).endswith("LMHeadModel")
+
+
+def _restructuring(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> float:
     """The whole network in the hands of a structure pass: its weights in several copies, of a batch what a backward
     pass through all layers keeps and what it gives them, and the logits in a few copies."""
-    if not recipe.early:
-        return 0
-    copies = max(_TRAINED if step.settings.trains else _CHOSEN for step in recipe.early)
-    layers = [tensor for tensor in tensors if tensor.role == "linear"]
-    activations = _activations(layers, FLOAT) * (_SAVED + 1) / _SAVED
-    logits = _SCORED * FLOAT * TOKENS_PER_BATCH * _vocabulary(tensors)
-    return copies * FLOAT * _count(tensors) + activations + logits
+    outputs = sum(tensor.matrix[0] for tensor in tensors if tensor.role == "linear")
+    found = 0.0
+    for step in recipe.early:
+        settings, copies, tokens, kept = step.settings, _CHOSEN, TOKENS_PER_BATCH, 0.0
+        if isinstance(settings, Training) and settings.epochs:
+            copies, tokens = _TRAINED, settings.batch * recipe.calibration.window
+        if "gradients" in settings.needs or copies == _TRAINED:
+            kept = (_SAVED + 1) * outputs
+        values = kept + _SCORED * _vocabulary(tensors) * _gives_logits(config)
+        found = max(found, copies * FLOAT * _count(tensors) + FLOAT * tokens * values)
+    return found
 
 
 def _tables(tensors: Sequence[PlannedTensor]) -> float:
     """The largest table, while it is loaded: in its stored precision as well; and while it is encoded: as it is, its
     parts, and the arrays of what is encoded at a time."""
     tables = [tensor for tensor in tensors if tensor.role == "embedding"]
-    loading = [FLOAT * _count([tensor]) + tensor.bytes_before for tensor in tables]
+    loading = [FLOAT * _count([tensor]) + _stored_beside(tensor) for tensor in tables]
     encoding = [
         (FLOAT + _PARTS) * _count([tensor]) + _COPIES * FLOAT * min(_count([tensor]), _CHUNK)
         for tensor in tables
@@ -196,7 +229,7 @@ def _judging(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: R
     outside = [tensor for tensor in tensors if not block_of(tensor.name, config)]
     if len(outside) == len(tensors):
         return 0
-    found, vocabulary = FLOAT * _count(outside), _vocabulary(tensors)
+    found, vocabulary = FLOAT * _count(outside), _vocabulary(tensors) * _gives_logits(config)
     logits = 4 * FLOAT * _PROVED * vocabulary
     if not recipe.evaluation.skipped:
         logits = max(logits, (2 * FLOAT * recipe.evaluation.window + 4 * 2 * FLOAT * _JUDGED) * vocabulary)
@@ -212,10 +245,14 @@ def _outside(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: R
     if len(outside) == len(tensors):
         return 0
     logits = 4 * FLOAT * _POSITIONS * max((t.shape[0] for t in outside if t.role == "embedding"), default=0)
-    stored = max((tensor.bytes_before for tensor in outside), default=0)
+    stored = max(map(_stored_beside, outside), default=0)
     if not _wants_gradients(recipe):
         logits = 0
-    return FLOAT * _count(outside) + max(stored, logits + (stored / 2 if _wants_gradients(recipe) else 0))
+    else:
+        logits += (
+            2 * max(map(_count, ([tensor] for tensor in outside)), default=0) * multiplies_bfloat16()
+        )  # the head's
+    return FLOAT * _count(outside) + max(stored, logits)
 
 
 def _largest_block(tensors: Sequence[PlannedTensor], config: dict[str, Any], recipe: Recipe) -> float:
