@@ -47,9 +47,9 @@ COMPARED = 2**25
 """Values of a tensor up to which what is stored of it is held against it."""
 _MATRICES = 5
 """Of a layer's size, while it is encoded: weight, what is left of it, chosen values, points, decoded."""
-_EXPLAINED = 7
+_EXPLAINED = 6
 """As many where a pass explains outputs: a layer's, that of the norm behind it and of the activation, each with what
-carries relevance through it, and the gradient."""
+carries relevance through it."""
 _CHOSEN, _TRAINED, _SCORED = 2, 5, 3
 """Weights of a whole network that is made smaller: itself, and as it was; where it trains, gradients, two moments and
 the teacher. Logits of a batch: themselves, their gradient, and that once more as a layer's."""
@@ -73,7 +73,9 @@ def peak_memory(
     kept += 2 * recipe.corrects_drift  # the original's
     beside_states = max(_outside(tensors, config, recipe), _largest_block(tensors, config, recipe))
     peak = max(_tables(tensors) + _head_states(tensors, config, recipe) * states, beside_states + kept * states)
-    peak = max(peak, _judging(tensors, config, recipe), _distances(tensors), _restructuring(tensors, config, recipe))
+    peak = max(peak, _judging(tensors, config, recipe), _distances(tensors))
+    if recipe.early:
+        peak = max(peak, _restructuring(tensors, config, recipe) + LEARNING_SLACK - SLACK)
     if workers:
         peak = max(peak, _beside(tensors, config) + kept * states + workers * of_a_worker(tensors, config, recipe))
     if any(block_of(tensor.name, config) for tensor in tensors):
@@ -111,7 +113,9 @@ def _of_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload)
         found += _GATHERED * batch + 2 * FLOAT * load.unfolded + largest
     if recipe.export.activations == "static_int8":
         found += _OBSERVED * FLOAT * load.written
-    return LIGHT + int(max(found, data + _restructuring_arrays(tensors, recipe, load)))
+    if recipe.early:
+        found = max(found, data + _restructuring_arrays(tensors, recipe, load) + LEARNING_SLACK)
+    return LIGHT + int(found)
 
 
 def _restructuring_arrays(tensors: Sequence[PlannedTensor], recipe: Recipe, load: Workload) -> float:
