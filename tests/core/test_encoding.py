@@ -163,3 +163,23 @@ def test_tables_of_positions_are_not_refined():
     assert tables.spec("transformer.wpe.weight", 100).kind == "affine"
     assert tables.spec("embeddings.position_embeddings.weight", 100).kind == "affine"
     assert tables.spec("model.embed_tokens.weight", 5).kind == "affine"
+
+
+@pytest.mark.parametrize("settings", [*INNER, "refined"], ids=str)
+def test_pieces_are_the_matrix_a_few_rows_at_a_time(settings, monkeypatch):
+    weight, hessian = pico.correlated(ROWS, COLUMNS)
+    if settings == "refined":
+        tables = Embeddings(bits=3, group=32, zero="learned", refined=3)
+        first = load_pass(tables.method()).encode(weight, Statistics(hessian), torch.Generator())
+        rows = torch.tensor([0, 8, 28])
+        assert torch.equal(first.of_rows(rows), first.decode()[rows])
+        second = load_pass(tables.extra()).encode((weight - first.decode())[rows], Statistics(), torch.Generator())
+        whole = Refined((ROWS, COLUMNS), first, second, rows.int())
+    else:
+        whole = encoded(settings)
+    expected = whole.decode()
+    monkeypatch.setattr("compressor.core.encoding._ROWS", 8)
+    pieces = [(rows, piece.clone()) for rows, piece in whole.pieces()]
+    assert [rows.start for rows, _ in pieces] == [0, 8, 16, 24]
+    assert torch.equal(torch.cat([piece for _, piece in pieces]), expected)
+    assert torch.equal(whole.decode(), expected)
