@@ -114,7 +114,7 @@ def example_data(name: str) -> Callable[[], list[str]]:
 
 
 def with_sets(*sets: str) -> Callable[[], list[str]]:
-    return lambda: [part for each in (*SETS, "evaluation.speed=false", *sets) for part in ("--set", each)]
+    return lambda: [part for each in (*SETS, *sets) for part in ("--set", each)]
 
 
 PAIRS = {
@@ -290,7 +290,7 @@ def measure_pairs(names: list[str], only_plan: bool) -> None:
     for name in names or PAIRS:
         pair, target = PAIRS[name], cached("memory") / f"pair-{name}"
         command = [sys.executable, "-m", "compressor", str(pair.source()), "--recipe", pair.recipe, "-o", str(target)]
-        command += pair.options()
+        command += ["--set", "evaluation.speed=false", *pair.options()]
         plan = subprocess.run(
             [*command, "--dry-run", "--json"], env=environment, capture_output=True, text=True, check=True
         )
