@@ -214,16 +214,17 @@ def memory(pid: int, closely: bool) -> dict[str, int]:
     """Bytes of a process now: anonymous and dirty pages, clean pages of its files. Looked at `closely`, which costs the
     kernel a walk over all pages; else of anonymous pages alone."""
     if not closely:
-        return {"own": private_memory(pid) or 0, "mapped": 0}
+        return {"own": (found := private_memory(pid) or 0), "anonymous": found, "mapped": 0}
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:  # it has ended
-        return {"own": 0, "mapped": 0}
+        return {"own": 0, "anonymous": 0, "mapped": 0}
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
     anonymous = kilobytes["Anonymous"]
     dirty = max(0, kilobytes["Private_Dirty"] + kilobytes["Shared_Dirty"] - anonymous)
     own = anonymous + dirty
-    return {"own": 1024 * own, "mapped": 1024 * max(0, kilobytes["Rss"] - own)}
+    found = {"own": own, "anonymous": anonymous, "mapped": max(0, kilobytes["Rss"] - own)}
+    return {name: 1024 * size for name, size in found.items()}
 
 
 def children(pid: int) -> Iterator[int]:
@@ -240,7 +241,7 @@ def watch(command: list[str], environment: dict[str, str], expected: tuple[int, 
     and of the largest that this one starts for onnxruntime."""
     began, spent = time.monotonic(), _cpu_seconds()
     process = subprocess.Popen(command, env=environment)
-    peaks = {"own": 0, "mapped": 0, "child": 0}
+    peaks = {"own": 0, "anonymous": 0, "mapped": 0, "child": 0}
     for number in itertools.count():
         if process.poll() is not None:
             break
@@ -286,7 +287,7 @@ def runs_table(results: dict[str, Any]) -> str:
 
 def measure_pairs(names: list[str], only_plan: bool) -> None:
     """Plans and runs each of the pairs, on one thread, and records it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for name in names or PAIRS:
         pair, target = PAIRS[name], cached("memory") / f"pair-{name}"
         command = [sys.executable, "-m", "compressor", str(pair.source()), "--recipe", pair.recipe, "-o", str(target)]

@@ -133,7 +133,7 @@ def test_codewords_find_the_pattern_of_two_in_four():
     assert encoding.bits_per_weight < 2.75 + 0.3 + 8 * 4096 / (256 * 128)  # codes, scales, the table
 
 
-def test_refined_rows_are_nearer_and_the_others_as_they_were(tmp_path):
+def test_refined_rows_are_nearer_and_the_others_as_they_were(tmp_path, monkeypatch):
     weight, hessian = pico.correlated(ROWS, COLUMNS)
     tables = Embeddings(bits=3, group=32, zero="learned", refined=5)
     spec = tables.spec("embed_tokens.weight", ROWS)
@@ -144,6 +144,9 @@ def test_refined_rows_are_nearer_and_the_others_as_they_were(tmp_path):
     write_tensors(tmp_path / "t.safetensors", {"t": EncodedTensor(refined, Layout((ROWS, COLUMNS)))})
     stored = EncodedTensors([tmp_path / "t.safetensors"])
     assert describe(stored["t"].encoding) == describe(refined) == spec.describe(ROWS, COLUMNS)
+    with monkeypatch.context() as patch:  # whether it is there is told without reading it
+        patch.setattr(EncodedTensors, "__getitem__", lambda *_: pytest.fail("was read"))
+        assert [name in stored for name in ("t", "t.inner", "t.extra", "t.other", "u")] == [True] * 3 + [False] * 2
     assert {name: tuple(part.shape) for name, part in refined.parts().items()} == {
         name: shape for name, (_, shape) in spec.parts(ROWS, COLUMNS).items()
     }
