@@ -71,8 +71,8 @@ def peak_memory(
     states = FLOAT * width * recipe.calibration.tokens
     kept = 4 if recipe.learns_blocks else 3 if _wants_gradients(recipe) else 2  # inputs, outputs; targets; upstream
     kept += 2 * recipe.corrects_drift  # the original's
-    beside_states = max(_outside(tensors, config, recipe), _largest_block(tensors, config, recipe))
-    peak = max(_tables(tensors) + _head_states(tensors, config, recipe) * states, beside_states + kept * states)
+    streamed = max(_outside(tensors, config, recipe), _largest_block(tensors, config, recipe))
+    peak = max(_tables(tensors) + _head_states(tensors, config, recipe) * states, streamed + kept * states)
     peak = max(peak, _judging(tensors, config, recipe), _distances(tensors))
     if recipe.early:
         peak = max(peak, _restructuring(tensors, config, recipe) + LEARNING_SLACK - SLACK)
