@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from material import ROOT, model_dir
+from material import model_dir
 from measured import cached, markdown, read_results, write_results
 from safetensors import safe_open
 from safetensors.torch import save_file
