@@ -3,6 +3,7 @@
 
     scripts/fetch_material smollm2          for its tokenizer
     scripts/bench_memory.py [--recipe llm-2bit-fast] [--threads 2] [--layers 22]
+    scripts/bench_memory.py --pairs [NAME…]     planned and taken, of small runs that differ in kind
 
 Width 2048, 22 layers, 32 heads of which 4 for keys and values, intermediate 5632, vocabulary 32,000, bfloat16
 safetensors in two shards, written tensor by tensor into the cache. With fewer --layers, which show the same peak sooner
@@ -11,6 +12,10 @@ sampled every 50 ms: anonymous memory and dirty pages, which only that process c
 files, which the system takes back when it needs them, stated apart; files' pages every second. The processes that open
 the artifact in onnxruntime count for themselves: the largest is stated. Nothing can be said of random weights' quality,
 so evaluation is off; the proof is not. Linux only.
+
+The pairs are of a recipe and a source each, a minute or two of one thread: see PAIRS, which says what of models and
+data scripts/fetch_material and scripts/bench_strangers.py have to have brought. A network that is cut has as many of
+its first blocks. What they take goes to docs/measured/memory.json under "pairs".
 """
 
 from __future__ import annotations
@@ -24,13 +29,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from material import model_dir
 from measured import cached, markdown, read_results, write_results
+from safetensors import safe_open
+from safetensors.torch import save_file
+from strangers import fetch, files_of
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.machine import private_memory
@@ -50,6 +60,88 @@ SETS = ("evaluation.tokens=0",)
 SAMPLED_EVERY = 0.05
 CLOSELY_EVERY = 20
 """Samples from one of all pages to the next."""
+ROW = "pairs"
+"""In the results, beside the recipes that were measured on all blocks."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run whose memory is planned and measured.
+
+    what      the source, in a few words
+    source    gives its path
+    options   of `compress`, besides the recipe
+    """
+
+    what: str
+    source: Callable[[], Path]
+    recipe: str
+    options: Callable[[], list[str]] = list
+
+
+def cut(n: int) -> Path:
+    """SmolLM2's first blocks; written at the first call."""
+    source, target = model_dir("smollm2"), cached("memory") / f"smollm2-{n}"
+    if target.is_dir():
+        return target
+    partial = target.with_name("partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    with safe_open(source / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+        kept = [name for name in names if ".layers." not in name or int(name.split(".")[2]) < n]
+        save_file({name: file.get_tensor(name) for name in kept}, partial / "model.safetensors")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": n}
+    (partial / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, partial / name)
+    partial.rename(target)
+    return target
+
+
+def images() -> list[str]:
+    """Random pictures of 224 by 224: nothing of memory depends on what is on them."""
+    path = cached("memory") / "images.npz"
+    if not path.is_file():
+        values = np.random.default_rng(0).normal(size=(256, 3, 224, 224)).astype(np.float32)
+        np.savez(path, x=values)
+    return ["--data", str(path)]
+
+
+def example_data(name: str) -> Callable[[], list[str]]:
+    """Of a stranger's graph."""
+    return lambda: ["--data", str(files_of(name)["calibration"]), "--eval", str(files_of(name)["evaluation"])]
+
+
+def with_sets(*sets: str) -> Callable[[], list[str]]:
+    return lambda: [part for each in (*SETS, *sets) for part in ("--set", each)]
+
+
+PAIRS = {
+    "smollm2-4bit": Pair("SmolLM2, 6 blocks", lambda: cut(6), "llm-4bit", with_sets()),
+    "smollm2-2bit-fast": Pair("SmolLM2, 3 blocks", lambda: cut(3), "llm-2bit-fast", with_sets()),
+    "smollm2-2bit": Pair(
+        "SmolLM2, 3 blocks, 2 steps", lambda: cut(3), "llm-2bit",
+        with_sets("distill.steps=2", "distill.tokens=8192", "calibration.tokens=8192"),
+    ),
+    "smollm2-sparse50": Pair(
+        "SmolLM2, 3 blocks", lambda: cut(3), "llm-sparse50", with_sets("calibration.tokens=8192")
+    ),
+    "smollm2-width": Pair("SmolLM2, 3 blocks", lambda: cut(3), "llm-width", with_sets("calibration.tokens=4096")),
+    "llama-4bit": Pair("Llama of width 2048, bfloat16, 2 blocks", lambda: make_model(2), "llm-4bit", with_sets()),
+    "llama-2bit-fast": Pair(
+        "Llama of width 2048, bfloat16, 2 blocks", lambda: make_model(2), "llm-2bit-fast", with_sets()
+    ),
+    "minilm-4bit": Pair("MiniLM", lambda: model_dir("minilm"), "encoder-4bit"),
+    "mobilenet-int8": Pair("MobileNetV2", lambda: model_dir("mobilenet"), "cnn-int8", images),
+    "mobilenet-4bit": Pair("MobileNetV2", lambda: model_dir("mobilenet"), "cnn-4bit", images),
+    "mobilenet-explain": Pair(
+        "MobileNetV2", lambda: model_dir("mobilenet"), "cnn-explain",
+        lambda: [*images(), "--set", "calibration.samples=32", "--set", "lrp.step=0.15"],
+    ),
+    "nsfw-int8": Pair("ResNet-50, ONNX", lambda: fetch("nsfw"), "cnn-int8", example_data("nsfw")),
+    "ocr-find-4bit": Pair("PP-OCRv4, ONNX", lambda: fetch("ocr-find"), "cnn-4bit", example_data("ocr-find")),
+}  # fmt: skip
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -122,16 +214,17 @@ def memory(pid: int, closely: bool) -> dict[str, int]:
     """Bytes of a process now: anonymous and dirty pages, clean pages of its files. Looked at `closely`, which costs the
     kernel a walk over all pages; else of anonymous pages alone."""
     if not closely:
-        return {"own": private_memory(pid) or 0, "mapped": 0}
+        return {"own": (found := private_memory(pid) or 0), "anonymous": found, "mapped": 0}
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:  # it has ended
-        return {"own": 0, "mapped": 0}
+        return {"own": 0, "anonymous": 0, "mapped": 0}
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
     anonymous = kilobytes["Anonymous"]
     dirty = max(0, kilobytes["Private_Dirty"] + kilobytes["Shared_Dirty"] - anonymous)
     own = anonymous + dirty
-    return {"own": 1024 * own, "mapped": 1024 * max(0, kilobytes["Rss"] - own)}
+    found = {"own": own, "anonymous": anonymous, "mapped": max(0, kilobytes["Rss"] - own)}
+    return {name: 1024 * size for name, size in found.items()}
 
 
 def children(pid: int) -> Iterator[int]:
@@ -143,12 +236,12 @@ def children(pid: int) -> Iterator[int]:
             continue
 
 
-def watch(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Runs a command; peaks in bytes, of the process that does its work, which is its child, and of the largest that
-    this one starts for onnxruntime."""
+def watch(command: list[str], environment: dict[str, str], expected: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """Runs a command, which ends as `expected`; peaks in bytes, of the process that does its work, which is its child,
+    and of the largest that this one starts for onnxruntime."""
     began, spent = time.monotonic(), _cpu_seconds()
     process = subprocess.Popen(command, env=environment)
-    peaks = {"own": 0, "mapped": 0, "child": 0}
+    peaks = {"own": 0, "anonymous": 0, "mapped": 0, "child": 0}
     for number in itertools.count():
         if process.poll() is not None:
             break
@@ -158,7 +251,7 @@ def watch(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
             for child in children(worker):
                 peaks["child"] = max(peaks["child"], memory(child, False)["own"])
         time.sleep(SAMPLED_EVERY)
-    if process.returncode:
+    if process.returncode not in expected:
         sys.exit(f"bench_memory: `{' '.join(command)}` ended with status {process.returncode}")
     return {**peaks, "seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(_cpu_seconds() - spent)}
 
@@ -176,9 +269,43 @@ def memory_table(results: dict[str, Any]) -> str:
          f"{entry['bytes'] / 1e6:.1f} MB", f"{entry['planned_bytes'] / 1e6:.1f} MB",
          f"{entry['cpu_seconds'] / 60:.0f} min" if "cpu_seconds" in entry else None]
         for name, entry in results.items()
+        if name != ROW
     ]  # fmt: skip
     memories = ("anonymous and dirty", "planned", "mapped files", "onnxruntime's process")
     return markdown(["recipe", *memories, "size", "planned", "CPU time"], rows)
+
+
+def runs_table(results: dict[str, Any]) -> str:
+    """A row per pair of a recipe and a source."""
+    rows = [
+        [PAIRS[name].what, f"`{PAIRS[name].recipe}`", f"{entry['planned_memory'] / 1e9:.2f} GB",
+         f"{entry['own'] / 1e9:.2f} GB", f"{entry['planned_memory'] / entry['own'] - 1:+.0%}"]
+        for name, entry in results.get(ROW, {}).items()
+    ]  # fmt: skip
+    return markdown(["source", "recipe", "planned", "anonymous and dirty", "difference"], rows)
+
+
+def measure_pairs(names: list[str], only_plan: bool) -> None:
+    """Plans and runs each of the pairs, on one thread, and records it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in names or PAIRS:
+        pair, target = PAIRS[name], cached("memory") / f"pair-{name}"
+        command = [sys.executable, "-m", "compressor", str(pair.source()), "--recipe", pair.recipe, "-o", str(target)]
+        command += ["--set", "evaluation.speed=false", *pair.options()]
+        plan = subprocess.run(
+            [*command, "--dry-run", "--json"], env=environment, capture_output=True, text=True, check=True
+        )
+        found = {} if only_plan else watch([*command, "--force"], environment, (0, 1))
+        results = read_results("memory")
+        known = results.setdefault(ROW, {})
+        known[name] = known.get(name, {}) | found | {"planned_memory": json.loads(plan.stdout)["peak_memory"]}
+        results[ROW] = {each: known[each] for each in PAIRS if each in known}
+        write_results("memory", results)
+        print(runs_table({ROW: {name: known[name]}}).splitlines()[-1], flush=True)
+        for each in (target, target.with_name(f"{target.name}.failed")):
+            shutil.rmtree(each, ignore_errors=True)
+    if not names or only_plan:
+        refresh_pages()
 
 
 def main() -> None:
@@ -188,7 +315,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--plan", action="store_true", help="only the plan's figures again, of what has been measured")
     parser.add_argument("--set", action="append", default=[], dest="sets")
+    parser.add_argument("--pairs", nargs="*", metavar="NAME", choices=PAIRS, help=f"of {', '.join(PAIRS)}; all")
     arguments = parser.parse_args()
+    if arguments.pairs is not None:
+        return measure_pairs(arguments.pairs, arguments.plan)
     source, sets = make_model(arguments.layers), [*SETS, *arguments.sets]
     target = cached("memory") / arguments.recipe
     plan = make_plan(open_checkpoint(source), load_recipe(arguments.recipe, sets))
@@ -209,6 +339,10 @@ def main() -> None:
 def record(recipe: str, entry: dict[str, Any]) -> None:
     """Into docs/measured, and from there into the pages."""
     write_results("memory", read_results("memory") | {recipe: entry})
+    refresh_pages()
+
+
+def refresh_pages() -> None:
     import make_tables
 
     make_tables.main()

@@ -21,7 +21,7 @@ from bench_encoders import encoders_table
 from bench_gradients import gradients_table
 from bench_layers import layers_table
 from bench_loading import in_use_table, loading_table
-from bench_memory import memory_table
+from bench_memory import memory_table, runs_table
 from bench_metaprune import metaprune_table
 from bench_mixed import mixed_table
 from bench_n2n import n2n_table
@@ -67,6 +67,7 @@ COMMANDS = {
     "authors": "scripts/bench_authors.py", "encoders": "scripts/bench_encoders.py",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "in_use": "scripts/bench_loading.py --planned", "strangers": "scripts/bench_strangers.py",
+    "runs": "scripts/bench_memory.py --pairs",
     "products": "scripts/bench_products.py",
     "pruning": "scripts/bench_pruning.py", "gradients": "scripts/bench_gradients.py",
     "rounding": "scripts/bench_rounding.py", "layers": "scripts/bench_layers.py",
@@ -140,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "authors": lambda: measured_table("authors", authors_table),
     "prompt": lambda: measured_table("speed", prompt_table),
     "memory": lambda: measured_table("memory", memory_table),
+    "runs": lambda: f"{runs_table(read_results('memory'))}\n\nBy `{COMMANDS['runs']}`.",
     "loading": lambda: measured_table("loading", loading_table),
     "inuse": lambda: measured_table("in_use", in_use_table),
     "products": lambda: measured_table("products", products_table),

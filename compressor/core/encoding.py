@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -64,6 +64,13 @@ class Encoding(ABC):
     @abstractmethod
     def decode(self) -> Tensor:
         """The matrix, float32 (rows, columns)."""
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """The matrix, float32, a few rows at a time: which they are, and what is in them, to be read."""
+        matrix = self.decode()
+        for start in range(0, len(matrix), _ROWS):
+            rows = slice(start, start + _ROWS)
+            yield rows, matrix[rows]
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
@@ -209,11 +216,22 @@ class Scaled(Encoding):
 
     def decode(self) -> Tensor:
         matrix = torch.empty(self.shape, device=self.codes.device)
-        scales = self.scales.decode().unsqueeze(-1).expand(self.shape[0], -1, -1)
-        for start in range(0, self.shape[0], _ROWS):  # tables have many rows, and each step copies them
-            rows = slice(start, start + _ROWS)
-            matrix[rows] = self.levels(rows).mul_(scales[rows]).flatten(1)[:, : self.shape[1]]
+        for rows, piece in self.pieces():  # tables have many rows, and each step copies them
+            matrix[rows] = piece
         return matrix
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        scales = self.scales.decode().unsqueeze(-1).expand(self.shape[0], -1, -1)
+        for start in range(0, self.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            yield rows, self._of_rows(rows, scales)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """What `decode` has in these rows."""
+        return self._of_rows(rows, self.scales.decode().unsqueeze(-1).expand(self.shape[0], -1, -1))
+
+    def _of_rows(self, rows: slice | Tensor, scales: Tensor) -> Tensor:
+        return self.levels(rows).mul_(scales[rows]).flatten(1)[:, : self.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -464,6 +482,12 @@ class Refined(Encoding):
 
     def decode(self) -> Tensor:
         return self.inner.decode().index_add_(0, self.rows.long(), self.extra.decode())
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        extra, at = self.extra.decode(), self.rows.long()
+        for rows, piece in self.inner.pieces():
+            inside = (at >= rows.start) & (at < rows.stop)
+            yield rows, piece.index_add_(0, at[inside] - rows.start, extra[inside])
 
     def parts(self) -> dict[str, Tensor]:
         halves = (("inner", self.inner), ("extra", self.extra))

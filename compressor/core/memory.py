@@ -15,6 +15,19 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Parameters of mallopt."""
 _KEPT = 512 << 20
 """Bytes at the heap's top that stay with the process."""
+SLACK, LEARNING_SLACK = 100_000_000, 300 << 20
+"""Bytes by which a sweep may grow by what is free before that goes back; and steps over the whole network, of
+SmolLM2-135M what two or three blocks leave behind: with more a step is no faster by much."""
+
+
+class _Allocated(ctypes.Structure):
+    """What glibc's mallinfo2 says of the heap."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+                     "keepcost")
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -23,6 +36,25 @@ def _glibc(name: str) -> Callable[..., int]:
         return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # no glibc
         return lambda *_: 0
+
+
+@functools.cache
+def _mallinfo() -> Callable[[], _Allocated] | None:
+    try:
+        found = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):  # no glibc, or one from before 2.33
+        return None
+    found.restype = _Allocated
+    return found
+
+
+def _in_use() -> int:
+    """Bytes of the heap that somebody holds; 0 where the allocator does not tell."""
+    ask = _mallinfo()
+    if ask is None:
+        return 0
+    found = ask()
+    return found.uordblks + found.hblkhd
 
 
 @contextlib.contextmanager
@@ -71,15 +103,23 @@ def give_back() -> None:
 
 
 class Slack:
-    """Gives freed memory back once there are `most` bytes more of it, or of what is in use, than after the last time.
+    """Gives freed memory back once the process has grown by `most` bytes since the last time, and has as many free.
 
     What goes back is cleared by the system before it serves again: of a block that runs for a second a fifth of that.
+    Where the allocator does not tell what is in use, any growth is taken for free memory.
     """
 
     def __init__(self, most: int) -> None:
-        self._most, self._after = most, private_memory() or 0
+        self._most = most
+        self._note()
+
+    def _note(self) -> None:
+        self._after = private_memory() or 0
+        self._apart = self._after - _in_use()
 
     def give_back(self) -> None:
-        if (private_memory() or 0) - self._after >= self._most:
+        private = private_memory() or 0
+        self._after = min(self._after, private)  # others have given back
+        if private - self._after >= self._most and private - _in_use() - self._apart >= self._most:
             give_back()
-            self._after = private_memory() or 0
+            self._note()

@@ -14,6 +14,7 @@ from compressor.core.batch import Batch, call
 from compressor.core.channels import ChannelGraph
 from compressor.core.encoding import Layout
 from compressor.core.groups import Branches, Group, Operator
+from compressor.core.memory import LEARNING_SLACK, Slack
 from compressor.core.nested import Size
 
 if TYPE_CHECKING:
@@ -134,9 +135,11 @@ class Subject:
     trainer: MakesTrainer
     layers: Callable[[], list[Layer]] = list
     students: Callable[[StructureSettings], Students] | None = None
+    slack: Slack = field(default_factory=lambda: Slack(LEARNING_SLACK))
 
     def call(self, batch: Batch) -> Any:
         """The forward of a `batch`; {"": tensor} is one argument by position."""
+        self.slack.give_back()  # of the last one
         return call(self.module, batch)
 
     def amount(self, removal: Removal, of: str) -> int:

@@ -150,6 +150,13 @@ class EncodedTensors(Mapping[str, EncodedTensor]):
         layout = Layout(tuple(description["tensor_shape"]), description["transposed"])
         return EncodedTensor(restore(description, parts), layout)
 
+    def __contains__(self, name: object) -> bool:
+        """Without reading it."""
+        if not isinstance(name, str):
+            return False
+        name = self.tied.get(name, name)
+        return name in self._descriptions or self._half(name) is not None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._descriptions)
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from compressor.core.errors import DataError, VerificationError
+from compressor.core.memory import SLACK, Slack
 from compressor.core.output_kinds import OutputKind, kind_of, real_tokens
 from compressor.evaluate.language import log_softmax
 from compressor.evaluate.session import ModuleSession
@@ -212,9 +213,10 @@ def evaluate_outputs(
         VerificationError: Outputs or shapes differ, or values are not finite.
     """
     tallies: dict[str, Tally] = {}
-    before = 0
+    before, slack = 0, Slack(SLACK)
     try:
         for batch, original in zip(batches, originals, strict=True):
+            slack.give_back()
             found = paired(session.run(dict(batch)), original)
             real = real_tokens(batch)
             n = len(next(iter(batch.values())))

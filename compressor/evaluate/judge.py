@@ -20,6 +20,7 @@ from compressor.core.errors import (
     is_out_of_memory,
 )
 from compressor.core.log import LoggedProgress
+from compressor.core.memory import give_back
 from compressor.core.options import RunOptions
 from compressor.core.progress import Progress, Task
 from compressor.core.sizes import GRAPH, graph_file
@@ -71,6 +72,7 @@ def prove(
         n = max(_PROOF_TOKENS, _window(checkpoint.config or {}) + _BEYOND_WINDOW)
         inputs = {name: array[:, :n] for name, array in inputs.items()}
     inputs, given = _as_shipped(checkpoint, directory / file, inputs)
+    give_back()  # what opening the graph has left
     expected = _expected(checkpoint, tensors, inputs, directory)
     config = checkpoint.config
     shipped = compare_all(given, expected, inputs, config)

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from compressor.core.memory import Slack, give_back
+from compressor.core.memory import LEARNING_SLACK, Slack, give_back
 from compressor.core.passes import Rates
 from compressor.graph.blocks import on_input, patched
 from compressor.learning.head import Head
 from compressor.learning.objectives import Wanted, divergence
 from compressor.learning.student import Student
 from compressor.ops.schedules import rate_share
-
-_SLACK = 300 << 20
-"""Bytes that blocks may leave behind, of SmolLM2-135M what two or three do; with more a step is no faster by much."""
 
 
 def distill(
@@ -41,7 +38,7 @@ def distill(
     initial = [group["lr"] for group in optimiser.param_groups]
     teacher = Head(teacher.table.to(dtype), teacher.bias, teacher.logits)
     names = {id(parameter): name for name, parameter in student.module.named_parameters()}
-    slack = Slack(_SLACK)
+    slack = Slack(LEARNING_SLACK)
     streamed = {student.module.get_submodule(block): _streamed(student, block, names, dtype, slack) for block in blocks}
     inside = tuple(f"{block}." for block in blocks)
     outside = [name for name in names.values() if not name.startswith(inside)] if blocks else None

@@ -9,7 +9,7 @@ folded into it; non-linearities pass relevance through; gates, softmaxes and den
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +36,10 @@ ENDS = (CONSTANT - {torch.rsqrt, Tensor.rsqrt}) | {
     functional.log_softmax, torch.log_softmax, Tensor.log_softmax, functional.logsigmoid,
 }  # fmt: skip
 """What a network that gives probabilities ends in: the logits before it are explained."""
+
+
+_SCORED, _COLUMNS = 2**22, 64
+"""Values that are scored at a time, of so many outputs or a multiple."""
 
 
 @dataclass(frozen=True)
@@ -211,20 +215,27 @@ def attribute(
     """
     found: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
-        mode = Observed(names, composite)
-        with torch.enable_grad(), mode:
-            output = mode.logits(first_output(call(batch)))
         label = None if labels is None else labels[number]
-        reached = [output_ for _, output_, _ in mode.outputs if output_.requires_grad]
-        generator = torch.Generator().manual_seed(number)
-        start = start_of(output.detach(), label, composite.criterion, generator)
-        gradients = iter(torch.autograd.grad(output, reached, start, allow_unused=True))
-        for name, value, dim in mode.outputs:
-            gradient = next(gradients) if value.requires_grad else None
-            if gradient is not None:
-                score = _score(value.detach(), gradient, dim, composite.criterion)
-                found[name] = found[name] + score if name in found else score
+        for name, score in _scores(names, lambda batch=batch: call(batch), label, composite, number):
+            found[name] = found[name] + score if name in found else score
     return found
+
+
+def _scores(
+    names: Mapping[int, str], run: Callable[[], Any], label: Tensor | None, composite: Composite, number: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Of one batch, call by call; what it leaves goes before the next one runs."""
+    mode = Observed(names, composite)
+    with torch.enable_grad(), mode:
+        output = mode.logits(first_output(run()))
+    start = start_of(output.detach(), label, composite.criterion, torch.Generator().manual_seed(number))
+    outputs = [each for each in mode.outputs if each[1].requires_grad]
+    gradients = list(torch.autograd.grad(output, [value for _, value, _ in outputs], start, allow_unused=True))
+    del mode, output, start
+    while outputs:
+        (name, value, dim), gradient = outputs.pop(0), gradients.pop(0)
+        if gradient is not None:
+            yield name, _score(value.detach(), gradient, dim, composite.criterion)
 
 
 def start_of(output: Tensor, label: Tensor | None, criterion: str, generator: torch.Generator) -> Tensor:
@@ -241,12 +252,15 @@ def start_of(output: Tensor, label: Tensor | None, criterion: str, generator: to
         return (rows / rows.square().sum(1, keepdim=True)).view_as(output)
     target = output.argmax(-1) if label is None else label
     known = (target >= 0).unsqueeze(-1).to(output.dtype)
-    chosen = functional.one_hot(target.clamp(min=0), output.shape[-1]) * known
+    place = target.clamp(min=0).unsqueeze(
+        -1
+    )  # in place, here and below: of a language model that is most of the memory
     if criterion != "lrp":
-        return (output.softmax(-1) - chosen) * known
-    logit = (output * chosen).sum(-1, keepdim=True)
-    found = chosen / torch.where(logit == 0, 1, logit)
-    return found / known.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (output.dim() - 1))
+        return output.softmax(-1).scatter_add_(-1, place, -known).mul_(known)
+    logit = output.gather(-1, place) * known
+    share = known / torch.where(logit == 0, 1, logit)
+    share = share / known.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (output.dim() - 1))
+    return torch.zeros_like(output).scatter_(-1, place, share)
 
 
 def _score(value: Tensor, gradient: Tensor, dim: int, criterion: str) -> Tensor:
@@ -254,11 +268,18 @@ def _score(value: Tensor, gradient: Tensor, dim: int, criterion: str) -> Tensor:
     values, gradients = (each.movedim(dim, -1) for each in (value, gradient))
     if values.dim() == 2:
         values, gradients = values[:, None], gradients[:, None]
-    values, gradients = values.flatten(1, -2).double(), gradients.flatten(1, -2).double()
+    values, gradients = values.flatten(1, -2), gradients.flatten(1, -2)
+    at_once = max(_COLUMNS, _SCORED // values[..., 0].numel() // _COLUMNS * _COLUMNS)
+    parts = zip(values.split(at_once, -1), gradients.split(at_once, -1), strict=True)
+    exact = ([each.to(torch.float64, copy=True) for each in pair] for pair in parts)
+    return torch.cat([_score_of(value, gradient, criterion) for value, gradient in exact])
+
+
+def _score_of(values: Tensor, gradients: Tensor, criterion: str) -> Tensor:
     if criterion == "gradient":
-        return gradients.abs().sum((0, 1))
-    products = values * gradients
-    return products.mean(1).abs().sum(0) if criterion == "taylor" else products.abs().sum((0, 1))
+        return gradients.abs_().sum((0, 1))
+    products = values.mul_(gradients)
+    return products.mean(1).abs().sum(0) if criterion == "taylor" else products.abs_().sum((0, 1))
 
 
 def first_output(output: Any) -> Tensor:

@@ -19,9 +19,6 @@ from compressor.passes.registry import load_pass
 from compressor.plan.plan import Plan, PlannedTensor
 from compressor.plan.recipe import Recipe
 
-_ROWS = 4096
-"""Looked at in one piece: masks of a whole table are large."""
-
 Learners = dict[str, Learnable]
 """Name of a tensor -> what learns it on its block's output, of a pass's own."""
 
@@ -83,11 +80,15 @@ class Chain:
         return EncodedTensor(encoding, Layout(layout.shape, layout.transposed))
 
     def _check(self, name: str, matrix: Tensor, encoding: Encoding, known: Statistics) -> None:
-        decoded = encoding.decode()
-        finite = all(bool(rows.isfinite().all()) for rows in decoded.split(_ROWS))
-        if encoding.shape != tuple(matrix.shape) or not finite:
+        kept = None if self.prune is None else known.kept
+        sound, back = encoding.shape == tuple(matrix.shape), False
+        for rows, piece in encoding.pieces() if sound else ():  # a whole table would be there once more
+            sound = sound and bool(piece.isfinite().all())
+            back = back or (kept is not None and bool((piece[~kept[rows]] != 0).any()))
+        if not sound:
             raise PassError(f"{name}: {self.encode.name} gave an encoding that does not rebuild {tuple(matrix.shape)}")
-        if self.prune is not None and known.kept is not None and bool((decoded[~known.kept] != 0).any()):
+        if back:
+            assert self.prune is not None
             raise PassError(f"{name}: {self.encode.name} brought back weights that {self.prune.name} had dropped")
 
 

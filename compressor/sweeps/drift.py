@@ -105,22 +105,27 @@ class Drift:
         total = self._sums.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1], device=rows.device))
         total.addmm_(moved.T, rows)
 
-    def corrected(self, name: str, matrix: Tensor, moment: Tensor, n_rows: int) -> Tensor:
+    def corrected(self, name: str, matrix: Tensor, moment: Tensor, n_rows: int, last: bool = False) -> Tensor:
         """The weights (out, in) whose outputs come nearer to the original's than those of `matrix` do.
 
         moment   H (in, in), the mean over `n_rows`
+        last     whether no other layer is corrected by what was gathered
         """
         total = self._sums.get(name, next(iter(self._sums.values()), None))
         if total is None or not n_rows or self._apart:
             return matrix
         settings, columns = self._settings, matrix.shape[1]
         share = settings.drift * min(1.0, n_rows / (ROWS_PER_COLUMN * columns))
+        outputs = matrix @ total
+        if last:
+            del total
+            self.forget()  # before the factor, which is as large
         factor = damped(moment, settings.drift_damping).T  # column by column, as LAPACK wants it
         failed = moment.new_zeros((), dtype=torch.int32)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))  # in place: it is large
         if failed:
             return matrix
-        step = torch.cholesky_solve((matrix @ total).T, factor).T
+        step = torch.cholesky_solve(outputs.T, factor).T
         return matrix.add(step, alpha=share / n_rows)
 
 

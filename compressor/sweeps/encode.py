@@ -7,6 +7,7 @@ with the blocks that have none, and gives the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,21 @@ def encode_network(
     if not choice.on_prefix:
         files += _encode_apart(network, batches, Apart(choice, shares, survey, work), advance, elsewhere)
         return EncodedTensors(files, _ties(network)), files
+    files += _encode_in_order(network, batches, choice, shares, survey, work, advance)
+    if head in network.outside:
+        gc.collect()  # the original's last block and inputs: networks hold themselves in cycles
+        network.slack.give_back()
+        files.append(_head(network, batches, head, choice, survey, work))
+        advance("head")
+    return EncodedTensors(files, _ties(network)), files
+
+
+def _encode_in_order(
+    network: Network, batches: list[Batch], choice: Choice, shares: Mapping[str, float], survey: Survey, work: Work,
+    advance: Callable[[str], None],
+) -> list[Path]:  # fmt: skip
+    """Encodes each block on what the compressed ones before it give."""
+    files, recipe, plan = [], choice.recipe, choice.plan
     learning = recipe.learns_blocks if has_blocks(network) else None
     targets = None if learning is None else _original_outputs(network, batches)
     beside = blocks_beside(network, batches) if recipe.corrects_drift and has_blocks(network) else None
@@ -104,10 +120,7 @@ def encode_network(
             advance(name)
             if name == "":
                 break
-    if head in network.outside:
-        files.append(_head(network, batches, head, choice, survey, work))
-        advance("head")
-    return EncodedTensors(files, _ties(network)), files
+    return files
 
 
 def last_head(network: Network, batches: list[Batch], recipe: Recipe, survey: Survey | None = None) -> str | None:
@@ -308,7 +321,7 @@ def encode_outside(
         return found
     assert isinstance(found.encoding, Affine)
     rows = _most_frequent(counts, found.encoding.shape[0], spec.n).to(network.device)
-    left = found.layout.matrix(weight_of(module).data)[rows].float() - found.encoding.decode()[rows]
+    left = found.layout.matrix(weight_of(module).data)[rows].float() - found.encoding.of_rows(rows)
     extra = Chain(load_pass(choice.recipe.embeddings.extra()))
     encoded = extra.of_matrix(name, left, Statistics(moment), work.generator(name))
     assert isinstance(encoded, Affine)
@@ -349,9 +362,10 @@ def _encode_block(
                 )  # fmt: skip
                 if unreached := [name for name, (_, n_rows) in moments.items() if not n_rows]:
                     LOGGER.warning(_UNREACHED, ", ".join(unreached))
+                network.slack.give_back()
                 if drift is not None:
                     for name in due:
-                        _correct(drift, name, found[name], *moments[name])
+                        _correct(drift, name, found[name], *moments[name], name == due[-1])
                     drift.forget()
                 network.slack.give_back()
             for name in due:
@@ -375,12 +389,12 @@ def _encode_block(
     }
 
 
-def _correct(drift: Drift, name: str, module: nn.Module, moment: Tensor, n_rows: int) -> None:
+def _correct(drift: Drift, name: str, module: nn.Module, moment: Tensor, n_rows: int, last: bool) -> None:
     """Moves a layer's weights towards the original's outputs, before they are encoded."""
     layout = layout_of(module)
     assert layout is not None
     weight = weight_of(module)
-    weight.data = layout.tensor(drift.corrected(name, layout.matrix(weight.data.float()), moment, n_rows))
+    weight.data = layout.tensor(drift.corrected(name, layout.matrix(weight.data.float()), moment, n_rows, last))
 
 
 def encode_recurrent(module: nn.Module, prefix: str, choice: Choice, work: Work) -> dict[str, EncodedTensor]:

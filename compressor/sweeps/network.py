@@ -18,7 +18,7 @@ from compressor.checkpoints.skeleton import parameter_names
 from compressor.core.batch import Batch, arguments, call
 from compressor.core.device import HOST, fast_bfloat16, put_buffers
 from compressor.core.errors import is_out_of_memory
-from compressor.core.memory import Slack, give_back
+from compressor.core.memory import SLACK, Slack, give_back
 from compressor.core.resources import refuse_shortage
 from compressor.graph.blocks import (
     block_names,
@@ -33,10 +33,6 @@ from compressor.learning.head import Logits
 Arguments = tuple[tuple, dict]
 Begun = Callable[[int], contextlib.AbstractContextManager[None]]
 """What a block's forward of batch number i runs within."""
-
-
-_SLACK = 200_000_000
-"""Bytes by which memory may grow before what is free of it goes back."""
 
 
 class Stop(Exception):
@@ -87,7 +83,7 @@ class Network:
         self._by_keyword = False
         self.last: list[Tensor] = []
         self.begun: Begun = _from_the_start
-        self.slack = Slack(_SLACK)
+        self.slack = Slack(SLACK)
         self.holds, self.needed = True, dict[tuple, tuple[int, ...]]()
         self.logits: Logits | None = Logits()
 
@@ -109,6 +105,7 @@ class Network:
                 self.checkpoint.materialise(self.module, group[:1], self.device)
             if group[0] in aliases:
                 self._set(group, lambda p, name=replaced: (self._replaced[name]() if name else p.data).float())
+        self.slack.give_back()
         try:
             yield
         finally:

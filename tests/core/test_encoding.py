@@ -133,7 +133,7 @@ def test_codewords_find_the_pattern_of_two_in_four():
     assert encoding.bits_per_weight < 2.75 + 0.3 + 8 * 4096 / (256 * 128)  # codes, scales, the table
 
 
-def test_refined_rows_are_nearer_and_the_others_as_they_were(tmp_path):
+def test_refined_rows_are_nearer_and_the_others_as_they_were(tmp_path, monkeypatch):
     weight, hessian = pico.correlated(ROWS, COLUMNS)
     tables = Embeddings(bits=3, group=32, zero="learned", refined=5)
     spec = tables.spec("embed_tokens.weight", ROWS)
@@ -144,6 +144,9 @@ def test_refined_rows_are_nearer_and_the_others_as_they_were(tmp_path):
     write_tensors(tmp_path / "t.safetensors", {"t": EncodedTensor(refined, Layout((ROWS, COLUMNS)))})
     stored = EncodedTensors([tmp_path / "t.safetensors"])
     assert describe(stored["t"].encoding) == describe(refined) == spec.describe(ROWS, COLUMNS)
+    with monkeypatch.context() as patch:  # whether it is there is told without reading it
+        patch.setattr(EncodedTensors, "__getitem__", lambda *_: pytest.fail("was read"))
+        assert [name in stored for name in ("t", "t.inner", "t.extra", "t.other", "u")] == [True] * 3 + [False] * 2
     assert {name: tuple(part.shape) for name, part in refined.parts().items()} == {
         name: shape for name, (_, shape) in spec.parts(ROWS, COLUMNS).items()
     }
@@ -163,3 +166,23 @@ def test_tables_of_positions_are_not_refined():
     assert tables.spec("transformer.wpe.weight", 100).kind == "affine"
     assert tables.spec("embeddings.position_embeddings.weight", 100).kind == "affine"
     assert tables.spec("model.embed_tokens.weight", 5).kind == "affine"
+
+
+@pytest.mark.parametrize("settings", [*INNER, "refined"], ids=str)
+def test_pieces_are_the_matrix_a_few_rows_at_a_time(settings, monkeypatch):
+    weight, hessian = pico.correlated(ROWS, COLUMNS)
+    if settings == "refined":
+        tables = Embeddings(bits=3, group=32, zero="learned", refined=3)
+        first = load_pass(tables.method()).encode(weight, Statistics(hessian), torch.Generator())
+        rows = torch.tensor([0, 8, 28])
+        assert torch.equal(first.of_rows(rows), first.decode()[rows])
+        second = load_pass(tables.extra()).encode((weight - first.decode())[rows], Statistics(), torch.Generator())
+        whole = Refined((ROWS, COLUMNS), first, second, rows.int())
+    else:
+        whole = encoded(settings)
+    expected = whole.decode()
+    monkeypatch.setattr("compressor.core.encoding._ROWS", 8)
+    pieces = [(rows, piece.clone()) for rows, piece in whole.pieces()]
+    assert [rows.start for rows, _ in pieces] == [0, 8, 16, 24]
+    assert torch.equal(torch.cat([piece for _, piece in pieces]), expected)
+    assert torch.equal(whole.decode(), expected)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from compressor.core.memory import _mallinfo
+
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
 START = """
 import numpy as np
@@ -63,6 +65,16 @@ def test_slack_goes_back_once_it_is_more_than_was_allowed(most, given_back):
     )
     assert kept - before > 100
     assert (after - before < 16) == given_back
+
+
+@pytest.mark.skipif(_mallinfo() is None, reason="this glibc does not tell what is in use")
+def test_what_is_in_use_is_no_slack():
+    before, after = printed(
+        "from compressor.core.memory import Slack\n"
+        "with freed_is_kept():\n    slack = Slack(160 << 20); before = resident()\n"
+        "    held = [np.ones(1 << 20) for _ in range(12)]; use(); slack.give_back(); print(before, resident())\n"
+    )
+    assert after - before > 200  # 96 held, 128 free: less than was allowed
 
 
 def test_an_opened_session_has_given_back_what_folding_took(tmp_path):

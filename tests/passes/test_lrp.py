@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,34 @@ X, W, ONE = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]]), torch.ones(
 )
 def test_worked_values(rule, options, expected):
     assert relevance(W, X, ONE, rule, **options)[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_nothing_of_a_batch_is_left_when_the_next_one_runs():
+    layer = nn.Linear(6, 5)
+    left: list[weakref.ref] = []
+
+    def call(batch):
+        assert all(each() is None for each in left)
+        output = layer(batch[""])
+        left.append(weakref.ref(output))
+        return output
+
+    batches = [{"": torch.randn(4, 6)} for _ in range(3)]
+    attribute({id(layer.weight): "w"}, call, batches, None, Composite("taylor", Rule("zplus"), Rule("zplus"), False))
+    assert len(left) == 3
+
+
+@pytest.mark.parametrize("criterion", ["lrp", "taylor", "gradient"])
+def test_scores_of_some_outputs_at_a_time_are_the_same(criterion, monkeypatch):
+    layer, batches = nn.Linear(6, 200), [{"": torch.randn(4, 9, 6)}]
+    composite, labels = Composite(criterion, Rule("zplus"), Rule("zplus"), False), [torch.randint(0, 200, (4, 9))]
+
+    def scores() -> torch.Tensor:
+        return attribute({id(layer.weight): "w"}, lambda batch: layer(batch[""]), batches, labels, composite)["w"]
+
+    whole = scores()
+    monkeypatch.setattr("compressor.ops.attribution._SCORED", 64 * 36)
+    assert torch.equal(scores(), whole)
 
 
 def naive(weight, inputs, above, rule, options):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import ResourceError
-from compressor.plan.memory import BASE, refuse_beyond
+from compressor.plan.memory import BASE, peak_memory, refuse_beyond
 from compressor.plan.planning import make_plan
+from compressor.plan.recipe import TOKENS_PER_BATCH
 from compressor.plan.recipe_file import load_recipe
 
 LEARNING = "distill.steps=8"
 FEW = ("calibration.tokens=4096", "calibration.token_importance=false", "evaluation.tokens=0")
-WIDTH, INNER, VOCABULARY, LAYERS = 512, 1024, 20_000, 60
+WIDTH, INNER, VOCABULARY, LAYERS = 512, 1024, 200, 60
+"""Of a small table: the blocks have the peak."""
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
     "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": INNER, "vocab_size": VOCABULARY,
@@ -77,6 +80,41 @@ def test_drift_costs_nothing_where_no_pass_looks_at_inputs(checkpoint, method, m
 @pytest.mark.parametrize("setting", [LEARNING, "calibration.token_importance=true", "calibration.generated=0.5"])
 def test_what_a_recipe_asks_for_costs_memory(checkpoint, setting):
     assert peak(checkpoint, setting) > peak(checkpoint) > BASE
+
+
+def test_inputs_of_blocks_are_not_there_while_a_table_of_its_own_is_encoded(checkpoint):
+    config = {**CONFIG, "vocab_size": 20_000}
+    tensors = make_plan(checkpoint, load_recipe("llm-2bit-fast", FEW)).tensors
+    large = [replace(each, shape=(20_000, WIDTH)) if each.role == "embedding" else each for each in tensors]
+    few, many = (
+        peak_memory(large, config, load_recipe("llm-2bit-fast", [*FEW, f"calibration.tokens={n}"]))
+        for n in (2048, 4096)
+    )
+    assert few == many
+
+
+def test_a_forward_of_a_batch_is_counted_by_what_layers_give(checkpoint):
+    plan = make_plan(checkpoint, load_recipe("llm-4bit", FEW))
+    wider = [replace(each, matrix=(2 * each.matrix[0], each.matrix[1])) for each in plan.tensors]
+    recipe = load_recipe("llm-4bit", FEW)
+    more = peak_memory(wider, CONFIG, recipe) - peak_memory(plan.tensors, CONFIG, recipe)
+    assert more == 4 * TOKENS_PER_BATCH * (3 * WIDTH + 2 * 128 + 2 * INNER)
+
+
+def test_logits_of_a_batch_and_the_whole_network_are_counted_where_a_pass_makes_it_smaller(checkpoint):
+    plan = make_plan(checkpoint, load_recipe("llm-width", FEW))
+    weights = 4 * sum(math.prod(each.shape) for each in plan.tensors)
+    assert plan.peak_memory > BASE + 2 * weights + 3 * 4 * TOKENS_PER_BATCH * VOCABULARY
+
+
+def test_evaluation_is_counted(checkpoint):
+    several = {**CONFIG, "vocab_size": 50_000}
+    plan = make_plan(checkpoint, load_recipe("llm-4bit", FEW))
+    large = [replace(each, shape=(50_000, 64)) if each.role == "embedding" else each for each in plan.tensors]
+    proved, judged = (
+        peak_memory(large, several, load_recipe("llm-4bit", [*FEW[:2], f"evaluation.tokens={n}"])) for n in (0, 4096)
+    )
+    assert judged > max(proved, BASE + 2 * 4 * 512 * 50_000)  # a window's logits, the original's and the artifact's
 
 
 def test_more_text_to_learn_from_costs_no_memory(checkpoint):
