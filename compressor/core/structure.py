@@ -123,6 +123,7 @@ class Subject:
     trainer     of the module, or of a network made from it, which the original then teaches
     layers      that the recipe's step is for, in execution order; of a pass whose encoding is trained
     students    of the module, as the settings of a pass that searches say
+    slack       what forwards have left free, which goes back
     """
 
     module: nn.Module

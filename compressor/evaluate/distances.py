@@ -19,7 +19,12 @@ def weight_errors(checkpoint: Any, tensors: EncodedTensors) -> dict[str, float]:
     for name in tensors:
         info = checkpoint.tensors.get(name)
         shape = tuple(tensors.describe(name)["tensor_shape"])
-        if info is None or info.shape != shape or info.numel > COMPARED or not info.dtype.startswith(("F", "BF", "Q")):
+        if (
+            info is None
+            or info.shape != shape
+            or not 0 < info.numel <= COMPARED
+            or not info.dtype.startswith(("F", "BF", "Q"))
+        ):
             continue
         slack.give_back()
         original = checkpoint.read(name).float()
