@@ -29,12 +29,14 @@ class ChannelLayer:
     norm    that they go through; of a sum, that of its main way
     other   of a sum, the norm of its shortcut
     bias    name of what is added where there is no norm; empty where nothing is, and where a norm takes it away again
+    other_bias   the same of a shortcut
     """
 
     size: int
     norm: ChannelNorm | None = None
     other: ChannelNorm | None = None
     bias: str = ""
+    other_bias: str = ""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class _Term:
     norm: ChannelNorm | None = None
     other: ChannelNorm | None = None
     bias: str = ""
+    other_bias: str = ""
 
     @property
     def source(self) -> int:
@@ -165,15 +166,10 @@ class _Walk:
         terms.sort(key=lambda term: -term.source)
         size = self._size(first)
         whole = _Term(size)
-        for place, term in enumerate(terms):
-            if len(term.kernels) > 1 or (term.bias and len(terms) > 1):
-                raise self._refusal(f"'{node.name}' adds biases of two layers that no norms follow")
+        for term in terms:
             whole.kernels += term.kernels
-            whole.bias = term.bias
-            if place == 0:
-                whole.norm = term.norm
-            else:
-                whole.other = term.norm
+        whole.norm, whole.bias = (terms[0].norm, terms[0].bias) if terms else (None, "")
+        whole.other, whole.other_bias = (terms[1].norm, terms[1].bias) if len(terms) > 1 else (None, "")
         for each in (first, second):
             if isinstance(each, int):
                 whole.kernels.append(("", each, (1, 1), 1))
@@ -195,7 +191,7 @@ class _Walk:
 
     def _made(self, term: _Term) -> int:
         number = len(self.layers)
-        self.layers.append(ChannelLayer(term.size, term.norm, term.other, term.bias))
+        self.layers.append(ChannelLayer(term.size, term.norm, term.other, term.bias, term.other_bias))
         self.kernels += [
             Kernels(weight, source, number, window, groups) for weight, source, window, groups in term.kernels
         ]

@@ -12,10 +12,12 @@ from compressor.core.tensors import named_tensors
 from compressor.graph.channels import channel_graph
 from compressor.graph.groups import find_groups
 from compressor.passes.parts.metanetwork import edges_of, nodes_of, written
+from tests import pico
 from tests.graph import zoo
 
 NETWORKS = {
     "resnet": zoo.ResNet, "resnext": lambda: zoo.ResNet(groups=4), "vgg": zoo.VGG, "mobilenet": zoo.MobileNet,
+    "biased": pico.ResNet,
     "plain": lambda: nn.Sequential(nn.Conv2d(3, 6, (2, 5)), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                                    nn.Linear(6, 4, bias=False)),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from compressor.core.errors import CheckpointError, CompressorError, DataError
 from compressor.core.groups import Group
 from compressor.core.options import RunOptions
 from compressor.graph.groups import find_groups
+from compressor.passes.parts.metanetwork import Metanetwork, Shape, save_metanetwork
 from compressor.plan.recipe_file import load_recipe, shipped_recipes
 from compressor.run.pipeline import run
 from compressor.run.prepare import prepare
@@ -238,6 +239,40 @@ def test_a_network_without_an_example_is_refused_where_its_graph_is_traced(tmp_p
     options = RunOptions("tied.pt", str(tmp_path / "recipe.yaml"), tmp_path / "out", arch="tests.pico:Tied")
     with pytest.raises(DataError, match=r"tied.pt: its graph is traced on an example of its inputs; give --data"):
         prepare(options)
+
+
+class Branching(pico.ResNet):
+    """Whose forward depends on the values that it is given."""
+
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+HESSO, REWRITTEN = "{pass: hesso, epochs: 1}", "{pass: metaprune, network: network.safetensors, epochs: 1}"
+
+
+@pytest.mark.parametrize(("arch", "step", "shape", "message"), [
+    ("tests.run.test_prepare:Branching", HESSO, None, "Branching: its forward cannot be traced at"),
+    ("tests.pico:ResNet", REWRITTEN, None, "network.safetensors: is no metanetwork; "),
+    ("tests.pico:ResNet", REWRITTEN, Shape(adds=False), "ResNet: is of another family than the networks that"),
+])  # fmt: skip
+def test_what_a_structure_pass_cannot_go_through_is_refused_before_work(arch, step, shape, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"passes: [{step}]\n")
+    Path("network.safetensors").unlink(missing_ok=True)
+    if shape is not None:
+        save_metanetwork(Path("network.safetensors"), Metanetwork(shape))
+    options = RunOptions("resnet.pt", str(tmp_path / "recipe.yaml"), tmp_path / "out", arch=arch, data="images.npz")
+    found = refusal(prepare, options)
+    assert found[1].startswith(message)
+    assert refusal(run, options) == found
+
+
+def test_a_metanetwork_of_another_architecture_is_noted(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"passes: [{REWRITTEN}]\n")
+    save_metanetwork(Path("network.safetensors"), Metanetwork(Shape(height=5, breadth=5)))
+    options = RunOptions("resnet.pt", str(tmp_path / "recipe.yaml"), tmp_path / "out", arch="tests.pico:ResNet",
+                         data="images.npz")  # fmt: skip
+    assert any("other architectures than that of ResNet" in note for note in prepare(options).plan.notes)
 
 
 def test_a_tokenizer_that_is_not_there_is_missed_before_work(tmp_path):

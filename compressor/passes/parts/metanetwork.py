@@ -167,8 +167,9 @@ def nodes_of(graph: ChannelGraph, tensors: Mapping[str, Tensor]) -> Tensor:
     found = []
     for layer in graph.layers:
         columns = [*_columns(layer, layer.norm, tensors), *_columns(layer, layer.other, tensors)]
-        if layer.bias:
-            columns[1] = tensors[layer.bias].float()
+        for name, place in ((layer.bias, 1), (layer.other_bias, 5)):
+            if name:
+                columns[place] = tensors[name].float()
         found.append(torch.stack(columns, 1))
     return torch.cat(found)
 
@@ -205,8 +206,7 @@ def written(
         for norm, first in ((layer.norm, 0), (layer.other, 4)):
             if norm is not None:
                 found |= {name: values[:, first + i] for i, name in enumerate((norm.weight, norm.bias)) if name}
-        if layer.bias:
-            found[layer.bias] = values[:, 1]
+        found |= {name: values[:, place] for name, place in ((layer.bias, 1), (layer.other_bias, 5)) if name}
     sizes = [tensors[k.weight].numel() // (k.window[0] * k.window[1]) if k.weight else graph.layers[k.target].size
              for k in graph.kernels]  # fmt: skip
     for kernels, values in zip(graph.kernels, edges.split(sizes), strict=True):
