@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from bench_binary import pooled
 from bench_once import accuracy
+from bench_traffic import accuracy as module_accuracy
 from measured import cached, markdown, number, read_results, write_results
 from metatrain import TRAINING, trained
 from networks import resnet20_8
@@ -45,10 +46,7 @@ FRACTION = round(1 - 1 / 2.3, 4)
 POPULATION, JUDGES = 8, 2
 EPOCHS, PRUNED_EPOCHS, BEFORE, AFTER = 6, 2, 3, 6
 """Of a network's own training; of one of the population after its little pruning; of the rows before and after."""
-OPTIONS: dict[str, Any] = {
-    "batch": 64, "loss": "labels", "optimizer": "SGD",
-    "options": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-}  # fmt: skip
+OPTIONS: dict[str, Any] = {"optimizer": "SGD"} | {name: TRAINING[name] for name in ("batch", "loss", "options")}
 PRUNING: dict[str, Any] = OPTIONS | {
     "pass": "metaprune", "fraction": FRACTION, "step": 0.01, "epochs_before": BEFORE, "rate_before": 0.01,
     "epochs": AFTER, "rate": 0.05,
@@ -115,10 +113,7 @@ def start_accuracy(start: Path) -> float:
     """On all test images, in torch."""
     module = resnet20_8().eval()
     module.load_state_dict(torch.load(start, weights_only=True))
-    images, labels = (torch.from_numpy(each) for each in pooled("t10k", None, 2))
-    with torch.no_grad():
-        found = torch.cat([module(part).argmax(1) for part in images.split(500)])
-    return round(float((found == labels).double().mean()), 4)
+    return module_accuracy(module, *(torch.from_numpy(each) for each in pooled("t10k", None, 2)))
 
 
 def metaprune_table(results: dict[str, Any]) -> str:

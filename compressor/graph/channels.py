@@ -7,7 +7,7 @@ between layers cannot say is refused by its name.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
@@ -21,6 +21,8 @@ _UNARY = POINTWISE | POOLS | frozenset((
     "hardsigmoid", "mish", "softplus", "alias", "detach", "leaky_relu_", "silu_", "selu", "celu",
 ))  # fmt: skip
 _SHAPES = frozenset(("mean", "view", "reshape", "flatten", "squeeze", "_unsafe_view", "amax"))
+_NONE = -1
+"""The target of kernels before there is a layer."""
 _NORMS = frozenset(("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit"))
 
 
@@ -29,7 +31,7 @@ class _Term:
     """Channels before they are a layer: kernels that add up, and what is done to their sum."""
 
     size: int
-    kernels: list[tuple[str, int, tuple[int, int], int]] = field(default_factory=list)  # weight, source, window, groups
+    kernels: list[Kernels]  # their target is not known yet
     norm: ChannelNorm | None = None
     other: ChannelNorm | None = None
     bias: str = ""
@@ -38,7 +40,7 @@ class _Term:
     @property
     def source(self) -> int:
         """The latest layer that it reads."""
-        return max(source for _, source, *_ in self.kernels)
+        return max(kernels.source for kernels in self.kernels)
 
 
 def channel_graph(module: nn.Module, example: Example) -> ChannelGraph:
@@ -146,7 +148,7 @@ class _Walk:
         read = shape[1] * groups if len(shape) == 4 else shape[1] // math.prod(window)
         if (name == "linear" and len(_shape(x)) != 2) or read != self.layers[source].size:
             raise self._refusal(f"'{tensor}' reads {read:,} of {self.layers[source].size:,} channels")
-        return _Term(shape[0], [(tensor, source, window, groups)], bias=self._tensor(bias) or "")
+        return _Term(shape[0], [Kernels(tensor, source, _NONE, window, groups)], bias=self._tensor(bias) or "")
 
     def _normed(self, node: fx.Node) -> _Term:
         x, weight, bias, mean, variance = node.args[:5]
@@ -164,16 +166,11 @@ class _Walk:
             raise self._refusal(f"'{node.name}' adds what is of two shapes, or scaled")
         terms = [each for each in (first, second) if isinstance(each, _Term)]
         terms.sort(key=lambda term: -term.source)
-        size = self._size(first)
-        whole = _Term(size)
-        for term in terms:
-            whole.kernels += term.kernels
-        whole.norm, whole.bias = (terms[0].norm, terms[0].bias) if terms else (None, "")
-        whole.other, whole.other_bias = (terms[1].norm, terms[1].bias) if len(terms) > 1 else (None, "")
-        for each in (first, second):
-            if isinstance(each, int):
-                whole.kernels.append(("", each, (1, 1), 1))
-        return self._made(whole)
+        kernels = [each for term in terms for each in term.kernels]
+        kernels += [Kernels("", each, _NONE) for each in (first, second) if isinstance(each, int)]
+        nothing = _Term(0, [])
+        main, other = (*terms, nothing, nothing)[:2]
+        return self._made(_Term(self._size(first), kernels, main.norm, other.norm, main.bias, other.bias))
 
     def _size(self, found: int | _Term) -> int:
         return self.layers[found].size if isinstance(found, int) else found.size
@@ -192,9 +189,7 @@ class _Walk:
     def _made(self, term: _Term) -> int:
         number = len(self.layers)
         self.layers.append(ChannelLayer(term.size, term.norm, term.other, term.bias, term.other_bias))
-        self.kernels += [
-            Kernels(weight, source, number, window, groups) for weight, source, window, groups in term.kernels
-        ]
+        self.kernels += [replace(kernels, target=number) for kernels in term.kernels]
         return number
 
     def _tensor(self, node: object) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressor.core.batch import Batch
 from compressor.core.structure import Removal
+from compressor.graph.blocks import on_input
 from compressor.graph.surgery import dropped
 
 
@@ -40,15 +41,15 @@ def mean_inputs(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(paths, 0)
 
-    def watch(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].flatten(0, -2).double()
+    def watch(path: str) -> Callable[[Tensor], None]:
+        def look(given: Tensor) -> None:
+            rows = given.flatten(0, -2).double()
             sums[path] = sums.get(path, 0) + rows.sum(0)
             counts[path] += len(rows)
 
-        return hook
+        return look
 
-    hooks = [module.get_submodule(path).register_forward_pre_hook(watch(path)) for path in paths]
+    hooks = [on_input(module.get_submodule(path), watch(path)) for path in paths]
     try:
         for batch in batches:
             call(module, batch)

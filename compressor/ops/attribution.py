@@ -252,9 +252,8 @@ def start_of(output: Tensor, label: Tensor | None, criterion: str, generator: to
         return (rows / rows.square().sum(1, keepdim=True)).view_as(output)
     target = output.argmax(-1) if label is None else label
     known = (target >= 0).unsqueeze(-1).to(output.dtype)
-    place = target.clamp(min=0).unsqueeze(
-        -1
-    )  # in place, here and below: of a language model that is most of the memory
+    place = target.clamp(min=0).unsqueeze(-1)
+    # Below in place: of a language model the logits are most of the memory.
     if criterion != "lrp":
         return output.softmax(-1).scatter_add_(-1, place, -known).mul_(known)
     logit = output.gather(-1, place) * known

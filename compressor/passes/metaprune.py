@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from compressor.core.channels import ChannelGraph
 from compressor.core.contract import StructurePass
-from compressor.core.groups import Group
+from compressor.core.groups import Group, Member
 from compressor.core.structure import Outcome, Subject
 from compressor.core.tensors import named_tensors
 from compressor.passes.parts.metanetwork import Metanetwork, load_metanetwork
@@ -34,6 +35,11 @@ BASE = 16.0
 """α: how many times as strongly the smallest channel of a group is pulled as the largest."""
 
 
+def _counted(group: Group, tensors: Mapping[str, Tensor]) -> list[Member]:
+    """The members that are parameters and no biases."""
+    return [each for each in group.members if each.tensor in tensors and not each.tensor.endswith("bias")]
+
+
 def importance(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
     """(units,) float64: Σw² of a unit in each tensor, the mean over tensors, over the largest unit's.
 
@@ -41,11 +47,10 @@ def importance(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         tensors: Parameters of the network by name; biases do not count.
     """
     found = []
-    for member in group.members:
-        if member.tensor in tensors and not member.tensor.endswith("bias"):
-            squares = tensors[member.tensor].detach().double().square().movedim(member.dim, 0)
-            along = squares.reshape(len(squares), -1).sum(1)
-            found.append(along[member.index].sum(1))
+    for member in _counted(group, tensors):
+        squares = tensors[member.tensor].detach().double().square().movedim(member.dim, 0)
+        along = squares.reshape(len(squares), -1).sum(1)
+        found.append(along[member.index].sum(1))
     mean = torch.stack(found).mean(0)
     return mean / mean.max().clamp_min(1e-300)
 
@@ -66,9 +71,7 @@ def pull(groups: Sequence[Group], tensors: Mapping[str, Tensor], strength: float
     found: dict[str, Tensor] = {}
     for group in groups:
         gammas = pulls(importance(group, tensors)).float()
-        for member in group.members:
-            if member.tensor not in tensors or member.tensor.endswith("bias"):
-                continue
+        for member in _counted(group, tensors):
             weight = tensors[member.tensor].detach()
             along = torch.zeros(weight.shape[member.dim])
             along[member.index] = strength * gammas.unsqueeze(1)
@@ -83,20 +86,25 @@ class Metaprune(MetapruneSettings, StructurePass):
     def examine(self, subject: Subject) -> tuple[str, ...]:
         if self.network is None:
             return ()
-        metanetwork, title = load_metanetwork(Path(self.network)), type(subject.module).__name__
-        graph = subject.surgeon.channels(subject.module)
-        metanetwork.refuse(graph, title)
-        return () if metanetwork.knows(graph) else (
-            f"metaprune: {self.network} was trained on other architectures than that of {title}",
-        )  # fmt: skip
+        metanetwork, graph = self._metanetwork(self.network, subject)
+        title = type(subject.module).__name__
+        note = f"metaprune: {self.network} was trained on other architectures than that of {title}"
+        return () if metanetwork.knows(graph) else (note,)
+
+    def _metanetwork(self, network: str, subject: Subject) -> tuple[Metanetwork, ChannelGraph]:
+        """It, and the graph of the subject's network, which is of its family."""
+        metanetwork, graph = load_metanetwork(Path(network)), subject.surgeon.channels(subject.module)
+        metanetwork.refuse(graph, type(subject.module).__name__)
+        return metanetwork, graph
 
     def restructure(self, subject: Subject) -> Outcome:
         """The network with fewer channels."""
         report: dict[str, Any] = {}
         original = copy.deepcopy(subject.module) if self.epochs_before else None
         if self.network is not None:
-            report["other_architecture"] = bool(self.examine(subject))
-            report["changed"] = rewrite(load_metanetwork(Path(self.network)), subject)
+            metanetwork, graph = self._metanetwork(self.network, subject)
+            report["other_architecture"] = not metanetwork.knows(graph)
+            report["changed"] = rewrite(metanetwork, graph, subject.module)
         removing = Removing(subject, subject.choosable(), self)
         total = self.epochs_before + self.epochs
         if self.epochs_before:
@@ -112,10 +120,10 @@ class Metaprune(MetapruneSettings, StructurePass):
 
 
 @torch.no_grad()
-def rewrite(metanetwork: Metanetwork, subject: Subject) -> float:
-    """Gives the subject's network the metanetwork's weights, in place; by how much of their norm they changed."""
-    tensors = named_tensors(subject.module)
-    found = metanetwork.rewritten(subject.surgeon.channels(subject.module), tensors)
+def rewrite(metanetwork: Metanetwork, graph: ChannelGraph, module: nn.Module) -> float:
+    """Gives a module of this graph the metanetwork's weights, in place; by how much of their norm they changed."""
+    tensors = named_tensors(module)
+    found = metanetwork.rewritten(graph, tensors)
     old = torch.stack([tensors[name].double().square().sum() for name in found]).sum().sqrt()
     moved = torch.stack([(tensors[name].double() - new.double()).square().sum() for name, new in found.items()]).sum()
     for name, values in found.items():

@@ -102,9 +102,10 @@ def with_sizes(
     step = next((step for step in recipe.structure if _makes_sizes(step)), None)
     if step is None or recipe.early != (step,):
         return plan  # of a network that other passes change first nothing is known yet
-    from compressor.structure.stage import foretold
+    from compressor.structure.stage import without_weights
 
-    sizes = foretold(checkpoint, step, example_of(recipe, options, samples))
+    method, subject = without_weights(checkpoint, step, example_of(recipe, options, samples))
+    sizes = method.foretell(subject)
     planned = {tensor.name: tensor for tensor in plan.tensors}
     for size in sizes:
         for name, (stored, shape) in size.held.items():

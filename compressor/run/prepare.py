@@ -413,10 +413,10 @@ def _examined(found: Prepared, samples: Samples | None) -> Plan:
     traced = checkpoint.family == "decoder" or (checkpoint.config or {}).get("model_type") in TRACED
     if traced and not first.settings.examines:
         return found.plan
-    from compressor.structure.stage import examined
+    from compressor.structure.stage import without_weights
 
-    notes = examined(checkpoint, first, example_of(found.recipe, found.options, samples))
-    return replace(found.plan, notes=(*found.plan.notes, *notes))
+    method, subject = without_weights(checkpoint, first, example_of(found.recipe, found.options, samples))
+    return replace(found.plan, notes=(*found.plan.notes, *method.examine(subject)))
 
 
 def _refuse_alone(settings: Training) -> None:

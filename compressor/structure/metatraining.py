@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from compressor.core.batch import Batch, Examples, call
+from compressor.core.batch import Batch, Examples, arguments, call
 from compressor.core.errors import DataError
 from compressor.core.structure import Subject
 from compressor.core.tensors import named_tensors
@@ -30,7 +30,7 @@ from compressor.learning.trainer import Fitting
 from compressor.passes.metaprune import Metaprune, pull, rewrite
 from compressor.passes.parts.metanetwork import Metanetwork, Shape
 from compressor.passes.settings.metaprune import MetapruneSettings
-from compressor.structure.stage import GraphSurgeon, looked_at
+from compressor.structure.stage import GraphSurgeon
 
 BATCH = 256
 """Examples that run at once."""
@@ -56,11 +56,11 @@ class MetaTraining:
 
 
 class _Network:
-    """A network of the population, whose graph is traced once; or a copy of one with other weights."""
+    """A network of the population, whose graph is traced once."""
 
     def __init__(self, module: nn.Module, example: Batch) -> None:
-        self.module, self.surgeon = module, GraphSurgeon(example, call, still=True)
-        self.graph, self.groups = self.surgeon.channels(module), self.surgeon.groups(module)
+        self.module, surgeon = module, GraphSurgeon(example, call)
+        self.graph, self.groups = surgeon.channels(module), surgeon.groups(module)
 
 
 def metatrain(
@@ -153,7 +153,7 @@ def _step(
     total = 0.0
     for part in torch.arange(len(examples)).split(BATCH):
         given = examples.part(part)
-        outputs = first_tensor(_called(pupil.module, leaves, given.inputs))
+        outputs = first_tensor(functional_call(pupil.module, leaves, *arguments(given.inputs)))
         assert given.labels is not None
         loss = functional.cross_entropy(outputs, given.labels, reduction="sum") / len(examples)
         loss.backward()
@@ -171,12 +171,6 @@ def _step(
     return total
 
 
-def _called(module: nn.Module, changed: dict[str, Tensor], batch: Batch) -> Any:
-    """The forward with other parameters."""
-    positional = (batch[""],) if "" in batch else ()
-    return functional_call(module, changed, positional, {name: value for name, value in batch.items() if name})
-
-
 def _judgement(
     metanetwork: Metanetwork | None, judges: Sequence[_Network], learned: Examples, judged: Examples,
     pruning: MetapruneSettings, seed: int,
@@ -186,7 +180,7 @@ def _judgement(
     for judge in judges:
         module = copy.deepcopy(judge.module)
         if metanetwork is not None:
-            rewrite(metanetwork, looked_at(module, [], judge.surgeon, lambda name: True))
+            rewrite(metanetwork, judge.graph, module)
         whole = _measured(module, judged)
         rows.append((*whole, *_measured(pruned_once(module, learned, pruning, seed, lambda *_: None), judged)))
     names = ("whole_loss", "whole_accuracy", "pruned_loss", "pruned_accuracy")

@@ -29,7 +29,6 @@ from compressor.core.contract import StructurePass, TrainedPass
 from compressor.core.errors import CheckpointError, PassError
 from compressor.core.fake import shapes_alone
 from compressor.core.groups import Branches, Group, Operator
-from compressor.core.nested import Foretold
 from compressor.core.passes import Pass, StructureSettings, WeightSettings
 from compressor.core.progress import Progress
 from compressor.core.structure import Layer, Outcome, Removal, Subject
@@ -64,14 +63,13 @@ REPORT, SIZES = "report.json", "sizes"
 class GraphSurgeon:
     """Finds and removes units by the traced graph, and checks every removal on an example.
 
-    still   the one network that is looked at does not change meanwhile, so that its graph is traced once
+    still   the one network that is looked at does not change meanwhile, so that its groups are found once
     """
 
     def __init__(self, example: Batch, call: Callable[[nn.Module, Batch], Any], still: bool = False) -> None:
         self.example, self.call, self.still = example, call, still
         self._positions: dict[str, int] = {}
         self._groups: list[Group] | None = None
-        self._channels: ChannelGraph | None = None
 
     def groups(self, module: nn.Module) -> list[Group]:
         found = find_groups(module, self.example) if self._groups is None else self._groups
@@ -130,9 +128,7 @@ class GraphSurgeon:
         sort_units(module, group, order)
 
     def channels(self, module: nn.Module) -> ChannelGraph:
-        found = self._channels or channel_graph(module, self.example)
-        self._channels = found if self.still else None
-        return found
+        return channel_graph(module, self.example)
 
     def blocks(self, module: nn.Module) -> list[Operator]:
         if block_names(module) == [""]:
@@ -202,34 +198,15 @@ def restructure(
     return found, reports
 
 
-def foretold(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[Foretold, ...]:
-    """The networks of other sizes that a structure pass will put into a checkpoint's; no weight is read for it.
+def without_weights(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[StructurePass, Subject]:
+    """A structure pass, and a checkpoint's network for its `examine` and `foretell`, of which no weight is read.
 
     Args:
         example: Arguments of the forward, of which shapes count.
 
     Raises:
-        CheckpointError: The network cannot be traced, or is none that the pass can go through.
+        CheckpointError: The network cannot be traced, or has no units where the pass wants some.
     """
-    method, subject = _without_weights(checkpoint, step, example)
-    return method.foretell(subject)
-
-
-def examined(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[str, ...]:
-    """What a structure pass has to say of a checkpoint's network before work begins; no weight is read for it.
-
-    Args:
-        example: Arguments of the forward, of which shapes count.
-
-    Raises:
-        CheckpointError: The network cannot be traced, or is none that the pass can go through.
-    """
-    method, subject = _without_weights(checkpoint, step, example)
-    return method.examine(subject)
-
-
-def _without_weights(checkpoint: Checkpoint, step: Step, example: Batch) -> tuple[StructurePass, Subject]:
-    """A pass, and a network that it can look at, and finds units in where it wants some."""
     assert isinstance(step.settings, StructureSettings)
     module = _weightless(checkpoint.build()).requires_grad_(False)
     large = 4 * sum(info.numel for info in checkpoint.tensors.values()) > LARGEST_RUN

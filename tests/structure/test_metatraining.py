@@ -30,7 +30,7 @@ def smallest(network: Metanetwork | None) -> float:
     """The least important channel beside the most important of its group, of a network that was never seen."""
     subject = subject_of(residual(5))
     if network is not None:
-        rewrite(network, subject)
+        rewrite(network, subject.surgeon.channels(subject.module), subject.module)
     tensors = dict(subject.module.named_parameters())
     return min(float(importance(group, tensors).min()) for group in subject.choosable())
 

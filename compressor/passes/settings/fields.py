@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -23,6 +23,30 @@ def uniform_ladder(step: Own, group: Group) -> tuple[Own, ...]:
     """A pass with fields `bits` and `group` at every width, and in the usual groups beside its own."""
     groups = (group,) if group == "row" else sorted({group, *GROUPS})
     return tuple(step.model_copy(update={"bits": bits, "group": group}) for bits in WIDTHS for group in groups)
+
+
+Counted = Literal["parameters", "units", "flops"]
+"""What a share that is removed is of; flops are a forward's multiplications by matrices."""
+
+
+class RemovesFraction:
+    """Of structure passes whose settings have a `fraction` that is removed, `of` something."""
+
+    if TYPE_CHECKING:
+        fraction: float
+        of: Counted
+
+    @property
+    def removes(self) -> float:
+        return self.fraction
+
+    @property
+    def counts(self) -> Counted:
+        return self.of
+
+    @property
+    def removes_exactly(self) -> bool:
+        return self.of == "parameters"
 
 
 UNEVEN = "its layers would differ in heads, width or parts, which the graph of decoders cannot have"

@@ -9,12 +9,12 @@ from pydantic import Field, model_validator
 
 from compressor.core.passes import Need
 from compressor.core.training import Count, FittedSettings, Optimizer, Rate
-from compressor.passes.settings.fields import UNEVEN
+from compressor.passes.settings.fields import UNEVEN, Counted, RemovesFraction
 
 Rule = Literal["epsilon", "zplus", "alpha_beta", "gamma"]
 
 
-class LrpSettings(FittedSettings):
+class LrpSettings(RemovesFraction, FittedSettings):
     """Removes the channels, heads and neurons that explain least of what the network says.
 
     criterion      lrp: relevance at a unit's output; taylor: |activation · gradient|; gradient: |gradient|;
@@ -47,7 +47,7 @@ class LrpSettings(FittedSettings):
 
     criterion: Literal["lrp", "taylor", "gradient", "magnitude"] = "lrp"
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    of: Literal["parameters", "units", "flops"] = "parameters"
+    of: Counted = "parameters"
     spread: Literal["network", "kind", "group"] = "network"
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
     most: Annotated[float, Field(gt=0, lt=1)] = 0.9
@@ -91,18 +91,6 @@ class LrpSettings(FittedSettings):
         if self.spread == "group":
             return None
         return f"{UNEVEN}; found spread: {self.spread}; write spread: group, so that all lose alike"
-
-    @property
-    def removes(self) -> float:
-        return self.fraction
-
-    @property
-    def counts(self) -> Literal["parameters", "units", "flops"]:
-        return self.of
-
-    @property
-    def removes_exactly(self) -> bool:
-        return self.of == "parameters"
 
     @property
     def removes_evenly(self) -> bool:

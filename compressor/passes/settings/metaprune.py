@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from compressor.core.passes import Need
 from compressor.core.training import Count, FittedSettings, Positive, Rate
+from compressor.passes.settings.fields import Counted, RemovesFraction
 
 
-class MetapruneSettings(FittedSettings):
+class MetapruneSettings(RemovesFraction, FittedSettings):
     """Rewrites a network slightly by a metanetwork, so that it loses less when its smallest channels are removed.
 
     network        the file of the metanetwork, which scripts/metatrain.py trained on networks alike; none: the network
@@ -32,7 +33,7 @@ class MetapruneSettings(FittedSettings):
 
     network: str | None = None
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    of: Literal["parameters", "units", "flops"] = "flops"
+    of: Counted = "flops"
     step: Annotated[float, Field(gt=0, le=1)] = 0.01
     most: Annotated[float, Field(gt=0, lt=1)] = 0.9
     divisible: Positive = 1
@@ -62,18 +63,6 @@ class MetapruneSettings(FittedSettings):
     @property
     def refuses_decoders(self) -> str | None:
         return "metaprune reads graphs of convolutions, and a decoder has none; take lrp with spread: group, or n2n"
-
-    @property
-    def removes(self) -> float:
-        return self.fraction
-
-    @property
-    def counts(self) -> Literal["parameters", "units", "flops"]:
-        return self.of
-
-    @property
-    def removes_exactly(self) -> bool:
-        return self.of == "parameters"
 
     def forwards_trained(self, n: int) -> float:
         return super().forwards_trained(n) * (self.epochs_before + self.epochs) / max(1, self.epochs)

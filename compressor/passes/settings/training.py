@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from compressor.core.training import FittedSettings, Positive, Share
-from compressor.passes.settings.fields import UNEVEN
+from compressor.passes.settings.fields import UNEVEN, Counted, RemovesFraction
 
 
-class TrainingSettings(FittedSettings):
+class TrainingSettings(RemovesFraction, FittedSettings):
     """Of passes that train while units go to zero.
 
     fraction      the share that is removed, `of` the parameters, of the units, or of the flops: a forward's
@@ -22,7 +22,7 @@ class TrainingSettings(FittedSettings):
     """
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    of: Literal["parameters", "units", "flops"] = "parameters"
+    of: Counted = "parameters"
     divisible: Positive = 1
     most: Annotated[float, Field(gt=0, le=1)] = 0.9
     epochs: Positive = 10
@@ -45,15 +45,3 @@ class TrainingSettings(FittedSettings):
     @property
     def refuses_compression(self) -> str | None:
         return f"{self.name} tells by each step which units matter, and a compressed one has few entries of any"
-
-    @property
-    def removes(self) -> float:
-        return self.fraction
-
-    @property
-    def counts(self) -> Literal["parameters", "units", "flops"]:
-        return self.of
-
-    @property
-    def removes_exactly(self) -> bool:
-        return self.of == "parameters"
