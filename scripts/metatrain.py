@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=usual.rounds)
     parser.add_argument("--examples", type=int, default=usual.examples, help="of a step")
     parser.add_argument("--rate", type=float, default=usual.rate)
-    parser.add_argument("--fraction", type=float, default=usual.fraction, help="of the multiplications, when judged")
+    parser.add_argument("--fraction", type=float, default=0.5, help="of the multiplications, when judged")
     parser.add_argument("--layers", type=int, default=shape.layers)
     parser.add_argument("--width", type=int, default=shape.width)
     parser.add_argument("--share", type=float, default=shape.share, help="ρ: of what it says, added to the weights")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from compressor.core.batch import Examples
 from compressor.core.errors import CheckpointError, DataError
 from compressor.passes.metaprune import importance, rewrite
-from compressor.passes.parts.metanetwork import Metanetwork, Shape
+from compressor.passes.parts.metanetwork import Metanetwork, Shape, load_metanetwork
 from compressor.passes.settings.metaprune import MetapruneSettings
 from compressor.structure.metatraining import MetaTraining, metatrain, pruned_once
 from tests.graph import zoo
@@ -75,3 +81,21 @@ def test_what_cannot_be_learned_from_is_refused():
 
 def square(n: int) -> Examples:
     return Examples({"": torch.randn(n, 3, 16, 16)}, torch.zeros(n, dtype=torch.int64))
+
+
+def test_the_script_trains_one_on_files(tmp_path):
+    networks = []
+    for seed in range(3):
+        networks.append(str(tmp_path / f"{seed}.pt"))
+        torch.save(residual(seed).state_dict(), networks[-1])
+    data, output = examples(), tmp_path / "network.safetensors"
+    np.savez(tmp_path / "train.npz", x=data.inputs[""].numpy(), labels=data.labels.numpy())
+    root = Path(__file__).parents[2]
+    asked = ["--arch", "tests.learning.training_case:residual", "--judges", "1", "--epochs", "0", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, root / "scripts" / "metatrain.py", *networks, "--data", tmp_path / "train.npz", "--output",
+         output, "--examples", "16", "--layers", "1", "--width", "4", *asked],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [json.loads(line)["round"] for line in done.stdout.splitlines()] == [0, 1]
+    assert load_metanetwork(output).shape == Shape(layers=1, width=4)
