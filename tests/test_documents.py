@@ -54,6 +54,12 @@ def test_files_that_a_page_names_exist(page):
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
 
 
+def test_scripts_are_run_as_their_docstrings_say():
+    scripts = [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
+    begins = {path.name for path in scripts if path.read_bytes().startswith(b"#!")}
+    assert begins == {path.name for path in scripts if os.access(path, os.X_OK)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
