@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from bench_once import SEED, accuracy, fashion
+from bench_once import accuracy, pooled
 from measured import cached, interleaved, markdown, number, read_results, write_results
 from networks import resnet20, resnet20_signed
 
@@ -52,15 +52,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reste unit-mean": {"estimator": "reste", "unit": "mean"},
 }
 """Rows of the table, for both kinds of activations."""
+SEED = 0
+"""Of the network that all start from."""
 NETWORKS = {"he": resnet20, "signed": resnet20_signed}
 TITLES = {"he": "He et al.'s ResNet-20", "signed": "ResNet-20 of ReSTE's authors"}
-
-
-def pooled(part: str, n: int | None, pool: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images, each `pool` × `pool` pixels one, and labels."""
-    images, labels = fashion(part, n)
-    side = images.shape[-1] // pool
-    return images.reshape(-1, 1, side, pool, side, pool).mean((3, 5)), labels
 
 
 def dense_network(network: str, folder: Path, epochs: int, images: np.ndarray, labels: np.ndarray) -> Path:

@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_binary import pooled
-from bench_once import accuracy
+from bench_once import accuracy, pooled
 from bench_traffic import accuracy as module_accuracy
 from measured import cached, markdown, number, read_results, write_results
 from metatrain import TRAINING, trained

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_binary import pooled
+from bench_once import pooled
 from measured import cached, markdown, number, read_results, write_results
 from networks import resnet20
 from torch import nn
