@@ -201,9 +201,12 @@ class StructureSettings(Pass):
         """Among the traced graph's groups; a network that has none is refused before."""
         return True
 
-    @property
-    def examines(self) -> bool:
-        """Whether its `examine` has something to say; of others the plan asks whether the network can be traced."""
+    def examines(self, in_blocks: float) -> bool:
+        """Whether its `examine` may have something to say of a transformer that was measured to be traced.
+
+        Args:
+            in_blocks: Of the network's parameters, the share that its blocks have.
+        """
         return False
 
     @property

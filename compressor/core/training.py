@@ -91,6 +91,18 @@ class Training(Pass):
         """Why gradients of the pass cannot be sent compressed; None where they can."""
         return None
 
+    def steps(self, n_examples: int, n_processes: int = 1) -> tuple[int, int]:
+        """Of the optimizer in all, and examples of each of them; an epoch's last examples that fill none are left out.
+
+        Both are 0 where so many processes have no example each.
+        """
+        batch = min(self.batch, n_examples) // n_processes * n_processes
+        return (self.epochs * (n_examples // batch), batch) if batch else (0, 0)
+
+    def refuses_steps(self, n_steps: int) -> str | None:
+        """Why so few steps of the optimizer will not do; None where they will."""
+        return None
+
     def forwards_trained(self, n: int) -> float:
         """Forwards of one example that training takes, about, where there are `n` examples; a backward is two."""
         return n * self.epochs * (3.0 + (self.loss in ("teacher", "both")))
@@ -105,6 +117,14 @@ class Training(Pass):
 def unlabelled(settings: Training, loss: str) -> str:
     """What is wrong where labels are learned, and the data has none."""
     return f"{settings.name}: loss {loss} needs labels, and the data has none; write loss: teacher"
+
+
+def too_few(settings: Training, n_examples: int, n_processes: int) -> str:
+    """What is wrong where a process has no example of its own."""
+    return (
+        f"{settings.name}: {n_examples} examples in batches of {settings.batch} are fewer than {n_processes} "
+        "processes; give more data, or start fewer"
+    )
 
 
 def alone(settings: Training) -> str:

@@ -27,7 +27,7 @@ from compressor.core.batch import Examples, call
 from compressor.core.errors import DataError, RecipeError
 from compressor.core.files import whole
 from compressor.core.follower import Follower
-from compressor.core.training import Training, alone, unlabelled
+from compressor.core.training import Training, alone, too_few, unlabelled
 from compressor.graph.blocks import first_tensor
 from compressor.learning.sparse_gradients import SparseGradients
 from compressor.ops.schedules import rate_share
@@ -60,12 +60,10 @@ class Fitting:
         self.loss = settings.loss or ("teacher" if examples.labels is None else "labels")
         if self.loss != "teacher" and examples.labels is None:
             raise DataError(unlabelled(settings, self.loss))
-        self.batch = min(settings.batch, len(examples)) // n_processes() * n_processes()
+        self.n_steps, self.batch = settings.steps(len(examples), n_processes())
         if not self.batch:
-            raise DataError(f"{settings.name}: {len(examples)} examples in batches of {settings.batch} are fewer than "
-                            f"{n_processes()} processes; give more data, or start fewer")  # fmt: skip
+            raise DataError(too_few(settings, len(examples), n_processes()))
         self.steps_per_epoch = len(examples) // self.batch
-        self.n_steps = settings.epochs * self.steps_per_epoch
         self.teacher = None
         if self.loss != "labels" and (teacher is not None or examples.wanted is None):
             self.teacher = (teacher or copy.deepcopy(module)).eval().requires_grad_(False)

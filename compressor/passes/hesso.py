@@ -76,9 +76,15 @@ def split_budget(total: int, periods: int) -> list[int]:
 class Hesso(HessoSettings, StructurePass):
     """One training, and the network without what went; see the module."""
 
+    def examine(self, subject: Subject) -> tuple[str, ...]:
+        Shrinking(self, subject, 1)
+        return ()
+
     def restructure(self, subject: Subject) -> Outcome:
         """The smaller network, trained."""
         trainer = subject.trainer(self)
+        if reason := self.refuses_steps(trainer.n_steps):
+            raise RecipeError(f"{self.name}: {reason}")
         shrinking = Shrinking(self, subject, trainer.n_steps)
         return shrinking.outcome(trainer.train(shrinking), cycles=shrinking.cycle)
 
@@ -109,20 +115,6 @@ class Shrinking(Sparsifier):
         self.saved: dict[str, Tensor] = {}
         self.period = self.length // settings.periods
         self.goals = list(accumulate(split_budget(self.budget, settings.periods)))
-        self._refuse_haste(n_steps)
-
-    def _refuse_haste(self, n_steps: int) -> None:
-        settings, trials = self.settings, self.settings.cycles * self.settings.cycle_steps
-        if not self.period:
-            raise RecipeError(
-                f"hesso: {self.length} of {n_steps} steps are for pruning, fewer than periods: {settings.periods}; "
-                "write fewer periods or more epochs"
-            )
-        if self.start + trials + self.length > n_steps:
-            raise RecipeError(
-                f"hesso: warm-up, {settings.cycles} cycles of {settings.cycle_steps} steps and pruning take "
-                f"{self.start + trials + self.length} steps, and there are {n_steps}; write more epochs or fewer cycles"
-            )
 
     def step(self, number: int, before: Mapping[str, Tensor], rate: float) -> None:
         if number < self.start:

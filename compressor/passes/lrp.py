@@ -60,12 +60,15 @@ def relevance(weight: Tensor, inputs: Tensor, relevance: Tensor, rule: str, **op
 class Lrp(LrpSettings, StructurePass):
     """The lowest units, step by step; see the module."""
 
+    def examine(self, subject: Subject) -> tuple[str, ...]:
+        self._removing(subject)
+        return ()
+
     def restructure(self, subject: Subject) -> Outcome:
         """The network without the units that explain least."""
         original = copy.deepcopy(subject.module) if self.compensate == "bias" else None
-        groups = subject.choosable()
-        removing = Removing(subject, groups, self, self._kinds(groups))
-        composite, searched = self.composite(), {}
+        removing = self._removing(subject)
+        groups, composite, searched = removing.groups, self.composite(), {}
         if self.trials:
             composite, searched = self._searched(subject)
         work = (0.5 if self.epochs else 1.0) * (0.5 if self.trials else 1.0)
@@ -78,6 +81,11 @@ class Lrp(LrpSettings, StructurePass):
         if self.epochs:
             report["training"] = subject.trainer(self, other=smaller, share=0.5).train()
         return Outcome(smaller, report)
+
+    def _removing(self, subject: Subject) -> Removing:
+        """Nothing is gone yet; it raises where not so much can go."""
+        groups = subject.choosable()
+        return Removing(subject, groups, self, self._kinds(groups))
 
     def _kinds(self, groups: Sequence[Group]) -> list[object] | None:
         """Of which each loses the same share."""

@@ -84,6 +84,7 @@ class Metaprune(MetapruneSettings, StructurePass):
     """The smaller network, trained; see the module."""
 
     def examine(self, subject: Subject) -> tuple[str, ...]:
+        Removing(subject, subject.choosable(), self)
         if self.network is None:
             return ()
         metanetwork, graph = self._metanetwork(self.network, subject)

@@ -83,11 +83,19 @@ def half_space_project(x: Tensor, x_trial: Tensor, epsilon: float | Tensor) -> T
 class Oto(OtoSettings, StructurePass):
     """One training, and the network without what went; see the module."""
 
+    def examine(self, subject: Subject) -> tuple[str, ...]:
+        self._projecting(subject, 1)
+        return ()
+
     def restructure(self, subject: Subject) -> Outcome:
         """The smaller network, trained."""
         trainer = subject.trainer(self)
-        projecting = (Erasing if self.erase else Projecting)(self, subject, trainer.n_steps)
+        projecting = self._projecting(subject, trainer.n_steps)
         return projecting.outcome(trainer.train(projecting), set_to_zero_at_the_end=projecting.forced)
+
+    def _projecting(self, subject: Subject, n_steps: int) -> Projecting:
+        """Of what a training of so many steps does; it raises where not so much can go."""
+        return (Erasing if self.erase else Projecting)(self, subject, n_steps)
 
 
 class Projecting(Sparsifier):

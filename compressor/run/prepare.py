@@ -7,6 +7,7 @@ that is.
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from compressor.core.errors import CheckpointError, DataError, RecipeError, Usag
 from compressor.core.options import RunOptions, refuse_seed
 from compressor.core.passes import StructureSettings
 from compressor.core.roles import block_of
-from compressor.core.training import Training, alone, unlabelled
+from compressor.core.training import Training, alone, too_few, unlabelled
 from compressor.export.decoder_config import decoder_refusal
 from compressor.export.forms import int8_refusal, refusal
 from compressor.export.in_use import memory_in_use
@@ -259,10 +260,14 @@ def _with_load(found: Prepared) -> Prepared:
 
     Raises:
         ResourceError: That is more memory than there may be.
+        RecipeError: They are too few for the steps that a pass takes.
     """
     load = found.load
     if load is None:
         return found
+    for settings in (step.settings for step in found.recipe.early):
+        if isinstance(settings, Training):
+            _refuse_haste(settings, load.n_trained)
     workers = processes_of(found.options, found.checkpoint)
     plan = planned_with(found.plan, found.checkpoint, found.recipe, load, workers)
     if found.options.max_ram is not None:
@@ -401,7 +406,8 @@ def _refuse_passes(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) 
 def _examined(found: Prepared, samples: Samples | None) -> Plan:
     """The plan with what the first structure pass says of the network; of what comes after it nothing is known yet.
 
-    Of transformers that were measured to be traced nothing is asked but what the pass has to say of its own.
+    Transformers that were measured to be traced are not traced for it unless the pass may have something to say of its
+    own: of billions of parameters that takes a while.
 
     Raises:
         CheckpointError: The network cannot be traced, or not go through the pass.
@@ -411,12 +417,18 @@ def _examined(found: Prepared, samples: Samples | None) -> Plan:
     if first is None or not isinstance(first.settings, StructureSettings) or first.settings.sizes:
         return found.plan
     traced = checkpoint.family == "decoder" or (checkpoint.config or {}).get("model_type") in TRACED
-    if traced and not first.settings.examines:
+    if traced and not first.settings.examines(_in_blocks(found.plan)):
         return found.plan
     from compressor.structure.stage import without_weights
 
     method, subject = without_weights(checkpoint, first, example_of(found.recipe, found.options, samples))
     return replace(found.plan, notes=(*found.plan.notes, *method.examine(subject)))
+
+
+def _in_blocks(plan: Plan) -> float:
+    """Of a transformer's parameters, the share that its blocks have."""
+    counts = {tensor.name: math.prod(tensor.shape) for tensor in plan.tensors}
+    return sum(n for name, n in counts.items() if block_of(name)) / max(1, sum(counts.values()))
 
 
 def _refuse_alone(settings: Training) -> None:
@@ -425,6 +437,16 @@ def _refuse_alone(settings: Training) -> None:
 
     if n_started() == 1:
         raise RecipeError(alone(settings))
+
+
+def _refuse_haste(settings: Training, n_examples: int) -> None:
+    from compressor.runtime.torchrun import n_started
+
+    n_steps, batch = settings.steps(n_examples, n_started())
+    if settings.epochs and not batch:
+        raise DataError(too_few(settings, n_examples, n_started()))
+    if reason := settings.refuses_steps(n_steps):
+        raise RecipeError(f"{settings.name}: {reason}")
 
 
 def _refuse_data(found: Prepared) -> None:

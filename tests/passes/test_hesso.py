@@ -153,10 +153,20 @@ def test_after_cric_the_network_is_what_it_was():
     [
         ({"fraction": 0.99}, "fraction 0.99 of the parameters cannot go"),
         ({"fraction": 0.9, "of": "units", "divisible": 8}, "with divisible: 8 and most: 0.9; write a smaller fraction"),
-        ({"periods": 30}, "10 of 20 steps are for pruning, fewer than periods: 30"),
-        ({"cycles": 3, "cycle_steps": 10, "periods": 2}, "take 42 steps, and there are 20; write more epochs"),
     ],
 )
 def test_what_cannot_be_reached_is_refused_before_anything_is_trained(settings, message):
     with pytest.raises(RecipeError, match=message):
         Shrinking(Hesso(**settings), subject_of(one_channel_matters()), 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"periods": 30}, "10 of 20 steps are for pruning, fewer than periods: 30"),
+        ({"cycles": 3, "cycle_steps": 10, "periods": 2}, "take 42 steps, and there are 20; write more epochs"),
+    ],
+)
+def test_a_training_too_short_for_its_schedule_is_refused(settings, message):
+    assert message in Hesso(**settings).refuses_steps(20)
+    assert Hesso(**settings).refuses_steps(200) is None

@@ -36,9 +36,8 @@ QUICK = {
 }  # fmt: skip
 ONLY_A_RUN_TELLS = {
     ("t5", "cnn-explain"): (3, "it does not run; "), ("t5", "encoder-heads"): (3, "it does not run; "),
-    ("bert", "cnn-once"): (2, "write a smaller fraction"),
 }  # fmt: skip
-"""A size that is written into the code, and how much can go at most, show in the traced graph, before any training."""
+"""A size that is written into the code shows in the traced graph, before any training."""
 TRACED_LONG = ("mixtral", "t5-alone", "neox", "gguf")
 """Each recipe traces them anew; CI has whole runs of them, and of networks like them all refusals."""
 WHOLE = [
@@ -255,6 +254,12 @@ HESSO, REWRITTEN = "{pass: hesso, epochs: 1}", "{pass: metaprune, network: netwo
     ("tests.run.test_prepare:Branching", HESSO, None, "Branching: its forward cannot be traced at"),
     ("tests.pico:ResNet", REWRITTEN, None, "network.safetensors: is no metanetwork; "),
     ("tests.pico:ResNet", REWRITTEN, Shape(adds=False), "ResNet: is of another family than the networks that"),
+    ("tests.pico:ResNet", HESSO, None, "hesso: 1 of 1 steps are for pruning, fewer than periods: 10; write fewer"),
+    ("tests.pico:ResNet", "{pass: hesso, fraction: 0.99}", None, "hesso: fraction 0.99 of the parameters cannot go; "),
+    ("tests.pico:ResNet", "{pass: oto, fraction: 0.99}", None, "oto: fraction 0.99 of the parameters cannot go; "),
+    ("tests.pico:ResNet", "{pass: oto, fraction: 0.99, erase: true}", None, "oto: fraction 0.99 of the parameters can"),
+    ("tests.pico:ResNet", "{pass: lrp, fraction: 0.95, most: 0.5}", None, "lrp: only "),
+    ("tests.pico:ResNet", "{pass: metaprune, fraction: 0.95, most: 0.5}", None, "metaprune: only "),
 ])  # fmt: skip
 def test_what_a_structure_pass_cannot_go_through_is_refused_before_work(arch, step, shape, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"passes: [{step}]\n")

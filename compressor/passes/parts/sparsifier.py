@@ -40,7 +40,7 @@ class Sparsifier(Follower):
             min(group.size, max(settings.divisible, group.size - int(settings.most * group.size)))
             for group in self.units.groups
         ]
-        self.start, self.length = round(settings.warmup * n_steps), max(1, round(settings.pruning * n_steps))
+        self.start, self.length = settings.schedule_of(n_steps)
         whole = self.units.n if settings.of == "units" else subject.whole(settings.of)
         self.budget = round(settings.fraction * whole)
         self._refuse_unreachable(whole)

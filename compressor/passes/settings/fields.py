@@ -35,6 +35,7 @@ class RemovesFraction:
     if TYPE_CHECKING:
         fraction: float
         of: Counted
+        most: float
 
     @property
     def removes(self) -> float:
@@ -47,6 +48,10 @@ class RemovesFraction:
     @property
     def removes_exactly(self) -> bool:
         return self.of == "parameters"
+
+    def examines(self, in_blocks: float) -> bool:
+        """Where it is more than half of what `most` lets go of blocks, which have little besides heads and neurons."""
+        return self.fraction > self.most * (in_blocks if self.of == "parameters" else 1.0) / 2
 
 
 UNEVEN = "its layers would differ in heads, width or parts, which the graph of decoders cannot have"

@@ -24,3 +24,18 @@ class HessoSettings(TrainingSettings):
     periods: Positive = 10
     cycles: Count = 0
     cycle_steps: Positive = 20
+
+    def refuses_steps(self, n_steps: int) -> str | None:
+        start, length = self.schedule_of(n_steps)
+        trials = self.cycles * self.cycle_steps
+        if length < self.periods:
+            return (
+                f"{length} of {n_steps} steps are for pruning, fewer than periods: {self.periods}; write fewer periods "
+                "or more epochs"
+            )
+        if start + trials + length > n_steps:
+            return (
+                f"warm-up, {self.cycles} cycles of {self.cycle_steps} steps and pruning take "
+                f"{start + trials + length} steps, and there are {n_steps}; write more epochs or fewer cycles"
+            )
+        return None

@@ -56,9 +56,8 @@ class MetapruneSettings(RemovesFraction, FittedSettings):
         always: frozenset[Need] = frozenset({"data"})
         return super().needs | always
 
-    @property
-    def examines(self) -> bool:
-        return self.network is not None
+    def examines(self, in_blocks: float) -> bool:
+        return self.network is not None or super().examines(in_blocks)
 
     @property
     def refuses_decoders(self) -> str | None:

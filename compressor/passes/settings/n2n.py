@@ -130,8 +130,7 @@ class N2nSettings(Training, StructureSettings):
             raise ValueError("policy influence is of whole blocks, but units is part; write units: block")
         return self
 
-    @property
-    def examines(self) -> bool:
+    def examines(self, in_blocks: float) -> bool:
         return bool(self.policy_in or self.policy_out)
 
     @property

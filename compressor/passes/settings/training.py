@@ -38,6 +38,10 @@ class TrainingSettings(RemovesFraction, FittedSettings):
             )
         return self
 
+    def schedule_of(self, n_steps: int) -> tuple[int, int]:
+        """The first of the training's steps at which units may go, and over how many they go."""
+        return round(self.warmup * n_steps), max(1, round(self.pruning * n_steps))
+
     @property
     def refuses_decoders(self) -> str | None:
         return f"{UNEVEN}; take lrp with spread: group, or n2n, which removes whole blocks"
