@@ -254,14 +254,14 @@ def fashion(n_images: int, n_students: int, transfer: bool, seeds: list[int]) ->
     lengths = {"search_epochs": 4, "shrink_epochs": 100, "max_students": n_students}
     plan: dict[str, tuple[int, dict[str, Any], int]] = {}
     for seed in seeds:
+        ending = f", seed {seed}" if seed else ""
         for policy in ("reinforce", "random"):
-            step = lengths | {"policy": policy, "epochs": 2 if seed else 8}
-            plan[f"{policy}, seed {seed}" if seed else policy] = (16, step, seed)
-    if transfer:
-        fashion_teacher(folder, 8, *teaching)
-        file = str(folder / "policy.safetensors")
-        plan["small"] = (8, lengths | {"policy_out": file, "epochs": 2}, 0)
-        plan["transferred"] = (16, lengths | {"policy_in": file, "epochs": 2}, 0)
+            plan[policy + ending] = (16, lengths | {"policy": policy, "epochs": 2 if seed else 8}, seed)
+        if transfer:
+            fashion_teacher(folder, 8, *teaching)
+            file = str(folder / f"policy-{seed}.safetensors")
+            plan[f"small{ending}"] = (8, lengths | {"policy_out": file, "epochs": 2}, seed)
+            plan[f"transferred{ending}"] = (16, lengths | {"policy_in": file, "epochs": 2}, seed)
     for name, (width, step, seed) in plan.items():
         row = searched(folder, name, width, step, seed)
         results = read_results("n2n")

@@ -2,23 +2,26 @@
 """Many sizes of one training: ResNet-20 in 16 widths and 10 depths, and the sizes of recipes in one artifact.
 
     scripts/fetch_material fashion minilm smollm2
-    scripts/bench_sorted.py cnn [--images 20000] [--epochs 4] [--start 3] [--test 10000]
+    scripts/bench_sorted.py cnn [--images 20000] [--pool 2] [--epochs 4] [--start 3] [--test 10000] [--alone]
     scripts/bench_sorted.py minilm
 
 Each part by itself, results together in docs/measured/sorted.json. `cnn` trains the network alone for `start` epochs,
 then all 160 sizes together for `epochs`, and draws docs/measured/sorted.svg: what each size keeps of the accuracy of
-the largest. One seed; accuracy is of torch, on the first `test` images of the test set; CPU-seconds are the process's.
+the largest. With --alone eight of the sizes are then trained from random weights and without the others, each for as
+much CPU time as all together took with their start. One seed; images are averaged over squares of `--pool` pixels;
+accuracy is of torch, on the first `test` images of the test set; CPU-seconds are the process's.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from typing import Any
 
 import torch
-from bench_once import TRAINING, fashion
+from bench_once import TRAINING, pooled
 from material import model_dir
 from measured import cached, markdown, read_results, write_picture, write_results
 from networks import resnet20
@@ -37,6 +40,10 @@ from compressor.structure.stage import GraphSurgeon
 N_WIDTHS, N_BLOCKS = 16, 9
 ENOUGH = 0.96
 """Of the largest one's accuracy: what the paper's abstract says of all 160."""
+ALONE = ((16, 9), (16, 7), (12, 9), (12, 7), (8, 9), (8, 6), (4, 9), (4, 6))
+"""Of sixteenths of the width and ninths of the depth: what is trained without the others as well."""
+TRIED = 2560
+"""Images of a trial that tells how long an epoch takes."""
 
 
 def all_sizes(arguments: argparse.Namespace) -> SortednetSettings:
@@ -50,14 +57,14 @@ def all_sizes(arguments: argparse.Namespace) -> SortednetSettings:
 
 def cnn(arguments: argparse.Namespace) -> dict[str, Any]:
     """What each of 160 sizes of ResNet-20 keeps, after one training of all of them."""
-    images, labels = (torch.from_numpy(each) for each in fashion("train", arguments.images))
-    test, wanted = (torch.from_numpy(each) for each in fashion("t10k", arguments.test))
+    images, labels = (torch.from_numpy(each) for each in pooled("train", arguments.images, arguments.pool))
+    test, wanted = (torch.from_numpy(each) for each in pooled("t10k", arguments.test, arguments.pool))
     examples, clock = Examples({"": images}, labels), time.process_time
     torch.manual_seed(0)
     network, began = resnet20(), clock()
     first = HessoSettings(epochs=arguments.start, **TRAINING)
     fitting(network, examples, first, 0, None, lambda *_: None).train()
-    alone = clock() - began
+    started = clock() - began
 
     @torch.no_grad()
     def accuracy(module: torch.nn.Module) -> float:
@@ -65,7 +72,7 @@ def cnn(arguments: argparse.Namespace) -> dict[str, Any]:
         return round(float((found == wanted).double().mean()), 4)
 
     original, began = accuracy(network), clock()
-    print(f"start: {original:.1%} in {alone:.0f} CPU-seconds", flush=True)
+    print(f"start: {original:.1%} in {started:.0f} CPU-seconds", flush=True)
     batches = [{"": part} for part in images[:512].split(128)]
     method = Sortednet(**all_sizes(arguments).model_dump())
     subject = Subject(
@@ -81,12 +88,38 @@ def cnn(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {size.name: accuracy(size.module) for size in outcome.sizes} | {method.largest_name: largest}
     table = [[found[method.names[method.pairs.index((w, d))]] for w in method.widths] for d in method.depths]
     kept = [each / largest for row in table for each in row]
+    alone: dict[str, dict[str, float]] = {}
+    modules = {size.name: size.module for size in outcome.sizes} | {method.largest_name: outcome.module}
+    for w, d in ALONE if arguments.alone else ():
+        name = method.names[method.pairs.index((w / N_WIDTHS, d / N_BLOCKS))]
+        module, epochs, spent = trained_alone(modules[name], examples, started + together)
+        alone[f"{w}/16, {d} of 9"] = {
+            "together": found[name], "alone": accuracy(module), "epochs": epochs, "cpu_seconds": round(spent),
+        }  # fmt: skip
+        print(f"{w}/16, {d} of 9", alone[f"{w}/16, {d} of 9"], flush=True)
     return {
-        "images": arguments.images, "test": arguments.test, "start_epochs": arguments.start, "epochs": arguments.epochs,
+        "images": arguments.images, "side": images.shape[-1], "test": arguments.test, "alone": alone,
+        "start_epochs": arguments.start, "epochs": arguments.epochs,
         "original": original, "largest": largest, "accuracy": table, "n_enough": sum(each >= ENOUGH for each in kept),
-        "least": round(min(kept), 4), "start_cpu_seconds": round(alone), "cpu_seconds": round(together),
+        "least": round(min(kept), 4), "start_cpu_seconds": round(started), "cpu_seconds": round(together),
         "parameters": {each["size"]: each["parameters"] for each in outcome.report["sizes"]},
     }  # fmt: skip
+
+
+def trained_alone(module: torch.nn.Module, examples: Examples, seconds: float) -> tuple[torch.nn.Module, int, float]:
+    """A network like this one from random weights, after about so much CPU time; its epochs and what they took."""
+    torch.manual_seed(0)
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    few, trial = examples.part(torch.arange(TRIED)), copy.deepcopy(module)
+    began = time.process_time()
+    fitting(trial, few, HessoSettings(epochs=1, **TRAINING), 0, None, lambda *_: None).train()
+    epochs = max(1, round(seconds * TRIED / len(examples) / (time.process_time() - began)))
+    began = time.process_time()
+    fitting(module, examples, HessoSettings(epochs=epochs, **TRAINING), 0, None, lambda *_: None).train()
+    return module, epochs, time.process_time() - began
 
 
 def picture(found: dict[str, Any]) -> str:
@@ -150,13 +183,21 @@ def sorted_table(results: dict[str, Any]) -> str:
     text = []
     if found := results.get("cnn"):
         text.append(
-            f"ResNet-20 of width 16 on Fashion-MNIST, one seed: {found['start_epochs']} epochs over {found['images']:,}"
-            f" images alone ({found['start_cpu_seconds']} CPU-seconds, {found['original']:.1%}), then "
+            f"ResNet-20 of width 16 on {found['images']:,} images of Fashion-MNIST, {found['side']}×{found['side']}, "
+            f"one seed: {found['start_epochs']} epochs alone ({found['start_cpu_seconds']} CPU-seconds, "
+            f"{found['original']:.1%}), then "
             f"{found['epochs']} epochs of all sizes together, with sorting and statistics {found['cpu_seconds']} "
             f"CPU-seconds. The largest then has {found['largest']:.1%} on {found['test']:,} test images; "
             f"{found['n_enough']} of 160 sizes keep 96 % of that, the worst one {found['least']:.1%}. "
             "Those without branches are one network."
         )
+        if found.get("alone"):
+            rows = [[name, f"{each['together']:.2%}", f"{each['alone']:.2%}", each["epochs"], each["cpu_seconds"]]
+                    for name, each in found["alone"].items()]  # fmt: skip
+            text.append(
+                "Some of them trained from random weights, each for as much CPU time as all 160 together:\n\n"
+                + markdown(["width, branches", "together", "alone", "epochs alone", "CPU-seconds alone"], rows)
+            )
     for name, title in (("minilm", "MiniLM, encoder-sorted"), ("smollm2", "SmolLM2-135M, llm-sorted")):
         if found := results.get(name):
             keys = [key for key in ("cosine", "perplexity", "top1_agreement")
@@ -183,7 +224,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=("cnn", "minilm", "smollm2"))
     parser.add_argument("--images", type=int, default=20000)
+    parser.add_argument("--pool", type=int, default=1, choices=[1, 2, 4])
     parser.add_argument("--test", type=int, default=10000)
+    parser.add_argument("--alone", action="store_true", help="eight of the sizes without the others as well")
     parser.add_argument("--start", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--set", action="append")

@@ -209,6 +209,10 @@ class StructureSettings(Pass):
         """
         return False
 
+    def refuses_blocks(self, n: int) -> str | None:
+        """Why a transformer of so many blocks cannot go through it; None where it can."""
+        return None
+
     @property
     def removes(self) -> float:
         """The share of the network that goes."""

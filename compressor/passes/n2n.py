@@ -35,7 +35,7 @@ from compressor.passes.parts.policies import (
     standardised,
     state_of,
 )
-from compressor.passes.settings.n2n import N2nSettings, refuse_overwriting
+from compressor.passes.settings.n2n import N2nSettings, refuse_overwriting, too_many
 
 INVALID = -1.0
 HOPE = 1.02
@@ -170,7 +170,7 @@ class Search:
                 "to it; write a larger validation, or for a decoder measure: perplexity"
             )
         if settings.remove is not None and settings.remove >= n:
-            raise RecipeError(f"n2n: remove is {settings.remove}, but {n} units can go; write at most {max(1, n - 1)}")
+            raise RecipeError(f"n2n: {too_many(settings.remove, n)}")
         if not self.of_blocks and settings.policy in ("greedy", "influence"):
             raise RecipeError(
                 f"n2n: policy {settings.policy} is of blocks, and this network's units are layers; write policy: "

@@ -394,6 +394,9 @@ def _refuse_passes(recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) 
         reason = settings.refuses_decoders if checkpoint.family == "decoder" else settings.refuses_others
         if reason:
             raise CheckpointError(f"{checkpoint.path}: {reason}")
+        n_blocks = len(_blocks(checkpoint))
+        if isinstance(settings, StructureSettings) and n_blocks and (reason := settings.refuses_blocks(n_blocks)):
+            raise RecipeError(f"{settings.name}: {reason}")
         if isinstance(settings, Training) and settings.gradients == "compressed":
             _refuse_alone(settings)
     if options.allocates and any(step.settings.signs_inputs for step in recipe.early):

@@ -324,7 +324,7 @@ def test_settings_that_do_not_fit_together_are_refused(settings, message):
 
 def test_what_cannot_be_removed_is_refused_before_a_student_is_built():
     bandit = Bandit(WORTH)
-    with pytest.raises(RecipeError, match="remove is 6, but 6 units can go; write at most 5"):
+    with pytest.raises(RecipeError, match="remove is 6, but of 6 units one has to stay; write at most 5"):
         searched(bandit, remove=6)
     with pytest.raises(RecipeError, match="policy greedy is of blocks, and this network's units are layers"):
         searched(bandit, policy="greedy", remove=2)

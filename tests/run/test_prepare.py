@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +270,14 @@ def test_what_a_structure_pass_cannot_go_through_is_refused_before_work(arch, st
     options = RunOptions("resnet.pt", str(tmp_path / "recipe.yaml"), tmp_path / "out", arch=arch, data="images.npz")
     found = refusal(prepare, options)
     assert found[1].startswith(message)
+    assert refusal(run, options) == found
+
+
+def test_more_blocks_than_there_are_cannot_go(tmp_path):
+    options = options_of("llama", "llm-depth", tmp_path / "out")
+    options = replace(options, sets=(*options.sets, "n2n.remove=3"))
+    found = refusal(prepare, options)
+    assert found[1] == "n2n: remove is 3, but of 3 units one has to stay; write at most 2"
     assert refusal(run, options) == found
 
 

@@ -19,6 +19,13 @@ POLICIES = ("removal", "shrinkage")
 _LARGEST_HEADER = 1_000_000
 
 
+def too_many(remove: int | None, n: int) -> str:
+    """What is wrong where no unit would be left."""
+    if n == 1:
+        return f"remove is {remove}, but nothing would be left of one unit; leave n2n out"
+    return f"remove is {remove}, but of {n} units one has to stay; write at most {n - 1}"
+
+
 def refuse_overwriting(file: Path) -> None:
     """Refuses to save policies over anything that is there and holds none.
 
@@ -132,6 +139,9 @@ class N2nSettings(Training, StructureSettings):
 
     def examines(self, in_blocks: float) -> bool:
         return bool(self.policy_in or self.policy_out)
+
+    def refuses_blocks(self, n: int) -> str | None:
+        return too_many(self.remove, n) if self.units == "block" and (self.remove or 0) >= n else None
 
     @property
     def refuses_compression(self) -> str | None:
