@@ -26,6 +26,7 @@ import dataclasses
 import json
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -241,6 +242,26 @@ def searched(folder: Path, name: str, width: int, step: dict[str, Any], seed: in
     }  # fmt: skip
 
 
+def pruned_at_once(folder: Path, name: str, like: dict[str, Any], epochs: int, seed: int) -> dict[str, Any]:
+    """The same share of parameters gone in one step of `lrp` by Taylor scores, then distilled as a search's best is."""
+    output, recipe = folder / name, folder / f"{name}.yaml"
+    distilled = {key: N2n(units="layer").model_dump()[key] for key in ("optimizer", "loss", "distance", "temperature")}
+    step = {
+        "pass": "lrp", "criterion": "taylor", "fraction": 1 - like["parameters"] / like["teacher_parameters"],
+        "step": 1.0, "most": 0.97, "epochs": epochs, "rate": SEARCH["rate"], "batch": SEARCH["batch"], **distilled,
+    }  # fmt: skip
+    if not output.is_dir():
+        recipe.write_text(json.dumps({"passes": [step], "evaluation": {"tokens": 0}}))
+        run(RunOptions(model=str(folder / "teacher-16.pt"), recipe=str(recipe), data=str(folder / "train.npz"),
+                       eval=str(folder / "test.npz"), arch=ARCH.format(16), output=output, seed=seed,
+                       progress=make_progress()))  # fmt: skip
+    report = json.loads((output / "compression.json").read_text())
+    return {
+        "parameters": report["structure"][0]["parameters"], "accuracy": accuracy(output, *fashion_images("t10k")),
+        "bytes": report["size"]["bytes"], "cpu_seconds": round(report["cost"]["structure"]["cpu_seconds"], 1),
+    }  # fmt: skip
+
+
 def fashion(n_images: int, n_students: int, transfer: bool, seeds: list[int]) -> None:
     """The policies against random students; then policies of a smaller teacher on the larger one."""
     folder = cached(f"n2n/fashion-{n_images}-{n_students}-{SEARCH['shrink_rate']:g}")
@@ -270,6 +291,13 @@ def fashion(n_images: int, n_students: int, transfer: bool, seeds: list[int]) ->
         results["fashion"] |= {"images": n_images, "max_students": n_students}
         write_results("n2n", results)
         print(name, {k: v for k, v in rows[name].items() if k not in ("curve", "shrunk", "removed")}, flush=True)
+    for seed in seeds:
+        name, results = f"reinforce, seed {seed}" if seed else "reinforce", read_results("n2n")
+        found = results["fashion"]
+        row = pruned_at_once(folder, f"at-once-{seed}", found["rows"][name], plan[name][1]["epochs"], seed)
+        found.setdefault("at_once", {})[str(seed)] = row
+        write_results("n2n", results)
+        print("at once", seed, row, flush=True)
 
 
 SIZE, BAND, LEARNED, RESAMPLED = 0.4, 0.02, 10000, 2000
@@ -445,6 +473,21 @@ def fashion_table(results: dict[str, Any]) -> str:
     titles = ["search", "teacher's parameters", "its accuracy", "students trained", "best reward",
               *[f"students until {goal:.4f}" for goal in goals], "parameters", "times fewer", "accuracy",
               "CPU-seconds"]  # fmt: skip
+    by_policy: dict[str, list[float]] = {}
+    for name, entry in found["rows"].items():
+        by_policy.setdefault(name.partition(",")[0], []).append(entry["reward"])
+    seeds: list[list[object]] = [
+        [name, " ".join(number(each, 4) for each in rewards), number(statistics.median(rewards), 4),
+         number(max(rewards) - min(rewards), 4)]
+        for name, rewards in by_policy.items()
+    ]  # fmt: skip
+    for seed, entry in found.get("at_once", {}).items():
+        rows.append([
+            f"none: pruned at once, seed {seed}", f"{found['rows']['reinforce']['teacher_parameters']:,}",
+            f"{100 * found['rows']['reinforce']['teacher_accuracy']:.2f} %", None, None, *[None for _ in goals],
+            f"{entry['parameters']:,}", f"{found['rows']['reinforce']['teacher_parameters'] / entry['parameters']:.1f}",
+            f"{100 * entry['accuracy']:.2f} %", number(entry["cpu_seconds"], 0),
+        ])  # fmt: skip
     head = (
         f"ResNet-18-like teachers of width 16 and 8 with a stem of stride 2, taught on {TAUGHT:,} images of "
         f"Fashion-MNIST; searches have {found['images']:,} others, {SEARCH['validation']:,} of them to judge on, and "
@@ -452,7 +495,9 @@ def fashion_table(results: dict[str, Any]) -> str:
         "distilled on the rest for 8, in the rows of small, transferred and other seeds for 2. Accuracy of "
         "the artifacts in onnxruntime on 10,000 test images.\n\n"
     )
-    return head + markdown(titles, rows)
+    return f"{head}{markdown(titles, rows)}\n\n" + markdown(
+        ["search", "best reward by seed", "median", "spread"], seeds
+    )
 
 
 def n2n_table(results: dict[str, Any]) -> str:
