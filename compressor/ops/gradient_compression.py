@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Masking = Literal["late", "paper", "never"]
 LATE = 0.01
 """The largest share that is masked late."""
-_NARROW = 1 << 16
-"""Entries of a tensor whose index takes two bytes."""
 
 
 def local_limit(limit: float, n_processes: int) -> float:
@@ -84,41 +84,60 @@ def warmup_share(epoch: int, shares: Sequence[float], share: float) -> float:
     return shares[epoch] if epoch < len(shares) else share
 
 
-def index_bytes(n: int) -> int:
-    """Of each place in a tensor of `n` entries."""
-    return 2 if n <= _NARROW else 4
+def places_bytes(n: int, count: int) -> int:
+    """Of `count` ascending places among `n`, as `packed` writes them."""
+    low = _low_bits(n, count)
+    return -(-(count * (low + 1) + ((n - 1) >> low)) // 8)
 
 
 def bytes_sent(shapes: Iterable[Sequence[int]], share: float) -> int:
     """Of one process's messages of a step, for tensors of these shapes; those of one dimension are sent whole."""
-    total = 0
-    for shape in shapes:
-        n = math.prod(shape)
-        total += 4 * n if len(shape) < 2 else n_sent(n, share) * (4 + index_bytes(n))
-    return total
+    sizes = [(math.prod(shape), len(shape) < 2) for shape in shapes]
+    matrices = [n for n, whole in sizes if not whole]
+    count = sum(n_sent(n, share) for n in matrices)
+    dense = 4 * sum(n for n, whole in sizes if whole)
+    return dense + (4 * count + places_bytes(sum(matrices), count) if matrices else 0)
 
 
 def packed(messages: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Tensor:
-    """One message (bytes,) uint8 of what is sent of several tensors of so many entries: values, then wide and narrow
-    places, so that each begins at a multiple of its own size."""
-    wide = [index.int() for (index, _), n in zip(messages, sizes, strict=True) if index_bytes(n) == 4]
-    narrow = [index.short() for (index, _), n in zip(messages, sizes, strict=True) if index_bytes(n) == 2]
-    parts = [values.float() for _, values in messages] + wide + narrow
-    return torch.cat([part.view(torch.uint8) for part in parts])
+    """One message (bytes,) uint8 of what is sent of several tensors of so many entries: all values, then all places.
+
+    Places of a tensor behind another count on from its end, so that all of them ascend, and are Elias-Fano coded: the
+    lower ⌊log₂(entries/places)⌋ bits of each, then of each how much its upper bits grow, in unary.
+    """
+    if not messages:
+        return torch.zeros(0, dtype=torch.uint8)
+    places = torch.cat([index + begun for (index, _), begun in zip(messages, _begins(sizes), strict=True)])
+    low = _low_bits(sum(sizes), len(places))
+    upper = torch.zeros(len(places) + ((sum(sizes) - 1) >> low), dtype=torch.uint8)
+    upper[(places >> low) + torch.arange(len(places))] = 1
+    lower = torch.empty(len(places), low, dtype=torch.uint8)
+    for bit in range(low):
+        lower[:, bit] = (places >> bit) & 1
+    bits = torch.cat([lower.flatten(), upper])
+    values = torch.cat([values.float() for _, values in messages])
+    return torch.cat([values.view(torch.uint8), torch.from_numpy(np.packbits(bits.numpy()))])
 
 
 def unpacked(message: Tensor, counts: Sequence[int], sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """What `packed` was given: (index, values) of each tensor, of which `counts` entries were sent."""
     n = sum(counts)
-    n_wide = sum(count for count, size in zip(counts, sizes, strict=True) if index_bytes(size) == 4)
-    values = message[: 4 * n].view(torch.float32).split(list(counts))
-    places = {
-        4: message[4 * n : 4 * (n + n_wide)].view(torch.int32).long(),
-        2: message[4 * (n + n_wide) :].view(torch.int16).long() & (_NARROW - 1),
-    }
-    found, begun = [], {4: 0, 2: 0}
-    for count, size, part in zip(counts, sizes, values, strict=True):
-        kind = index_bytes(size)
-        found.append((places[kind][begun[kind] : begun[kind] + count], part))
-        begun[kind] += count
-    return found
+    if not n:
+        return []
+    values, low = message[: 4 * n].view(torch.float32), _low_bits(sum(sizes), n)
+    bits = torch.from_numpy(np.unpackbits(message[4 * n :].numpy()))
+    places = (bits[n * low :].nonzero().flatten() - torch.arange(n)) << low
+    for bit in range(low):
+        places += bits[bit : n * low : low].long() << bit
+    of_each = zip(places.split(list(counts)), _begins(sizes), values.split(list(counts)), strict=True)
+    return [(place - begun, part) for place, begun, part in of_each]
+
+
+def _low_bits(n: int, count: int) -> int:
+    """⌊log₂(n/count)⌋: of each place, those that are written as they are."""
+    return max(0, (n // max(1, count)).bit_length() - 1)
+
+
+def _begins(sizes: Sequence[int]) -> list[int]:
+    """Where each tensor begins, one behind the other."""
+    return [0, *accumulate(sizes)][:-1]

@@ -275,7 +275,11 @@ def test_two_processes_send_compressed_gradients_by_the_paper(two):
         torch.testing.assert_close(each["sparse"]["weights"], weights(module), rtol=1e-4, atol=1e-6)
     sizes = [t.numel() for t in module.parameters() if t.dim() > 1]
     whole = 4 * sum(t.numel() for t in module.parameters() if t.dim() < 2)
-    n_bytes = [whole + 6 * sum(math.ceil(n * share) for n in sizes) for share in (0.3, 0.01, 0.01)]
+    n_sent = [sum(math.ceil(n * share) for n in sizes) for share in (0.3, 0.01, 0.01)]
+    written = [math.floor(math.log2(sum(sizes) / n)) for n in n_sent]  # bits of each place as they are
+    grows = [n + (sum(sizes) - 1) // 2**low for n, low in zip(n_sent, written, strict=True)]
+    bits = [n * low + more for n, low, more in zip(n_sent, written, grows, strict=True)]
+    n_bytes = [whole + 4 * n + math.ceil(m / 8) for n, m in zip(n_sent, bits, strict=True)]
     assert [entry["bytes_per_step"] for entry in two[0]["sparse"]["log"]] == n_bytes
 
 

@@ -12,11 +12,11 @@ from compressor.ops.gradient_compression import (
     bytes_sent,
     clip_share,
     compensate,
-    index_bytes,
     local_limit,
     masks,
     n_sent,
     packed,
+    places_bytes,
     select,
     sent,
     unpacked,
@@ -81,21 +81,37 @@ def test_as_many_as_the_share_rounded_up_are_sent(n, share, count):
     assert n_sent(n, share) == count
 
 
-def test_a_message_holds_what_was_sent_in_as_many_bytes_as_are_counted():
-    """Of tensors to both sides of where a place takes two bytes, at their last entries as well."""
-    generator, share = torch.Generator().manual_seed(1), 0.0005
-    shapes = [(300, 7), (256, 256), (65537, 1), (3, 5), (400, 200)]
+@pytest.mark.parametrize("share", [0.0005, 0.25, 1.0])
+def test_a_message_holds_what_was_sent_in_as_many_bytes_as_are_counted(share):
+    """Of large and small tensors, at their first and last entries as well."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(300, 7), (256, 256), (65537, 1), (3, 5), (400, 200), (1, 1)]
     sizes = [math.prod(shape) for shape in shapes]
     tensors = [torch.randn(n, generator=generator) for n in sizes]
-    for tensor in tensors:
-        tensor[-1] = 9.0
+    for number, tensor in enumerate(tensors):
+        tensor[-(number % 2)] = 9.0
     messages = [select(tensor, n_sent(n, share)) for tensor, n in zip(tensors, sizes, strict=True)]
-    assert [index_bytes(n) for n in sizes] == [2, 2, 4, 2, 4]
     message = packed(messages, sizes)
     assert len(message) == bytes_sent(shapes, share)
     assert bytes_sent([*shapes, (64,)], share) == len(message) + 256
-    for (index, values), (place, value) in zip(
-        messages, unpacked(message, [len(index) for index, _ in messages], sizes), strict=True
-    ):
+    found = unpacked(message, [len(index) for index, _ in messages], sizes)
+    for (index, values), (place, value) in zip(messages, found, strict=True):
         assert torch.equal(index, place)
         assert torch.equal(values, value)
+
+
+def test_places_are_written_as_worked_by_hand():
+    """Of 3 places among 16, two bits as they are, the lowest first; then a one for each behind a zero for each four."""
+    messages = [(torch.tensor([1, 6]), torch.tensor([1.0, 2.0])), (torch.tensor([7]), torch.tensor([3.0]))]
+    written = packed(messages, [8, 8])[12:]
+    assert "".join(f"{byte:08b}" for byte in written.tolist()) == "1001111010010000"
+    assert places_bytes(16, 3) == 2
+
+
+def test_a_place_of_a_thousand_takes_twelve_bits():
+    assert 8 * places_bytes(1_000_000, 1000) / 1000 == pytest.approx(12.0, abs=0.05)
+
+
+def test_nothing_is_sent_of_no_matrices():
+    assert unpacked(packed([], []), [], []) == []
+    assert bytes_sent([(5,)], 0.001) == 20
