@@ -210,7 +210,7 @@ class StructureSettings(Pass):
         return False
 
     def refuses_blocks(self, n: int) -> str | None:
-        """Why a transformer of so many blocks cannot go through it; None where it can."""
+        """Why a transformer of `n` blocks cannot go through it; None where it can."""
         return None
 
     @property

@@ -92,15 +92,14 @@ class Training(Pass):
         return None
 
     def steps(self, n_examples: int, n_processes: int = 1) -> tuple[int, int]:
-        """Of the optimizer in all, and examples of each of them; an epoch's last examples that fill none are left out.
-
-        Both are 0 where so many processes have no example each.
+        """Of the optimizer in all over `n_examples`, and examples of each of them; an epoch's last that fill none are left
+        out. Both are 0 where `n_processes` have no example each.
         """
         batch = min(self.batch, n_examples) // n_processes * n_processes
         return (self.epochs * (n_examples // batch), batch) if batch else (0, 0)
 
     def refuses_steps(self, n_steps: int) -> str | None:
-        """Why so few steps of the optimizer will not do; None where they will."""
+        """Why `n_steps` of the optimizer are too few; None where they will do."""
         return None
 
     def forwards_trained(self, n: int) -> float:

@@ -90,6 +90,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, 
     }
 
 
+@pytest.fixture(autouse=True)
+def floats_alone(monkeypatch) -> None:
+    """Processors that multiply bfloat16 would use it, and the pretended GPU has none."""
+    monkeypatch.setattr("compressor.sweeps.network.fast_bfloat16", lambda device="cpu": False)
+
+
 def options(model: Path, recipe: str, output: str = "out", sets: tuple[str, ...] = (), **changes) -> RunOptions:
     known = {"data": "calibration.txt", "format": "safetensors"}
     return RunOptions(str(model), recipe, Path(output), sets=sets, **(known | changes))
