@@ -6,10 +6,10 @@
     scripts/bench_sorted.py minilm
 
 Each part by itself, results together in docs/measured/sorted.json. `cnn` trains the network alone for `start` epochs,
-then all 160 sizes together for `epochs`, and draws docs/measured/sorted.svg: what each size keeps of the accuracy of
-the largest. With --alone eight of the sizes are then trained from random weights and without the others, each for as
-much CPU time as all together took with their start. One seed; images are averaged over squares of `--pool` pixels;
-accuracy is of torch, on the first `test` images of the test set; CPU-seconds are the process's.
+then all 160 sizes together for `epochs`, and draws docs/measured/sorted.svg: what each size of this training keeps of
+the accuracy of the largest. With --alone eight of the sizes are then trained from random weights and without the others,
+each for as much CPU time as all together took with their start. One seed; images are averaged over squares of `--pool`
+pixels; accuracy is of torch, on the first `test` images of the test set; CPU-seconds are the process's.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def recipe_sizes(model: str, recipe: str, arguments: argparse.Namespace) -> dict
 def sorted_table(results: dict[str, Any]) -> str:
     """What each part found."""
     text = []
-    if found := results.get("cnn"):
+    for found in results.get("cnn", {}).values():
         text.append(
             f"ResNet-20 of width 16 on {found['images']:,} images of Fashion-MNIST, {found['side']}×{found['side']}, "
             f"one seed: {found['start_epochs']} epochs alone ({found['start_cpu_seconds']} CPU-seconds, "
@@ -233,7 +233,12 @@ def main() -> None:
     arguments = parser.parse_args()
     for part in arguments.parts:
         found = {"cnn": cnn, "minilm": minilm, "smollm2": smollm2}[part](arguments)
-        results = read_results("sorted") | {part: found}
+        results = read_results("sorted")
+        if part == "cnn":
+            key = f"{arguments.images} images, {arguments.epochs} epochs"
+            results[part] = results.get(part, {}) | {key: found}
+        else:
+            results[part] = found
         write_results("sorted", results)
         if part == "cnn":
             write_picture("sorted", picture(found))
