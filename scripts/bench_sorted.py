@@ -7,7 +7,7 @@
 
 Each part by itself, results together in docs/measured/sorted.json. `cnn` trains the network alone for `start` epochs,
 then all 160 sizes together for `epochs`, and draws docs/measured/sorted.svg: what each size of this training keeps of
-the accuracy of the largest. With --alone eight of the sizes are then trained from random weights and without the others,
+the accuracy of the largest. With --alone eight of the sizes are then trained from random weights, without the others,
 each for as much CPU time as all together took with their start. One seed; images are averaged over squares of `--pool`
 pixels; accuracy is of torch, on the first `test` images of the test set; CPU-seconds are the process's.
 """
