@@ -92,8 +92,9 @@ class Training(Pass):
         return None
 
     def steps(self, n_examples: int, n_processes: int = 1) -> tuple[int, int]:
-        """Of the optimizer in all over `n_examples`, and examples of each of them; an epoch's last that fill none are left
-        out. Both are 0 where `n_processes` have no example each.
+        """Of the optimizer in all over `n_examples`, and examples of each; an epoch's last that fill none are left out.
+
+        Both are 0 where `n_processes` have no example each.
         """
         batch = min(self.batch, n_examples) // n_processes * n_processes
         return (self.epochs * (n_examples // batch), batch) if batch else (0, 0)
