@@ -185,10 +185,10 @@ def sorted_table(results: dict[str, Any]) -> str:
         text.append(
             f"ResNet-20 of width 16 on {found['images']:,} images of Fashion-MNIST, {found['side']}×{found['side']}, "
             f"one seed: {found['start_epochs']} epochs alone ({found['start_cpu_seconds']} CPU-seconds, "
-            f"{found['original']:.1%}), then "
-            f"{found['epochs']} epochs of all sizes together, with sorting and statistics {found['cpu_seconds']} "
-            f"CPU-seconds. The largest then has {found['largest']:.1%} on {found['test']:,} test images; "
-            f"{found['n_enough']} of 160 sizes keep 96 % of that, the worst one {found['least']:.1%}. "
+            f"{found['original']:.1%}), then {found['epochs']} epochs of all sizes together, with sorting and "
+            f"statistics {found['cpu_seconds']} CPU-seconds. The largest then has {found['largest']:.1%} on "
+            f"{found['test']:,} test images; {found['n_enough']} of 160 sizes keep 96 % of that, the worst one "
+            f"{found['least']:.1%}. "
             "Those without branches are one network."
         )
         if found.get("alone"):
@@ -237,11 +237,10 @@ def main() -> None:
         if part == "cnn":
             key = f"{arguments.images} images, {arguments.epochs} epochs"
             results[part] = results.get(part, {}) | {key: found}
+            write_picture("sorted", picture(found))
         else:
             results[part] = found
         write_results("sorted", results)
-        if part == "cnn":
-            write_picture("sorted", picture(found))
     print(sorted_table(json.loads(json.dumps(read_results("sorted")))))
 
 

@@ -445,9 +445,10 @@ def _refuse_alone(settings: Training) -> None:
 def _refuse_haste(settings: Training, n_examples: int) -> None:
     from compressor.runtime.torchrun import n_started
 
-    n_steps, batch = settings.steps(n_examples, n_started())
+    n_processes = n_started()
+    n_steps, batch = settings.steps(n_examples, n_processes)
     if settings.epochs and not batch:
-        raise DataError(too_few(settings, n_examples, n_started()))
+        raise DataError(too_few(settings, n_examples, n_processes))
     if reason := settings.refuses_steps(n_steps):
         raise RecipeError(f"{settings.name}: {reason}")
 
