@@ -245,10 +245,11 @@ def searched(folder: Path, name: str, width: int, step: dict[str, Any], seed: in
 def pruned_at_once(folder: Path, name: str, like: dict[str, Any], epochs: int, seed: int) -> dict[str, Any]:
     """The same share of parameters gone in one step of `lrp` by Taylor scores, then distilled as a search's best is."""
     output, recipe = folder / name, folder / f"{name}.yaml"
-    distilled = {key: N2n(units="layer").model_dump()[key] for key in ("optimizer", "loss", "distance", "temperature")}
+    distilled = {key: N2n(units="layer").model_dump()[key] for key in ("optimizer", "distance", "temperature")}
     step = {
         "pass": "lrp", "criterion": "taylor", "fraction": 1 - like["parameters"] / like["teacher_parameters"],
-        "step": 1.0, "most": 0.97, "epochs": epochs, "rate": SEARCH["rate"], "batch": SEARCH["batch"], **distilled,
+        "step": 1.0, "most": 0.97, "epochs": epochs, "rate": SEARCH["rate"], "batch": SEARCH["batch"],
+        "loss": "both", **distilled,
     }  # fmt: skip
     if not output.is_dir():
         recipe.write_text(json.dumps({"passes": [step], "evaluation": {"tokens": 0}}))
