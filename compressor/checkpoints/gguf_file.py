@@ -1,8 +1,8 @@
-"""GGUF files of the Llama, Mistral and Qwen families, tensor by tensor, by Hugging Face's names.
+"""GGUF files of the Llama, Mistral, Qwen and Gemma families, tensor by tensor, by Hugging Face's names.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's converter permutes the rows
-of Llama's query and key matrices, from rotary halves to interleaved pairs; here this is undone. Other
-families are stored as they are.
+of Llama's query and key matrices, from rotary halves to interleaved pairs, and adds to Gemma's norms the one
+that the network adds when it runs; here this is undone. All else is stored as it is.
 """
 
 from __future__ import annotations
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
 
-MODEL_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INNER = {
     "attn_norm": "input_layernorm",
@@ -42,6 +36,12 @@ INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""Of Gemma since its second generation: norms before and after each half of a block."""
 CONFIG_KEYS = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -50,6 +50,52 @@ CONFIG_KEYS = {
     "num_hidden_layers": "block_count",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+_GEMMA_KEYS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "sliding_window": "attention.sliding_window",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How llama.cpp stores the networks of an architecture.
+
+    model_class   transformers' class of them
+    model_type    what their config calls them; the architecture where it is empty
+    inner         names within a block, where they are not those of INNER
+    keys          entries that the config has besides CONFIG_KEYS where the metadata have them
+    permuted      the rows of queries and keys are permuted
+    around_one    norms are stored with the one that the network adds to them
+    no_head_scale the number of blocks of the size whose attention is scaled by the width of a head's share of the
+                  hidden size, not by that of its keys: the metadata do not say so
+    every_nth     of so many layers the last attends to everything, the others to a window; 0: the config's class knows
+    """
+
+    model_class: str
+    model_type: str = ""
+    inner: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    permuted: bool = False
+    around_one: bool = False
+    no_head_scale: int = 0
+    every_nth: int = 0
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", permuted=True),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM"),
+    "qwen3": Family("Qwen3ForCausalLM"),
+    "gemma": Family("GemmaForCausalLM", around_one=True),
+    "gemma2": Family("Gemma2ForCausalLM", inner=_SANDWICH, keys=_GEMMA_KEYS, around_one=True, no_head_scale=46),
+    "gemma3": Family(
+        "Gemma3ForCausalLM", "gemma3_text", _SANDWICH, _GEMMA_KEYS, around_one=True, no_head_scale=62, every_nth=6
+    ),
+}  # fmt: skip
+"""By the architecture that the metadata name."""
+LOCAL_THETA = 10000.0
+"""Of Gemma 3's layers that attend to a window."""
 SPECIAL_TOKENS = {
     "bos_token_id": "bos",
     "eos_token_id": "eos",
@@ -71,6 +117,7 @@ class GgufSource(Source):
     config: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, Any] = field(default_factory=dict)
     permuted_heads: dict[str, int] = field(default_factory=dict)
+    around_one: bool = False
 
     @classmethod
     def open(cls, path: Path, config: dict[str, Any] | None = None) -> GgufSource:
@@ -85,8 +132,9 @@ class GgufSource(Source):
     def _described(cls, path: Path, reader: GGUFReader, config: dict[str, Any] | None) -> GgufSource:
         if int(metadata(reader, "split.count") or 1) > 1:
             raise CheckpointError(f"{path}: is one part of a split file; join the parts with llama-gguf-split --merge")
+        family = family_of(path, reader)
         config = config or read_config(path, reader)
-        entries = {hugging_face_name(path, entry.name): entry for entry in reader.tensors}
+        entries = {hugging_face_name(path, entry.name, family): entry for entry in reader.tensors}
         entries.pop("rope_freqs.weight", None)
         infos = {
             name: TensorInfo(
@@ -97,8 +145,10 @@ class GgufSource(Source):
             )
             for name, entry in entries.items()
         }
-        heads = permuted_heads(reader, infos)
-        return cls("gguf", [path], infos, config=config, entries=entries, permuted_heads=heads)
+        return cls(
+            "gguf", [path], infos, config=config, entries=entries, around_one=family.around_one,
+            permuted_heads=permuted_heads(reader, infos) if family.permuted else {},
+        )  # fmt: skip
 
     def file_of(self, name: str) -> Path:
         return self.files[0]
@@ -113,6 +163,8 @@ class GgufSource(Source):
             values = dequantize(entry.data, entry.tensor_type)
             if name in self.permuted_heads:
                 values = restore_rows(values, self.permuted_heads[name])
+            if self.around_one and name.endswith("norm.weight"):
+                values = values - numpy.float32(1)
             return torch.from_numpy(numpy.array(values, dtype=numpy.float32)).reshape(self.tensors[name].shape)
         except NotImplementedError as error:
             raise CheckpointError(
@@ -132,11 +184,10 @@ def restore_rows(values: numpy.ndarray, n_heads: int) -> numpy.ndarray:
 
 
 def permuted_heads(reader: GGUFReader, names: dict[str, TensorInfo]) -> dict[str, int]:
-    """The tensors whose rows are permuted, and the heads of each."""
-    if metadata(reader, "general.architecture") != "llama":
-        return {}
-    n_heads = metadata(reader, "llama.attention.head_count")
-    heads = {"q_proj": n_heads, "k_proj": metadata(reader, "llama.attention.head_count_kv") or n_heads}
+    """The tensors whose rows are permuted in a file of such a family, and the heads of each."""
+    name = metadata(reader, "general.architecture")
+    n_heads = metadata(reader, f"{name}.attention.head_count")
+    heads = {"q_proj": n_heads, "k_proj": metadata(reader, f"{name}.attention.head_count_kv") or n_heads}
     return {name: heads[name.split(".")[-2]] for name in names if name.split(".")[-2] in heads}
 
 
@@ -166,45 +217,61 @@ def metadata(reader: GGUFReader, key: str) -> Any:
     return None if found is None else found.contents()
 
 
-def hugging_face_name(path: Path, name: str) -> str:
+def family_of(path: Path, reader: GGUFReader) -> Family:
+    """What the file's metadata say that it is.
+
+    Raises:
+        CheckpointError: An architecture that is not among FAMILIES.
+    """
+    name = metadata(reader, "general.architecture")
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"{path}: is of architecture '{name}'; known: {', '.join(sorted(FAMILIES))}; give the "
+            "Hugging Face directory instead"
+        )
+    return FAMILIES[name]
+
+
+def hugging_face_name(path: Path, name: str, family: Family) -> str:
     """A tensor's name in transformers' state dict."""
+    inner = INNER | family.inner
     stem, _, kind = name.rpartition(".")
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if block and block[2] in INNER:
-        return f"model.layers.{block[1]}.{INNER[block[2]]}.{kind}"
+    if block and block[2] in inner:
+        return f"model.layers.{block[1]}.{inner[block[2]]}.{kind}"
     if stem in OUTER:
         return f"{OUTER[stem]}.{kind}"
     if name == "rope_freqs.weight":
         return name
     raise CheckpointError(
-        f"{path}: tensor '{name}' has no place in the Llama and Qwen families; give the Hugging Face directory instead"
+        f"{path}: tensor '{name}' has no place in a {family.model_class}; give the Hugging Face directory instead"
     )
 
 
 def read_config(path: Path, reader: GGUFReader) -> dict[str, Any]:
     """The transformers config that a file's metadata describe."""
-    family = metadata(reader, "general.architecture")
-    if family not in MODEL_CLASSES:
-        raise CheckpointError(
-            f"{path}: is of architecture '{family}'; known: {', '.join(sorted(MODEL_CLASSES))}; give the "
-            "Hugging Face directory instead"
-        )
-    config: dict[str, Any] = {"architectures": [MODEL_CLASSES[family]], "model_type": family}
+    name, family = metadata(reader, "general.architecture"), family_of(path, reader)
+    config: dict[str, Any] = {"architectures": [family.model_class], "model_type": family.model_type or name}
     for key, suffix in CONFIG_KEYS.items():
-        value = metadata(reader, f"{family}.{suffix}")
+        value = metadata(reader, f"{name}.{suffix}")
         if value is None:
-            raise CheckpointError(f"{path}: its metadata lack '{family}.{suffix}'; convert the model again")
+            raise CheckpointError(f"{path}: its metadata lack '{name}.{suffix}'; convert the model again")
         config[key] = value
-    config["num_key_value_heads"] = (
-        metadata(reader, f"{family}.attention.head_count_kv") or config["num_attention_heads"]
-    )
+    config["num_key_value_heads"] = metadata(reader, f"{name}.attention.head_count_kv") or config["num_attention_heads"]
+    config |= {key: value for key, suffix in family.keys.items() if (value := metadata(reader, f"{name}.{suffix}"))}
     _refuse_per_layer(path, config)
-    _refuse_scaled_rotary(path, reader)
-    head_dim = metadata(reader, f"{family}.attention.key_length") or metadata(reader, f"{family}.rope.dimension_count")
-    config["head_dim"] = head_dim or config["hidden_size"] // config["num_attention_heads"]
-    base = metadata(reader, f"{family}.rope.freq_base") or 10000.0
-    config["rope_theta"] = base
-    config["rope_parameters"] = {"rope_theta": base, "rope_type": "default"}
+    share = config["hidden_size"] // config["num_attention_heads"]
+    head_dim = metadata(reader, f"{name}.attention.key_length") or metadata(reader, f"{name}.rope.dimension_count")
+    config["head_dim"] = head_dim or share
+    if family.no_head_scale:
+        whole = config["num_hidden_layers"] == family.no_head_scale
+        config["query_pre_attn_scalar"] = share if whole else config["head_dim"]
+    config |= _rotary(path, reader, family)
+    if family.every_nth:
+        config["layer_types"] = [
+            "sliding_attention" if (layer + 1) % family.every_nth else "full_attention"
+            for layer in range(config["num_hidden_layers"])
+        ]
     names = {entry.name: entry for entry in reader.tensors}
     if "token_embd.weight" not in names:
         raise CheckpointError(f"{path}: tensor 'token_embd.weight' is missing; convert the model again")
@@ -220,15 +287,32 @@ def read_config(path: Path, reader: GGUFReader) -> dict[str, Any]:
     return config
 
 
-def _refuse_scaled_rotary(path: Path, reader: GGUFReader) -> None:
-    """Refuse a file whose rotary scaling would be lost: its table of factors does not say how it was made."""
-    kind = metadata(reader, f"{metadata(reader, 'general.architecture')}.rope.scaling.type")
+def _rotary(path: Path, reader: GGUFReader, family: Family) -> dict[str, Any]:
+    """What the config says of rotary positions: θ, and by how much positions are stretched.
+
+    Raises:
+        CheckpointError: Other scaling than linear, which would be lost: a table does not say how it was made.
+    """
+    name = metadata(reader, "general.architecture")
+    kind, factor = (metadata(reader, f"{name}.rope.scaling.{key}") for key in ("type", "factor"))
     table = any(entry.name == "rope_freqs.weight" for entry in reader.tensors)
-    if table or kind not in (None, "none"):
+    if table or kind not in (None, "none", "linear") or (kind == "linear" and not factor):
         found = "a table of rotary factors" if table else f"rotary scaling '{kind}'"
         raise CheckpointError(
             f"{path}: has {found}, whose settings are not in its metadata; give --arch DIR with the model's config.json"
         )
+    base = metadata(reader, f"{name}.rope.freq_base") or 10000.0
+    scaling = {"rope_type": "linear", "factor": factor} if kind == "linear" else {"rope_type": "default"}
+    rope = {"rope_theta": base, **scaling}
+    if not family.every_nth:
+        return {"rope_theta": base, "rope_parameters": rope}
+    local = metadata(reader, f"{name}.rope.freq_base_swa") or LOCAL_THETA
+    return {
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+    }
 
 
 def _refuse_per_layer(path: Path, config: dict[str, Any]) -> None:

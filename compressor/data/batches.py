@@ -13,7 +13,7 @@ from compressor.core.batch import Batch, Examples, as_batch
 from compressor.core.errors import DataError
 from compressor.data.arrays import Arrays
 from compressor.data.text import Text
-from compressor.data.tokens import encode_sentences, tokenize, windows
+from compressor.data.tokens import encode_sentences, opened, opening, room, tokenize, windows
 from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, learning_window
 
 LONGEST_SENTENCE = 128
@@ -95,27 +95,35 @@ def _text_batches(
     source: Text, tokenizer: Path, tokens: int, window: int, share: float, generated: Tensor | None, seed: int
 ) -> list[Batch]:
     """`tokens` in windows, `share` of them generated and spread evenly among those of the text."""
-    n = max(1, tokens // window)
+    n, first = max(1, tokens // window), opening(tokenizer)
     written = torch.empty(0, window, dtype=torch.long)
     if generated is not None and share:
-        ids = generated.flatten()
-        written = ids[: len(ids) // window * window].view(-1, window)[: round(n * share)]
+        pieces = _pieces(generated, room(window, first))[: round(n * share)]
+        written = torch.from_numpy(opened(pieces.numpy(), first))
     parts = [written]
     if len(written) < n:
         ids = tokenize(source, tokenizer)
-        n_real = max(1, min(n - len(written), len(ids) // window))
-        parts = [torch.from_numpy(windows(ids, window, n_real, seed)), written]
+        n_real = max(1, min(n - len(written), len(ids) // room(window, first)))
+        parts = [torch.from_numpy(windows(ids, window, n_real, seed, first)), written]
     places = torch.cat([(torch.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
     chosen = torch.cat(parts)[places.argsort(stable=True)]
     return [{"input_ids": part} for part in chosen.split(max(1, TOKENS_PER_BATCH // window)) if len(part)]
 
 
+def _pieces(documents: Tensor, length: int) -> Tensor:
+    """Documents (n, tokens) cut into pieces (m, length): each by itself, or joined where they are shorter."""
+    tokens = documents.shape[1]
+    ids = documents[:, : tokens // length * length] if tokens >= length else documents
+    ids = ids.flatten()
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
 def evaluation_windows(source: Text, recipe: Recipe, tokenizer: Path) -> np.ndarray:
     """The first windows of the evaluation text, as many as the recipe measures."""
     settings = recipe.evaluation
-    ids = tokenize(source, tokenizer)
-    n = max(1, min(settings.tokens // settings.window, len(ids) // settings.window))
-    return windows(ids, settings.window, n)
+    ids, first = tokenize(source, tokenizer), opening(tokenizer)
+    n = max(1, min(settings.tokens // settings.window, len(ids) // room(settings.window, first)))
+    return windows(ids, settings.window, n, first=first)
 
 
 def sentence_batches(source: Text, tokenizer: Path, longest: int | None = None) -> list[dict[str, np.ndarray]]:

@@ -6,12 +6,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from compressor.core.errors import DataError
 from compressor.data import kind_of, load
+from compressor.data.batches import calibration_batches, evaluation_windows, learning_batches
 from compressor.data.disjoint import check_disjoint, text_overlap
 from compressor.data.text import SAMPLE, Text, load_text
-from compressor.data.tokens import encode_sentences, tokenize, windows
+from compressor.data.tokens import encode_sentences, opening, tokenize, windows
+from compressor.plan.recipe_file import load_recipe
+from tests import pico
 
 
 def test_the_sample_is_small_and_its_parts_are_disjoint():
@@ -175,6 +179,36 @@ def test_windows_stand_side_by_side_or_are_drawn_by_seed():
     np.testing.assert_array_equal(drawn, windows(tokens, 5, 3, seed=1))
     many = windows(tokens, 5, 9, seed=1)
     assert many.shape == (9, 5) and (np.diff(many) == 1).all()
+
+
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tokenizer):
+    first, tokens = opening(tokenizer), np.arange(4, 14, dtype=np.int32)
+    assert first.dtype == np.int64 and first.tolist() == [1]
+    assert windows(tokens, 4, first=first).tolist() == [[1, 4, 5, 6], [1, 7, 8, 9], [1, 10, 11, 12]]
+    drawn = windows(tokens, 3, 8, seed=1, first=first)
+    assert drawn.shape == (8, 3) and set(drawn[:, 0]) == {1} and (drawn[:, 2] - drawn[:, 1] == 1).all()
+    with pytest.raises(DataError, match="a window of 1 tokens has no room for text; the tokenizer puts 1 tokens"):
+        windows(tokens, 1, first=first)
+
+
+def test_a_tokenizer_that_puts_nothing_before_a_text_leaves_windows_as_they_are(tmp_path):
+    pico.write_tokenizer(tmp_path)
+    assert opening(tmp_path).shape == (0,)
+    tokens = np.arange(10)
+    np.testing.assert_array_equal(windows(tokens, 5, first=opening(tmp_path)), windows(tokens, 5))
+
+
+def test_all_that_a_network_reads_begins_so(tokenizer):
+    content, written = " ".join("abcdefghij" * 60), torch.full((2, 64), 3)
+    sets = ["calibration.window=32", "calibration.tokens=256", "calibration.generated=0.5", "evaluation.window=32"]
+    recipe = load_recipe("llm-2bit", [*sets, "distill.tokens=256", "distill.generated=0.5"])
+    text = Text("given", (content,))
+    assert (evaluation_windows(text, recipe, tokenizer)[:, 0] == 1).all()
+    for make in (calibration_batches, learning_batches):
+        rows = torch.cat([batch["input_ids"] for batch in make(text, recipe, tokenizer, 0, written)])
+        assert (rows[:, 0] == 1).all()
+        own = (rows[:, 1:] == 3).all(1)
+        assert own.any() and not (rows[~own][:, 1:] == 3).any()
 
 
 def test_too_short_a_text_says_what_was_found_and_needed():

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from gguf import GGUFWriter
+from gguf import MODEL_ARCH
 
-from compressor.checkpoints.gguf_file import INNER, OUTER
 from tests import pico
+from tests.gguf_files import write_gguf
 from tests.graph import zoo
 from tests.onnx import graphs
 
@@ -57,39 +55,15 @@ def _vit(folder: Path) -> None:
 
 
 def _gguf(folder: Path) -> None:
-    """A llama in a file of Qwen's family, whose rows are stored as they are, with a tokenizer in it."""
-    pico.llama(folder / "llama")
-    module = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
-    config, writer = module.config, GGUFWriter(folder / "pico.gguf", "qwen2")
-    for add, value in (
-        (writer.add_block_count, config.num_hidden_layers), (writer.add_embedding_length, config.hidden_size),
-        (writer.add_context_length, 128), (writer.add_feed_forward_length, config.intermediate_size),
-        (writer.add_head_count, config.num_attention_heads), (writer.add_head_count_kv, config.num_key_value_heads),
-        (writer.add_layer_norm_rms_eps, 1e-6), (writer.add_key_length, config.head_dim), (writer.add_vocab_size, WORDS),
-        (writer.add_bos_token_id, 0), (writer.add_eos_token_id, 1),
-    ):  # fmt: skip
-        add(value)
-    inner, outer = ({new: old for old, new in names.items()} for names in (INNER, OUTER))
-    for name, tensor in module.state_dict().items():
-        stem, _, kind = name.rpartition(".")
-        _, layers, number, *part = [*stem.split("."), "", ""]
-        short = f"blk.{number}.{inner['.'.join(part).strip('.')]}" if layers == "layers" else outer[stem]
-        if name != "lm_head.weight":
-            writer.add_tensor(f"{short}.{kind}", tensor.numpy().astype(np.float32))
-    for number in range(config.num_hidden_layers):
-        for part, n in (("q", 80), ("k", 16), ("v", 16)):
-            writer.add_tensor(f"blk.{number}.attn_{part}.bias", np.zeros(n, np.float32))
-    model = json.loads((folder / "llama" / "tokenizer.json").read_text())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(sorted(model["vocab"], key=model["vocab"].__getitem__))
-    writer.add_token_types([1] * len(model["vocab"]))
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    shutil.rmtree(folder / "llama")
+    """A file of Qwen's family, with a tokenizer in it."""
+    config = transformers.Qwen2Config(
+        **SMALL | {"num_attention_heads": 5, "num_hidden_layers": 3}, intermediate_size=108, num_key_value_heads=1,
+        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    pico.write_tokenizer(folder)
+    module = pico.lively(transformers.Qwen2ForCausalLM(config), 0)
+    write_gguf(module, MODEL_ARCH.QWEN2, folder / "pico.gguf", folder / "tokenizer.json")
+    (folder / "tokenizer.json").unlink()
 
 
 def _in_folder(make: Callable[[Path], object]) -> Callable[[Path], None]:
