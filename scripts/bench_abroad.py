@@ -6,9 +6,9 @@
 
 Its source is a GGUF file of other people's (Q5_0 and Q4_K linears, the embedding and head in eight bits), with 262,144
 tokens in its vocabulary, which are 63 % of its weights, layers that attend to a window, and a tokenizer that begins
-texts with <bos>. Perplexity is of 8 windows of 512 tokens each of six kinds of text, in onnxruntime beside the original in
-torch and the GGUF file in llama.cpp. Calibration is on the built-in sample. Rows that are in docs/measured/abroad.json
-are not measured again, unless by --again.
+texts with <bos>. Perplexity is of 8 windows of 512 tokens each of six kinds of text, in onnxruntime beside the
+original in torch and the GGUF file in llama.cpp. Calibration is on the built-in sample. Rows that are in
+docs/measured/abroad.json are not measured again, unless by --again.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@
     scripts/bench_quality.py steps                          a row per step of jlcm at 2.5 bits
 
 Windows of 512 tokens, nothing before them, as SmolLM2's tokenizer has it, 511 predictions each: 8 windows of two
-excerpts (the published protocol) and 64 of the whole texts; of artifacts 8 of texts of other kinds as well (scripts/material.py says which). Results go to
-docs/measured after each finished row; rows that are there are not measured again, unless by --again.
+excerpts (the published protocol) and 64 of the whole texts; of artifacts 8 of texts of other kinds as well
+(scripts/material.py says which). Results go to docs/measured after each finished row; rows that are there are not
+measured again, unless by --again.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Checkpoint:
         self.architecture = architecture.name
         self.family = architecture.family
         self.config = copy.deepcopy(config)
-        self.tokenizer_files = list(tokenizer_files)
+        self._beside = list(tokenizer_files)
         self.seen = seen or Snapshot({})  # its files as they were before any was read
         self.skipped: list[str] = []
         self.notes: list[str] = list(source.notes)  # what a plan says of the files
@@ -207,12 +207,21 @@ class Checkpoint:
         self.tensors = needed
         return True
 
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files: what lies beside the weights, else what a GGUF file says, written by the first call.
+
+        Raises:
+            CheckpointError: What a GGUF file says is no tokenizer.
+        """
+        if self.kind == "gguf" and not self._beside:
+            from compressor.checkpoints.gguf_file import gguf_tokenizer
+
+            self._beside = gguf_tokenizer(self.source.files[0])
+        return self._beside
+
     def write_tokenizer(self, directory: Path) -> list[Path]:
         """Write the tokenizer's files into a directory, tokenizer.json without spaces; returns the paths."""
-        if self.kind == "gguf" and not self.tokenizer_files:
-            from compressor.checkpoints.gguf_file import write_gguf_tokenizer
-
-            return write_gguf_tokenizer(self.source.files[0], Path(directory))
         return copy_tokenizer(self.tokenizer_files, Path(directory))
 
     def digest(self) -> str:
@@ -236,7 +245,7 @@ class Checkpoint:
             "tensor_bytes": sum(info.nbytes for info in self.tensors.values()),
             "bytes_by_dtype": dict(sorted(dtypes.items())),
             "tied": dict(self.tied),
-            "tokenizer_files": [path.name for path in self.tokenizer_files],
+            "tokenizer_files": [path.name for path in self._beside],
             "card": card_of(self.path, self.config),
         }
 

@@ -7,6 +7,7 @@ that the network adds when it runs; here this is undone. All else is stored as i
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoints.gguf_index import check_index
 from compressor.checkpoints.source import Source, TensorInfo, refuse_empty
+from compressor.checkpoints.tokenizer import find_tokenizer, write_compact
 from compressor.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -323,12 +325,25 @@ def _refuse_per_layer(path: Path, config: dict[str, Any]) -> None:
             )
 
 
-def write_gguf_tokenizer(path: Path, directory: Path) -> list[Path]:
+def gguf_tokenizer(path: Path) -> list[Path]:
+    """The tokenizer of a GGUF file in Hugging Face's files, in a folder that is removed when the process ends."""
+    resolved = path.resolve()
+    return find_tokenizer(Path(_written(resolved, resolved.stat().st_mtime_ns).name))
+
+
+@functools.cache
+def _written(path: Path, stamp: int) -> tempfile.TemporaryDirectory[str]:
+    """Making it takes seconds; a plan and its run ask for it several times."""
+    folder = tempfile.TemporaryDirectory(prefix="compressor-")
+    write_gguf_tokenizer(path, Path(folder.name))
+    return folder
+
+
+def write_gguf_tokenizer(path: Path, directory: Path) -> None:
     """The tokenizer of a GGUF file, in Hugging Face's files. What lies beside the file is not looked at."""
     from transformers import AutoTokenizer
 
     from compressor.checkpoints.reach import offline
-    from compressor.checkpoints.tokenizer import find_tokenizer, write_compact
     from compressor.core.reading import read_json
 
     try:
@@ -344,4 +359,3 @@ def write_gguf_tokenizer(path: Path, directory: Path) -> list[Path]:
             f"{path}: its tokenizer cannot be read; {error}; give --arch DIR with tokenizer.json"
         ) from error
     write_compact(read_json(directory / "tokenizer.json"), directory / "tokenizer.json")
-    return find_tokenizer(directory)

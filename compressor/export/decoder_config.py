@@ -38,6 +38,8 @@ EPSILONS = {"phi3": 1e-5, "olmo2": 1e-5}
 THETAS = {"smollm3": 2_000_000.0}
 """Bases of rotation where the config has none; 10,000 otherwise."""
 ROPE_TYPES = ("default", "linear", "llama3")
+USUAL_LENGTH = 2048
+"""The longest sequence where a config has none."""
 HEAD_STEP = 16
 """What onnxruntime's GroupQueryAttention wants the size of a head to be a multiple of, to rotate it."""
 FIRST_WINDOW, USUAL_WINDOW, QWEN3_HEAD, NOPE_INTERVAL = 28, 4096, 128, 4
@@ -101,7 +103,7 @@ class DecoderConfig(DecoderSizes):
         config = _whole(config)
         heads, layers, kind = config["num_attention_heads"], config["num_hidden_layers"], config["model_type"]
         granite, gemma, head_dim = kind == "granite", kind in GEMMAS, _head_dim(config)
-        longest = config.get("max_position_embeddings") or 2048
+        longest = config.get("max_position_embeddings") or USUAL_LENGTH
         scale = config.get("query_pre_attn_scalar", head_dim) ** -0.5
         tables = {kind: tuple(inverse_frequencies(rope, head_dim).tolist()) for kind, rope in _ropes(config).items()}
         kinds = config.get("layer_types") or [""] * layers
@@ -159,6 +161,15 @@ def _ropes(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if config["model_type"] != "gemma3_text":
         return {"": _rope(config)}
     return {kind: _rope(config | {"rope_parameters": rope}) for kind, rope in config["rope_parameters"].items()}
+
+
+def rotary_tables(config: dict[str, Any]) -> int:
+    """Values in the tables of cosines and sines of a decoder that is built from its config; of others 0."""
+    if decoder_refusal(config) is not None:
+        return 0
+    config = _whole(config)
+    kinds = {repr(sorted(rope.items())) for rope in _ropes(config).values()}
+    return 2 * len(kinds) * (config.get("max_position_embeddings") or USUAL_LENGTH) * (_head_dim(config) // 2)
 
 
 def _head_dim(config: dict[str, Any]) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from compressor.export.decoder_config import rotary_tables
 from compressor.export.forms import Coded, Form, Mode, Plane, bits_apart, coded, form
 from compressor.export.shares import STAGES, WORTH_IT, Share, folding_of, share_out
 from compressor.ops.widths import n_groups, packed_columns, plane_widths, zero_bits
@@ -82,7 +83,7 @@ def memory_in_use(
     """
     whole, tables = Taken(), [tensor.name for tensor in tensors if tensor.role == "embedding"]
     heads = {*tied.values()} | ({tables[0]} if config.get("tie_word_embeddings") and tables else set())
-    overhead = float(LIBRARIES)
+    overhead = float(LIBRARIES + FLOAT * rotary_tables(dict(config)))
     for tensor in tensors:
         whole += taken(tensor, mode, tensor.name in heads, tensor.name.endswith("lm_head.weight"), static)
         shifted = tensor.by and (found := form(tensor.describe(), mode)) is not None and found.shifted

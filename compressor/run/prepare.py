@@ -513,8 +513,6 @@ def _refuse_without_example(found: Prepared) -> None:
 
 def _refuse_without_tokenizer(checkpoint: Checkpoint) -> None:
     names = [path.name for path in checkpoint.tokenizer_files]
-    if checkpoint.kind == "gguf" and not names:
-        return  # it is in the file
     if not any(name.startswith(TOKENIZERS) or name.endswith(".model") for name in names):
         raise DataError(
             f"{checkpoint.path}: has no tokenizer; expected tokenizer.json, or vocab and merges; put the model's "
@@ -579,12 +577,7 @@ def _refuse_speechless(checkpoint: Checkpoint) -> None:
     from compressor.data.start_token import start_token
 
     files = checkpoint.tokenizer_files
-    if files or checkpoint.family != "decoder":
-        start_token(checkpoint, files[0].parent if files else checkpoint.path)
-    else:
-        with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
-            checkpoint.write_tokenizer(Path(scratch))
-            start_token(checkpoint, Path(scratch))
+    start_token(checkpoint, files[0].parent if files else checkpoint.path)
     config = checkpoint.config or {}
     if config.get("model_type") not in TRACED_WITH_CACHE and decoder_refusal(config) is not None:
         from compressor.sweeps.written_text import refuse_forgetful

@@ -10,8 +10,11 @@ import transformers
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.errors import CheckpointError
+from compressor.plan.planning import make_plan
+from compressor.plan.recipe_file import load_recipe
 from tests import pico
 from tests.gguf_files import write_gguf
+from tests.run import sources
 
 ARCH = gguf.MODEL_ARCH
 SMALL = {
@@ -82,3 +85,12 @@ def test_another_architecture_is_refused_by_name(tmp_path):
     writer.close()
     with pytest.raises(CheckpointError, match="is of architecture 'phi2'; known: gemma, gemma2, gemma3, llama"):
         open_checkpoint(tmp_path / "pico.gguf")
+
+
+def test_a_plan_counts_the_tokenizer_that_the_artifact_gets(tmp_path):
+    sources.SOURCES["gguf"][0](tmp_path / "gguf")
+    checkpoint = open_checkpoint(tmp_path / "gguf" / "pico.gguf")
+    plan = make_plan(checkpoint, load_recipe("llm-4bit", ["evaluation.tokens=0"]))
+    written = {path.name: path.stat().st_size for path in checkpoint.write_tokenizer(tmp_path / "out")}
+    assert "tokenizer.json" in written
+    assert {name: plan.files[name] for name in written} == written
