@@ -8,21 +8,21 @@ that the network adds when it runs; here this is undone. All else is stored as i
 from __future__ import annotations
 
 import functools
+import math
 import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoints.gguf_index import check_index
-from compressor.checkpoints.source import Source, TensorInfo, refuse_empty
+from compressor.checkpoints.gguf_index import Entry, Index, read_index
+from compressor.checkpoints.source import Source, TensorInfo
 from compressor.checkpoints.tokenizer import find_tokenizer, write_compact
 from compressor.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy
     import torch
-    from gguf import GGUFReader
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INNER = {
@@ -117,39 +117,31 @@ class GgufSource(Source):
     """One GGUF file; `config` is made from its metadata."""
 
     config: dict[str, Any] = field(default_factory=dict)
-    entries: dict[str, Any] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
     permuted_heads: dict[str, int] = field(default_factory=dict)
     around_one: bool = False
 
     @classmethod
     def open(cls, path: Path, config: dict[str, Any] | None = None) -> GgufSource:
         """Open a file; a config that is given says what metadata cannot, such as a rotary scaling."""
-        reader = open_reader(path)
+        index = read_index(path)
         try:
-            return cls._described(path, reader, config)
+            return cls._described(path, index, config)
         except _DAMAGED as error:
             raise CheckpointError(f"{path}: its metadata are corrupt; {error!r}; fetch it again") from error
 
     @classmethod
-    def _described(cls, path: Path, reader: GGUFReader, config: dict[str, Any] | None) -> GgufSource:
-        if int(metadata(reader, "split.count") or 1) > 1:
+    def _described(cls, path: Path, index: Index, config: dict[str, Any] | None) -> GgufSource:
+        if int(index.metadata.get("split.count") or 1) > 1:
             raise CheckpointError(f"{path}: is one part of a split file; join the parts with llama-gguf-split --merge")
-        family = family_of(path, reader)
-        config = config or read_config(path, reader)
-        entries = {hugging_face_name(path, entry.name, family): entry for entry in reader.tensors}
+        family = family_of(path, index)
+        config = config or read_config(path, index)
+        entries = {hugging_face_name(path, entry.name, family): entry for entry in index.entries}
         entries.pop("rope_freqs.weight", None)
-        infos = {
-            name: TensorInfo(
-                name,
-                tuple(int(size) for size in reversed(entry.shape)),
-                entry.tensor_type.name,
-                int(entry.n_bytes),
-            )
-            for name, entry in entries.items()
-        }
+        infos = {name: _info(path, name, entry) for name, entry in entries.items()}
         return cls(
             "gguf", [path], infos, config=config, entries=entries, around_one=family.around_one,
-            permuted_heads=permuted_heads(reader, infos) if family.permuted else {},
+            permuted_heads=permuted_heads(index, infos) if family.permuted else {},
         )  # fmt: skip
 
     def file_of(self, name: str) -> Path:
@@ -158,11 +150,14 @@ class GgufSource(Source):
     def read(self, name: str) -> torch.Tensor:
         import numpy
         import torch
-        from gguf.quants import dequantize
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize, quant_shape_to_byte_shape
 
-        entry = self.entries[name]
+        entry, info = self.entries[name], self.tensors[name]
+        kind = GGMLQuantizationType(entry.kind)
         try:
-            values = dequantize(entry.data, entry.tensor_type)
+            stored = numpy.memmap(self.files[0], numpy.uint8, "r", entry.begin, (info.nbytes,))
+            values = dequantize(stored.reshape(quant_shape_to_byte_shape(info.shape, kind)), kind)
             if name in self.permuted_heads:
                 values = restore_rows(values, self.permuted_heads[name])
             if self.around_one and name.endswith("norm.weight"):
@@ -170,7 +165,7 @@ class GgufSource(Source):
             return torch.from_numpy(numpy.array(values, dtype=numpy.float32)).reshape(self.tensors[name].shape)
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{self.files[0]}: tensor '{name}' is stored as {entry.tensor_type.name}, which the gguf "
+                f"{self.files[0]}: tensor '{name}' is stored as {kind.name}, which the gguf "
                 "package cannot decode; give a file in another quantisation"
             ) from error
         except _DAMAGED as error:
@@ -185,47 +180,45 @@ def restore_rows(values: numpy.ndarray, n_heads: int) -> numpy.ndarray:
     return values.reshape(n_heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def permuted_heads(reader: GGUFReader, names: dict[str, TensorInfo]) -> dict[str, int]:
+def permuted_heads(index: Index, names: dict[str, TensorInfo]) -> dict[str, int]:
     """The tensors whose rows are permuted in a file of such a family, and the heads of each."""
-    name = metadata(reader, "general.architecture")
-    n_heads = metadata(reader, f"{name}.attention.head_count")
-    heads = {"q_proj": n_heads, "k_proj": metadata(reader, f"{name}.attention.head_count_kv") or n_heads}
+    name = index.metadata.get("general.architecture")
+    n_heads = index.metadata.get(f"{name}.attention.head_count")
+    heads = {"q_proj": n_heads, "k_proj": index.metadata.get(f"{name}.attention.head_count_kv") or n_heads}
     return {name: heads[name.split(".")[-2]] for name in names if name.split(".")[-2] in heads}
 
 
-def open_reader(path: Path) -> GGUFReader:
-    """The mapped file, its index checked against its size."""
-    from gguf import GGUFReader
+def _info(path: Path, name: str, entry: Entry) -> TensorInfo:
+    """What is known of a tensor before it is read.
 
-    refuse_empty(path)
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise CheckpointError(f"{path}: is not a GGUF file; it starts with {magic!r}; give a file of llama.cpp")
-    check_index(path)
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+    Raises:
+        CheckpointError: It reaches beyond the file, or is stored in a way that the gguf package does not know.
+    """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if entry.kind not in set(GGMLQuantizationType):
         raise CheckpointError(
-            f"{path}: is truncated or corrupt; it has {path.stat().st_size} bytes, and its index asks for "
-            f"more ({error}); fetch it again"
-        ) from error
-    return reader
+            f"{path}: tensor '{name}' is stored in type {entry.kind}, which the gguf package does not know; give a "
+            "file in another quantisation"
+        )
+    kind, n = GGMLQuantizationType(entry.kind), math.prod(entry.shape)
+    block, n_bytes = GGML_QUANT_SIZES[kind]
+    if n % block:
+        raise CheckpointError(f"{path}: is corrupt; tensor '{name}' of shape {entry.shape} is no whole blocks")
+    if entry.begin + n // block * n_bytes > (size := path.stat().st_size):
+        raise CheckpointError(
+            f"{path}: is truncated or corrupt; it has {size} bytes, and tensor '{name}' reaches beyond; fetch it again"
+        )
+    return TensorInfo(name, entry.shape, kind.name, n // block * n_bytes)
 
 
-def metadata(reader: GGUFReader, key: str) -> Any:
-    """A metadata value, or None."""
-    found = reader.fields.get(key)
-    return None if found is None else found.contents()
-
-
-def family_of(path: Path, reader: GGUFReader) -> Family:
+def family_of(path: Path, index: Index) -> Family:
     """What the file's metadata say that it is.
 
     Raises:
         CheckpointError: An architecture that is not among FAMILIES.
     """
-    name = metadata(reader, "general.architecture")
+    name = index.metadata.get("general.architecture")
     if name not in FAMILIES:
         raise CheckpointError(
             f"{path}: is of architecture '{name}'; known: {', '.join(sorted(FAMILIES))}; give the "
@@ -250,65 +243,67 @@ def hugging_face_name(path: Path, name: str, family: Family) -> str:
     )
 
 
-def read_config(path: Path, reader: GGUFReader) -> dict[str, Any]:
+def read_config(path: Path, index: Index) -> dict[str, Any]:
     """The transformers config that a file's metadata describe."""
-    name, family = metadata(reader, "general.architecture"), family_of(path, reader)
+    name, family = index.metadata.get("general.architecture"), family_of(path, index)
     config: dict[str, Any] = {"architectures": [family.model_class], "model_type": family.model_type or name}
     for key, suffix in CONFIG_KEYS.items():
-        value = metadata(reader, f"{name}.{suffix}")
+        value = index.metadata.get(f"{name}.{suffix}")
         if value is None:
             raise CheckpointError(f"{path}: its metadata lack '{name}.{suffix}'; convert the model again")
         config[key] = value
-    config["num_key_value_heads"] = metadata(reader, f"{name}.attention.head_count_kv") or config["num_attention_heads"]
-    config |= {key: value for key, suffix in family.keys.items() if (value := metadata(reader, f"{name}.{suffix}"))}
+    config["num_key_value_heads"] = (
+        index.metadata.get(f"{name}.attention.head_count_kv") or config["num_attention_heads"]
+    )
+    config |= {key: value for key, suffix in family.keys.items() if (value := index.metadata.get(f"{name}.{suffix}"))}
     _refuse_per_layer(path, config)
     share = config["hidden_size"] // config["num_attention_heads"]
-    head_dim = metadata(reader, f"{name}.attention.key_length") or metadata(reader, f"{name}.rope.dimension_count")
+    head_dim = index.metadata.get(f"{name}.attention.key_length") or index.metadata.get(f"{name}.rope.dimension_count")
     config["head_dim"] = head_dim or share
     if family.no_head_scale:
         whole = config["num_hidden_layers"] == family.no_head_scale
         config["query_pre_attn_scalar"] = share if whole else config["head_dim"]
-    config |= _rotary(path, reader, family)
+    config |= _rotary(path, index, family)
     if family.every_nth:
         config["layer_types"] = [
             "sliding_attention" if (layer + 1) % family.every_nth else "full_attention"
             for layer in range(config["num_hidden_layers"])
         ]
-    names = {entry.name: entry for entry in reader.tensors}
+    names = {entry.name: entry for entry in index.entries}
     if "token_embd.weight" not in names:
         raise CheckpointError(f"{path}: tensor 'token_embd.weight' is missing; convert the model again")
     config["attention_bias"] = "blk.0.attn_output.bias" in names
     config["mlp_bias"] = "blk.0.ffn_up.bias" in names
-    config["vocab_size"] = int(names["token_embd.weight"].shape[1])
+    config["vocab_size"] = int(names["token_embd.weight"].shape[0])
     config["tie_word_embeddings"] = "output.weight" not in names
     config["dtype"] = "float32"
     for key, name in SPECIAL_TOKENS.items():
-        token = metadata(reader, f"tokenizer.ggml.{name}_token_id")
+        token = index.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if token is not None:
             config[key] = token
     return config
 
 
-def _rotary(path: Path, reader: GGUFReader, family: Family) -> dict[str, Any]:
+def _rotary(path: Path, index: Index, family: Family) -> dict[str, Any]:
     """What the config says of rotary positions: θ, and by how much positions are stretched.
 
     Raises:
         CheckpointError: Other scaling than linear, which would be lost: a table does not say how it was made.
     """
-    name = metadata(reader, "general.architecture")
-    kind, factor = (metadata(reader, f"{name}.rope.scaling.{key}") for key in ("type", "factor"))
-    table = any(entry.name == "rope_freqs.weight" for entry in reader.tensors)
+    name = index.metadata.get("general.architecture")
+    kind, factor = (index.metadata.get(f"{name}.rope.scaling.{key}") for key in ("type", "factor"))
+    table = any(entry.name == "rope_freqs.weight" for entry in index.entries)
     if table or kind not in (None, "none", "linear") or (kind == "linear" and not factor):
         found = "a table of rotary factors" if table else f"rotary scaling '{kind}'"
         raise CheckpointError(
             f"{path}: has {found}, whose settings are not in its metadata; give --arch DIR with the model's config.json"
         )
-    base = metadata(reader, f"{name}.rope.freq_base") or 10000.0
+    base = index.metadata.get(f"{name}.rope.freq_base") or 10000.0
     scaling = {"rope_type": "linear", "factor": factor} if kind == "linear" else {"rope_type": "default"}
     rope = {"rope_theta": base, **scaling}
     if not family.every_nth:
         return {"rope_theta": base, "rope_parameters": rope}
-    local = metadata(reader, f"{name}.rope.freq_base_swa") or LOCAL_THETA
+    local = index.metadata.get(f"{name}.rope.freq_base_swa") or LOCAL_THETA
     return {
         "rope_parameters": {
             "full_attention": rope,
