@@ -184,7 +184,10 @@ def permuted_heads(index: Index, names: dict[str, TensorInfo]) -> dict[str, int]
     """The tensors whose rows are permuted in a file of such a family, and the heads of each."""
     name = index.metadata.get("general.architecture")
     n_heads = index.metadata.get(f"{name}.attention.head_count")
-    heads = {"q_proj": n_heads, "k_proj": index.metadata.get(f"{name}.attention.head_count_kv") or n_heads}
+    heads: dict[str, Any] = {
+        "q_proj": n_heads,
+        "k_proj": index.metadata.get(f"{name}.attention.head_count_kv") or n_heads,
+    }
     return {name: heads[name.split(".")[-2]] for name in names if name.split(".")[-2] in heads}
 
 
