@@ -38,7 +38,7 @@ SEEN = {"sotu_8": "speeches", "moby_8": "novel", "policy_8": "documentation", "f
 def measure(recipe: str, threads: int) -> dict[str, Any]:
     """A run of the recipe, and what its artifact is."""
     target = cached("abroad") / recipe
-    artifact = run(RunOptions(str(model_dir(MODEL)), recipe, target, force=True, threads=threads,
+    artifact = run(RunOptions(str(model_dir(MODEL)), recipe, target, force=True,
                               progress=make_progress(silent=False), sets=("evaluation.tokens=0",)))  # fmt: skip
     cost = artifact.report["cost"]
     return {
