@@ -91,6 +91,9 @@ def main() -> None:
             results[recipe] = measure(recipe, arguments.threads)
             write_results("abroad", results)
             print(f"{recipe}: {results[recipe]}", flush=True)
+    import make_tables
+
+    make_tables.main()
     print(abroad_table(results))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_abroad import abroad_table
 from bench_authors import authors_table
 from bench_batch import batch_table
 from bench_binary import binary_table
@@ -64,6 +65,7 @@ COMMANDS = {
     "quality": "scripts/bench_quality.py artifacts DIR…", "kinds": "scripts/bench_quality.py artifacts DIR…",
     "baselines": "scripts/bench_quality.py baselines",
     "steps": "scripts/bench_quality.py steps", "speed": "scripts/bench_speed.py",
+    "abroad": "scripts/bench_abroad.py",
     "authors": "scripts/bench_authors.py", "encoders": "scripts/bench_encoders.py",
     "memory": "scripts/bench_memory.py", "loading": "scripts/bench_loading.py", "vision": "scripts/bench_vision.py",
     "in_use": "scripts/bench_loading.py --planned", "strangers": "scripts/bench_strangers.py",
@@ -133,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison_table,
     "quality": lambda: measured_table("quality", quality_table),
     "kinds": lambda: measured_table("quality", kinds_table),
+    "abroad": lambda: measured_table("abroad", abroad_table),
     "baselines": lambda: measured_table("baselines", baselines_table),
     "steps": lambda: measured_table("steps", steps_table),
     "layers": lambda: measured_table("layers", layers_table),
