@@ -40,7 +40,7 @@ def write_gguf(module: transformers.PreTrainedModel, architecture: gguf.MODEL_AR
         values = tensor.float().numpy()
         if name.startswith("gemma") and key.endswith("norm.weight"):
             values = values + np.float32(1)
-        if name == "llama" and key.split(".")[-2] in ("q_proj", "k_proj"):
+        if name in ("llama", "granite", "smollm3") and key.split(".")[-2] in ("q_proj", "k_proj"):
             heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
             values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         writer.add_tensor(names.get_name(key, (".weight", ".bias")), np.ascontiguousarray(values))

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama, Mistral, Qwen and Gemma families, tensor by tensor, by Hugging Face's names.
+"""GGUF files of Llama's kin, tensor by tensor, by Hugging Face's names: all that `export.decoder` writes a graph of.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's converter permutes the rows
 of Llama's query and key matrices, from rotary halves to interleaved pairs, and adds to Gemma's norms the one
@@ -43,7 +43,9 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-"""Of Gemma since its second generation: norms before and after each half of a block."""
+"""Norms before and after each half of a block, as Gemma has them since its second generation; Olmo 2 those after."""
+TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Factors of rotary positions, which the network makes of its config."""
 CONFIG_KEYS = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -56,6 +58,12 @@ _GEMMA_KEYS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "sliding_window": "attention.sliding_window",
+}
+_GRANITE_KEYS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
 }
 
 
@@ -87,6 +95,13 @@ class Family:
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", permuted=True),
     "mistral": Family("MistralForCausalLM"),
+    "smollm3": Family("SmolLM3ForCausalLM", permuted=True),
+    "granite": Family("GraniteForCausalLM", keys=_GRANITE_KEYS, permuted=True),
+    "olmo2": Family("Olmo2ForCausalLM", inner=_SANDWICH),
+    "phi3": Family(
+        "Phi3ForCausalLM", inner={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        keys={"sliding_window": "attention.sliding_window"},
+    ),
     "qwen2": Family("Qwen2ForCausalLM"),
     "qwen3": Family("Qwen3ForCausalLM"),
     "gemma": Family("GemmaForCausalLM", around_one=True),
@@ -137,7 +152,7 @@ class GgufSource(Source):
         family = family_of(path, index)
         config = config or read_config(path, index)
         entries = {hugging_face_name(path, entry.name, family): entry for entry in index.entries}
-        entries.pop("rope_freqs.weight", None)
+        entries = {name: entry for name, entry in entries.items() if name not in TABLES}
         infos = {name: _info(path, name, entry) for name, entry in entries.items()}
         return cls(
             "gguf", [path], infos, config=config, entries=entries, around_one=family.around_one,
@@ -239,7 +254,7 @@ def hugging_face_name(path: Path, name: str, family: Family) -> str:
         return f"model.layers.{block[1]}.{inner[block[2]]}.{kind}"
     if stem in OUTER:
         return f"{OUTER[stem]}.{kind}"
-    if name == "rope_freqs.weight":
+    if name in TABLES:
         return name
     raise CheckpointError(
         f"{path}: tensor '{name}' has no place in a {family.model_class}; give the Hugging Face directory instead"
@@ -258,6 +273,10 @@ def read_config(path: Path, index: Index) -> dict[str, Any]:
     config["num_key_value_heads"] = (
         index.metadata.get(f"{name}.attention.head_count_kv") or config["num_attention_heads"]
     )
+    if name == "olmo2" and index.metadata.get("olmo2.attention.sliding_window"):
+        raise CheckpointError(
+            f"{path}: is an Olmo 3, which llama.cpp calls olmo2; give the Hugging Face directory instead"
+        )
     config |= {key: value for key, suffix in family.keys.items() if (value := index.metadata.get(f"{name}.{suffix}"))}
     _refuse_per_layer(path, config)
     share = config["hidden_size"] // config["num_attention_heads"]
@@ -279,7 +298,7 @@ def read_config(path: Path, index: Index) -> dict[str, Any]:
     config["mlp_bias"] = "blk.0.ffn_up.bias" in names
     config["vocab_size"] = int(names["token_embd.weight"].shape[0])
     config["tie_word_embeddings"] = "output.weight" not in names
-    config["dtype"] = "float32"
+    config |= {"dtype": "float32", "pad_token_id": None}  # classes have tokens of their own where it is absent
     for key, name in SPECIAL_TOKENS.items():
         token = index.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if token is not None:
@@ -295,7 +314,7 @@ def _rotary(path: Path, index: Index, family: Family) -> dict[str, Any]:
     """
     name = index.metadata.get("general.architecture")
     kind, factor = (index.metadata.get(f"{name}.rope.scaling.{key}") for key in ("type", "factor"))
-    table = any(entry.name == "rope_freqs.weight" for entry in index.entries)
+    table = any(entry.name in TABLES for entry in index.entries)
     if table or kind not in (None, "none", "linear") or (kind == "linear" and not factor):
         found = "a table of rotary factors" if table else f"rotary scaling '{kind}'"
         raise CheckpointError(

@@ -25,6 +25,10 @@ SMALL = {
 LOCAL = {"sliding_window": 8}
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0, "rope.freq_base": 10000.0}
+MULTIPLIERS = {
+    "attention_multiplier": 0.1, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+}  # fmt: skip
+SCALES = {"attention.scale": 0.1, "embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0}
 SHARED = {"num_attention_heads": 4, "query_pre_attn_scalar": 20}
 """Heads whose share of the hidden size is not their keys' width."""
 STRETCHED = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}
@@ -36,6 +40,10 @@ FAMILIES = {
     "llama": (ARCH.LLAMA, "Llama", {}, {}),
     "llama, stretched": (ARCH.LLAMA, "Llama", STRETCHED, LINEAR),
     "qwen3": (ARCH.QWEN3, "Qwen3", {"tie_word_embeddings": False}, {}),
+    "smollm3": (ARCH.SMOLLM3, "SmolLM3", {"num_hidden_layers": 4}, {"rope.freq_base": 2e6}),
+    "granite": (ARCH.GRANITE, "Granite", MULTIPLIERS, SCALES),
+    "olmo2": (ARCH.OLMO2, "Olmo2", {}, {}),
+    "phi3": (ARCH.PHI3, "Phi3", LOCAL, {"attention.sliding_window": 8}),
     "gemma": (ARCH.GEMMA, "Gemma", {}, {}),
     "gemma2": (
         ARCH.GEMMA2, "Gemma2", {**LOCAL, **CAPS, "query_pre_attn_scalar": 16}, {"attention.sliding_window": 8, **CAPS}
@@ -83,7 +91,7 @@ def test_another_architecture_is_refused_by_name(tmp_path):
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    with pytest.raises(CheckpointError, match="is of architecture 'phi2'; known: gemma, gemma2, gemma3, llama"):
+    with pytest.raises(CheckpointError, match="is of architecture 'phi2'; known: gemma, gemma2, gemma3, granite"):
         open_checkpoint(tmp_path / "pico.gguf")
 
 
