@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from compressor.data.tokens import opening, tokenize, windows  # noqa: E402
+from compressor.data.tokens import frame_of, tokenize, windows  # noqa: E402
 
 MODELS = {
     "smollm2": "smollm2",
@@ -118,7 +118,7 @@ def addresses(years: Iterable[int]) -> list[str]:
 
 
 def evaluation_windows(name: str, tokenizer: Path | None = None, n: int = 8, length: int = WINDOW) -> np.ndarray:
-    """The first `n` windows, int64 (n, 512), which begin with what the tokenizer puts before a text: SmolLM2's nothing.
+    """The first `n` windows, int64 (n, 512), with what the tokenizer puts before a text; SmolLM2's puts nothing.
 
     Up to the windows that the protocol's 60,000 characters hold, exactly the protocol's; for more, the whole texts.
     """
@@ -126,7 +126,7 @@ def evaluation_windows(name: str, tokenizer: Path | None = None, n: int = 8, len
     tokens = tokenize(text(name), directory, cache())
     if n * length > len(tokens):
         tokens = tokenize(text(name, whole=True), directory, cache())
-    return windows(tokens, length, n, first=opening(directory))
+    return windows(tokens, length, n, frame=frame_of(directory, "decoder"))
 
 
 def convert_smollm2() -> Path:

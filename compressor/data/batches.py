@@ -13,7 +13,7 @@ from compressor.core.batch import Batch, Examples, as_batch
 from compressor.core.errors import DataError
 from compressor.data.arrays import Arrays
 from compressor.data.text import Text
-from compressor.data.tokens import encode_sentences, opened, opening, room, tokenize, windows
+from compressor.data.tokens import encode_sentences, frame_of, tokenize, windows
 from compressor.plan.recipe import TOKENS_PER_BATCH, Recipe, learning_window
 
 LONGEST_SENTENCE = 128
@@ -31,24 +31,28 @@ def n_generated(recipe: Recipe) -> int:
 
 
 def learning_batches(
-    source: Text | Arrays | None, recipe: Recipe, tokenizer: Path, seed: int, generated: Tensor | None = None
-) -> list[Batch]:
-    """Windows for gradient steps; `generated` (documents, window) is what the original wrote."""
+    source: Text | Arrays | None, recipe: Recipe, tokenizer: Path, seed: int, generated: Tensor | None = None,
+    family: str = "decoder",
+) -> list[Batch]:  # fmt: skip
+    """Windows for a family's gradient steps; `generated` (documents, window) is what the original wrote."""
     if not isinstance(source, Text):
         return []
     settings = recipe.distill
     share = 0.0 if generated is None else settings.generated
-    return _text_batches(source, tokenizer, settings.tokens, learning_window(recipe), share, generated, seed + 1)
+    window = learning_window(recipe)
+    return _text_batches(source, tokenizer, family, settings.tokens, window, share, generated, seed + 1)
 
 
 def calibration_batches(
-    source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int, generated: Tensor | None = None
-) -> list[Batch]:
-    """The forward's arguments, batch by batch; `generated` (documents, tokens) is what the original wrote."""
+    source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int, generated: Tensor | None = None,
+    family: str = "decoder",
+) -> list[Batch]:  # fmt: skip
+    """The arguments of a network of a family, batch by batch; `generated` (documents, tokens) is what the original
+    wrote."""
     settings = recipe.calibration
     if isinstance(source, Text):
         share = 0.0 if generated is None else settings.generated
-        return _text_batches(source, tokenizer, settings.tokens, settings.window, share, generated, seed)
+        return _text_batches(source, tokenizer, family, settings.tokens, settings.window, share, generated, seed)
     chosen, size = _chosen(source, recipe, seed)
     return [as_batch(part) for part in chosen.batches(size)]
 
@@ -62,14 +66,16 @@ def calibration_labels(source: Text | Arrays | None, recipe: Recipe, seed: int) 
     return list(torch.from_numpy(chosen.labels.astype(np.int64)).split(size))
 
 
-def training_examples(source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int) -> Examples:
+def training_examples(
+    source: Text | Arrays, recipe: Recipe, tokenizer: Path, seed: int, family: str = "decoder"
+) -> Examples:
     """All of the calibration data, for passes that train; of a text the windows that it is calibrated on.
 
     Raises:
         DataError: Labels are no classes.
     """
     if isinstance(source, Text):
-        batches = calibration_batches(source, recipe, tokenizer, seed)
+        batches = calibration_batches(source, recipe, tokenizer, seed, family=family)
         return Examples({"input_ids": torch.cat([batch["input_ids"] for batch in batches])})
     labels = source.labels
     if labels is None:
@@ -92,19 +98,20 @@ def _chosen(source: Arrays, recipe: Recipe, seed: int) -> tuple[Arrays, int]:
 
 
 def _text_batches(
-    source: Text, tokenizer: Path, tokens: int, window: int, share: float, generated: Tensor | None, seed: int
-) -> list[Batch]:
+    source: Text, tokenizer: Path, family: str, tokens: int, window: int, share: float, generated: Tensor | None,
+    seed: int,
+) -> list[Batch]:  # fmt: skip
     """`tokens` in windows, `share` of them generated and spread evenly among those of the text."""
-    n, first = max(1, tokens // window), opening(tokenizer)
+    n, frame = max(1, tokens // window), frame_of(tokenizer, family)
     written = torch.empty(0, window, dtype=torch.long)
     if generated is not None and share:
-        pieces = _pieces(generated, room(window, first))[: round(n * share)]
-        written = torch.from_numpy(opened(pieces.numpy(), first))
+        pieces = _pieces(generated, frame.room(window))[: round(n * share)]
+        written = torch.from_numpy(frame.around(pieces.numpy()))
     parts = [written]
     if len(written) < n:
         ids = tokenize(source, tokenizer)
-        n_real = max(1, min(n - len(written), len(ids) // room(window, first)))
-        parts = [torch.from_numpy(windows(ids, window, n_real, seed, first)), written]
+        n_real = max(1, min(n - len(written), len(ids) // frame.room(window)))
+        parts = [torch.from_numpy(windows(ids, window, n_real, seed, frame)), written]
     places = torch.cat([(torch.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
     chosen = torch.cat(parts)[places.argsort(stable=True)]
     return [{"input_ids": part} for part in chosen.split(max(1, TOKENS_PER_BATCH // window)) if len(part)]
@@ -119,11 +126,11 @@ def _pieces(documents: Tensor, length: int) -> Tensor:
 
 
 def evaluation_windows(source: Text, recipe: Recipe, tokenizer: Path) -> np.ndarray:
-    """The first windows of the evaluation text, as many as the recipe measures."""
+    """The first windows of the evaluation text, as many as the recipe measures a decoder on."""
     settings = recipe.evaluation
-    ids, first = tokenize(source, tokenizer), opening(tokenizer)
-    n = max(1, min(settings.tokens // settings.window, len(ids) // room(settings.window, first)))
-    return windows(ids, settings.window, n, first=first)
+    ids, frame = tokenize(source, tokenizer), frame_of(tokenizer, "decoder")
+    n = max(1, min(settings.tokens // settings.window, len(ids) // frame.room(settings.window)))
+    return windows(ids, settings.window, n, frame=frame)
 
 
 def sentence_batches(source: Text, tokenizer: Path, longest: int | None = None) -> list[dict[str, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Text as tokens: tokenised once, kept on disk, cut into windows that begin with what the tokenizer puts before a text.
+"""Text as tokens: tokenised once, kept on disk, cut into windows with what the tokenizer puts around a text.
 
 Running text has no special tokens of its own. A network that was trained on texts after a <bos> is not itself without:
 Gemma 3's perplexity is three times as high, and what its layers see is of another size.
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +62,40 @@ def tokenize(text: Text | str, tokenizer: str | Path, cache_dir: str | Path | No
     return tokens
 
 
-def opening(tokenizer: str | Path) -> np.ndarray:
-    """What a tokenizer puts before a text by itself, such as <bos> or [CLS]: int64 (n,), of many tokenizers none.
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the text of a window: ids (n,) before it and after it, int64."""
+
+    before: np.ndarray
+    after: np.ndarray
+
+    def room(self, length: int) -> int:
+        """How many tokens of text a window of `length` tokens holds.
+
+        Raises:
+            DataError: None.
+        """
+        taken = len(self.before) + len(self.after)
+        if length <= taken:
+            raise DataError(
+                f"text: a window of {length} tokens has no room for text; the tokenizer puts {taken} tokens around "
+                "each one; ask for longer windows"
+            )
+        return length - taken
+
+    def around(self, parts: np.ndarray) -> np.ndarray:
+        """Text (n, tokens) with the frame around each row: int64 (n, tokens before + tokens + tokens after)."""
+        sides = (np.broadcast_to(side, (len(parts), len(side))) for side in (self.before, self.after))
+        return np.concatenate([next(sides), parts, next(sides)], axis=1)
+
+
+def frame_of(tokenizer: str | Path, family: str) -> Frame:
+    """What a tokenizer puts around a text by itself, such as [CLS] and [SEP]; often nothing.
 
     Args:
         tokenizer: A tokenizer.json, or a directory with the files of a tokenizer.
+        family: Of the network that reads it. An "encoder" reads whole texts; for a "decoder" a window is a piece of
+            one, which begins as texts do, with <bos> perhaps, and goes on.
 
     Raises:
         DataError: There is no tokenizer, or it cannot be read.
@@ -74,8 +104,9 @@ def opening(tokenizer: str | Path) -> np.ndarray:
     with explained(files[0]):
         encode = _encode(files)
         alone, whole = (list(encode(_WORD, add_special_tokens=each)) for each in (False, True))
-    places = [at for at in range(len(whole) - len(alone) + 1) if whole[at : at + len(alone)] == alone]
-    return np.array(whole[: places[0]] if places else [], dtype=np.int64)
+    at = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), 0)
+    after = whole[at + len(alone) :] if family == "encoder" else []
+    return Frame(np.array(whole[:at], dtype=np.int64), np.array(after, dtype=np.int64))
 
 
 def encode_sentences(sentences: Sequence[str], tokenizer: str | Path, length: int) -> dict[str, np.ndarray]:
@@ -108,18 +139,18 @@ def _encoded_fast(sentences: Sequence[str], file: Path, length: int) -> dict[str
 
 
 def windows(
-    tokens: np.ndarray, length: int, n: int | None = None, seed: int | None = None, first: np.ndarray | None = None
+    tokens: np.ndarray, length: int, n: int | None = None, seed: int | None = None, frame: Frame | None = None
 ) -> np.ndarray:
-    """Windows of consecutive tokens, int64 (n, length), of which each begins with the tokens `first` (m,).
+    """Windows of consecutive tokens, int64 (n, length), the frame's counted.
 
     Without a seed, the first `n` (all, by default) side by side from the start. With one, `n` at random places; they
     may overlap unless there is room for all, where they are drawn from the side-by-side ones.
 
     Raises:
-        DataError: The text is too short for one window, or for `n` side by side; the window holds no more than `first`.
+        DataError: The text is too short for one window, or for `n` side by side; a window has room for no text.
     """
-    if first is not None and len(first):
-        return opened(windows(tokens, room(length, first), n, seed), first)
+    if frame is not None:
+        return frame.around(windows(tokens, frame.room(length), n, seed))
     available = len(tokens) // length
     if available == 0:
         raise DataError(
@@ -142,33 +173,14 @@ def windows(
     return np.stack([np.asarray(tokens[start : start + length], dtype=np.int64) for start in starts])
 
 
-def room(length: int, first: np.ndarray) -> int:
-    """How many tokens of a text a window of `length` tokens holds after the tokens `first` (m,).
-
-    Raises:
-        DataError: None.
-    """
-    if length <= len(first):
-        raise DataError(
-            f"text: a window of {length} tokens has no room for text; the tokenizer puts {len(first)} tokens before "
-            "each one; ask for longer windows"
-        )
-    return length - len(first)
-
-
-def opened(parts: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Windows (n, length) with the tokens `first` (m,) before each: int64 (n, m + length)."""
-    return np.concatenate([np.broadcast_to(first, (len(parts), len(first))), parts], axis=1)
-
-
-def refuse_tokens(text: Text, tokenizer: str | Path, window: int, vocabulary: int | None) -> None:
+def refuse_tokens(text: Text, tokenizer: str | Path, family: str, window: int, vocabulary: int | None) -> None:
     """Refuses a text of fewer tokens than a window, and one with tokens that the network has no entry for.
 
     Raises:
         DataError: It is such a text.
     """
     ids = tokenize(text, tokenizer)
-    windows(ids, window, 1, first=opening(tokenizer))
+    windows(ids, window, 1, frame=frame_of(tokenizer, family))
     if vocabulary is not None and ids.max() >= vocabulary:
         raise DataError(
             f"{text.source}: the tokenizer makes token {ids.max()} of it, and the network's table has {vocabulary} "

@@ -100,7 +100,7 @@ def restructured(start: Prepared, work: Work, progress: Progress, clock: Clock) 
             there, start.recipe, start.plan, start.ladder, [], _is_traced(there, start), workers, device=start.device
         )
     with clock.stage("structure"):
-        reference = _reference(start.samples, start.recipe, work)
+        reference = _reference(start.samples, start.recipe, work, start.checkpoint.family)
         checkpoint, reports = restructure(start.checkpoint, start.recipe, reference, work, progress)
     recipe = decided(start.recipe, reports)
     plan = make_plan(checkpoint, recipe, start.options.format, smaller=True)
@@ -140,7 +140,9 @@ def encode(
     with clock.stage("generation"):
         written = _generated(network, recipe, work, progress)
     if samples.calibration is not None:
-        batches = calibration_batches(samples.calibration, recipe, work.folder.parent, work.seed, written)
+        batches = calibration_batches(
+            samples.calibration, recipe, work.folder.parent, work.seed, written, checkpoint.family
+        )
     if course.traced:  # first of all, since torch may not be able to
         with clock.stage("tracing"):
             traced(checkpoint, PlannedTensors(plan, checkpoint), batches)
@@ -171,7 +173,9 @@ def encode(
     del network
     if recipe.distill.steps:
         with clock.stage("learning"):
-            further = learning_batches(samples.calibration, recipe, work.folder.parent, work.seed, written)
+            further = learning_batches(
+                samples.calibration, recipe, work.folder.parent, work.seed, written, checkpoint.family
+            )
             original = Network(checkpoint, device=course.device)
             tensors = learn(original, tensors, files, further, recipe, plan, work, progress)
     plan = _with_large_values(plan, tensors)
@@ -195,15 +199,15 @@ def _with_large_values(plan: Plan, tensors: EncodedTensors) -> Plan:
     return dataclasses.replace(plan, tensors=tuple(changed))
 
 
-def _reference(samples: Samples, recipe: Recipe, work: Work) -> Reference:
+def _reference(samples: Samples, recipe: Recipe, work: Work, family: str) -> Reference:
     """What structure passes choose by, and train on."""
     source, tokenizer = samples.calibration, work.folder.parent
     if source is None:
         return Reference([], None, lambda: Examples({}))
     return Reference(
-        calibration_batches(source, recipe, tokenizer, work.seed),
+        calibration_batches(source, recipe, tokenizer, work.seed, family=family),
         calibration_labels(source, recipe, work.seed),
-        lambda: training_examples(source, recipe, tokenizer, work.seed),
+        lambda: training_examples(source, recipe, tokenizer, work.seed, family),
     )
 
 

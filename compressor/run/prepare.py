@@ -551,7 +551,7 @@ def _refuse_small(text: Text, window: int, checkpoint: Checkpoint) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         checkpoint.write_tokenizer(Path(scratch))
-        refuse_tokens(text, scratch, window, vocabulary_of(checkpoint))
+        refuse_tokens(text, scratch, checkpoint.family, window, vocabulary_of(checkpoint))
 
 
 def refuse_tokens_of(found: Prepared, tokenizer: Path) -> None:
@@ -568,7 +568,8 @@ def refuse_tokens_of(found: Prepared, tokenizer: Path) -> None:
     texts = {"calibration": found.samples.calibration, "evaluation": found.samples.evaluation if found.judges else None}
     for name, source in texts.items():
         if isinstance(source, Text) and (name == "calibration" or checkpoint.family == "decoder"):
-            refuse_tokens(source, tokenizer, getattr(recipe, name).window, vocabulary_of(checkpoint))
+            window = getattr(recipe, name).window
+            refuse_tokens(source, tokenizer, checkpoint.family, window, vocabulary_of(checkpoint))
 
 
 def _refuse_speechless(checkpoint: Checkpoint) -> None:

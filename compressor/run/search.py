@@ -83,7 +83,7 @@ def narrowed(
         return course, None
     with clock.stage("search"):
         samples, judged = _parted(start.samples)
-        batches = calibration_batches(_source(samples), course.recipe, work.folder.parent, work.seed)
+        batches = _batches(samples, course, work)
         trial, eight = (Work(work.folder.parent / name, work.seed) for name in TRIALS)
         table = Table(work.folder / TABLE, start.options.threads, start.options.batch)
         family = _family(start, course, samples, target, (trial, eight), table, progress)
@@ -135,6 +135,12 @@ def _source(samples: Samples) -> Any:
     return samples.calibration
 
 
+def _batches(samples: Samples, course: Course, work: Work) -> list[Any]:
+    """What networks are calibrated on while they are searched."""
+    tokenizer, family = work.folder.parent, course.checkpoint.family
+    return calibration_batches(_source(samples), course.recipe, tokenizer, work.seed, family=family)
+
+
 def _parted(samples: Samples) -> tuple[Samples, Any]:
     """What networks learn from while they are searched, and what they are judged on."""
     learned, judged = _source(samples).split()
@@ -148,7 +154,7 @@ def _family(
     in_eight = eight_bits_of(start.recipe, start.options)
     found = search_space(start.recipe, start.options, start.checkpoint, start.plan, in_eight)
     if found.over == "sizes":
-        batches = calibration_batches(_source(samples), course.recipe, trials[0].folder.parent, trials[0].seed)
+        batches = _batches(samples, course, trials[0])
         return Mixtures(start, course, batches, table)
     for each in trials:
         shutil.rmtree(each.folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from compressor.data import kind_of, load
 from compressor.data.batches import calibration_batches, evaluation_windows, learning_batches
 from compressor.data.disjoint import check_disjoint, text_overlap
 from compressor.data.text import SAMPLE, Text, load_text
-from compressor.data.tokens import encode_sentences, opening, tokenize, windows
+from compressor.data.tokens import encode_sentences, frame_of, tokenize, windows
 from compressor.plan.recipe_file import load_recipe
 from tests import pico
 
@@ -181,21 +182,27 @@ def test_windows_stand_side_by_side_or_are_drawn_by_seed():
     assert many.shape == (9, 5) and (np.diff(many) == 1).all()
 
 
-def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tokenizer):
-    first, tokens = opening(tokenizer), np.arange(4, 14, dtype=np.int32)
-    assert first.dtype == np.int64 and first.tolist() == [1]
-    assert windows(tokens, 4, first=first).tolist() == [[1, 4, 5, 6], [1, 7, 8, 9], [1, 10, 11, 12]]
-    drawn = windows(tokens, 3, 8, seed=1, first=first)
+def test_windows_of_a_decoder_begin_with_what_the_tokenizer_puts_before_a_text(tokenizer):
+    frame, tokens = frame_of(tokenizer, "decoder"), np.arange(4, 14, dtype=np.int32)
+    assert (frame.before.tolist(), frame.after.tolist()) == ([1], [])
+    assert windows(tokens, 4, frame=frame).tolist() == [[1, 4, 5, 6], [1, 7, 8, 9], [1, 10, 11, 12]]
+    drawn = windows(tokens, 3, 8, seed=1, frame=frame)
     assert drawn.shape == (8, 3) and set(drawn[:, 0]) == {1} and (drawn[:, 2] - drawn[:, 1] == 1).all()
     with pytest.raises(DataError, match="a window of 1 tokens has no room for text; the tokenizer puts 1 tokens"):
-        windows(tokens, 1, first=first)
+        windows(tokens, 1, frame=frame)
 
 
-def test_a_tokenizer_that_puts_nothing_before_a_text_leaves_windows_as_they_are(tmp_path):
+def test_windows_of_an_encoder_are_whole_texts(tokenizer):
+    frame = frame_of(tokenizer, "encoder")
+    assert (frame.before.tolist(), frame.after.tolist()) == ([1], [2])
+    assert windows(np.arange(4, 14), 5, frame=frame).tolist() == [[1, 4, 5, 6, 2], [1, 7, 8, 9, 2], [1, 10, 11, 12, 2]]
+
+
+def test_a_tokenizer_that_puts_nothing_around_a_text_leaves_windows_as_they_are(tmp_path):
     pico.write_tokenizer(tmp_path)
-    assert opening(tmp_path).shape == (0,)
-    tokens = np.arange(10)
-    np.testing.assert_array_equal(windows(tokens, 5, first=opening(tmp_path)), windows(tokens, 5))
+    frame, tokens = frame_of(tmp_path, "encoder"), np.arange(10)
+    assert len(frame.before) == len(frame.after) == 0
+    np.testing.assert_array_equal(windows(tokens, 5, frame=frame), windows(tokens, 5))
 
 
 def test_all_that_a_network_reads_begins_so(tokenizer):
@@ -204,11 +211,11 @@ def test_all_that_a_network_reads_begins_so(tokenizer):
     recipe = load_recipe("llm-2bit", [*sets, "distill.tokens=256", "distill.generated=0.5"])
     text = Text("given", (content,))
     assert (evaluation_windows(text, recipe, tokenizer)[:, 0] == 1).all()
-    for make in (calibration_batches, learning_batches):
-        rows = torch.cat([batch["input_ids"] for batch in make(text, recipe, tokenizer, 0, written)])
-        assert (rows[:, 0] == 1).all()
-        own = (rows[:, 1:] == 3).all(1)
-        assert own.any() and not (rows[~own][:, 1:] == 3).any()
+    for make, family in itertools.product((calibration_batches, learning_batches), ("decoder", "encoder")):
+        rows = torch.cat([batch["input_ids"] for batch in make(text, recipe, tokenizer, 0, written, family)])
+        assert (rows[:, 0] == 1).all() and ((rows[:, -1] == 2).all() == (family == "encoder"))
+        own = (rows[:, 1:-1] == 3).all(1)
+        assert own.any() and not (rows[~own] == 3).any()
 
 
 def test_too_short_a_text_says_what_was_found_and_needed():
