@@ -38,10 +38,10 @@ from compressor.core.tensors import named_tensors
 from compressor.ops.attribution import Composite, Observed, Rule, attribute, first_output, start_of
 from compressor.passes.parts.nest import Nest, beginning, lay_over
 from compressor.passes.parts.units import unit_scores
-from compressor.passes.settings.sortednet import SortednetSettings
+from compressor.passes.settings.sortednet import JUDGED_TOKENS, SortednetSettings
 
 _JUDGED = 128
-"""Examples on which the order of blocks is found: with n of them it takes n² / 2 forwards."""
+"""Examples on which the order of blocks is found; of texts no more than come to the tokens that the settings say."""
 _ENOUGH = 0.9
 """Of what is asked for, that a rounded width has at least."""
 _SAME = 1e-5
@@ -337,7 +337,7 @@ class Sortednet(SortednetSettings, StructurePass):
 
     def _order(self, subject: Subject, branches: Branches) -> list[int]:
         """The order in which blocks go: each next one is that without which the outputs change least."""
-        batches = _first(subject.batches, _JUDGED) if self.blocks == "chain" else []
+        batches = _first(subject.batches, len(branches.operators)) if self.blocks == "chain" else []
         with torch.no_grad():
             wanted = [first_output(subject.call(batch)) for batch in batches]
 
@@ -557,8 +557,13 @@ def _apart(
     return total
 
 
-def _first(batches: Sequence[Batch], n: int) -> list[Batch]:
-    """Batches that come to `n` examples, or the first one."""
+def _first(batches: Sequence[Batch], n_blocks: int) -> list[Batch]:
+    """Examples that tell the order of so many blocks: batches, or a part of the first one."""
+    rows = next(iter(batches[0].values()))
+    tokens = rows[0].numel() if "input_ids" in batches[0] else 1
+    n = max(1, min(_JUDGED, JUDGED_TOKENS // n_blocks**2 // tokens))
+    if n < len(rows):
+        return [{name: values[:n] for name, values in batches[0].items()}]
     found, counted = [], 0
     for batch in batches:
         if found and counted >= n:

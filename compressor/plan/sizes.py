@@ -122,7 +122,8 @@ def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe, load: Worklo
     if load is not None and load.layers:
         found += _seconds_of_arrays(recipe, load)
     else:
-        found += 2 * n_weights * tokens * passes / FLOPS + 5
+        trained = sum(each.forwards_trained(tokens) for each in _trainings(recipe))
+        found += 2 * n_weights * (tokens * passes + trained) / FLOPS + 5
     if distill.steps:
         rate = FLOPS * (2 if multiplies_bfloat16() else 1)
         learned = 2 * (n_weights + tables) * (distill.tokens + 3 * distill.steps * TOKENS_PER_BATCH) / rate
@@ -150,13 +151,18 @@ def _seconds_of_arrays(recipe: Recipe, load: Workload) -> float:
         2 * layer.products * n * each.cost(max(1, layer.positions * n))
         for each in settings if "data" in each.needs for layer in load.layers
     )  # fmt: skip
-    trained = sum(each.forwards_trained(load.n_trained) for each in settings if isinstance(each, Training))
+    trained = sum(each.forwards_trained(load.n_trained) for each in _trainings(recipe))
     moments = gathers * n * sum(layer.positions * layer.columns**2 for layer in load.layers)
     found = FIXED + (n * forwards + trained) * load.seconds(TORCH) + (learned + moments) / FLOPS
     if recipe.export.activations == "static_int8":
         trials = TRIALS * min(1.0, load.n_layers / MANY_LAYERS)
         found += 1 + n * load.written * SECONDS_PER_RANGED + trials * load.seconds(ROUNDED)
     return found + 2 * load.n_evaluation * load.seconds(ONNXRUNTIME)
+
+
+def _trainings(recipe: Recipe) -> list[Training]:
+    """Settings of the passes that train."""
+    return [step.settings for step in recipe.passes if isinstance(step.settings, Training)]
 
 
 def structure_settings(step: Step) -> StructureSettings:

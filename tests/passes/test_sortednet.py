@@ -9,6 +9,7 @@ import torch
 from compressor.core.errors import CheckpointError, RecipeError
 from compressor.passes.sortednet import (
     Sortednet,
+    _first,
     accumulated_gradient,
     blocks_kept,
     draw,
@@ -176,3 +177,20 @@ def test_settings_that_make_no_sizes_are_refused(line, message, tmp_path):
     (tmp_path / "r.yaml").write_text(f"passes: [{{pass: sortednet, {line}}}]")
     with pytest.raises(RecipeError, match=message.replace("[", r"\[")):
         load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_the_order_of_many_blocks_is_found_on_fewer_tokens():
+    texts = [{"input_ids": torch.zeros(8, 256, dtype=torch.long)}] * 20
+    images = [{"": torch.zeros(64, 3, 8, 8)}] * 20
+
+    def judged(batches, n_blocks):
+        return sum(len(next(iter(batch.values()))) for batch in _first(batches, n_blocks))
+
+    assert [judged(texts, n) for n in (6, 12, 30, 100)] == [56, 16, 2, 1]
+    assert [judged(images, n) for n in (9, 60)] == [128, 128]
+
+
+def test_the_plan_counts_what_finding_the_order_takes():
+    whole, short = (load_recipe("llm-sorted", [f"sortednet.depths=[{depths}]"]).structure[0].settings
+                    for depths in ("0.5, 1.0", "0.9, 1.0"))  # fmt: skip
+    assert whole.cost(16384) - short.cost(16384) == pytest.approx((0.75 - 0.19) / 2 * 2**19 / 16384)

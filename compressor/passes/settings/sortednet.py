@@ -13,6 +13,8 @@ from compressor.passes.settings.fields import listed
 
 Shares = Annotated[tuple[Share, ...], BeforeValidator(listed), Field(min_length=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(listed), Field(min_length=1)]
+JUDGED_TOKENS = 1 << 19
+"""Over the square of the number of blocks, tokens on which their order is found, in n² / 2 forwards at most."""
 
 
 class SortednetSettings(FittedSettings):
@@ -129,7 +131,9 @@ https://arxiv.org/abs/2309.00255"
         return super().forwards_trained(n) * drawn  # of half the size on average
 
     def cost(self, tokens: int) -> float:
-        return 3.0 + len(self.names)
+        ordered = self.depths != (1.0,) and self.blocks == "chain"
+        share = ordered * (1 - min(self.depths) ** 2) / 2
+        return 3.0 + len(self.names) + share * JUDGED_TOKENS / max(tokens, 1)
 
 
 def size_name(width: float, depth: float, deep: bool) -> str:
