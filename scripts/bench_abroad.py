@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_quality import UNTIMED, original, perplexities, perplexity_there
+from bench_quality import SIX, original, perplexities, perplexity_there, total_cpu_seconds
 from llama_cpp import LlamaCpp, Unavailable
 from material import model_dir
-from measured import KINDS, PROTOCOL, cached, markdown, number, read_results, set_windows, write_results
+from measured import cached, markdown, number, read_results, set_windows, write_results
 
 from compressor.checkpoints import open_checkpoint
 from compressor.core.options import RunOptions
@@ -31,8 +31,6 @@ from compressor.run.pipeline import run
 
 MODEL, ORIGINAL, THERE = "gemma", "original, float32", "llama.cpp, the GGUF file"
 RECIPES = ("llm-4bit", "llm-3bit", "llm-2bit-fast")
-SEEN = {"sotu_8": "speeches", "moby_8": "novel", "policy_8": "documentation", "foldoc_8": "dictionary",
-        "mail_8": "mail", "code_8": "code"}  # fmt: skip
 
 
 def measure(recipe: str, threads: int) -> dict[str, Any]:
@@ -40,11 +38,9 @@ def measure(recipe: str, threads: int) -> dict[str, Any]:
     target = cached("abroad") / recipe
     artifact = run(RunOptions(str(model_dir(MODEL)), recipe, target, force=True,
                               progress=make_progress(silent=False), sets=("evaluation.tokens=0",)))  # fmt: skip
-    cost = artifact.report["cost"]
     return {
-        "megabytes": size(target)["bytes"] / 1e6, "weights": size(target)["files"]["model.safetensors"] / 1e6,
-        "cpu_seconds": round(sum(stage["cpu_seconds"] for name, stage in cost.items() if name not in UNTIMED)),
-        "perplexity": perplexities(target, SEEN, threads, target),
+        "megabytes": size(target)["bytes"] / 1e6, "cpu_seconds": total_cpu_seconds(artifact.report["cost"]),
+        "perplexity": perplexities(target, SIX, threads, target),
     }  # fmt: skip
 
 
@@ -52,15 +48,15 @@ def abroad_table(results: dict[str, Any]) -> str:
     """The original's perplexities, and by how much those of each row are higher."""
     reference = results[ORIGINAL]["perplexity"]
     rows: list[list[object]] = [
-        [ORIGINAL, number(results[ORIGINAL]["megabytes"]), *(number(reference[key]) for key in SEEN), None]
+        [ORIGINAL, number(results[ORIGINAL]["megabytes"]), *(number(reference[key]) for key in SIX), None]
     ]
     for name, found in results.items():
         if name == ORIGINAL:
             continue
-        ratios = [f"{found['perplexity'][key] / reference[key]:.2f} ×" for key in SEEN]
+        ratios = [f"{found['perplexity'][key] / reference[key]:.2f} ×" for key in SIX]
         rows.append([name if name == THERE else f"`{name}`", number(found["megabytes"]), *ratios,
                      number(found.get("cpu_seconds"), 0)])  # fmt: skip
-    return markdown(["Gemma 3, 270 M", "MB, all files", *SEEN.values(), "CPU-seconds"], rows)
+    return markdown(["Gemma 3, 270 M", "MB, all files", *SIX.values(), "CPU-seconds"], rows)
 
 
 def main() -> None:
@@ -69,19 +65,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
-    assert set(SEEN) == {*KINDS, *PROTOCOL}
     results, source = read_results("abroad"), model_dir(MODEL)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = open_checkpoint(source)
         checkpoint.write_tokenizer(Path(scratch))
         if ORIGINAL not in results:
             megabytes = 4 * sum(each.numel for each in checkpoint.tensors.values()) / 1e6
-            results[ORIGINAL] = {"megabytes": megabytes, "perplexity": original(MODEL, Path(scratch), SEEN)}
+            results[ORIGINAL] = {"megabytes": megabytes, "perplexity": original(MODEL, Path(scratch), SIX)}
             write_results("abroad", results)
         if THERE not in results:
             try:
                 model = LlamaCpp(source, 512, arguments.threads)
-                found = {name: perplexity_there(model, set_windows(name, Path(scratch))) for name in SEEN}
+                found = {name: perplexity_there(model, set_windows(name, Path(scratch))) for name in SIX}
                 results[THERE] = {"megabytes": source.stat().st_size / 1e6, "perplexity": found}
                 write_results("abroad", results)
             except Unavailable as reason:

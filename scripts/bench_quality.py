@@ -38,6 +38,9 @@ from compressor.evaluate.session import DecoderSession
 
 MODEL = "smollm2"
 TITLES = {"moby": "Moby Dick", "sotu": "State of the Union"}
+SIX = {"sotu_8": "speeches", "moby_8": "novel", "policy_8": "documentation", "foldoc_8": "dictionary",
+       "mail_8": "mail", "code_8": "code"}  # fmt: skip
+"""Set of windows -> the kind of text that it is."""
 UNTIMED = ("export", "evaluation", "benchmark")
 STEP_RECIPE = """
 name: steps
@@ -114,7 +117,7 @@ def measure_artifacts(arguments: argparse.Namespace) -> None:
         found[name] = {
             "megabytes": size(directory)["bytes"] / 1e6,
             "bits_per_weight": round(bits_per_weight(directory), 3),
-            "cpu_seconds": _cpu_seconds(report["cost"]),
+            "cpu_seconds": total_cpu_seconds(report["cost"]),
             "perplexity": _kept(found.get(name), report) | perplexities(directory, arguments.sets, arguments.threads),
             "sha256": report["sha256"]["model.safetensors"],
         }
@@ -130,7 +133,7 @@ def _kept(entry: dict[str, Any] | None, report: dict[str, Any]) -> dict[str, flo
     return entry["perplexity"] if entry is not None and same else {}
 
 
-def _cpu_seconds(cost: dict[str, dict[str, float]]) -> float:
+def total_cpu_seconds(cost: dict[str, dict[str, float]]) -> float:
     return round(sum(stage["cpu_seconds"] for name, stage in cost.items() if name not in UNTIMED), 1)
 
 
@@ -153,18 +156,14 @@ def quality_table(results: dict[str, Any]) -> str:
 def kinds_table(results: dict[str, Any]) -> str:
     """How many times the original's perplexity artifacts have on texts of six kinds, 8 windows each."""
     reference = results["original"]["perplexity"]
-    sets = {"speeches": "sotu_8", "novel": "moby_8", "documentation": "policy_8", "dictionary": "foldoc_8"}
-    sets |= {"mail": "mail_8", "code": "code_8"}
-    rows: list[list[object]] = [
-        ["original, its perplexity", *(number(reference.get(key)) for key in sets.values()), None]
-    ]
+    rows: list[list[object]] = [["original, its perplexity", *(number(reference.get(key)) for key in SIX), None]]
     for name, entry in sorted(results.get("artifacts", {}).items(), key=lambda item: -item[1]["megabytes"]):
         found = entry["perplexity"]
-        if not all(key in found for key in sets.values()):
+        if not all(key in found for key in SIX):
             continue
-        ratios = [found[key] / reference[key] for key in sets.values()]
+        ratios = [found[key] / reference[key] for key in SIX]
         rows.append([f"`{name}`", *(f"{ratio:.2f} ×" for ratio in ratios), f"{max(ratios) / min(ratios):.2f}"])
-    return markdown(["recipe", *sets, "worst by best"], rows)
+    return markdown(["recipe", *SIX.values(), "worst by best"], rows)
 
 
 def _title(name: str) -> str:
@@ -291,7 +290,7 @@ def measure_steps(arguments: argparse.Namespace) -> None:
         report = run(options).report
         results[row] = {
             "added_to": STEPS[row][0], "megabytes": size(target)["bytes"] / 1e6,
-            "cpu_seconds": _cpu_seconds(report["cost"]),
+            "cpu_seconds": total_cpu_seconds(report["cost"]),
             "perplexity": perplexities(target, PROTOCOL, arguments.threads),
         }  # fmt: skip
         write_results("steps", {name: results[name] for name in STEPS if name in results})

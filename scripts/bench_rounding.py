@@ -75,7 +75,7 @@ class Language:
     def batches(self, recipe: Any) -> list:
         options = RunOptions(model=str(self.checkpoint.path))
         source = load_samples(self.checkpoint, recipe, options).calibration
-        return calibration_batches(source, recipe, Path(self.checkpoint.path), 0)
+        return calibration_batches(source, recipe, Path(self.checkpoint.path), 0, family=self.checkpoint.family)
 
     def quality(self, tensors: Any) -> dict[str, float]:
         return {name: round(self.perplexity(found), 3) for name, found in self.bench.losses(tensors).items()}

@@ -77,8 +77,8 @@ class Family:
     keys          entries that the config has besides CONFIG_KEYS where the metadata have them
     permuted      the rows of queries and keys are permuted
     around_one    norms are stored with the one that the network adds to them
-    no_head_scale the number of blocks of the size whose attention is scaled by the width of a head's share of the
-                  hidden size, not by that of its keys: the metadata do not say so
+    share_scaled_at  with so many blocks attention is scaled by the width of a head's share of the hidden size, not by
+                     that of its keys: the metadata do not say so
     every_nth     of so many layers the last attends to everything, the others to a window; 0: the config's class knows
     """
 
@@ -88,7 +88,7 @@ class Family:
     keys: dict[str, str] = field(default_factory=dict)
     permuted: bool = False
     around_one: bool = False
-    no_head_scale: int = 0
+    share_scaled_at: int = 0
     every_nth: int = 0
 
 
@@ -105,9 +105,9 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM"),
     "qwen3": Family("Qwen3ForCausalLM"),
     "gemma": Family("GemmaForCausalLM", around_one=True),
-    "gemma2": Family("Gemma2ForCausalLM", inner=_SANDWICH, keys=_GEMMA_KEYS, around_one=True, no_head_scale=46),
+    "gemma2": Family("Gemma2ForCausalLM", inner=_SANDWICH, keys=_GEMMA_KEYS, around_one=True, share_scaled_at=46),
     "gemma3": Family(
-        "Gemma3ForCausalLM", "gemma3_text", _SANDWICH, _GEMMA_KEYS, around_one=True, no_head_scale=62, every_nth=6
+        "Gemma3ForCausalLM", "gemma3_text", _SANDWICH, _GEMMA_KEYS, around_one=True, share_scaled_at=62, every_nth=6
     ),
 }  # fmt: skip
 """By the architecture that the metadata name."""
@@ -177,7 +177,7 @@ class GgufSource(Source):
                 values = restore_rows(values, self.permuted_heads[name])
             if self.around_one and name.endswith("norm.weight"):
                 values = values - numpy.float32(1)
-            return torch.from_numpy(numpy.array(values, dtype=numpy.float32)).reshape(self.tensors[name].shape)
+            return torch.from_numpy(numpy.array(values, dtype=numpy.float32)).reshape(info.shape)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.files[0]}: tensor '{name}' is stored as {kind.name}, which the gguf "
@@ -197,11 +197,10 @@ def restore_rows(values: numpy.ndarray, n_heads: int) -> numpy.ndarray:
 
 def permuted_heads(index: Index, names: dict[str, TensorInfo]) -> dict[str, int]:
     """The tensors whose rows are permuted in a file of such a family, and the heads of each."""
-    name = index.metadata.get("general.architecture")
-    n_heads = index.metadata.get(f"{name}.attention.head_count")
+    n_heads = index.setting("attention.head_count")
     heads: dict[str, Any] = {
         "q_proj": n_heads,
-        "k_proj": index.metadata.get(f"{name}.attention.head_count_kv") or n_heads,
+        "k_proj": index.setting("attention.head_count_kv") or n_heads,
     }
     return {name: heads[name.split(".")[-2]] for name in names if name.split(".")[-2] in heads}
 
@@ -236,13 +235,12 @@ def family_of(path: Path, index: Index) -> Family:
     Raises:
         CheckpointError: An architecture that is not among FAMILIES.
     """
-    name = index.metadata.get("general.architecture")
-    if name not in FAMILIES:
+    if index.architecture not in FAMILIES:
         raise CheckpointError(
-            f"{path}: is of architecture '{name}'; known: {', '.join(sorted(FAMILIES))}; give the "
+            f"{path}: is of architecture '{index.architecture}'; known: {', '.join(sorted(FAMILIES))}; give the "
             "Hugging Face directory instead"
         )
-    return FAMILIES[name]
+    return FAMILIES[index.architecture]
 
 
 def hugging_face_name(path: Path, name: str, family: Family) -> str:
@@ -263,27 +261,28 @@ def hugging_face_name(path: Path, name: str, family: Family) -> str:
 
 def read_config(path: Path, index: Index) -> dict[str, Any]:
     """The transformers config that a file's metadata describe."""
-    name, family = index.metadata.get("general.architecture"), family_of(path, index)
-    config: dict[str, Any] = {"architectures": [family.model_class], "model_type": family.model_type or name}
+    family = family_of(path, index)
+    config: dict[str, Any] = {
+        "architectures": [family.model_class],
+        "model_type": family.model_type or index.architecture,
+    }
     for key, suffix in CONFIG_KEYS.items():
-        value = index.metadata.get(f"{name}.{suffix}")
+        value = index.setting(suffix)
         if value is None:
-            raise CheckpointError(f"{path}: its metadata lack '{name}.{suffix}'; convert the model again")
+            raise CheckpointError(f"{path}: its metadata lack '{index.architecture}.{suffix}'; convert the model again")
         config[key] = value
-    config["num_key_value_heads"] = (
-        index.metadata.get(f"{name}.attention.head_count_kv") or config["num_attention_heads"]
-    )
-    if name == "olmo2" and index.metadata.get("olmo2.attention.sliding_window"):
+    config["num_key_value_heads"] = index.setting("attention.head_count_kv") or config["num_attention_heads"]
+    if index.architecture == "olmo2" and index.setting("attention.sliding_window"):
         raise CheckpointError(
             f"{path}: is an Olmo 3, which llama.cpp calls olmo2; give the Hugging Face directory instead"
         )
-    config |= {key: value for key, suffix in family.keys.items() if (value := index.metadata.get(f"{name}.{suffix}"))}
+    config |= {key: value for key, suffix in family.keys.items() if (value := index.setting(suffix))}
     _refuse_per_layer(path, config)
     share = config["hidden_size"] // config["num_attention_heads"]
-    head_dim = index.metadata.get(f"{name}.attention.key_length") or index.metadata.get(f"{name}.rope.dimension_count")
+    head_dim = index.setting("attention.key_length") or index.setting("rope.dimension_count")
     config["head_dim"] = head_dim or share
-    if family.no_head_scale:
-        whole = config["num_hidden_layers"] == family.no_head_scale
+    if family.share_scaled_at:
+        whole = config["num_hidden_layers"] == family.share_scaled_at
         config["query_pre_attn_scalar"] = share if whole else config["head_dim"]
     config |= _rotary(path, index, family)
     if family.every_nth:
@@ -312,20 +311,19 @@ def _rotary(path: Path, index: Index, family: Family) -> dict[str, Any]:
     Raises:
         CheckpointError: Other scaling than linear, which would be lost: a table does not say how it was made.
     """
-    name = index.metadata.get("general.architecture")
-    kind, factor = (index.metadata.get(f"{name}.rope.scaling.{key}") for key in ("type", "factor"))
+    kind, factor = (index.setting(f"rope.scaling.{key}") for key in ("type", "factor"))
     table = any(entry.name in TABLES for entry in index.entries)
     if table or kind not in (None, "none", "linear") or (kind == "linear" and not factor):
         found = "a table of rotary factors" if table else f"rotary scaling '{kind}'"
         raise CheckpointError(
             f"{path}: has {found}, whose settings are not in its metadata; give --arch DIR with the model's config.json"
         )
-    base = index.metadata.get(f"{name}.rope.freq_base") or 10000.0
+    base = index.setting("rope.freq_base") or 10000.0
     scaling = {"rope_type": "linear", "factor": factor} if kind == "linear" else {"rope_type": "default"}
     rope = {"rope_theta": base, **scaling}
     if not family.every_nth:
         return {"rope_theta": base, "rope_parameters": rope}
-    local = index.metadata.get(f"{name}.rope.freq_base_swa") or LOCAL_THETA
+    local = index.setting("rope.freq_base_swa") or LOCAL_THETA
     return {
         "rope_parameters": {
             "full_attention": rope,

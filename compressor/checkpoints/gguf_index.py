@@ -49,6 +49,15 @@ class Index:
     metadata: dict[str, Any]
     entries: tuple[Entry, ...]
 
+    @property
+    def architecture(self) -> Any:
+        """What llama.cpp calls the network."""
+        return self.metadata.get("general.architecture")
+
+    def setting(self, key: str) -> Any:
+        """A value that the metadata have for the architecture, or None."""
+        return self.metadata.get(f"{self.architecture}.{key}")
+
 
 def read_index(path: Path) -> Index:
     """The index of a file.

@@ -108,6 +108,11 @@ class Training(Pass):
         return n * self.epochs * (3.0 + (self.loss in ("teacher", "both")))
 
     @property
+    def tokens_tried(self) -> float:
+        """Tokens of text on which networks are tried before training, all forwards together; none of `cost`."""
+        return 0.0
+
+    @property
     def needs(self) -> frozenset[Need]:
         labels: frozenset[Need] = frozenset({"labels"} if self.loss in ("labels", "both") else ())
         always: frozenset[Need] = frozenset({"data", "gradients", "training"})

@@ -7,6 +7,7 @@ Gemma 3's perplexity is three times as high, and what its layers see is of anoth
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -102,11 +103,17 @@ def frame_of(tokenizer: str | Path, family: str) -> Frame:
     """
     files = _tokenizer_files(Path(tokenizer))
     with explained(files[0]):
-        encode = _encode(files)
-        alone, whole = (list(encode(_WORD, add_special_tokens=each)) for each in (False, True))
-    at = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), 0)
-    after = whole[at + len(alone) :] if family == "encoder" else []
-    return Frame(np.array(whole[:at], dtype=np.int64), np.array(after, dtype=np.int64))
+        before, after = _put_around(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
+    return Frame(*(np.array(side, dtype=np.int64) for side in (before, after if family == "encoder" else ())))
+
+
+@functools.lru_cache(maxsize=8)
+def _put_around(files: tuple[Path, ...], stamps: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """The ids before and after a text; a run asks several times, and a large tokenizer takes a second to read."""
+    encode = _encode(files)
+    alone, whole = (list(encode(_WORD, add_special_tokens=each)) for each in (False, True))
+    at = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), None)
+    return ([], []) if at is None else (whole[:at], whole[at + len(alone) :])
 
 
 def encode_sentences(sentences: Sequence[str], tokenizer: str | Path, length: int) -> dict[str, np.ndarray]:
@@ -203,7 +210,7 @@ def _tokenizer_files(path: Path) -> list[Path]:
     return found
 
 
-def _encode(files: list[Path]) -> Callable[..., Sequence[int]]:
+def _encode(files: Sequence[Path]) -> Callable[..., Sequence[int]]:
     """What makes ids of a text, and takes `add_special_tokens`."""
     if files[0].suffix == ".json" and len(files) == 1:
         fast = fast_tokenizer(files[0])

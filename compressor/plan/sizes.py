@@ -122,7 +122,7 @@ def cpu_seconds(tensors: tuple[PlannedTensor, ...], recipe: Recipe, load: Worklo
     if load is not None and load.layers:
         found += _seconds_of_arrays(recipe, load)
     else:
-        trained = sum(each.forwards_trained(tokens) for each in _trainings(recipe))
+        trained = sum(each.tokens_tried + each.forwards_trained(tokens) for each in _trainings(recipe))
         found += 2 * n_weights * (tokens * passes + trained) / FLOPS + 5
     if distill.steps:
         rate = FLOPS * (2 if multiplies_bfloat16() else 1)

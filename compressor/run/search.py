@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from compressor.core.artifact import FRONT, FRONT_PICTURE
+from compressor.core.batch import Batch
 from compressor.core.errors import ResourceError, UsageError
 from compressor.core.files import write_text
 from compressor.core.options import RunOptions
@@ -135,7 +136,7 @@ def _source(samples: Samples) -> Any:
     return samples.calibration
 
 
-def _batches(samples: Samples, course: Course, work: Work) -> list[Any]:
+def _batches(samples: Samples, course: Course, work: Work) -> list[Batch]:
     """What networks are calibrated on while they are searched."""
     tokenizer, family = work.folder.parent, course.checkpoint.family
     return calibration_batches(_source(samples), course.recipe, tokenizer, work.seed, family=family)

@@ -84,6 +84,7 @@ def test_what_lies_beside_a_gguf_file_is_not_looked_at(evil, here):
     (here / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": AUTO_MAP}))
     (here / "tokenizer_config.json").write_text(json.dumps({"auto_map": AUTO_MAP, "tokenizer_class": "Evil"}))
     write_gguf_tokenizer(file, here / "out")
+    assert (here / "out" / "tokenizer.json").is_file()
     assert len(tokenize("the river", here / "out", here / "cache"))
     assert evil.read() == []
     assert "auto_map" not in (here / "out" / "tokenizer_config.json").read_text()

@@ -131,9 +131,11 @@ https://arxiv.org/abs/2309.00255"
         return super().forwards_trained(n) * drawn  # of half the size on average
 
     def cost(self, tokens: int) -> float:
-        ordered = self.depths != (1.0,) and self.blocks == "chain"
-        share = ordered * (1 - min(self.depths) ** 2) / 2
-        return 3.0 + len(self.names) + share * JUDGED_TOKENS / max(tokens, 1)
+        return 3.0 + len(self.names)
+
+    @property
+    def tokens_tried(self) -> float:
+        return JUDGED_TOKENS * (1 - min(self.depths) ** 2) / 2 if self.blocks == "chain" else 0.0
 
 
 def size_name(width: float, depth: float, deep: bool) -> str:
